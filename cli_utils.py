@@ -1,0 +1,371 @@
+"""Flags, recipe files and the checks that need no model: what runs before the slow imports.
+
+Nothing here imports torch, so that a wrong flag, folder or base model is answered at once.
+"""
+
+import argparse
+import contextlib
+import difflib
+import json
+import os
+import sys
+from pathlib import Path
+
+import yaml
+
+REPOSITORY = Path(__file__).resolve().parent
+SECRETS = ("hub_token",)  # flags whose values never reach a file, a log or a tracker
+INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
+
+
+class UserError(ValueError):
+    """A mistake that the user can put right; its message names the flag or file, what was found and what to do."""
+
+
+@contextlib.contextmanager
+def errors_for_people(debug):
+    """Turn a UserError (or a data error) into one clear message and exit status 2; `--debug` shows the traceback."""
+    try:
+        yield
+    except ValueError as error:
+        if debug or not (isinstance(error, UserError) or type(error).__name__ == "DataError"):
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsing: flags, then a recipe file, then defaults
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser with named groups, no abbreviations, and a suggestion for a misspelt flag."""
+
+    def __init__(self, description):
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def flags(self):
+        """dest -> action of everything but --help."""
+        return {action.dest: action for action in self._actions if action.dest != "help"}
+
+    def error(self, message):
+        self.exit(2, f"error: {message}\n")
+
+    def parse(self, argv=None, embedded_default=None):
+        """Parse `argv`; a flag that is not there takes its value from --config, then from its default.
+
+        embedded_default: path of the recipe that is used when neither a base model nor data are named.
+        """
+        missing = object()
+        namespace = argparse.Namespace(**dict.fromkeys(self.flags(), missing))
+        namespace, unknown = self.parse_known_args(argv, namespace)
+        if unknown:
+            raise UserError("; ".join(self._unknown(word) for word in unknown))
+        given = {dest: value for dest, value in vars(namespace).items() if value is not missing}
+        defaults = {dest: action.default for dest, action in self.flags().items()}
+        recipe = self.read_recipe(given["config"]) if given.get("config") else {}
+        named = given.keys() | recipe.keys()
+        if embedded_default and not named & {"pretrained_model_name_or_path", "dataset_name", "train_data_dir"}:
+            recipe = self.read_recipe(embedded_default) | recipe
+            recipe["embedded_default"] = True
+        return argparse.Namespace(**({"embedded_default": False} | defaults | recipe | given))
+
+    def _unknown(self, word):
+        options = [option for action in self._actions for option in action.option_strings]
+        near = difflib.get_close_matches(word.split("=")[0], options, n=1)
+        kind = "flag" if word.startswith("-") else "argument"
+        return f"unknown {kind} {word}" + (f"; did you mean {near[0]}?" if near else "; --help lists all flags")
+
+    def read_recipe(self, path):
+        """The flags in a YAML file, checked as on the command line. Relative paths in it are seen from its folder."""
+        path = Path(path)
+        if not path.is_file():
+            raise UserError(f"--config {path}: there is no such file")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise UserError(f"--config {path}: not valid YAML: {error}") from None
+        if not isinstance(content, dict):
+            raise UserError(f"--config {path}: expected lines such as `learning_rate: 1e-4`")
+        return {key: self._recipe_value(path, key, value) for key, value in content.items()}
+
+    def _recipe_value(self, path, key, value):
+        action = self.flags().get(key)
+        if action is None:
+            near = difflib.get_close_matches(str(key), self.flags(), n=1)
+            raise UserError(f"--config {path}: unknown key {key}" + (f"; did you mean {near[0]}?" if near else ""))
+        if value is None:
+            return None
+        if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+            if not isinstance(value, bool):
+                raise UserError(f"--config {path}: {key} is {value!r}; it must be true or false")
+            return value
+        values = value if isinstance(value, list) else [value]
+        try:
+            values = [action.type(str(item)) if action.type else str(item) for item in values]
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            raise UserError(f"--config {path}: {key}: {error}") from None
+        if action.choices and any(item not in action.choices for item in values):
+            raise UserError(f"--config {path}: {key} is {value!r}; choose from {', '.join(map(str, action.choices))}")
+        if key in ("pretrained_model_name_or_path", "train_data_dir") and (path.parent / values[0]).exists():
+            values = [str((path.parent / values[0]).resolve())]
+        return values if action.nargs in ("+", "*") else values[0]
+
+
+def save_recipe(args, path, skip=("config", "embedded_default", "dry_run", "debug", "local_rank")):
+    """Write the resolved flags, secrets left out, as a YAML file that `--config` reads."""
+    flags = {key: value for key, value in vars(args).items() if key not in SECRETS and key not in skip}
+    Path(path).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
+
+
+def weight_or_auto(text):
+    """Type of --lpl_weight: "auto" or a number, 0 or more."""
+    if text == "auto":
+        return text
+    value = float(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"{text} is negative; give a number, 0 or more, or auto")
+    return value
+
+
+def add_switch(group, name, default, text):
+    """A switch that is recommended: on by default, with both forms --name and --no-name."""
+    group.add_argument(f"--{name}", f"--no-{name}", dest=name, action=_OnOff, nargs=0, default=default, help=text)
+
+
+class _OnOff(argparse.Action):
+    def __call__(self, parser, namespace, values, option_string=None):
+        setattr(namespace, self.dest, not option_string.startswith("--no-"))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Argument groups that the recipes share
+
+
+def add_model_arguments(parser):
+    """What is trained."""
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--pretrained_model_name_or_path", help="Hub name or folder of the base pipeline (diffusers layout)")
+    add("--revision", help="revision of the base model on the Hub")
+    add("--variant", help="file variant of the base model, e.g. fp16")
+    group = parser.add_argument_group("LoRA")
+    add = group.add_argument
+    add("--use_lora", action="store_true", help="train a LoRA; without it the whole denoiser is trained")
+    add("--rank", type=int, default=4, help="rank of the LoRA (default: %(default)s)")
+    add("--lora_alpha", type=float, help="its strength is alpha / rank (default: the rank)")
+    add("--lora_dropout", type=float, default=0.0, help="dropout in LoRA layers (default: %(default)s)")
+    add("--lora_layers", help="comma-separated layer names that get a LoRA (default: attention projections)")
+
+
+def add_data_arguments(parser, resolution):
+    """What it is trained on."""
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--train_data_dir", help="folder of images with metadata.jsonl, metadata.csv, or a .txt file beside each image")
+    add("--dataset_name", help="data set on the Hub, or a folder written by datasets' save_to_disk")
+    add("--dataset_config_name", help="configuration of that data set")
+    add("--image_column", default="image", help="column with the image (default: %(default)s)")
+    add("--caption_column", default="text", help="column with the caption (default: %(default)s)")
+    add("--max_train_samples", type=int, help="use the first so many images only")
+    add("--cache_dir", help="folder of downloads and of encoded latents and prompts (default: the user's cache)")
+    add("--resolution", type=int, default=resolution, help="training size in px (default: %(default)s)")
+    add("--center_crop", action="store_true", help="crop the middle instead of a random part")
+    add("--random_flip", action="store_true", help="flip half of the images left to right")
+    add("--image_interpolation_mode", choices=INTERPOLATIONS, default="lanczos", help="default: %(default)s")
+    add("--proportion_empty_prompts", type=float, default=0.0, help="share of captions dropped (default: %(default)s)")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that load data (default: %(default)s)")
+
+
+def add_training_arguments(parser, train_batch_size, num_train_epochs, adam_weight_decay):
+    """How it is trained."""
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--output_dir", default="sd-model-finetuned", help="default: %(default)s")
+    add("--seed", type=int, default=0, help="every draw follows from it (default: %(default)s)")
+    add("--train_batch_size", type=int, default=train_batch_size, help="per device (default: %(default)s)")
+    add("--num_train_epochs", type=int, default=num_train_epochs, help="default: %(default)s")
+    add("--max_train_steps", type=int, help="optimizer steps; overrides --num_train_epochs")
+    add("--gradient_accumulation_steps", type=int, default=1, help="default: %(default)s")
+    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    add("--learning_rate", type=float, default=1e-4, help="default: %(default)s")
+    add("--scale_lr", action="store_true", help="multiply it by devices, accumulation and batch size")
+    add("--lr_scheduler", default="constant", help="any of diffusers' schedules (default: %(default)s)")
+    add("--lr_warmup_steps", type=int, default=500, help="optimizer steps (default: %(default)s)")
+    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes")
+    add("--adam_beta1", type=float, default=0.9, help="default: %(default)s")
+    add("--adam_beta2", type=float, default=0.999, help="default: %(default)s")
+    add("--adam_weight_decay", type=float, default=adam_weight_decay, help="default: %(default)s")
+    add("--adam_epsilon", type=float, default=1e-8, help="default: %(default)s")
+    add("--max_grad_norm", type=float, default=1.0, help="default: %(default)s")
+    add("--use_ema", action="store_true", help="average the weights; the average is what is saved and validated")
+    add("--ema_decay", type=float, default=0.9999, help="default: %(default)s")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is configured with")
+    add("--allow_tf32", action="store_true", help="faster float32 on Ampere and later GPUs")
+
+
+def add_lpl_arguments(parser):
+    """The latent perceptual loss."""
+    group = parser.add_argument_group("latent perceptual loss")
+    add = group.add_argument
+    add("--use_lpl", action="store_true", help="add the latent perceptual loss to the objective")
+    add("--lpl_weight", type=weight_or_auto, default="auto", metavar="{auto,NUMBER}",
+        help="auto keeps the loss at --lpl_share of the total (default: %(default)s)")  # fmt: skip
+    add("--lpl_share", type=float, default=0.2, help="share of the total under auto (default: %(default)s)")
+    add("--lpl_t_threshold", type=float, help="apply it where the timestep is below this, on a scale of 0 to 1000")
+    add("--lpl_sigma_threshold", type=float, help="or where noise / signal is at most this (the paper: 3 to 6)")
+    add("--lpl_threshold_resolution", type=float, help="resolution that --lpl_sigma_threshold is meant for, px")
+    add("--lpl_loss_type", choices=("mse", "l1"), default="mse", help="default: %(default)s")
+    add("--lpl_norm_type", choices=("standard", "shared", "default", "batch"), default="standard",
+        help="how features are normalised; a weight means nothing without it (default: %(default)s)")  # fmt: skip
+    add_switch(group, "lpl_pow_law", True, "weight deeper layers by the inverse of their size (default: on)")
+    add("--lpl_num_blocks", type=int, default=4, help="up blocks of the decoder that are used (default: %(default)s)")
+    add_switch(group, "lpl_remove_outliers", True, "leave out activations of huge magnitude (default: on)")
+    add("--lpl_scale", action="store_true", help="weight each sample by alpha^2 / (alpha^2 + sigma^2)")
+    add("--lpl_start", type=int, default=0, help="first optimizer step that it applies to (default: %(default)s)")
+    add("--lpl_batch_size", type=int, help="samples in the decoder at a time (default: by the resolution, 1 at 1024 px)")
+    add("--lpl_checkpointing", choices=("none", "stage"), help="default: stage with --gradient_checkpointing, else none")
+    add("--lpl_vae_dtype", choices=("float32", "bfloat16", "float16"),
+        help="dtype of the decoder in the loss (default: bfloat16 under bf16, else float32)")  # fmt: skip
+
+
+def add_run_arguments(parser, validation_epochs):
+    """Checkpoints, validation, logs."""
+    group = parser.add_argument_group("checkpoints")
+    add = group.add_argument
+    add("--checkpointing_steps", type=int, default=500, help="optimizer steps between them (default: %(default)s)")
+    add("--checkpoints_total_limit", type=int, help="keep so many; the oldest goes after the newest is safe")
+    add("--resume_from_checkpoint", help="a checkpoint folder, or latest")
+    group = parser.add_argument_group("validation")
+    add = group.add_argument
+    add("--validation_prompt", nargs="+", help="one or several prompts to draw, always with the same seeds")
+    add("--num_validation_images", type=int, default=4, help="per prompt (default: %(default)s)")
+    add("--validation_epochs", type=int, default=validation_epochs, help="epochs between grids (default: %(default)s)")
+    add("--validation_steps", type=int, help="optimizer steps between grids; overrides --validation_epochs")
+    group = parser.add_argument_group("logging")
+    add = group.add_argument
+    add("--report_to", default="tensorboard", help="tensorboard, wandb, all or none (default: %(default)s)")
+    add("--logging_dir", default="logs", help="below the output folder (default: %(default)s)")
+    add("--logging_steps", type=int, default=10, help="optimizer steps between log rows (default: %(default)s)")
+    group = parser.add_argument_group("other")
+    add = group.add_argument
+    add("--config", help="YAML file that sets any flag; the command line wins")
+    add("--dry_run", action="store_true", help="check everything, print the plan and stop")
+    add("--debug", action="store_true", help="show tracebacks")
+    add("--local_rank", type=int, default=-1, help="accepted for compatibility")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Checks that need no model
+
+
+def require(condition, message):
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+def check_flags(args):
+    """Ranges and contradictions of the shared flags."""
+    positive = "train_batch_size gradient_accumulation_steps num_train_epochs rank checkpointing_steps logging_steps"
+    positive += " max_train_steps max_train_samples checkpoints_total_limit num_validation_images validation_steps"
+    positive += " lpl_batch_size validation_epochs lora_alpha lpl_threshold_resolution lpl_sigma_threshold"
+    for name in positive.split():
+        value = getattr(args, name)
+        require(value is None or value > 0, f"--{name} is {value}; it must be above 0")
+    for name in "lr_warmup_steps dataloader_num_workers lpl_start learning_rate adam_weight_decay seed".split():
+        require(getattr(args, name) >= 0, f"--{name} is {getattr(args, name)}; it must be 0 or more")
+    for name in ("proportion_empty_prompts", "lora_dropout", "ema_decay", "adam_beta1", "adam_beta2"):
+        value = getattr(args, name)
+        require(0 <= value <= 1, f"--{name} is {value}; it must lie between 0 and 1")
+    require(args.resolution > 0 and args.resolution % 8 == 0,
+            f"--resolution is {args.resolution}; it must be a multiple of 8, because the latents are 8 times smaller, "
+            f"e.g. {max(8, args.resolution // 8 * 8)}")  # fmt: skip
+    require(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: which model to train?")
+    require(args.train_data_dir or args.dataset_name, "no data: give --train_data_dir FOLDER or --dataset_name NAME")
+    require(not (args.train_data_dir and args.dataset_name), "--train_data_dir and --dataset_name exclude each other")
+    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
+        raise UserError(f"--train_data_dir {args.train_data_dir}: there is no such folder")
+    lora_only = [name for name in ("lora_alpha", "lora_layers") if getattr(args, name) is not None]
+    lora_only += ["lora_dropout"] * (args.lora_dropout > 0)
+    require(args.use_lora or not lora_only, f"--{(lora_only or [''])[0]} does nothing without --use_lora")
+    check_lpl_flags(args)
+
+
+def check_lpl_flags(args):
+    """Ranges and contradictions of the loss' flags."""
+    require(not (args.lpl_t_threshold is not None and args.lpl_sigma_threshold is not None),
+            "--lpl_t_threshold and --lpl_sigma_threshold exclude each other: give one")  # fmt: skip
+    if args.lpl_t_threshold is not None:
+        require(0 < args.lpl_t_threshold <= 1000,
+                f"--lpl_t_threshold is {args.lpl_t_threshold}; timesteps go from 0 to 1000")  # fmt: skip
+    require(args.lpl_threshold_resolution is None or args.lpl_sigma_threshold is not None,
+            "--lpl_threshold_resolution scales --lpl_sigma_threshold, which is not given")  # fmt: skip
+    require(0 < args.lpl_share < 1, f"--lpl_share is {args.lpl_share}; it must lie between 0 and 1")
+    require(args.lpl_num_blocks >= 0, f"--lpl_num_blocks is {args.lpl_num_blocks}; it must be 0 or more")
+
+
+def model_file(name_or_path, file, revision=None, subfolder=None):
+    """Path of one small file of a model, on disk or fetched from the Hub; None when the model does not have it."""
+    folder = Path(name_or_path)
+    relative = f"{subfolder}/{file}" if subfolder else file
+    if folder.is_dir():
+        return folder / relative if (folder / relative).is_file() else None
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError
+
+    try:
+        return Path(hf_hub_download(name_or_path, relative, revision=revision))
+    except EntryNotFoundError:
+        return None
+
+
+def read_json(path):
+    """A JSON file's content; UserError names a file that is damaged."""
+    try:
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); download the model again") from None
+
+
+def check_base_model(args, pipeline_class, components):
+    """Refuse anything but a diffusers folder of the right pipeline, from `model_index.json` alone.
+
+    pipeline_class: name that `_class_name` must start with; components: entries that it must have.
+    """
+    name = args.pretrained_model_name_or_path
+    flag = f"--pretrained_model_name_or_path {name}"
+    require(not Path(name).is_file(),
+            f"{flag} is a single file; a folder in diffusers' layout is needed: load the file with "
+            f"{pipeline_class}.from_single_file and save it with save_pretrained")  # fmt: skip
+    if not Path(name).is_dir() and (name.startswith((".", "/", "~")) or name.count("/") != 1):
+        raise UserError(f"{flag}: there is no such folder, and Hub names have the form owner/name")
+    try:
+        index = model_file(name, "model_index.json", args.revision)
+    except Exception as error:  # the Hub client raises many kinds: no network, no such model, no access
+        raise UserError(f"{flag}: neither a folder here nor readable on the Hub ({type(error).__name__})") from error
+    require(index, f"{flag}: no model_index.json there; a whole pipeline in diffusers' layout is needed")
+    found = read_json(index)
+    require(found.get("_class_name", "").startswith(pipeline_class),
+            f"{flag} is a {found.get('_class_name', 'pipeline without a class name')}; this script trains "
+            f"{pipeline_class} models")  # fmt: skip
+    missing = [part for part in components if not (found.get(part) or [None])[0]]
+    require(not missing, f"{flag}: its model_index.json has no {', '.join(missing)}; a whole pipeline is needed")
+    if Path(name).is_dir():
+        gone = [part for part in components if not (Path(name) / part).is_dir()]
+        require(not gone, f"{flag}: the folder {gone[:1] and gone[0]}/ named in model_index.json is missing")
+
+
+def check_vae_dtype(args, vae_config):
+    """Refuse an explicit float16 where the decoder overflows in it. vae_config: the autoencoder's config.json."""
+    if args.lpl_vae_dtype == "float16" and vae_config.get("force_upcast", True):
+        hint = ", or give --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"
+        raise UserError(
+            "--lpl_vae_dtype float16: this VAE's decoder overflows in float16 (force_upcast in its config); use "
+            "bfloat16 or float32" + (hint if vae_config.get("latent_channels") == 4 else "")
+        )

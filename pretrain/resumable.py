@@ -1,0 +1,44 @@
+"""Saving and loading the state of a pretraining run: weights, optimizer, average and step, without pickle."""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+
+def save_state(folder, step, model, optimizer, ema):
+    """Write the state to a temporary folder, then put it in place of the old one."""
+    folder = Path(folder)
+    temporary = folder.with_name(folder.name + ".tmp")
+    temporary.mkdir(parents=True, exist_ok=True)
+    tensors = {f"model/{name}": value.contiguous() for name, value in model.state_dict().items()}
+    tensors |= {f"ema/{index}": value.contiguous() for index, value in enumerate(ema.shadow_params)}
+    for index, entries in optimizer.state_dict()["state"].items():
+        tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value).contiguous() for name, value in entries.items()}
+    save_file(tensors, temporary / "state.safetensors")
+    (temporary / "state.json").write_text(json.dumps({"step": step, "ema_step": ema.optimization_step}))
+    folder.mkdir(exist_ok=True)
+    for name in ("state.safetensors", "state.json"):
+        os.replace(temporary / name, folder / name)
+
+
+def load_state(folder, model, optimizer, ema):
+    """Put back what `save_state` wrote; returns the step to go on from (0 when there is nothing)."""
+    folder = Path(folder)
+    if not (folder / "state.json").is_file():
+        return 0
+    tensors = load_file(folder / "state.safetensors")
+    info = json.loads((folder / "state.json").read_text())
+    model.load_state_dict({name[6:]: value for name, value in tensors.items() if name.startswith("model/")})
+    ema.shadow_params = [tensors[f"ema/{index}"] for index in range(len(ema.shadow_params))]
+    ema.optimization_step = info["ema_step"]
+    state = {}
+    for name, value in tensors.items():
+        if name.startswith("optimizer/"):
+            _, index, entry = name.split("/")
+            state.setdefault(int(index), {})[entry] = value
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+    return info["step"]

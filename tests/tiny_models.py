@@ -1,0 +1,111 @@
+"""Random autoencoders and a whole random SDXL pipeline, small enough to be built in a second."""
+
+import torch
+from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
+from diffusers import UNet2DConditionModel
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+from pretrain.train_tiny_sdxl import build_tokenizers
+
+WORDS = ["a red apple", "a photo of a dog", "the sun", "green leaves", "a blue house by the sea"]
+
+
+def autoencoder(kind="sdxl", width=8, groups=4, seed=0, dtype=torch.float32):
+    """A random `AutoencoderKL` like SDXL's or SD3's, or an `AsymmetricAutoencoderKL`; 8x downsampling."""
+    torch.manual_seed(seed)
+    blocks = (width, 2 * width, 2 * width, 2 * width)
+    if kind == "asymmetric":
+        vae = AsymmetricAutoencoderKL(
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            down_block_out_channels=blocks,
+            layers_per_down_block=1,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            up_block_out_channels=blocks,
+            layers_per_up_block=1,
+            latent_channels=4,
+            norm_num_groups=groups,
+            scaling_factor=0.18215,
+        )
+    else:
+        sd3 = kind == "sd3"
+        vae = AutoencoderKL(
+            block_out_channels=blocks,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+            up_block_types=("UpDecoderBlock2D",) * 4,
+            layers_per_block=1,
+            latent_channels=16 if sd3 else 4,
+            norm_num_groups=groups,
+            scaling_factor=1.5305 if sd3 else 0.13025,
+            shift_factor=0.0609 if sd3 else None,
+            use_quant_conv=not sd3,
+            use_post_quant_conv=not sd3,
+        )
+    with torch.no_grad():  # PyTorch's initial norms are trivial: give them something that a mistake would show in
+        for module in vae.modules():
+            if isinstance(module, torch.nn.GroupNorm):
+                module.weight.uniform_(0.5, 1.5)
+                module.bias.uniform_(-0.5, 0.5)
+    return vae.to(dtype).eval()
+
+
+def sdxl_pipeline(seed=0, prediction_type="epsilon", **scheduler):
+    """A random `StableDiffusionXLPipeline` for 64 px with every part that the real one has."""
+    torch.manual_seed(seed)
+    tokenizers = build_tokenizers(WORDS, 600)
+    width = 16
+    configs = [
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=width,
+            intermediate_size=32,
+            projection_dim=width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=77,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+        for tokenizer in tokenizers
+    ]
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        layers_per_block=1,
+        transformer_layers_per_block=1,
+        attention_head_dim=(1, 2),
+        norm_num_groups=8,
+        cross_attention_dim=2 * width,
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=width + 6 * 8,
+    )
+    options = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
+    options |= {"timestep_spacing": "leading", "prediction_type": prediction_type, **scheduler}
+    return StableDiffusionXLPipeline(
+        vae=autoencoder("sdxl", seed=seed),
+        text_encoder=CLIPTextModel(configs[0]),
+        text_encoder_2=CLIPTextModelWithProjection(configs[1]),
+        tokenizer=tokenizers[0],
+        tokenizer_2=tokenizers[1],
+        unet=unet,
+        scheduler=EulerDiscreteScheduler(**options),
+        add_watermarker=False,
+    )
+
+
+def picture_folder(folder, count=6, size=64, seed=0):
+    """A folder of smooth random pictures with `.txt` captions beside them."""
+    import numpy as np
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    rng = np.random.default_rng(seed)
+    for index in range(count):
+        coarse = rng.integers(0, 255, (4, 4, 3), dtype=np.uint8)
+        Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{index:02d}.png")
+        (folder / f"{index:02d}.txt").write_text(WORDS[index % len(WORDS)])
+    return folder
