@@ -78,7 +78,7 @@ def test_addresses_differ_in_every_bit_of_seed_and_number_and_in_stream():
 
 def test_addressed_numbers_are_distributed_as_they_should():
     uniform = addressed_uniform(0, range(4000), "timestep")
-    assert 0 <= uniform.min() and uniform.max() < 1
+    assert uniform.min() >= 0 and uniform.max() < 1
     assert abs(uniform.mean() - 0.5) < 0.02 and abs(np.corrcoef(uniform[:-1], uniform[1:])[0, 1]) < 0.05
     normal = addressed_normal(0, range(4000), (), "noise")
     assert abs(normal.mean()) < 0.06 and abs(normal.std() - 1) < 0.05
@@ -300,19 +300,19 @@ def test_a_broken_data_set_is_refused_with_the_flag_named(tmp_path):
     saved, _ = hub_set(tmp_path, ["a", "b", None], column="txt")
     with pytest.raises(DataError, match=r"'text' \(--caption_column\).*'txt'.*--caption_column txt"):
         scan_dataset(saved)
-    with pytest.raises(DataError, match="--caption_column 'txt'.*row 2 holds None"):
+    with pytest.raises(DataError, match=r"--caption_column 'txt'.*row 2 holds None"):
         scan_dataset(saved, caption_column="txt")
     datasets.load_from_disk(saved).rename_column("image", "img").save_to_disk(tmp_path / "renamed")
     with pytest.raises(DataError, match="--image_column img"):
         scan_dataset(str(tmp_path / "renamed"), caption_column="txt")
     numbers = datasets.Dataset.from_dict({"image": [1], "text": ["a"]})
     numbers.save_to_disk(tmp_path / "numbers")
-    with pytest.raises(DataError, match="--image_column 'image'.*not images"):
+    with pytest.raises(DataError, match=r"--image_column 'image'.*not images"):
         scan_dataset(str(tmp_path / "numbers"))
     datasets.DatasetDict({"test": numbers}).save_to_disk(tmp_path / "splits")
     with pytest.raises(DataError, match=r"--dataset_name .*'train', only \['test'\]"):
         scan_dataset(str(tmp_path / "splits"))
-    with pytest.raises(DataError, match="--dataset_name .*--train_data_dir"):
+    with pytest.raises(DataError, match=r"--dataset_name .*--train_data_dir"):
         scan_dataset(str(tmp_path / "absent"))
 
 
@@ -399,7 +399,7 @@ def test_big_endian_and_float_greyscale(tmp_path):
     floats = (values / 65535).astype(np.float32)
     assert np.abs(opened(Image.fromarray(floats), tmp_path / "f.tif") / 255 - floats[..., None]).max() <= 1 / 255
     Image.fromarray(floats * 1000).save(tmp_path / "g.tif")
-    with pytest.raises(DataError, match="g.tif.*1000, not 0 to 1"):
+    with pytest.raises(DataError, match=r"g.tif.*1000, not 0 to 1"):
         open_image(tmp_path / "g.tif")
 
 
@@ -454,7 +454,7 @@ def test_files_that_are_no_images_are_named(tmp_path):
 def test_a_bomb_is_refused(tmp_path, monkeypatch):
     picture(tmp_path / "a.png", (100, 100))
     monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
-    with pytest.raises(DataError, match="a.png.*10000 pixels"):
+    with pytest.raises(DataError, match=r"a.png.*10000 pixels"):
         open_image(tmp_path / "a.png")
 
 
@@ -514,7 +514,7 @@ def test_interpolations_and_their_errors():
     assert results.pop("nearest_exact") == results["nearest"]
     assert set(results) == {"nearest", "box", "bilinear", "hamming", "bicubic", "lanczos"}
     assert len(set(results.values())) == 6
-    with pytest.raises(DataError, match="--image_interpolation_mode.*lanczos"):
+    with pytest.raises(DataError, match=r"--image_interpolation_mode.*lanczos"):
         prepare_image(image, 40, True, False, "cubic")
     with pytest.raises(ValueError, match="generator"):
         prepare_image(coordinates(96, 97), 96, False, False)
@@ -563,7 +563,7 @@ def test_a_content_hash_follows_the_content(tmp_path):
     assert first == copy.content_hash() == record.content_hash()
     picture(tmp_path / "a.png", size=(9, 9))
     assert record.content_hash() != first
-    with pytest.raises(DataError, match="absent.png"):
+    with pytest.raises(DataError, match=r"absent.png"):
         CaptionedImage(tmp_path / "absent.png", "", "").content_hash()
 
 
@@ -854,7 +854,7 @@ def test_cached_samples_agree_with_those_encoded_on_the_fly(tmp_path, random_fli
 
 def test_what_is_not_in_the_cache_is_named(tmp_path):
     images = image_set(tmp_path, count=1)
-    with pytest.raises(KeyError, match="0.png is not in the cache"):
+    with pytest.raises(KeyError, match=r"0.png is not in the cache"):
         TrainingSet(images, 7, 32, latents=TensorStore(tmp_path / "none"), latent_key=latent_key)[0]
     with pytest.raises(ValueError, match="keys"):
         TrainingSet(images, 7, 32, latents=TensorStore(tmp_path / "none"))

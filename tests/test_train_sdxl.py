@@ -1,0 +1,510 @@
+"""The SDXL recipe end to end, on a tiny random pipeline: real files, real processes, real kills."""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from diffusers import StableDiffusionXLPipeline
+from PIL import Image
+from safetensors.torch import load_file
+
+import train_sdxl_lpl
+from lpl_utils import LPLGate
+
+ROOT = Path(__file__).resolve().parent.parent
+GOLDEN = Path(__file__).parent / "golden"
+
+
+@pytest.fixture
+def flags(sdxl_folder, pictures, cache_dir):
+    """The flags that every run here shares."""
+    return (
+        f"--pretrained_model_name_or_path {sdxl_folder} --train_data_dir {pictures} --cache_dir {cache_dir} "
+        "--resolution 64 --train_batch_size 4 --lr_warmup_steps 0 --learning_rate 1e-3 --report_to none --seed 3 "
+        "--logging_steps 1 --mixed_precision no"
+    ).split()
+
+
+def run(*flags):
+    """The script's main, in this process: the rows of its metrics file."""
+    AcceleratorState._reset_state(True)
+    args = train_sdxl_lpl.parse_args([str(flag) for flag in flags])
+    train_sdxl_lpl.main(args, train_sdxl_lpl.find_images(args))
+    path = Path(args.output_dir, args.logging_dir, "metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def command(*flags):
+    """The command line of the script as a process of its own."""
+    return [sys.executable, str(ROOT / "train_sdxl_lpl.py"), *map(str, flags)]
+
+
+def weights(folder):
+    """sha256 of every weight file of a result."""
+    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder, "unet").glob("*.safetensors"))
+    assert files
+    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Golden curves
+
+
+@pytest.mark.parametrize("name", ["full", "full-lpl", "lora-lpl"])
+def test_golden_curve(name, flags, tmp_path, request):
+    """20 steps give the losses they always gave: any change of the recipe shows here."""
+    extra = {"full": [], "full-lpl": ["--use_lpl"], "lora-lpl": ["--use_lpl", "--use_lora", "--lora_alpha", 8]}[name]
+    rows = run(*flags, *extra, "--max_train_steps", 20, "--output_dir", tmp_path)
+    keys = ["train_loss", "diffusion_loss", "lpl/loss", "lpl/weight", "grad_norm"]
+    curve = {key: [row[key] for row in rows if key in row] for key in keys}
+    path = GOLDEN / f"sdxl-{name}.json"
+    if request.config.getoption("--update-golden"):
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(json.dumps({key: [float(f"{v:.6g}") for v in values] for key, values in curve.items()}))
+    golden = json.loads(path.read_text())
+    assert golden.keys() == curve.keys()
+    for key, values in golden.items():
+        assert curve[key] == pytest.approx(values, rel=2e-3, abs=1e-6), key
+    assert (len(golden["lpl/loss"]) == 20) == ("lpl" in name)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Results
+
+
+def draw(folder, lora=None, **more):
+    """One picture of a pipeline, as an array; with a LoRA when given."""
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    if lora:
+        pipeline.load_lora_weights(lora)
+    generator = torch.Generator().manual_seed(0)
+    image = pipeline("a red apple", generator=generator, num_inference_steps=4, height=64, width=64, **more).images[0]
+    return np.asarray(image, dtype=np.int64), pipeline
+
+
+def test_lora_loads_in_diffusers_and_changes_the_picture(flags, sdxl_folder, tmp_path):
+    run(*flags, "--use_lpl", "--use_lora", "--rank", 4, "--lora_alpha", 16, "--learning_rate", 0.03,
+        "--max_train_steps", 8, "--output_dir", tmp_path)  # fmt: skip
+    before, _ = draw(sdxl_folder)
+    after, pipeline = draw(sdxl_folder, lora=tmp_path)
+    assert np.abs(after - before).max() > 8
+    adapter = pipeline.unet.peft_config["default_0"]
+    assert (adapter.r, adapter.lora_alpha) == (4, 16), "rank and alpha travel with the file"
+    tensors = load_file(tmp_path / "pytorch_lora_weights.safetensors")
+    assert all(name.startswith("unet.") for name in tensors)
+    assert {value.dtype for value in tensors.values()} == {torch.float32}
+
+
+def test_full_training_saves_a_whole_pipeline(flags, sdxl_folder, tmp_path):
+    run(*flags, "--use_lpl", "--max_train_steps", 4, "--output_dir", tmp_path,
+        "--validation_prompt", "a red apple", "the sun", "--num_validation_images", 2,
+        "--validation_steps", 2)  # fmt: skip
+    before, _ = draw(sdxl_folder)
+    after, _ = draw(tmp_path)
+    assert np.abs(after - before).max() > 8
+    base, trained = (load_file(folder / "vae" / "diffusion_pytorch_model.safetensors") for folder in (sdxl_folder, tmp_path))
+    assert all(torch.equal(base[name], trained[name]) for name in base), "the autoencoder is frozen"
+    for name in ["run.png", "validation/step-0.png", "validation/step-2.png", "validation/step-4.png", "image_3.png"]:
+        assert np.asarray(Image.open(tmp_path / name)).std() > 1, f"{name} is a picture"
+    assert "hub_token" not in (tmp_path / "config.yaml").read_text()
+
+
+def test_validation_uses_the_same_seeds_and_the_real_pipeline(flags, sdxl_folder, tmp_path):
+    """The grid's first picture before training is what the base pipeline draws with that seed."""
+    run(*flags, "--max_train_steps", 1, "--output_dir", tmp_path, "--learning_rate", 0, "--num_validation_images", 1,
+        "--validation_prompt", "a red apple")  # fmt: skip
+    pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_folder)
+    image = pipeline("a red apple", generator=torch.Generator().manual_seed(3), num_inference_steps=25, height=64,
+                     width=64).images[0]  # fmt: skip
+    drawn = np.asarray(Image.open(tmp_path / "image_0.png"), dtype=np.int64)
+    assert np.abs(drawn - np.asarray(image, dtype=np.int64)).max() <= 1
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming
+
+
+def start_and_kill(flags, output_dir, after):
+    """Start a process, kill it without warning once checkpoint-`after` is there and more steps were logged."""
+    process = subprocess.Popen(command(*flags, "--output_dir", output_dir), stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    metrics = Path(output_dir, "logs", "metrics.jsonl")
+    deadline = time.time() + 300
+    while process.poll() is None and time.time() < deadline:
+        if (Path(output_dir) / f"checkpoint-{after}").is_dir() and len(metrics.read_text().splitlines()) > after:
+            process.send_signal(signal.SIGKILL)
+        time.sleep(0.005)
+    assert process.wait() == -signal.SIGKILL, "the run ended before it was killed: make it longer"
+
+
+@pytest.mark.parametrize(
+    "kind",
+    ["--use_lora --lora_dropout 0.3 --use_ema --gradient_accumulation_steps 2", "--random_flip --dataloader_num_workers 2"],
+    ids=["lora-ema-accumulation", "full-workers"],
+)
+def test_a_killed_run_goes_on_bit_for_bit(kind, flags, tmp_path):
+    """SIGKILL in mid-epoch, resume: the same weights as a run that was never killed, to the last bit."""
+    flags = [*flags, *kind.split(), "--use_lpl", "--max_train_steps", 41, "--checkpointing_steps", 5]
+    flags += ["--checkpoints_total_limit", 2]
+    run(*flags, "--output_dir", tmp_path / "whole")
+    start_and_kill(flags, tmp_path / "killed", after=10)
+    assert not (tmp_path / "killed" / "checkpoint-41").exists()
+    run(*flags, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "latest")
+    assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
+    for name in ("training_state.safetensors",):
+        states = [load_file(tmp_path / which / "checkpoint-41" / name) for which in ("whole", "killed")]
+        assert states[0].keys() == states[1].keys()
+        assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), "optimizer, EMA, LPL's means"
+    losses = [(tmp_path / which / "logs" / "metrics.jsonl").read_text().splitlines() for which in ("whole", "killed")]
+    assert [json.loads(a)["train_loss"] for a in losses[0]] == [json.loads(b)["train_loss"] for b in losses[1]]
+
+
+def test_checkpoints_are_limited_complete_and_free_of_pickle(flags, tmp_path):
+    run(*flags, "--use_lora", "--max_train_steps", 7, "--checkpointing_steps", 2, "--checkpoints_total_limit", 2,
+        "--output_dir", tmp_path)  # fmt: skip
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-6", "checkpoint-7"]
+    names = {path.name for path in (tmp_path / "checkpoint-7").iterdir()}
+    assert names == {"pytorch_lora_weights.safetensors", "training_state.safetensors", "training_state.json"}
+
+
+def test_resume_by_path_and_refusal_of_another_run(flags, tmp_path):
+    flags = [*flags, "--use_lora", "--output_dir", tmp_path]
+    run(*flags, "--max_train_steps", 4, "--checkpointing_steps", 2)
+    rows = run(*flags, "--max_train_steps", 6, "--resume_from_checkpoint", tmp_path / "checkpoint-2")
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(train_sdxl_lpl.UserError, match="seed was 3, is 4"):
+        run(*flags, "--seed", 4, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
+    with pytest.raises(train_sdxl_lpl.UserError, match="no checkpoint there"):
+        run(*flags, "--max_train_steps", 6, "--resume_from_checkpoint", "checkpoint-99")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Caches
+
+
+def test_a_second_run_encodes_nothing(flags, tmp_path, monkeypatch, capsys):
+    """Another learning rate, another output folder: neither the encoder nor the text encoders are loaded."""
+    flags = [*flags, "--max_train_steps", 1, "--cache_dir", tmp_path / "cache"]
+    first = run(*flags, "--output_dir", tmp_path / "a")
+    assert "encoded 6 captions and 6 images" in capsys.readouterr().out, "five captions and the empty one"
+
+    def forbidden(*args):
+        raise AssertionError("an encoder was loaded")
+
+    monkeypatch.setattr(train_sdxl_lpl, "load_text_encoders", forbidden)
+    monkeypatch.setattr(train_sdxl_lpl, "load_vae", forbidden)
+    second = run(*flags, "--output_dir", tmp_path / "b", "--adam_weight_decay", 0.5)
+    assert "encoded 0 captions and 0 images" in capsys.readouterr().out
+    assert second[0]["train_loss"] == first[0]["train_loss"]
+    with pytest.raises(AssertionError, match="an encoder was loaded"):  # another crop is another encoding
+        run(*flags, "--output_dir", tmp_path / "c", "--resolution", 32)
+
+
+def test_cached_latents_are_the_images(flags, sdxl_folder, pictures, tmp_path):
+    """What training sees through the caches is what the pipeline's own encoders give for that image and caption."""
+    args = train_sdxl_lpl.parse_args([*flags, "--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache")])
+    AcceleratorState._reset_state(True)
+    accelerator = train_sdxl_lpl.start_accelerator(args)
+    scan = train_sdxl_lpl.find_images(args)
+    stores = train_sdxl_lpl.fill_caches(args, scan.images, torch.float32, accelerator)
+    loader = train_sdxl_lpl.batches(args, scan.images, *stores, accelerator, 0, 3)
+    pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_folder)
+    seen = set()
+    for batch in loader:
+        for row, index in enumerate(batch["index"]):
+            image = scan.images[index]
+            seen.add(image.name)
+            pixels = torch.from_numpy(np.asarray(Image.open(image.path).convert("RGB"))).permute(2, 0, 1)[None] / 127.5 - 1
+            with torch.no_grad():
+                posterior = pipeline.vae.encode(pixels).latent_dist
+                embeds, _, pooled, _ = pipeline.encode_prompt(image.caption)
+            assert torch.allclose(batch["mean"][row], posterior.mean[0], atol=1e-5)
+            assert torch.allclose(batch["std"][row], posterior.std[0], atol=1e-5)
+            assert torch.allclose(batch["prompt_embeds"][row], embeds[0], atol=1e-5)
+            assert torch.allclose(batch["pooled_prompt_embeds"][row], pooled[0], atol=1e-5)
+            assert batch["time_ids"][row].tolist() == [64, 64, 0, 0, 64, 64]
+    assert len(seen) == 6
+
+
+def test_random_crops_are_encoded_in_every_step(flags, sdxl_folder, cache_dir, tmp_path):
+    from tests.tiny_models import picture_folder
+
+    wide = picture_folder(tmp_path / "wide", count=4, size=64)
+    for path in wide.glob("*.png"):
+        Image.open(path).resize((96, 64)).save(path)
+    rows = run(*flags, "--train_data_dir", wide, "--use_lpl", "--max_train_steps", 2, "--output_dir", tmp_path / "out")
+    assert len(rows) == 2 and math.isfinite(rows[1]["train_loss"])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The method
+
+
+@pytest.fixture
+def schedule(flags):
+    return lambda *more: train_sdxl_lpl.Schedule(train_sdxl_lpl.parse_args([*flags, *map(str, more)]))
+
+
+def test_timesteps_follow_their_distribution(schedule):
+    for more in (
+        [],
+        ["--timestep_bias_strategy", "earlier", "--timestep_bias_multiplier", 3],
+        ["--timestep_bias_strategy", "range", "--timestep_bias_multiplier", 0.5, "--timestep_bias_begin", 100,
+         "--timestep_bias_end", 300],
+    ):  # fmt: skip
+        law = schedule(*more)
+        drawn = law.draw_timesteps(0, range(20000))
+        empirical = torch.bincount(drawn, minlength=1000).cumsum(0) / 20000
+        assert (empirical - law.probabilities.cumsum(0)).abs().max() < 0.012, "Kolmogorov-Smirnov, 20,000 draws"
+    assert schedule().gated_share(LPLGate(t_threshold=200)) == pytest.approx(0.2)
+    assert schedule(*more).gated_share(LPLGate(t_threshold=200)) == pytest.approx(150 / 900)
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weights_agree_on_the_z0_loss(schedule, prediction_type):
+    """Each weight times (d z_0 / d output)^2 is min(SNR, gamma), whatever is predicted; finite at SNR 0."""
+    law = schedule("--prediction_type", prediction_type, "--snr_gamma", 5)
+    timesteps = torch.arange(1000)
+    alpha, sigma = (level.double() for level in law.levels(timesteps))
+    snr = (alpha / sigma) ** 2
+    jacobian = {"epsilon": sigma / alpha, "v_prediction": sigma, "sample": torch.ones(1000)}[prediction_type]
+    implied = law.loss_weights(timesteps).double() / jacobian**2
+    assert torch.allclose(implied, snr.clamp_max(5), rtol=1e-4)
+    law.alphas[-1], law.sigmas[-1] = 0.0, 1.0
+    assert torch.isfinite(law.loss_weights(timesteps)).all()
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_zero_terminal_snr_does_not_divide_by_zero(prediction_type, flags, tmp_path):
+    from tests.tiny_models import sdxl_pipeline
+
+    folder = tmp_path / "model"
+    sdxl_pipeline(prediction_type=prediction_type, rescale_betas_zero_snr=True).save_pretrained(folder)
+    rows = run(*flags, "--pretrained_model_name_or_path", folder, "--use_lpl", "--snr_gamma", 5, "--max_train_steps", 3,
+               "--lpl_t_threshold", 1000, "--lpl_scale", "--noise_offset", 0.1, "--timestep_bias_strategy", "range",
+               "--timestep_bias_begin", 999, "--timestep_bias_multiplier", 1e6, "--output_dir", tmp_path / "out")  # fmt: skip
+    assert all(math.isfinite(row[key]) for row in rows for key in ("train_loss", "lpl/loss", "grad_norm"))
+
+
+def test_lpl_does_not_depend_on_accumulation(flags, tmp_path):
+    """A batch of 4 equals two of 2 accumulated: the gated terms are divided by the batch, not by their number."""
+    fixed = [*flags, "--use_lpl", "--lpl_weight", 0.1, "--lpl_t_threshold", 500, "--max_train_steps", 3]
+    whole = run(*fixed, "--output_dir", tmp_path / "a")
+    halves = run(*fixed, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "b")
+    for a, b in zip(whole, halves, strict=True):
+        for key in ("train_loss", "lpl/loss", "grad_norm"):
+            assert a[key] == pytest.approx(b[key], rel=1e-4), key
+
+
+def test_lpl_start_and_auto_weight(flags, tmp_path):
+    """Nothing before --lpl_start; the weight is 0 until something was gated and then brings the share asked for."""
+    rows = run(*flags, "--use_lpl", "--lpl_start", 3, "--lpl_t_threshold", 600, "--max_train_steps", 30,
+               "--output_dir", tmp_path)  # fmt: skip
+    assert ["lpl/loss" in row for row in rows[:4]] == [False, False, False, True]
+    assert rows[3]["lpl/weight"] == 0 and rows[4]["lpl/weight"] > 0
+    shares = [row["lpl/share"] for row in rows[5:]]
+    assert 0.1 < sum(shares) / len(shares) < 0.3
+
+
+def test_lpl_options_reach_the_loss(flags, tmp_path):
+    """Each option changes the loss of the first step, so none is accepted and ignored."""
+    seen = {}
+    for name, more in {
+        "plain": [], "l1": ["--lpl_loss_type", "l1"], "shared": ["--lpl_norm_type", "shared"],
+        "default": ["--lpl_norm_type", "default"], "batch": ["--lpl_norm_type", "batch"],
+        "no pow law": ["--no-lpl_pow_law"], "blocks": ["--lpl_num_blocks", 2], "scale": ["--lpl_scale"],
+        "sigma": ["--lpl_sigma_threshold", 3.0],
+    }.items():  # fmt: skip
+        threshold = [] if name == "sigma" else ["--lpl_t_threshold", 500]
+        rows = run(*flags, "--use_lpl", *threshold, *more, "--max_train_steps", 1, "--output_dir", tmp_path / name)
+        seen[name] = rows[0]["lpl/loss"]
+    assert len({f"{value:.5g}" for value in seen.values()}) == len(seen), seen
+    same = {}
+    for name, more in {"a": [], "chunks": ["--lpl_batch_size", 1], "stage": ["--lpl_checkpointing", "stage"]}.items():
+        rows = run(*flags, "--use_lpl", "--lpl_t_threshold", 500, *more, "--lpl_weight", 1, "--max_train_steps", 1,
+                   "--output_dir", tmp_path / name)  # fmt: skip
+        same[name] = rows[0]["grad_norm"]
+    assert same["chunks"] == pytest.approx(same["a"], rel=1e-5) and same["stage"] == pytest.approx(same["a"], rel=1e-5)
+
+
+def test_the_step_reads_nothing_from_the_device(flags, tmp_path, monkeypatch):
+    """No `.item()`, `.tolist()`, `bool()` of a computed tensor inside a training step: one read per logging interval."""
+    reads = []
+    for name in ("item", "tolist", "__bool__", "__float__"):
+        original = getattr(torch.Tensor, name)
+
+        def spy(self, *args, _original=original, _name=name):
+            frames = [frame.f_code.co_name for frame in walk_frames()]
+            if "training_step" in frames and self.grad_fn is not None:
+                reads.append((_name, frames[:6]))
+            return _original(self, *args)
+
+        monkeypatch.setattr(torch.Tensor, name, spy)
+    rows = run(*flags, "--use_lpl", "--lpl_t_threshold", 900, "--max_train_steps", 4, "--logging_steps", 4,
+               "--output_dir", tmp_path)  # fmt: skip
+    assert [row["step"] for row in rows] == [4] and not reads
+
+
+def walk_frames():
+    """The frames above the caller."""
+    frame = sys._getframe(1)
+    while frame:
+        yield frame
+        frame = frame.f_back
+
+
+def test_bf16_and_checkpointing_train(flags, tmp_path):
+    flags = [*flags, "--use_lpl", "--lpl_t_threshold", 600, "--max_train_steps", 2]
+    exact = run(*flags, "--output_dir", tmp_path / "a")
+    for name, more in {
+        "bf16": ["--mixed_precision", "bf16"],
+        "lora": ["--mixed_precision", "bf16", "--use_lora"],
+        "checkpointing": ["--gradient_checkpointing"],
+    }.items():
+        rows = run(*flags, *more, "--output_dir", tmp_path / name)
+        assert rows[0]["diffusion_loss"] == pytest.approx(exact[0]["diffusion_loss"], rel=0.02), name
+        assert rows[0]["lpl/loss"] == pytest.approx(exact[0]["lpl/loss"], rel=0.1), name
+
+
+def test_two_ranks_equal_one_with_twice_the_accumulation(flags, tmp_path):
+    """Under torchrun with two processes on the CPU: the same samples, noise and objective; the same weights."""
+    flags = [*flags, "--use_lpl", "--lpl_t_threshold", 600, "--max_train_steps", 4, "--train_batch_size", 2]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    subprocess.run(
+        [*launch, *command(*flags, "--output_dir", tmp_path / "two")[1:]],
+        check=True, env=environment, capture_output=True, timeout=300,
+    )  # fmt: skip
+    subprocess.run(
+        command(*flags, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "one"),
+        check=True, env=environment, capture_output=True, timeout=300,
+    )  # fmt: skip
+    one, two = (load_file(tmp_path / name / "unet" / "diffusion_pytorch_model.safetensors") for name in ("one", "two"))
+    for key in one:
+        assert torch.allclose(one[key], two[key], atol=1e-6), key
+    rows = [[json.loads(line) for line in (tmp_path / name / "logs/metrics.jsonl").read_text().splitlines()]
+            for name in ("one", "two")]  # fmt: skip
+    for a, b in zip(*rows, strict=True):
+        assert a["lpl/loss"] == pytest.approx(b["lpl/loss"], rel=1e-5)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+@pytest.fixture
+def wrong_models(sdxl_folder, tmp_path):
+    """Base models that are not SDXL."""
+    sd15, gutted, single = tmp_path / "sd15", tmp_path / "gutted", tmp_path / "model.safetensors"
+    for folder in (sd15, gutted):
+        shutil.copytree(sdxl_folder, folder)
+    edit_json(sd15 / "model_index.json", _class_name="StableDiffusionPipeline")
+    shutil.rmtree(gutted / "text_encoder_2")
+    single.write_bytes(b"")
+    return {"sd15": sd15, "gutted": gutted, "single": single, "empty": tmp_path}
+
+
+MISTAKES = [
+    ("--lpl_wieght 1", "--lpl_weight"),
+    ("--resolution 100", "--resolution is 100; it must be a multiple of 8"),
+    ("--lpl_t_threshold 100 --lpl_sigma_threshold 3", "exclude each other"),
+    ("--lpl_share 1.5", "--lpl_share"),
+    ("--lpl_weight -1", "--lpl_weight"),
+    ("--lpl_num_blocks 7 --use_lpl", "--lpl_num_blocks is 7; this decoder has 4"),
+    ("--lpl_threshold_resolution 256", "--lpl_sigma_threshold"),
+    ("--rank 0 --use_lora", "--rank"),
+    ("--lora_alpha 3", "without --use_lora"),
+    ("--lora_layers no_such_layer --use_lora", "--lora_layers no_such_layer"),
+    ("--train_batch_size 0", "--train_batch_size"),
+    ("--snr_gamma 0", "--snr_gamma"),
+    ("--timestep_bias_begin 500 --timestep_bias_end 100", "--timestep_bias_begin"),
+    ("--dataset_name someone/something", "exclude each other"),
+    ("--train_data_dir /no/such/folder", "/no/such/folder"),
+    ("--train_data_dir {empty}", "no images"),
+    ("--train_data_dir {uncaptioned}", "caption"),
+    ("--train_data_dir {listed} --caption_column prompt", "prompt"),
+    ("--pretrained_model_name_or_path {sd15}", "StableDiffusionPipeline"),
+    ("--pretrained_model_name_or_path {gutted}", "text_encoder_2"),
+    ("--pretrained_model_name_or_path {single}", "single file"),
+    ("--pretrained_model_name_or_path {empty}", "model_index.json"),
+    ("--pretrained_model_name_or_path ./nowhere", "./nowhere"),
+    ("--config {recipe}", "learning_rat"),
+    ("--lpl_vae_dtype float16 --use_lpl", "--lpl_vae_dtype float16"),
+    ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere"),
+]
+
+
+@pytest.mark.parametrize(("mistake", "said"), MISTAKES, ids=[mistake[:50] for mistake, _ in MISTAKES])
+def test_mistakes_are_told_before_weights_load(mistake, said, flags, wrong_models, tmp_path, monkeypatch, capsys):
+    """Each ends in exit status 2 with one message that names the flag or file, and no model is loaded."""
+    empty = tmp_path / "no-images"
+    uncaptioned = tmp_path / "uncaptioned"
+    listed = tmp_path / "listed"
+    for folder in (empty, uncaptioned, listed):
+        folder.mkdir()
+    Image.new("RGB", (64, 64)).save(uncaptioned / "a.png")
+    Image.new("RGB", (64, 64)).save(listed / "a.png")
+    (listed / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "hello"}\n')
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rat: 1\n")
+    places = {**wrong_models, "uncaptioned": uncaptioned, "listed": listed, "recipe": recipe}
+    places |= {"empty": empty} if "train_data_dir" in mistake else {}
+    loaded = []
+    for name in ("build_unet", "load_vae", "load_text_encoders"):
+        monkeypatch.setattr(train_sdxl_lpl, name, lambda *args, _name=name: loaded.append(_name))
+    words = [*flags, *mistake.format(**places).split(), "--output_dir", tmp_path / "out", "--max_train_steps", 1]
+    with pytest.raises(SystemExit) as stopped, train_sdxl_lpl.errors_for_people(False):
+        run(*words)
+    assert stopped.value.code == 2 and not loaded
+    message = capsys.readouterr().err
+    assert said in message and "Traceback" not in message
+
+
+def test_a_mistake_is_answered_before_torch_is_imported(flags):
+    """And as a process: quickly, without a traceback, with exit status 2."""
+    result = subprocess.run(
+        [sys.executable, "-X", "importtime", *command(*flags, "--resolution", 100)[1:]], capture_output=True, text=True
+    )
+    assert result.returncode == 2
+    assert "error: --resolution is 100" in result.stderr and "Traceback" not in result.stderr
+    assert "| torch\n" not in result.stderr, "torch was imported to tell a wrong flag"
+
+
+def test_dry_run_prints_the_plan_and_stops(flags, tmp_path, monkeypatch, capsys):
+    for name in ("build_unet", "load_vae", "load_text_encoders"):
+        monkeypatch.setattr(train_sdxl_lpl, name, lambda *args: pytest.fail("weights were loaded"))
+    AcceleratorState._reset_state(True)
+    args = train_sdxl_lpl.parse_args([*flags, "--use_lpl", "--dry_run", "--output_dir", str(tmp_path)])
+    train_sdxl_lpl.main(args, train_sdxl_lpl.find_images(args))
+    said = capsys.readouterr().out
+    for part in ["learning_rate=0.001", "6 images with 5 captions", "0 captions are longer", "1.5 steps an epoch",
+                 "261,684 of 261,684", "20.0 % of samples", "16x8x8, 16x16x16, 16x32x32, 16x64x64, 8x64x64",
+                 "Memory, estimated"]:  # fmt: skip
+        assert part in said, part
+    assert not list(tmp_path.glob("checkpoint-*"))
+
+
+def test_recipe_files(flags, tmp_path):
+    """A recipe sets flags, the command line wins, and the saved configuration runs again to the same weights."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("max_train_steps: 3\nuse_lpl: true\nlpl_remove_outliers: false\nlearning_rate: 5e-4\n")
+    run(*flags, "--config", recipe, "--output_dir", tmp_path / "a")
+    saved = (tmp_path / "a" / "config.yaml").read_text()
+    assert "learning_rate: 0.001" in saved and "max_train_steps: 3" in saved and "lpl_remove_outliers: false" in saved
+    run("--config", tmp_path / "a" / "config.yaml", "--output_dir", tmp_path / "b")
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
