@@ -8,7 +8,7 @@ ARGS =
 THREADS ?= $(shell n=$$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN); echo $$((n < 8 ? n : 8)))
 
 BIN = .venv/bin
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP_INSTALL = $(BIN)/python -m pip install -qq --disable-pip-version-check
 TORCH = $(shell sed -n 's/^torch==//p' requirements.txt)
 CHECK_TORCH = $(BIN)/python -c "import sys, torch; found = torch.__version__; found.startswith('$(TORCH)') or sys.exit( \
 	'error: torch ' + found + ' is installed, but requirements.txt pins $(TORCH): another package replaced it. ' \
@@ -23,7 +23,7 @@ help: ## list the targets
 demo: .venv/.requirements ## fine-tune the tiny SDXL in examples/ with LPL on the CPU or a GPU; pictures in runs/demo/
 	@echo "Fine-tuning the tiny SDXL of examples/tiny-sdxl with the latent perceptual loss: on a GPU if there is one, else on $(THREADS) CPU threads."
 	@echo "Results go to runs/demo; the last lines name the pictures to look at."
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
 		--num_cpu_threads_per_process $(THREADS) train_sdxl_lpl.py --use_lpl --output_dir runs/demo $(ARGS)
 
 test: .venv/.requirements-dev ## run all tests

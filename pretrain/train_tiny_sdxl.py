@@ -84,13 +84,15 @@ def build_tokenizers(captions, size):
     backend.train_from_iterator(captions, trainer)
     merges = [tuple(pair) for pair in json.loads(backend.to_str())["model"]["merges"]]
     merges = merges[: size - 2 * len(alphabet) - 2]
-    tokens = alphabet + [byte + "</w>" for byte in alphabet]
-    tokens = list(dict.fromkeys(tokens + [first + second for first, second in merges])) + [start, end]
-    vocabulary = {token: index for index, token in enumerate(tokens)}
-    return [
-        CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=77)
-        for pad in (end, "!")
+    tokens = [
+        *alphabet,
+        *(byte + "</w>" for byte in alphabet),
+        *(first + second for first, second in merges),
+        start,
+        end,
     ]
+    vocabulary = {token: index for index, token in enumerate(dict.fromkeys(tokens))}
+    return [CLIPTokenizer(vocab=vocabulary, merges=merges, pad_token=pad, model_max_length=77) for pad in (end, "!")]
 
 
 def build_pipeline(args, captions):
@@ -177,7 +179,7 @@ def encode_pictures(vae, args):
     Returns the mean and standard deviation, float32 (N, 1 + crops, 4, 8, 8), multiplied by the scaling factor, and the
     crops' corners in px, int64 (N, 1 + crops, 2) as (top, left). There are no flips: names tell left from right.
     """
-    whole, captions = load_emoji(args.work_dir, SIZE)
+    whole, _ = load_emoji(args.work_dir, SIZE)
     large, _ = load_emoji(args.work_dir, SIZE + MARGIN)
     corners = np.random.default_rng(args.seed).integers(MARGIN + 1, size=(len(whole), 1 + args.crops, 2))
     corners[:, 0] = 0  # the whole picture
@@ -252,7 +254,7 @@ def draw_batch(rng, ids, posteriors, probabilities, args):
 def save_samples(pipeline, args, path, columns=8, scale=2):
     """Draw the fixed captions, each with its own seed, as a grid of four rows; print the captions."""
     captions = [line.split("|") for line in SAMPLE_CAPTIONS.split("\n")]
-    flat = sum(captions, [])
+    flat = [caption for row in captions for caption in row]
     pipeline.set_progress_bar_config(disable=True)
     pictures = pipeline(
         flat,
@@ -265,7 +267,7 @@ def save_samples(pipeline, args, path, columns=8, scale=2):
     ).images
     grid = pictures.reshape(-1, columns, SIZE, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, columns * SIZE, 3)
     image = Image.fromarray((grid * 255).round().astype(np.uint8))
-    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path)
+    image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST).save(path, optimize=True)
     tqdm.write("\n".join([f"{path}:"] + ["    " + ", ".join(row) for row in captions]))
 
 
