@@ -164,10 +164,10 @@ class AutoWeight(torch.nn.Module):
 
 
 def order_statistics(values, quantile):
-    """The k-th smallest of each row of (..., N) for k = max(1, floor(q N)) and k = max(1, floor((1 - q) N))."""
+    """The k-th smallest of each row of (..., N) for k = max(1, floor(q N)) and k = max(1, floor((1 - q) N)); exact."""
     n = values.shape[-1]
     low, high = max(1, int(quantile * n)), max(1, int((1 - quantile) * n))
-    # topk and kthvalue agree; topk for the few at either end is faster than selecting from the middle
+    # the few at either end, unsorted, cost less than kthvalue, which selects from the middle
     smallest = values.topk(low, dim=-1, largest=False, sorted=False).values.amax(dim=-1)
     largest = values.topk(n - high + 1, dim=-1, largest=True, sorted=False).values.amin(dim=-1)
     return smallest, largest
@@ -186,23 +186,35 @@ def morphology_kernels(size_ratio, image_size, reference_resolution=None):
     return tuple(2 * int((kernel - 1) / 2 * scale + 0.5) + 1 for kernel in kernels)
 
 
+def dilate(mask, kernel):
+    """Dilation of a bool map (B, C, H, W) by a square of `kernel` px (odd); outside the map counts as False.
+
+    Shifts of the bool map, first along one axis and then along the other: many times faster than max pooling.
+    """
+    for dim in (2, 3):
+        source, size = mask, mask.shape[dim]
+        mask = source.clone()
+        for shift in range(1, min(kernel // 2, size - 1) + 1):
+            mask.narrow(dim, shift, size - shift).logical_or_(source.narrow(dim, 0, size - shift))
+            mask.narrow(dim, 0, size - shift).logical_or_(source.narrow(dim, shift, size - shift))
+    return mask
+
+
 def inlier_mask(features, kernels, quantile=0.02):
     """Bool (B, C, H, W): False on the few activations of huge magnitude that decoders have.
 
     An inlier lies between the outer quantiles of its sample and channel, widened by two standard deviations; the map
-    of inliers is then dilated and eroded with square kernels of `kernels` = (dilation, erosion) px.
+    of inliers is then dilated and eroded with square kernels of `kernels` = (dilation, erosion) px. Outside the map
+    counts as an outlier for the dilation and as an inlier for the erosion.
     """
     rows = features.flatten(2)
     low, high = order_statistics(rows, quantile)
-    margin = 2 * rows.std(dim=-1)
+    centred = rows - rows.mean(dim=-1, keepdim=True)
+    margin = 2 * (centred.square().sum(dim=-1) / max(1, rows.shape[-1] - 1)).sqrt()
     low, high = ((low - margin)[..., None, None], (high + margin)[..., None, None])
-    inlier = ((features > low) & (features < high)).to(features.dtype)
+    inlier = (features > low) & (features < high)
     dilation, erosion = kernels
-    if dilation > 1:  # max pooling pads with -inf: outside counts as an outlier
-        inlier = F.max_pool2d(inlier, dilation, stride=1, padding=dilation // 2)
-    if erosion > 1:  # of the negated map: outside counts as an inlier
-        inlier = -F.max_pool2d(-inlier, erosion, stride=1, padding=erosion // 2)
-    return inlier > 0.5
+    return ~dilate(~dilate(inlier, dilation), erosion)
 
 
 def channel_norm(features, mask):
@@ -239,19 +251,34 @@ def normalized_difference(target, estimate, mask, norm_type):
     return estimate / channel_norm(estimate, mask) - target / channel_norm(target, mask)
 
 
-def layer_loss(target, estimate, mask, norm_type, loss_type):
-    """The loss of one layer, (B,): mean over channels of the mean distance over the channel's inliers.
+def block_loss(target, estimate, mask, count, norm_type, loss_type):
+    """Sum over a block's channels and positions of the distance, each channel's divided by its `count`; (B,).
 
-    target, estimate: (B, C, H, W); mask: bool (B, C, H, W) or None for all. Differentiable in `estimate`.
+    A block holds whole channels for "standard" and "batch" (whose statistics run over positions), whole positions for
+    "shared" and "default" (whose norms run over channels). target, estimate: (B, c, h, w), differentiable in
+    `estimate`; mask: bool (B, c, h, w) or None for all; count: (B, c) inliers per channel of the whole map.
     """
     difference = normalized_difference(target, estimate, mask, norm_type)
     if mask is not None:
         difference = difference * mask
     distance = difference.square() if loss_type == "mse" else difference.abs()
+    return (distance.sum(dim=(2, 3)) / count).sum(dim=1)
+
+
+def layer_loss(target, estimate, mask, norm_type, loss_type):
+    """The loss of one layer, (B,): mean over channels of the mean distance over the channel's inliers.
+
+    target, estimate: (B, C, H, W); mask: bool (B, C, H, W) or None for all. Differentiable in `estimate`.
+    """
+    count = inlier_count(target, mask, target.dtype)
+    return block_loss(target, estimate, mask, count, norm_type, loss_type) / target.shape[1]
+
+
+def inlier_count(features, mask, dtype):
+    """(B, C) the number of inliers per sample and channel, at least 1, as `dtype`; of all where mask is None."""
     if mask is None:
-        return distance.mean(dim=(1, 2, 3))
-    count = mask.sum(dim=(2, 3), dtype=distance.dtype).clamp_min(1)
-    return (distance.sum(dim=(2, 3)) / count).mean(dim=1)
+        return features.new_full(features.shape[:2], max(1, features.shape[2] * features.shape[3]), dtype=dtype)
+    return mask.sum(dim=(2, 3), dtype=dtype).clamp_min(1)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,26 +316,25 @@ class _FrozenLinear(torch.autograd.Function):
 class _FrozenGroupNorm(torch.autograd.Function):
     """Group normalization with constant weights, optionally followed by SiLU, which keeps its input and nothing else.
 
-    `normed`, `mean` and `rstd` are the forward's results, computed by the caller; with `silu` the normalised map is
-    computed again in the backward pass, which is cheap beside the convolution that follows.
+    Normalises again in the backward pass, through PyTorch's public function: the kernels beneath it (native_group_norm
+    and its backward) expect memory layouts that only that function sees to, and give wrong numbers otherwise.
     """
 
     @staticmethod
-    def forward(ctx, x, normed, mean, rstd, weight, bias, groups, eps, silu):
-        ctx.save_for_backward(x, mean, rstd, weight, bias)
-        ctx.groups, ctx.eps, ctx.silu = groups, eps, silu
-        return F.silu(normed) if silu else normed.view_as(normed)
+    def forward(ctx, x, groups, weight, bias, eps, normed=None):
+        """`normed`: the norm's result where it is known; then the output is silu(normed)."""
+        ctx.save_for_backward(x, weight, bias)
+        ctx.groups, ctx.eps, ctx.silu = groups, eps, normed is not None
+        return F.group_norm(x, groups, weight, bias, eps) if normed is None else F.silu(normed)
 
     @staticmethod
     def backward(ctx, grad):
-        x, mean, rstd, weight, bias = ctx.saved_tensors
-        sizes = (x.shape[0], x.shape[1], x[0, 0].numel(), ctx.groups)
+        x, weight, bias = (None if t is None else t.detach() for t in ctx.saved_tensors)
+        with torch.enable_grad():
+            normed = F.group_norm(x.requires_grad_(), ctx.groups, weight, bias, ctx.eps)
         if ctx.silu:
-            normed = torch.native_group_norm(x, weight, bias, *sizes, ctx.eps)[0]
-            grad = torch.ops.aten.silu_backward(grad, normed)
-        only_input = (True, False, False)
-        grads = torch.ops.aten.native_group_norm_backward(grad, x, mean, rstd, weight, *sizes, only_input)
-        return grads[0], *[None] * 8
+            grad = torch.ops.aten.silu_backward(grad, normed.detach())
+        return torch.autograd.grad(normed, x, grad)[0], *[None] * 5
 
 
 class InputGradientOnly(TorchFunctionMode):
@@ -320,25 +346,38 @@ class InputGradientOnly(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if torch.is_grad_enabled() and not kwargs:
-            if function is F.conv2d and isinstance(args[0], torch.Tensor) and not isinstance(args[4], str):
-                return _FrozenConv2d.apply(*args)
+        if torch.is_grad_enabled():
+            if function is F.conv2d:
+                conv = _conv2d_arguments(*args, **kwargs)
+                if isinstance(conv[4], (int, tuple)) and conv[0].ndim == 4:
+                    return _FrozenConv2d.apply(*conv)
             if function is F.linear:
-                return _FrozenLinear.apply(*args, *[None] * (3 - len(args)))
-        if torch.is_grad_enabled() and function is F.group_norm and len(args) == 5:
-            return self._group_norm(*args)
-        if function is F.silu and hasattr(args[0], "_frozen_norm"):
-            return _FrozenGroupNorm.apply(*args[0]._frozen_norm, True)
+                return _FrozenLinear.apply(*_linear_arguments(*args, **kwargs))
+            if function is F.group_norm:
+                return self._group_norm(*args, **kwargs)
+            if function is F.silu:
+                normed = args[0] if args else kwargs["input"]
+                frozen, version = getattr(normed, "_frozen_norm", (None, None))
+                if frozen is not None and normed._version == version:
+                    return _FrozenGroupNorm.apply(*frozen, normed.detach())
         return function(*args, **kwargs)
 
     @staticmethod
-    def _group_norm(x, groups, weight, bias, eps):
-        with torch.no_grad():
-            results = torch.native_group_norm(x, weight, bias, x.shape[0], x.shape[1], x[0, 0].numel(), groups, eps)
-        arguments = (x, *results, weight, bias, groups, eps)
-        normed = _FrozenGroupNorm.apply(*arguments, False)
-        normed._frozen_norm = arguments  # for a SiLU that may follow; without one, `normed` has its own gradient
+    def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
+        arguments = (input, num_groups, weight, bias, eps)
+        normed = _FrozenGroupNorm.apply(*arguments)
+        normed._frozen_norm = arguments, normed._version
         return normed
+
+
+def _conv2d_arguments(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
+    """F.conv2d's arguments in order, however they were passed."""
+    return input, weight, bias, stride, padding, dilation, groups
+
+
+def _linear_arguments(input, weight, bias=None):
+    """F.linear's arguments in order."""
+    return input, weight, bias
 
 
 class DecoderStages:
@@ -354,7 +393,8 @@ class DecoderStages:
         decoder = getattr(vae, "decoder", None)
         parts = ("conv_in", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out")
         missing = [part for part in parts if not hasattr(decoder, part)]
-        if missing or hasattr(vae, "quantize") or hasattr(decoder, "time_conv_out"):
+        video = not missing and any(isinstance(module, torch.nn.Conv3d) for module in decoder.modules())
+        if missing or video or hasattr(vae, "quantize"):
             raise TypeError(
                 f"LPL needs a decoder built like AutoencoderKL's ({', '.join(parts)}); "
                 f"{type(vae).__name__} has a {type(decoder).__name__}"
@@ -378,6 +418,7 @@ class DecoderStages:
     def to_vae_space(self, z_model):
         """z_vae = z_model / scaling_factor + shift_factor, in the decoder's dtype."""
         shift = getattr(self.vae.config, "shift_factor", None) or 0.0
+        z_model = z_model.to(torch.promote_types(z_model.dtype, torch.float32))
         return (z_model / self.vae.config.scaling_factor + shift).to(self.dtype)
 
     def to_model_space(self, z_vae):
@@ -441,7 +482,8 @@ class LPLConfig:
         reference = self.outlier_reference_resolution
         check("outlier_reference_resolution", reference is None or reference > 0, "a resolution in px, or None")
         check("checkpointing", self.checkpointing in CHECKPOINTING, f"one of {', '.join(CHECKPOINTING)}")
-        check("batch_size", self.batch_size is None or self.batch_size >= 1, "1 or more, or None")
+        good = self.batch_size is None or (isinstance(self.batch_size, int) and self.batch_size >= 1)
+        check("batch_size", good, "1 or more, or None")
 
 
 @dataclass
@@ -493,6 +535,10 @@ class LatentPerceptualLoss(torch.nn.Module):
 
     def forward(self, z0_pred, z0):
         """Compare an estimate with its target, both in model space, (B, C, h, w)."""
+        if len(z0) == 0:  # nothing was gated: no losses, with a graph all the same
+            nothing = z0_pred.flatten(1).sum(dim=1).to(torch.promote_types(self.stages.dtype, torch.float32))
+            layers = 1 + self.config.num_blocks
+            return LPLOutput(nothing, nothing.new_zeros(layers, 0), nothing.new_ones(layers))
         with _without_autocast(z0.device.type):
             size = len(z0) if self.config.norm_type == "batch" else self.config.batch_size or len(z0)
             needs_gradient = torch.is_grad_enabled() and z0_pred.requires_grad
@@ -514,10 +560,10 @@ class LatentPerceptualLoss(torch.nn.Module):
         first_height = None
         x, xh = target, estimate
         for index in range(1 + self.config.num_blocks):
+            with torch.no_grad():  # the target first: its temporaries come while the estimate keeps less
+                x = self.stages.run(index, x)
             source = xh
             output = self._run(index, source, keep_graph=needs_gradient and self.config.checkpointing == "none")
-            with torch.no_grad():
-                x = self.stages.run(index, x)
             xh = output.detach()
             first_height = first_height or x.shape[2]
             weight = first_height / x.shape[2] if self.config.pow_law else 1.0
@@ -538,7 +584,7 @@ class LatentPerceptualLoss(torch.nn.Module):
         if not keep_graph:
             with torch.no_grad():
                 return self.stages.run(index, source)
-        with torch.enable_grad(), InputGradientOnly():
+        with torch.enable_grad(), InputGradientOnly(), _own_checkpointing_off(self.stages.decoder):
             return self.stages.run(index, source.requires_grad_())
 
     def _gradient_scale(self, image_size):
@@ -546,23 +592,43 @@ class LatentPerceptualLoss(torch.nn.Module):
         return 2.0 ** round(math.log2(image_size[0] * image_size[1])) if self.stages.dtype == torch.float16 else 1.0
 
     def _compare(self, x, xh, image_size, weight, needs_gradient):
-        """One layer: its loss (b,), share of inliers (a scalar), weight * d loss / d xh, scaled, in xh's dtype."""
+        """One layer: its loss (b,), share of inliers (a scalar), weight * d loss / d xh, scaled, in xh's dtype.
+
+        Works through the map block by block, so that the comparison's temporaries in float32 stay small and in cache.
+        """
         config = self.config
         dtype = torch.promote_types(x.dtype, torch.float32)
-        kernels = None
+        mask = self._mask(x, image_size, dtype)
+        share = x.new_ones((), dtype=dtype) if mask is None else mask.sum(dtype=dtype) / max(1, mask.numel())
+        count = inlier_count(x, mask, dtype)
+        loss = x.new_zeros(len(x), dtype=dtype)
+        gradient = torch.empty_like(xh) if needs_gradient else None
+        factor = loss.new_full(loss.shape, weight * self._gradient_scale(image_size) / x.shape[1])
+        for block in _blocks(x, 1 if config.norm_type in ("standard", "batch") else 2):
+            estimate = xh[block].to(dtype, copy=True, memory_format=torch.contiguous_format)
+            target = x[block].to(dtype, memory_format=torch.contiguous_format)
+            inliers = None if mask is None else mask[block]
+            with torch.set_grad_enabled(needs_gradient):
+                estimate.requires_grad_(needs_gradient)
+                part = block_loss(target, estimate, inliers, count[block[:2]], config.norm_type, config.loss_type)
+            loss += part.detach()
+            if needs_gradient:
+                gradient[block] = torch.autograd.grad(part, estimate, factor)[0]
+        return loss / x.shape[1], share, gradient
+
+    def _mask(self, x, image_size, dtype):
+        """The layer's inliers, bool (b, C, H, W), or None for all."""
+        config, kernels = self.config, None
         if config.remove_outliers:
             ratio = x.shape[2] / image_size[0]
             kernels = morphology_kernels(ratio, image_size, config.outlier_reference_resolution)
-        mask = None if kernels is None else inlier_mask(x, kernels, config.outlier_quantile)
-        share = x.new_ones((), dtype=dtype) if mask is None else mask.sum(dtype=dtype) / max(1, mask.numel())
-        estimate = xh.to(dtype, copy=needs_gradient).requires_grad_(needs_gradient)
-        with torch.set_grad_enabled(needs_gradient):
-            loss = layer_loss(x.to(dtype), estimate, mask, config.norm_type, config.loss_type)
-        if not needs_gradient:
-            return loss, share, None
-        factor = loss.new_full(loss.shape, weight * self._gradient_scale(image_size))
-        (gradient,) = torch.autograd.grad(loss, estimate, factor)
-        return loss.detach(), share, gradient.to(xh.dtype)
+        if kernels is None:
+            return None
+        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        for block in _blocks(x, 1):
+            features = x[block].to(dtype, memory_format=torch.contiguous_format)
+            mask[block] = inlier_mask(features, kernels, config.outlier_quantile)
+        return mask
 
     def _backward(self, tape):
         """From the layers' gradients to the estimate's: the decoder's backward pass, the last stage first."""
@@ -576,10 +642,33 @@ class LatentPerceptualLoss(torch.nn.Module):
         return gradient
 
 
+@contextlib.contextmanager
+def _own_checkpointing_off(decoder):
+    """Inside, diffusers' checkpointing of this decoder is off: it would compute stages again outside our context."""
+    on = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in on:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True
+
+
 def _without_autocast(device_type):
     """Context with autocast off, on devices that have it (the meta device has not)."""
     available = torch.amp.is_autocast_available(device_type)
     return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
+
+
+def _blocks(features, dim):
+    """Indices that cut (B, C, H, W) features along `dim` into pieces of about a million elements (33 on a GPU)."""
+    size = 2**20 if features.device.type == "cpu" else 2**25
+    length = features.shape[dim]
+    step = max(1, size * length // max(1, features.numel()))
+    for start in range(0, length, step):
+        piece = slice(start, min(start + step, length))
+        yield (slice(None), piece) if dim == 1 else (slice(None), slice(None), piece)
 
 
 class _WithGradient(torch.autograd.Function):

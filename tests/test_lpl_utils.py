@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, VQModel
 
+import lpl_utils
 from lpl_utils import (
     CHECKPOINTING,
     EPS,
@@ -459,6 +460,49 @@ def test_a_half_precision_decoder_gives_float32_values_near_the_exact_ones(dtype
     assert output.per_sample.dtype == found.dtype == torch.float32
     assert relative_error(output.per_sample.double(), expected.per_sample) < 0.05
     assert relative_error(found.double(), gradient) < 0.2
+
+
+def test_small_gradients_survive_a_float16_decoder():
+    """They shrink with the image's area and, under "shared", with the channels: unscaled, a third is lost here."""
+    vae = autoencoder("sdxl", dtype=torch.float16)
+    vae.register_to_config(force_upcast=False)
+    z0, _ = pair(vae, height=8, width=8)
+    z0[:, :, 1, 1] /= 10
+    estimate = z0 + 0.05 * torch.randn(z0.shape, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    options = {"norm_type": "shared", "remove_outliers": False}
+    _, gradient = evaluate(lpl(**options), z0, estimate)
+    _, found = evaluate(lpl(vae, **options), z0.float(), estimate.float())
+    assert relative_error(found.double(), gradient) < 0.05
+
+
+@pytest.mark.parametrize(("norm_type", "loss_type"), OPTIONS)
+def test_comparing_a_layer_block_by_block_changes_nothing(norm_type, loss_type, monkeypatch):
+    """Features of this size fit into one block: here a block is three channels or three rows, the last one fewer."""
+    z0, estimate = pair(decoder())
+    loss = lpl(norm_type=norm_type, loss_type=loss_type, outlier_quantile=WIDE)
+    expected, gradient = evaluate(loss, z0, estimate)
+    used = []
+
+    def blocks(features, dim):
+        used.append(dim)
+        pieces = (slice(i, i + 3) for i in range(0, features.shape[dim], 3))
+        return [(*[slice(None)] * dim, piece) for piece in pieces]
+
+    monkeypatch.setattr(lpl_utils, "_blocks", blocks)
+    output, found = evaluate(loss, z0, estimate)
+    assert used
+    for name in ("per_sample", "per_layer", "inlier_fraction"):
+        equal(getattr(output, name), getattr(expected, name))
+    equal(found, gradient, 1e-10)
+
+
+def test_blocks_cover_every_element_once():
+    for shape, dim in itertools.product(((1, 7, 1024, 512), (3, 2, 9, 5), (1, 3, 2048, 2048)), (1, 2)):
+        features = torch.empty(shape, dtype=torch.bool)
+        seen = torch.zeros(shape, dtype=torch.uint8)
+        for index in lpl_utils._blocks(features, dim):
+            seen[index] += 1
+        assert (seen == 1).all()
 
 
 def test_gradients_reach_the_estimate_and_nothing_else():
