@@ -297,6 +297,9 @@ class _FrozenConv2d(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
+        stride, padding, dilation, groups = ctx.arguments
+        if stride in (1, (1, 1)):  # PyTorch's general function fills a stand-in for the input that it then ignores
+            return F.conv_transpose2d(grad, weight, None, stride, padding, 0, groups, dilation), *[None] * 6
         return torch.nn.grad.conv2d_input(ctx.shape, weight, grad, *ctx.arguments), *[None] * 6
 
 
@@ -596,38 +599,40 @@ class LatentPerceptualLoss(torch.nn.Module):
 
         Works through the map block by block, so that the comparison's temporaries in float32 stay small and in cache.
         """
-        config = self.config
+        config, kernels, mask = self.config, None, None
         dtype = torch.promote_types(x.dtype, torch.float32)
-        mask = self._mask(x, image_size, dtype)
-        share = x.new_ones((), dtype=dtype) if mask is None else mask.sum(dtype=dtype) / max(1, mask.numel())
-        count = inlier_count(x, mask, dtype)
-        loss = x.new_zeros(len(x), dtype=dtype)
-        gradient = torch.empty_like(xh) if needs_gradient else None
-        factor = loss.new_full(loss.shape, weight * self._gradient_scale(image_size) / x.shape[1])
-        for block in _blocks(x, 1 if config.norm_type in ("standard", "batch") else 2):
-            estimate = xh[block].to(dtype, copy=True, memory_format=torch.contiguous_format)
-            target = x[block].to(dtype, memory_format=torch.contiguous_format)
-            inliers = None if mask is None else mask[block]
-            with torch.set_grad_enabled(needs_gradient):
-                estimate.requires_grad_(needs_gradient)
-                part = block_loss(target, estimate, inliers, count[block[:2]], config.norm_type, config.loss_type)
-            loss += part.detach()
-            if needs_gradient:
-                gradient[block] = torch.autograd.grad(part, estimate, factor)[0]
-        return loss / x.shape[1], share, gradient
-
-    def _mask(self, x, image_size, dtype):
-        """The layer's inliers, bool (b, C, H, W), or None for all."""
-        config, kernels = self.config, None
         if config.remove_outliers:
             ratio = x.shape[2] / image_size[0]
             kernels = morphology_kernels(ratio, image_size, config.outlier_reference_resolution)
-        if kernels is None:
-            return None
+        by_channels = config.norm_type in ("standard", "batch")  # else by rows of positions, which need the whole mask
+        if kernels is not None and not by_channels:
+            mask = self._mask(x, kernels, dtype)
+        count = None if by_channels else inlier_count(x, mask, dtype)
+        loss, inliers = x.new_zeros(len(x), dtype=dtype), x.new_zeros((), dtype=dtype)
+        gradient = torch.empty_like(xh) if needs_gradient else None
+        factor = loss.new_full(loss.shape, weight * self._gradient_scale(image_size) / x.shape[1])
+        for block in _blocks(x, 1 if by_channels else 2):
+            target = x[block].to(dtype, memory_format=torch.contiguous_format)
+            estimate = xh[block].to(dtype, copy=True, memory_format=torch.contiguous_format)
+            inlier = None if mask is None else mask[block]
+            if kernels is not None and by_channels:
+                inlier = inlier_mask(target, kernels, config.outlier_quantile)
+            inliers += target.numel() if inlier is None else inlier.sum(dtype=dtype)
+            with torch.set_grad_enabled(needs_gradient):
+                estimate.requires_grad_(needs_gradient)
+                counts = inlier_count(target, inlier, dtype) if by_channels else count
+                part = block_loss(target, estimate, inlier, counts, config.norm_type, config.loss_type)
+            loss += part.detach()
+            if needs_gradient:
+                gradient[block] = torch.autograd.grad(part, estimate, factor)[0]
+        return loss / x.shape[1], inliers / x.numel(), gradient
+
+    def _mask(self, x, kernels, dtype):
+        """The layer's inliers, bool (b, C, H, W)."""
         mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
         for block in _blocks(x, 1):
             features = x[block].to(dtype, memory_format=torch.contiguous_format)
-            mask[block] = inlier_mask(features, kernels, config.outlier_quantile)
+            mask[block] = inlier_mask(features, kernels, self.config.outlier_quantile)
         return mask
 
     def _backward(self, tape):
@@ -662,8 +667,8 @@ def _without_autocast(device_type):
 
 
 def _blocks(features, dim):
-    """Indices that cut (B, C, H, W) features along `dim` into pieces of about a million elements (33 on a GPU)."""
-    size = 2**20 if features.device.type == "cpu" else 2**25
+    """Indices that cut (B, C, H, W) features along `dim` into pieces of about two million elements (33 on a GPU)."""
+    size = 2**21 if features.device.type == "cpu" else 2**25
     length = features.shape[dim]
     step = max(1, size * length // max(1, features.numel()))
     for start in range(0, length, step):

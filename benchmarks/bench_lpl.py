@@ -14,6 +14,7 @@ peak above an idle process that has made one call at 64 px, each version in a pr
 
 import argparse
 import json
+import os
 import platform
 import statistics
 import subprocess
@@ -182,7 +183,12 @@ def measure(args, dtype_name, device):
         child = [sys.executable, __file__, "--memory_of", name, "--dtypes", dtype_name, "--norm_type", args.norm_type]
         child += ["--resolution", args.resolution, "--batch_size", args.batch_size, "--width", args.width]
         child += ["--contiguous"] * args.contiguous
-        memory = int(subprocess.run([str(word) for word in child], check=True, capture_output=True).stdout.split()[-1])
+        # freed memory is to go back to the system at once, for every version alike, or the C library's reserve is measured
+        limits = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
+        printed = subprocess.run(
+            [str(word) for word in child], check=True, capture_output=True, env={**os.environ, **limits}
+        ).stdout
+        memory = int(printed.split()[-1])
         difference = (gradients[name] - reference).norm() / reference.norm()
         ratio = {
             other: statistics.median(a / b for a, b in zip(times[name], times[other], strict=True))
@@ -206,10 +212,13 @@ def main(argv=None):
         versions(args, vae, target[..., :8, :8], estimate[..., :8, :8])[args.memory_of]()  # loads the libraries' code
         print(peak_memory(versions(args, vae, target, estimate)[args.memory_of], device))
         return
-    name = torch.cuda.get_device_name() if device == "cuda" else f"{platform.processor() or 'CPU'}, {torch.get_num_threads()} threads"
+    name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    if device == "cuda":
+        name = torch.cuda.get_device_name()
     print(f"{date.today()}, {name}, torch {torch.__version__}, {args.resolution} px, batch {args.batch_size}, "
           f"norm {args.norm_type}, {'contiguous' if args.contiguous else 'channels-last'}")  # fmt: skip
-    print(f"{'dtype':9} {'version':11} {'seconds':>8} {'/textbook':>9} {'/floor':>7} {'MB':>7} {'/textbook':>9} {'gradient':>9}")
+    heads = ("version", "seconds", "/textbook", "/floor", "MB", "/textbook", "gradient")
+    print("{:9} {:11} {:>8} {:>9} {:>7} {:>7} {:>9} {:>9}".format("dtype", *heads))
     table = []
     for dtype_name in args.dtypes:
         for row in measure(args, dtype_name, device):
