@@ -7,8 +7,10 @@ import argparse
 import contextlib
 import difflib
 import json
+import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import yaml
@@ -33,6 +35,20 @@ def errors_for_people(debug):
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def quiet_libraries(debug):
+    """Before diffusers and transformers are imported: only their errors are shown, so that ours can be read."""
+    if debug:
+        return
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging  # the light part of transformers
+
+    transformers_logging.disable_progress_bar()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

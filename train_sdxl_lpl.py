@@ -80,16 +80,17 @@ def find_images(args):
 
 
 if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a busy CPU to a halt
     with errors_for_people("--debug" in sys.argv):
         ARGS = parse_args()
         SCAN = find_images(ARGS)
+        cli_utils.quiet_libraries(ARGS.debug)
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from diffusers.training_utils import EMAModel, cast_training_params
-from diffusers.utils import convert_state_dict_to_diffusers
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
@@ -206,9 +207,9 @@ def load_part(args, cls, subfolder, **more):
 def load_vae(args, dtype, device):
     """The frozen autoencoder, evaluated in `dtype`, channels-last."""
     if args.pretrained_vae_model_name_or_path:
-        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, torch_dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype)
     else:
-        vae = load_part(args, AutoencoderKL, "vae", variant=args.variant, torch_dtype=dtype)
+        vae = load_part(args, AutoencoderKL, "vae", variant=args.variant, dtype=dtype)
     return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 
 
@@ -259,7 +260,7 @@ def add_lora(unet, args):
 def build_unet(args, dtype, device):
     """The UNet ready to train: (unet, LoRA configuration or None). Trainable parameters are float32."""
     unet = load_part(
-        args, UNet2DConditionModel, "unet", variant=args.variant, torch_dtype=dtype if args.use_lora else torch.float32
+        args, UNet2DConditionModel, "unet", variant=args.variant, dtype=dtype if args.use_lora else torch.float32
     )
     torch.manual_seed(args.seed)  # the LoRA's initial weights
     lora_config = add_lora(unet, args) if args.use_lora else None
@@ -536,8 +537,7 @@ def save_weights(folder, unet, lora_config):
     if lora_config is None:
         unet.save_pretrained(folder / "unet")
         return
-    layers = convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-    layers = {name: value.float() for name, value in layers.items()}
+    layers = {name: value.float() for name, value in get_peft_model_state_dict(unet).items()}
     StableDiffusionXLPipeline.save_lora_weights(
         folder, unet_lora_layers=layers, unet_lora_adapter_metadata=lora_config.to_dict()
     )
@@ -565,7 +565,7 @@ def save_result(args, unet, lora_config, schedule):
         more["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path)
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         args.pretrained_model_name_or_path, unet=unet, revision=args.revision, variant=args.variant,
-        torch_dtype=torch.float32, **more,
+        dtype=torch.float32, **more,
     )  # fmt: skip
     pipeline.scheduler.register_to_config(prediction_type=schedule.prediction_type)
     pipeline.save_pretrained(folder)
@@ -621,22 +621,19 @@ def memory_estimate(args, unet, vae, dtype):
     """[(what, bytes)] that training needs on one device, every sample taken as gated; from shapes, nothing is run."""
     side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
     batch = args.train_batch_size
-    with torch.device("meta"), torch.autocast("cpu", dtype, enabled=dtype == torch.bfloat16):
-        latents = torch.randn(batch, unet.config.in_channels, side, side, dtype=dtype)
+    weights = train_utils.parameter_bytes(unet.parameters())
+    size = train_utils.parameter_bytes(parameter for parameter in unet.parameters() if parameter.requires_grad)
+    unet.to(dtype)  # what autocast would run in: the meta device has no autocast
+    with torch.device("meta"), train_utils.SavedBytes() as denoiser:
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
         added = {"text_embeds": torch.randn(batch, pooled, dtype=dtype), "time_ids": torch.randn(batch, 6, dtype=dtype)}
+        latents = torch.randn(batch, unet.config.in_channels, side, side, dtype=dtype)
         embeds = torch.randn(batch, 77, unet.config.cross_attention_dim, dtype=dtype)
-        if args.use_lora and dtype == torch.float16:
-            unet, latents, embeds = unet.float(), latents.float(), embeds.float()
-        with train_utils.SavedBytes() as denoiser:
-            unet(latents, torch.zeros(batch, dtype=torch.long), embeds, added_cond_kwargs=added)
-    trainable = [parameter for parameter in unet.parameters() if parameter.requires_grad]
-    size = train_utils.parameter_bytes(trainable)
-    states = size // 2 if args.use_8bit_adam else 2 * size
+        unet(latents, torch.zeros(batch, dtype=torch.long), embeds, added_cond_kwargs=added)
     parts = [
-        ("UNet", train_utils.parameter_bytes(unet.parameters())),
+        ("UNet", weights),
         ("gradients", size),
-        ("optimizer state", states),
+        ("optimizer state", size // 2 if args.use_8bit_adam else 2 * size),
         ("EMA", size if args.use_ema else 0),
         ("activations of the UNet", denoiser.total),
     ]
@@ -691,6 +688,10 @@ def check_and_print_plan(args, scan, schedule, accelerator, dtype, total_steps):
     say(f"Steps: {total_steps} of {batch} images ({args.train_batch_size} per device x {accelerator.num_processes} "
         f"x {args.gradient_accumulation_steps} accumulated); {len(captions) / batch:.1f} steps an epoch, "
         f"{total_steps * batch / len(captions):.1f} epochs")  # fmt: skip
+    if args.validation_prompt:
+        every = args.validation_steps or args.validation_epochs * len(captions) / batch
+        say(f"Validation: {len(args.validation_prompt)} x {args.num_validation_images} images every {every:g} steps"
+            + ("; --validation_steps sets another interval" if args.validation_steps is None else ""))  # fmt: skip
     say(f"Training: {trainable:,} of {everything:,} UNet parameters "
         f"({f'LoRA of rank {args.rank}' if args.use_lora else 'all'}), "
         f"{schedule.prediction_type} prediction, {str(dtype)[6:]}")  # fmt: skip

