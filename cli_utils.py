@@ -183,7 +183,9 @@ def add_data_arguments(parser, resolution):
     """What it is trained on."""
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--train_data_dir", help="folder of images with metadata.jsonl, metadata.csv, or a .txt file beside each image")
+    add(
+        "--train_data_dir", help="folder of images with metadata.jsonl, metadata.csv, or a .txt file beside each image"
+    )
     add("--dataset_name", help="data set on the Hub, or a folder written by datasets' save_to_disk")
     add("--dataset_config_name", help="configuration of that data set")
     add("--image_column", default="image", help="column with the image (default: %(default)s)")
@@ -244,8 +246,16 @@ def add_lpl_arguments(parser):
     add_switch(group, "lpl_remove_outliers", True, "leave out activations of huge magnitude (default: on)")
     add("--lpl_scale", action="store_true", help="weight each sample by alpha^2 / (alpha^2 + sigma^2)")
     add("--lpl_start", type=int, default=0, help="first optimizer step that it applies to (default: %(default)s)")
-    add("--lpl_batch_size", type=int, help="samples in the decoder at a time (default: by the resolution, 1 at 1024 px)")
-    add("--lpl_checkpointing", choices=("none", "stage"), help="default: stage with --gradient_checkpointing, else none")
+    add(
+        "--lpl_batch_size",
+        type=int,
+        help="samples in the decoder at a time (default: by the resolution, 1 at 1024 px)",
+    )
+    add(
+        "--lpl_checkpointing",
+        choices=("none", "stage"),
+        help="default: stage with --gradient_checkpointing, else none",
+    )
     add("--lpl_vae_dtype", choices=("float32", "bfloat16", "float16"),
         help="dtype of the decoder in the loss (default: bfloat16 under bf16, else float32)")  # fmt: skip
 
@@ -294,7 +304,14 @@ def check_flags(args):
     for name in positive.split():
         value = getattr(args, name)
         require(value is None or value > 0, f"--{name} is {value}; it must be above 0")
-    for name in "lr_warmup_steps dataloader_num_workers lpl_start learning_rate adam_weight_decay seed".split():
+    for name in [
+        "lr_warmup_steps",
+        "dataloader_num_workers",
+        "lpl_start",
+        "learning_rate",
+        "adam_weight_decay",
+        "seed",
+    ]:
         require(getattr(args, name) >= 0, f"--{name} is {getattr(args, name)}; it must be 0 or more")
     for name in ("proportion_empty_prompts", "lora_dropout", "ema_decay", "adam_beta1", "adam_beta2"):
         value = getattr(args, name)

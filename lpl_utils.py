@@ -93,8 +93,8 @@ class LPLGate:
 
     t_threshold: applies where timestep < t_threshold, on the scheduler's 0..1000 scale (1000 * sigma for flow).
     sigma_threshold: applies where sigma / alpha <= sigma_threshold, as in the paper (best range there: 3 to 6).
-    threshold_resolution: the resolution that `sigma_threshold` is meant for; at another one the threshold is multiplied
-        by resolution / threshold_resolution, so that the uncertainty per patch stays the same (paper, section 4.1).
+    threshold_resolution: the resolution that `sigma_threshold` is meant for; at another one it is multiplied by
+        resolution / threshold_resolution, so that the uncertainty per patch stays the same (paper, section 4.1).
     resolution: of the images in px, sqrt(height * width) when they are not square.
     """
 

@@ -2,9 +2,9 @@
 
     accelerate launch train_sdxl_lpl.py --use_lpl                       # a complete demonstration on two CPU cores
 
-    accelerate launch train_sdxl_lpl.py --use_lpl --use_lora --rank 16 --mixed_precision bf16 --gradient_checkpointing \\
+    accelerate launch train_sdxl_lpl.py --use_lpl --use_lora --rank 16 --mixed_precision bf16 \\
         --pretrained_model_name_or_path stabilityai/stable-diffusion-xl-base-1.0 --train_data_dir my-pictures \\
-        --center_crop --train_batch_size 4 --max_train_steps 2000 --output_dir my-lora \\
+        --gradient_checkpointing --center_crop --train_batch_size 4 --max_train_steps 2000 --output_dir my-lora \\
         --validation_prompt "a photo of my dog on the beach"
 
 The method, top to bottom: `encode_prompts` and `encode_images` fill the caches, `training_step` is one step of the
@@ -199,9 +199,7 @@ class Schedule:
 
 def load_part(args, cls, subfolder, **more):
     """One component of the base pipeline."""
-    return cls.from_pretrained(
-        args.pretrained_model_name_or_path, subfolder=subfolder, revision=args.revision, **more
-    )
+    return cls.from_pretrained(args.pretrained_model_name_or_path, subfolder=subfolder, revision=args.revision, **more)
 
 
 def load_vae(args, dtype, device):
@@ -367,7 +365,9 @@ def fill_caches(args, images, dtype, accelerator):
             batch = max(1, min(16, (1024 // args.resolution) ** 2))
             encoded.append(encode_missing(latent_store, items, encode_image_batch, batch, "encoding images"))
     if cacheable:
-        accelerator.print(f"Caches in {root}: encoded {encoded[0]} captions and {encoded[1]} images, the rest was there.")
+        accelerator.print(
+            f"Caches in {root}: encoded {encoded[0]} captions and {encoded[1]} images, the rest was there."
+        )
     else:
         accelerator.print("Random crops: images are encoded in every step. --center_crop encodes each of them once.")
     return prompt_store, latent_store
@@ -576,7 +576,7 @@ def save_result(args, unet, lora_config, schedule):
 
 
 def lpl_config(args):
-    """The loss' configuration; by default as many samples go through the decoder at a time as fit at 1024 px singly."""
+    """The loss' configuration; by default as many samples are decoded at a time as have the size of one of 1024 px."""
     by_default = "stage" if args.gradient_checkpointing else "none"
     return LPLConfig(
         num_blocks=args.lpl_num_blocks,
@@ -626,7 +626,10 @@ def memory_estimate(args, unet, vae, dtype):
     unet.to(dtype)  # what autocast would run in: the meta device has no autocast
     with torch.device("meta"), train_utils.SavedBytes() as denoiser:
         pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        added = {"text_embeds": torch.randn(batch, pooled, dtype=dtype), "time_ids": torch.randn(batch, 6, dtype=dtype)}
+        added = {
+            "text_embeds": torch.randn(batch, pooled, dtype=dtype),
+            "time_ids": torch.randn(batch, 6, dtype=dtype),
+        }
         latents = torch.randn(batch, unet.config.in_channels, side, side, dtype=dtype)
         embeds = torch.randn(batch, 77, unet.config.cross_attention_dim, dtype=dtype)
         unet(latents, torch.zeros(batch, dtype=torch.long), embeds, added_cond_kwargs=added)
@@ -699,7 +702,10 @@ def check_and_print_plan(args, scan, schedule, accelerator, dtype, total_steps):
         print_lpl_plan(args, schedule, vae, say)
     parts = memory_estimate(args, unet, vae, dtype)
     total = train_utils.gigabytes(sum(size for _, size in parts))
-    say(f"Memory, estimated: {total}: " + ", ".join(f"{what} {train_utils.gigabytes(size)}" for what, size in parts if size))
+    say(
+        f"Memory, estimated: {total}: "
+        + ", ".join(f"{what} {train_utils.gigabytes(size)}" for what, size in parts if size)
+    )
     say()
 
 
@@ -753,7 +759,9 @@ def prepare_recipe(args, accelerator, schedule, dtype, prompt_store, latent_stor
     vae = None
     if args.use_lpl or args.validation_prompt:
         vae = load_vae(args, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
-    index = cli_utils.read_json(cli_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision))
+    index = cli_utils.read_json(
+        cli_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
+    )
     empty = prompt_store.get(prompt_key(""))
     if index.get("force_zeros_for_empty_prompt", True):
         empty = {name: torch.zeros_like(value) for name, value in empty.items()}
@@ -780,9 +788,12 @@ def batches(args, images, prompt_store, latent_store, accelerator, first_step, l
     )  # fmt: skip
     return iter(
         torch.utils.data.DataLoader(
-            data, batch_sampler=numbers, collate_fn=collate, num_workers=args.dataloader_num_workers,
+            data,
+            batch_sampler=numbers,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",
-        )  # fmt: skip
+        )
     )
 
 
@@ -874,7 +885,9 @@ def main(args, scan):
     if accelerator.is_main_process:
         with train_utils.averaged_weights(ema, parameters):
             save_result(args, bare_unet, lora_config, schedule)
-        reporter.finish(f"SDXL {'LoRA' if args.use_lora else 'full'} fine-tuning, {'with' if args.use_lpl else 'without'} LPL")
+        reporter.finish(
+            f"SDXL {'LoRA' if args.use_lora else 'full'} fine-tuning, {'with' if args.use_lpl else 'without'} LPL"
+        )
     accelerator.end_training()
 
 

@@ -232,7 +232,9 @@ class Metrics:
         """{name: mean} over ranks and the interval, of those `names` that have any item; then start anew."""
         nothing = torch.zeros((), device=self.device)
         packed = [self.sums.get(name, nothing) for name in names]
-        packed = torch.stack(packed + [torch.tensor(float(self.counts.get(name, 0)), device=self.device) for name in names])
+        packed = torch.stack(
+            packed + [torch.tensor(float(self.counts.get(name, 0)), device=self.device) for name in names]
+        )
         if accelerator.num_processes > 1:
             packed = accelerator.reduce(packed, "sum")
         values = packed.tolist()
@@ -292,8 +294,8 @@ class Reporter:
         self.samples, self.since = 0, now
         if not math.isfinite(values["train_loss"]):
             raise UserError(
-                f"the loss became {values['train_loss']} before step {step} (diffusion {values['diffusion_loss']}, LPL "
-                f"{values.get('lpl/loss')}); lower --learning_rate and go on with --resume_from_checkpoint latest"
+                f"the loss became {values['train_loss']} before step {step} (diffusion {values['diffusion_loss']}, "
+                f"LPL {values.get('lpl/loss')}); lower --learning_rate and go on with --resume_from_checkpoint latest"
             )
         if "lpl/weighted_loss" in values:
             values["lpl/share"] = values["lpl/weighted_loss"] / max(values["train_loss"], 1e-12)
@@ -393,11 +395,15 @@ def labelled_rows(rows, gap=2):
     factor = max(1, 160 // size)
     grids = []
     for caption, images in rows:
-        images = [image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS) for image in images]
+        images = [
+            image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS) for image in images
+        ]
         grids.append((caption, image_grid(images, len(images), gap)))
     font = ImageFont.load_default(size=max(13, grids[0][1].height // 28))
     band = int(font.size * 1.6)
-    sheet = Image.new("RGB", (max(grid.width for _, grid in grids), sum(grid.height + band for _, grid in grids)), "white")
+    sheet = Image.new(
+        "RGB", (max(grid.width for _, grid in grids), sum(grid.height + band for _, grid in grids)), "white"
+    )
     top = 0
     for caption, grid in grids:
         ImageDraw.Draw(sheet).text((gap + 2, top + band * 0.15), caption[:200], fill="black", font=font)
@@ -415,7 +421,11 @@ def plot_run(history, path, title):
 
     figure, axes = plt.subplots(2, 2, figsize=(12, 7), layout="constrained")
     losses, layers, rate, speed = axes.flat
-    for key, label in [("train_loss", "total"), ("diffusion_loss", "diffusion"), ("lpl/weighted_loss", "weight × LPL")]:
+    for key, label in [
+        ("train_loss", "total"),
+        ("diffusion_loss", "diffusion"),
+        ("lpl/weighted_loss", "weight × LPL"),
+    ]:
         draw_curve(losses, *history.series(key), label)
     losses.set_title("losses")
     layer = 0
@@ -478,7 +488,10 @@ class SavedBytes:
     def _pack(self, tensor):
         if not (tensor.is_leaf and tensor.requires_grad):
             storage = tensor.untyped_storage()
-            self.storages[storage._cdata] = (storage, storage.nbytes())  # the storage itself: its id must not be reused
+            self.storages[storage._cdata] = (
+                storage,
+                storage.nbytes(),
+            )  # the storage itself: its id must not be reused
         return tensor
 
     @property
@@ -495,4 +508,3 @@ def parameter_bytes(parameters):
 def gigabytes(count):
     """1234567890 -> "1.23 GB"; small ones in MB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-

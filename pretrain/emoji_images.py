@@ -75,7 +75,7 @@ def load_emoji(work_dir, size):
 def held_out(captions, every=20):
     """Boolean array (N,): one concept in `every`, chosen by its order in the alphabet, with all its skin tones."""
     concepts = sorted({concept(caption) for caption in captions})
-    chosen = set(concepts[:: every])
+    chosen = set(concepts[::every])
     return np.array([concept(caption) in chosen for caption in captions])
 
 

@@ -16,7 +16,9 @@ def save_state(folder, step, model, optimizer, ema):
     tensors = {f"model/{name}": value.contiguous() for name, value in model.state_dict().items()}
     tensors |= {f"ema/{index}": value.contiguous() for index, value in enumerate(ema.shadow_params)}
     for index, entries in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer/{index}/{name}": torch.as_tensor(value).contiguous() for name, value in entries.items()}
+        tensors |= {
+            f"optimizer/{index}/{name}": torch.as_tensor(value).contiguous() for name, value in entries.items()
+        }
     save_file(tensors, temporary / "state.safetensors")
     (temporary / "state.json").write_text(json.dumps({"step": step, "ema_step": ema.optimization_step}))
     folder.mkdir(exist_ok=True)

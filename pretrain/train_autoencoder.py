@@ -45,7 +45,9 @@ def parse_args(argv=None):
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--latent_channels", type=int, default=4)
     parser.add_argument("--block_out_channels", type=int, nargs=4, default=[16, 32, 64, 128])
-    parser.add_argument("--quant_conv", action=argparse.BooleanOptionalAction, default=True, help="SDXL has it, SD3 not")
+    parser.add_argument(
+        "--quant_conv", action=argparse.BooleanOptionalAction, default=True, help="SDXL has it, SD3 not"
+    )
     parser.add_argument("--steps", type=int, default=14000)
     parser.add_argument("--batch_size", type=int, default=4)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -128,7 +130,9 @@ def draw_batch(whole, large, rng, batch_size, moved=0.2):
 @torch.no_grad()
 def reconstruct(vae, pictures, batch_size=32):
     """Reconstructions from the posterior's mean, clamped to [-1, 1]."""
-    return torch.cat([vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) for x in pictures.split(batch_size)])
+    return torch.cat(
+        [vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) for x in pictures.split(batch_size)]
+    )
 
 
 def psnr(x, y):
@@ -223,13 +227,22 @@ def main(argv=None):
             result = reconstruct(vae, test)
             save_reconstructions(test, result, output_dir / "reconstructions.png")
             ema.restore(vae.parameters())
-            row = [step + 1, round(time.time() - started), reconstruction_loss.item(), p_loss.item(), kl.item(), psnr(result, test)]
+            row = [
+                step + 1,
+                round(time.time() - started),
+                reconstruction_loss.item(),
+                p_loss.item(),
+                kl.item(),
+                psnr(result, test),
+            ]
             with open(output_dir / "progress.csv", "a", newline="") as file:
                 csv.writer(file).writerow(row)
             tqdm.write(f"step {row[0]}: {row[1]} s, held-out PSNR {row[-1]:.2f} dB")
     ema.copy_to(vae.parameters())
     finish(vae, whole, args.latent_channels, output_dir)
-    (output_dir / "quality.json").write_text(json.dumps({"held_out_psnr_db": round(psnr(reconstruct(vae, test), test), 2)}))
+    (output_dir / "quality.json").write_text(
+        json.dumps({"held_out_psnr_db": round(psnr(reconstruct(vae, test), test), 2)})
+    )
 
 
 if __name__ == "__main__":

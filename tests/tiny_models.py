@@ -1,8 +1,13 @@
 """Random autoencoders and a whole random SDXL pipeline, small enough to be built in a second."""
 
 import torch
-from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPipeline
-from diffusers import UNet2DConditionModel
+from diffusers import (
+    AsymmetricAutoencoderKL,
+    AutoencoderKL,
+    EulerDiscreteScheduler,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from pretrain.train_tiny_sdxl import build_tokenizers
