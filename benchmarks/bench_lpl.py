@@ -183,7 +183,7 @@ def measure(args, dtype_name, device):
         child = [sys.executable, __file__, "--memory_of", name, "--dtypes", dtype_name, "--norm_type", args.norm_type]
         child += ["--resolution", args.resolution, "--batch_size", args.batch_size, "--width", args.width]
         child += ["--contiguous"] * args.contiguous
-        # freed memory goes back to the system at once, for every version alike; else the C library's reserve is measured
+        # freed memory goes back to the system at once, for all alike; else the C library's reserve is measured
         limits = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
         printed = subprocess.run(
             [str(word) for word in child], check=True, capture_output=True, env={**os.environ, **limits}

@@ -1396,3 +1396,20 @@ def test_fault_8_a_fully_masked_channel():
     for norm_type, loss_type in OPTIONS:
         output = layer_loss(x, xh, mask, norm_type, loss_type)
         assert output.isfinite().all() and output > 0
+
+
+@pytest.mark.parametrize("n", [64, 256, 1024, 4096])
+@pytest.mark.parametrize("ties", [False, True])
+def test_the_short_way_to_an_order_statistic_is_exact(n, ties):
+    """Selection among the segments with the smallest minima gives what sorting gives, with ties, spikes and infinities."""
+    generator = torch.Generator().manual_seed(n)
+    rows = torch.randn(6, 5, n, dtype=torch.float64, generator=generator)
+    rows = (rows * 2).round() if ties else rows
+    rows[0, 0] = 1.0
+    rows[1, :, ::8] -= 100  # all small values in a few segments
+    rows[2, :, : n // 8] -= 100
+    rows[3, 0, 3] = -torch.inf
+    ordered = rows.sort(dim=-1).values
+    for k in {1, 2, max(1, int(0.02 * n)), n // 16, n // 2, n}:
+        assert torch.equal(lpl_utils.kth_extreme(rows, k, largest=False), ordered[..., k - 1])
+        assert torch.equal(lpl_utils.kth_extreme(rows, k, largest=True), ordered[..., n - k])
