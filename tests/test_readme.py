@@ -1,0 +1,110 @@
+"""The README is true: its commands run, its files are there, and the house rules hold."""
+
+import ast
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BASH = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+        for line in block.replace("\\\n", " ").splitlines()]  # fmt: skip
+
+
+def launch(words, *more):
+    """Run an `accelerate launch` command of the README, with more flags at its end."""
+    words = [*words, *map(str, more)]
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def commands(start):
+    """The README's commands that start so, as words, without their comments."""
+    found = [shlex.split(line, comments=True) for line in BASH if line.startswith(start)]
+    assert found
+    return found
+
+
+def test_every_kind_of_command_is_covered():
+    """A new kind of command in the README needs a test here."""
+    known = ("make demo", "make test", "python3 -m venv", "pip install", "accelerate launch", "python -m pytest")
+    assert [line for line in BASH if line.strip() and not line.startswith(known)] == []
+
+
+def test_the_plain_command_runs_on_the_embedded_default(tmp_path):
+    """`accelerate launch train_sdxl_lpl.py --use_lpl`, shortened: no model, no data, no network."""
+    [words] = [words for words in commands("accelerate launch") if len(words) == 4]
+    said = launch(words, "--output_dir", tmp_path, "--max_train_steps", 12, "--validation_steps", 12,
+                  "--num_validation_images", 1, "--cache_dir", tmp_path / "cache")  # fmt: skip
+    assert "No model and no data named" in said and "96 images with 96 captions" in said
+    assert str(tmp_path / "validation" / "step-12.png") in said
+    assert (tmp_path / "run.png").is_file() and (tmp_path / "model_index.json").is_file()
+
+
+def test_the_lora_command_and_the_snippet_that_loads_it(sdxl_folder, pictures, tmp_path):
+    """The README's LoRA command with only the model, the pictures and the size replaced; then its Python, as it is."""
+    [words] = [words for words in commands("accelerate launch") if "--use_lora" in words]
+    replaced = {"stabilityai/stable-diffusion-xl-base-1.0": str(sdxl_folder), "my-pictures": str(pictures)}
+    words = [replaced.get(word, word) for word in words]
+    launch(words, "--output_dir", tmp_path / "my-lora", "--resolution", 64, "--max_train_steps", 2,
+           "--validation_steps", 2, "--cache_dir", tmp_path / "cache")  # fmt: skip
+    [snippet] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert "load_lora_weights" in snippet
+    for old, new in {**replaced, "my-lora": str(tmp_path / "my-lora")}.items():
+        snippet = snippet.replace(old, new)
+    scope = {}
+    exec(snippet, scope)
+    assert scope["pipe"].get_active_adapters() == ["default_0"]
+
+
+def test_make_targets_stand_for_the_plain_commands():
+    for target, wanted in {"demo": "train_sdxl_lpl.py --use_lpl", "test": "python -m pytest"}.items():
+        said = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert wanted in said
+
+
+def test_linked_files_are_there():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/*/README.md"), *ROOT.glob("*/README.md")]:
+        if ".venv" in page.parts:
+            continue
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+
+
+ALLOWED = {
+    "lpl_utils": set(),
+    "cli_utils": set(),
+    "data_utils": set(),
+    "train_utils": {"cli_utils", "data_utils", "lpl_utils"},
+    "train_sdxl_lpl": {"cli_utils", "data_utils", "lpl_utils", "train_utils"},
+}
+
+
+@pytest.mark.parametrize("name", ALLOWED)
+def test_imports_point_one_way(name):
+    """Tests and benchmarks -> scripts -> train_utils, data_utils, cli_utils; lpl_utils imports torch alone."""
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / f"{name}.py").read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert imported & ALLOWED.keys() <= ALLOWED[name]
+    if name == "lpl_utils":
+        assert imported - sys.stdlib_module_names <= {"torch", "diffusers"}
+
+
+def test_the_tiny_pipeline_is_small_and_the_pictures_are_captioned():
+    size = sum(path.stat().st_size for path in (ROOT / "examples" / "tiny-sdxl").rglob("*") if path.is_file())
+    assert size <= 15e6
+    from data_utils import scan_folder
+
+    assert len(scan_folder(ROOT / "examples" / "fluent-emoji").images) == 96
