@@ -1401,7 +1401,7 @@ def test_fault_8_a_fully_masked_channel():
 @pytest.mark.parametrize("n", [64, 256, 1024, 4096])
 @pytest.mark.parametrize("ties", [False, True])
 def test_the_short_way_to_an_order_statistic_is_exact(n, ties):
-    """Selection among the segments with the smallest minima gives what sorting gives, with ties, spikes and infinities."""
+    """Selecting among the segments with the smallest minima gives what sorting gives, ties, spikes, infinities too."""
     generator = torch.Generator().manual_seed(n)
     rows = torch.randn(6, 5, n, dtype=torch.float64, generator=generator)
     rows = (rows * 2).round() if ties else rows
