@@ -125,6 +125,7 @@ from lpl_utils import (
     lpl_noise_scale,
     noise_to_signal,
 )
+from train_utils import to_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The noise schedule
@@ -405,9 +406,9 @@ def sample_latents(batch, recipe):
             posterior = recipe.encoder.encode(pixels).latent_dist
         mean, std = posterior.mean, posterior.std
     else:
-        mean, std = (batch[name].to(recipe.device, non_blocking=True) for name in ("mean", "std"))
+        mean, std = (to_device(batch[name], recipe.device) for name in ("mean", "std"))
     eps = addressed_normal(recipe.args.seed, batch["number"], mean.shape[1:], "posterior")
-    return (mean + std * eps.to(recipe.device, non_blocking=True)) * recipe.scaling_factor
+    return (mean + std * to_device(eps, recipe.device)) * recipe.scaling_factor
 
 
 def conditioning(batch, recipe):
@@ -419,8 +420,8 @@ def conditioning(batch, recipe):
         value = batch[name]
         if not keep.all():
             value = torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, recipe.empty_prompt[name])
-        embeds.append(value.to(recipe.device, recipe.dtype, non_blocking=True))
-    time_ids = batch["time_ids"].to(recipe.device, recipe.dtype, non_blocking=True)
+        embeds.append(to_device(value, recipe.device, recipe.dtype))
+    time_ids = to_device(batch["time_ids"], recipe.device, recipe.dtype)
     return embeds[0], {"text_embeds": embeds[1], "time_ids": time_ids}
 
 
@@ -434,10 +435,10 @@ def training_step(batch, unet, recipe, step, metrics):
     noise = addressed_normal(args.seed, numbers, latents.shape[1:], "noise")
     if args.noise_offset:
         noise += args.noise_offset * addressed_normal(args.seed, numbers, (latents.shape[1], 1, 1), "noise_offset")
-    noise = noise.to(recipe.device, non_blocking=True)
+    noise = to_device(noise, recipe.device)
     timesteps = schedule.draw_timesteps(args.seed, numbers)
     levels = torch.stack([*schedule.levels(timesteps), schedule.loss_weights(timesteps)])
-    alpha, sigma, loss_weights = levels.to(recipe.device, non_blocking=True)
+    alpha, sigma, loss_weights = to_device(levels, recipe.device)
 
     alpha_, sigma_ = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
     noisy_latents = alpha_ * latents + sigma_ * noise
@@ -446,7 +447,7 @@ def training_step(batch, unet, recipe, step, metrics):
         torch.manual_seed(int(addressed_rng(args.seed, int(numbers[0]), "lora_dropout").integers(2**32)))
     model_pred = unet(
         noisy_latents.to(recipe.dtype),
-        timesteps.to(recipe.device, non_blocking=True),
+        to_device(timesteps, recipe.device),
         prompt_embeds,
         added_cond_kwargs=added,
     ).sample
@@ -476,8 +477,8 @@ def perceptual_term(model_pred, noisy_latents, latents, timesteps, recipe, metri
         metrics.add("lpl/loss", 0.0)
         return latents.new_zeros(())
     scale = lpl_noise_scale(*levels) if recipe.args.lpl_scale else torch.ones(len(timesteps))
-    alpha, sigma, scale = torch.stack([*levels, scale])[:, gated].to(recipe.device, non_blocking=True)
-    gated = gated.to(recipe.device, non_blocking=True)
+    alpha, sigma, scale = to_device(torch.stack([*levels, scale])[:, gated], recipe.device)
+    gated = to_device(gated, recipe.device)
     noisy_latents, model_pred, latents_ = (x.index_select(0, gated) for x in (noisy_latents, model_pred, latents))
     z0_pred = estimate_z0(model_pred, noisy_latents, alpha, sigma, recipe.schedule.prediction_type)
     output = recipe.lpl(z0_pred, latents_)
@@ -538,9 +539,9 @@ def save_weights(folder, unet, lora_config):
         unet.save_pretrained(folder / "unet")
         return
     layers = {name: value.float() for name, value in get_peft_model_state_dict(unet).items()}
-    StableDiffusionXLPipeline.save_lora_weights(
-        folder, unet_lora_layers=layers, unet_lora_adapter_metadata=lora_config.to_dict()
-    )
+    metadata = lora_config.to_dict()
+    metadata["target_modules"] = sorted(metadata["target_modules"])
+    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
 
 
 def load_weights(folder, unet, lora_config):

@@ -208,9 +208,9 @@ def build_lr_scheduler(args, optimizer, max_train_steps):
 
 
 class Metrics:
-    """Means of detached values that stay on the device until they are read, in one transfer.
+    """Means of detached values that stay where they are until they are read, in one transfer.
 
-    `add(name, value, count)` takes a scalar tensor (or number) that is already a sum over `count` items.
+    `add(name, value, count)` takes a scalar tensor (or a number of the host's) that is a sum over `count` items.
     """
 
     def __init__(self, device):
@@ -223,24 +223,34 @@ class Metrics:
 
     def add(self, name, value, count=1):
         """Take in the sum of `count` items."""
-        value = value.detach() if isinstance(value, torch.Tensor) else torch.tensor(value, device=self.device)
-        value = value.to(torch.float32)
-        self.sums[name] = self.sums[name] + value if name in self.sums else value
+        if isinstance(value, torch.Tensor):
+            value = value.detach().to(torch.float32)
+        self.sums[name] = self.sums.get(name, 0.0) + value
         self.counts[name] = self.counts.get(name, 0) + count
 
     def read(self, accelerator, names):
         """{name: mean} over ranks and the interval, of those `names` that have any item; then start anew."""
-        nothing = torch.zeros((), device=self.device)
-        packed = [self.sums.get(name, nothing) for name in names]
-        packed = torch.stack(
-            packed + [torch.tensor(float(self.counts.get(name, 0)), device=self.device) for name in names]
-        )
+        sums = [self.sums.get(name, 0.0) for name in names]
+        host = [0.0 if isinstance(value, torch.Tensor) else value for value in sums] + [
+            float(self.counts.get(name, 0)) for name in names
+        ]
+        packed = torch.tensor(host, device=self.device)
+        for index, value in enumerate(sums):
+            if isinstance(value, torch.Tensor):
+                packed[index] = value
         if accelerator.num_processes > 1:
             packed = accelerator.reduce(packed, "sum")
         values = packed.tolist()
         self.clear()
         pairs = zip(names, values[: len(names)], values[len(names) :], strict=True)
         return {name: total / count for name, total, count in pairs if count}
+
+
+def to_device(tensor, device, dtype=None):
+    """A CPU tensor on the device, by way of pinned memory where that keeps the host from waiting."""
+    if torch.device(device).type == "cuda" and not tensor.is_pinned():
+        tensor = tensor.pin_memory()
+    return tensor.to(device, dtype, non_blocking=True)
 
 
 class History:

@@ -51,10 +51,11 @@ def command(*flags):
 
 
 def weights(folder):
-    """sha256 of every weight file of a result."""
+    """sha256 of every trained tensor of a result, by name."""
     files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder, "unet").glob("*.safetensors"))
     assert files
-    return [hashlib.sha256(file.read_bytes()).hexdigest() for file in files]
+    tensors = {name: value for file in files for name, value in load_file(file).items()}
+    return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in tensors.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
