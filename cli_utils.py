@@ -15,9 +15,11 @@ from pathlib import Path
 
 import yaml
 
+from data_utils import INTERPOLATIONS, DataError
+
 REPOSITORY = Path(__file__).resolve().parent
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 SECRETS = ("hub_token",)  # flags whose values never reach a file, a log or a tracker
-INTERPOLATIONS = ("nearest", "box", "bilinear", "hamming", "bicubic", "lanczos")
 
 
 class UserError(ValueError):
@@ -29,8 +31,8 @@ def errors_for_people(debug):
     """Turn a UserError (or a data error) into one clear message and exit status 2; `--debug` shows the traceback."""
     try:
         yield
-    except ValueError as error:
-        if debug or not (isinstance(error, UserError) or type(error).__name__ == "DataError"):
+    except (UserError, DataError) as error:
+        if debug:
             raise
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
@@ -191,7 +193,7 @@ def add_data_arguments(parser, resolution):
     add("--image_column", default="image", help="column with the image (default: %(default)s)")
     add("--caption_column", default="text", help="column with the caption (default: %(default)s)")
     add("--max_train_samples", type=int, help="use the first so many images only")
-    add("--cache_dir", help="folder of downloads and of encoded latents and prompts (default: the user's cache)")
+    add("--cache_dir", help="folder of data sets and of encoded latents and prompts (default: the user's cache)")
     add("--resolution", type=int, default=resolution, help="training size in px (default: %(default)s)")
     add("--center_crop", action="store_true", help="crop the middle instead of a random part")
     add("--random_flip", action="store_true", help="flip half of the images left to right")
@@ -213,7 +215,7 @@ def add_training_arguments(parser, train_batch_size, num_train_epochs, adam_weig
     add("--gradient_checkpointing", action="store_true", help="less memory, more time")
     add("--learning_rate", type=float, default=1e-4, help="default: %(default)s")
     add("--scale_lr", action="store_true", help="multiply it by devices, accumulation and batch size")
-    add("--lr_scheduler", default="constant", help="any of diffusers' schedules (default: %(default)s)")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="default: %(default)s")
     add("--lr_warmup_steps", type=int, default=500, help="optimizer steps (default: %(default)s)")
     add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes")
     add("--adam_beta1", type=float, default=0.9, help="default: %(default)s")
@@ -275,7 +277,8 @@ def add_run_arguments(parser, validation_epochs):
     add("--validation_steps", type=int, help="optimizer steps between grids; overrides --validation_epochs")
     group = parser.add_argument_group("logging")
     add = group.add_argument
-    add("--report_to", default="tensorboard", help="tensorboard, wandb, all or none (default: %(default)s)")
+    trackers = ("tensorboard", "wandb", "all", "none")
+    add("--report_to", choices=trackers, default="tensorboard", help="default: %(default)s")
     add("--logging_dir", default="logs", help="below the output folder (default: %(default)s)")
     add("--logging_steps", type=int, default=10, help="optimizer steps between log rows (default: %(default)s)")
     group = parser.add_argument_group("other")

@@ -45,7 +45,6 @@ LISTING_NAMES = ("metadata.jsonl", "metadata.csv")
 
 INTERPOLATIONS = {  # Pillow's, by diffusers' names: newer versions of Pillow know more
     "nearest": Image.Resampling.NEAREST,
-    "nearest_exact": Image.Resampling.NEAREST,  # torchvision's name for what Pillow does anyway
     "box": Image.Resampling.BOX,
     "bilinear": Image.Resampling.BILINEAR,
     "hamming": Image.Resampling.HAMMING,
@@ -232,7 +231,6 @@ def scan_folder(folder: str | os.PathLike, image_column: str = "image", caption_
 def scan_dataset(
     dataset_name: str,
     dataset_config_name: str | None = None,
-    data_files: str | Sequence[str] | None = None,
     split: str = "train",
     image_column: str = "image",
     caption_column: str = "text",
@@ -249,7 +247,7 @@ def scan_dataset(
     """
     import datasets
 
-    dataset = _load_dataset(dataset_name, dataset_config_name, data_files, split, cache_dir)
+    dataset = _load_dataset(dataset_name, dataset_config_name, split, cache_dir)
     _require_column(image_column, dataset.column_names, f"--dataset_name {dataset_name}", "--image_column")
     _require_column(caption_column, dataset.column_names, f"--dataset_name {dataset_name}", "--caption_column")
     if max_samples is not None:
@@ -433,7 +431,7 @@ def _remarks_on_listing(images: list[CaptionedImage], image_files: list[Path], f
     return remarks
 
 
-def _load_dataset(name, config, data_files, split, cache_dir):
+def _load_dataset(name, config, split, cache_dir):
     """`datasets.load_dataset`, or `load_from_disk` for a folder that `save_to_disk` wrote."""
     import datasets
 
@@ -446,7 +444,7 @@ def _load_dataset(name, config, data_files, split, cache_dir):
             if split not in dataset:
                 raise DataError(f"--dataset_name {name}: there is no split {split!r}, only {sorted(dataset)}.")
             return dataset[split]
-        return datasets.load_dataset(name, config, data_files=data_files, split=split, cache_dir=cache_dir)
+        return datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
     except DataError:
         raise
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
@@ -801,7 +799,7 @@ class TensorStore:
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
-        _sync_folder(self.folder)
+        sync_to_disk(self.folder)
         self._add(shard, {key: tuple(tensors) for key, tensors in entries.items()})
 
     def _add(self, shard: str, entries: dict[str, tuple[str, ...]]) -> None:
@@ -852,9 +850,9 @@ def _shard_entries(path: Path) -> dict[str, tuple[str, ...]]:
     return {key: tuple(sorted(tensor_names)) for key, tensor_names in names.items()}
 
 
-def _sync_folder(folder: Path) -> None:
-    """Flush the names in a folder to the disk, without which a rename may be lost in a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync_to_disk(path: Path) -> None:
+    """Flush a file, or the names in a folder, without which a rename may be lost in a power cut."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:

@@ -556,16 +556,16 @@ class LatentPerceptualLoss(torch.nn.Module):
             nothing = z0_pred.flatten(1).sum(dim=1).to(torch.promote_types(self.stages.dtype, torch.float32))
             layers = 1 + self.config.num_blocks
             return LPLOutput(nothing, nothing.new_zeros(layers, 0), nothing.new_ones(layers))
-        with _without_autocast(z0.device.type):
+        with _without_autocast(z0.device.type), _own_checkpointing_off(self.stages.decoder):
             size = len(z0) if self.config.norm_type == "batch" else self.config.batch_size or len(z0)
             needs_gradient = torch.is_grad_enabled() and z0_pred.requires_grad
-            pairs = zip(z0_pred.detach().split(max(size, 1)), z0.detach().split(max(size, 1)), strict=True)
+            pairs = zip(z0_pred.detach().split(size), z0.detach().split(size), strict=True)
             chunks = [self._chunk(estimate, target, needs_gradient) for estimate, target in pairs]
         per_sample, per_layer, inliers, gradients = (list(column) for column in zip(*chunks, strict=True))
         per_sample = torch.cat(per_sample)
         if needs_gradient:
             per_sample = _WithGradient.apply(z0_pred, per_sample, torch.cat(gradients))
-        counts = [len(chunk) / max(1, len(z0)) for chunk in z0.split(max(size, 1))]
+        counts = [len(chunk) / len(z0) for chunk in z0.split(size)]
         fraction = sum(share * count for share, count in zip(inliers, counts, strict=True))
         return LPLOutput(per_sample, torch.cat(per_layer, dim=1), fraction)
 
@@ -601,7 +601,7 @@ class LatentPerceptualLoss(torch.nn.Module):
         if not keep_graph:
             with torch.no_grad():
                 return self.stages.run(index, source)
-        with torch.enable_grad(), InputGradientOnly(), _own_checkpointing_off(self.stages.decoder):
+        with torch.enable_grad(), InputGradientOnly():
             return self.stages.run(index, source.requires_grad_())
 
     def _gradient_scale(self, image_size):

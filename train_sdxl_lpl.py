@@ -15,7 +15,8 @@ paper, `main` is the loop. Symbols: z_0 clean latents as the UNet sees them, z_t
 # ruff: noqa: E402  (flags and data are checked before the slow imports)
 import os
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import cli_utils
@@ -143,6 +144,7 @@ class Schedule:
         self.prediction_type = args.prediction_type or scheduler.config.prediction_type
         self.snr_gamma = args.snr_gamma
         self.probabilities = self._timestep_probabilities(args)
+        self.cumulative = self.probabilities.cumsum(0)
 
     def __len__(self):
         return len(self.alphas)
@@ -163,7 +165,7 @@ class Schedule:
     def draw_timesteps(self, seed, numbers):
         """(B,) timesteps of the samples with these numbers."""
         uniform = torch.from_numpy(addressed_uniform(seed, numbers, "timestep"))
-        return torch.searchsorted(self.probabilities.cumsum(0), uniform, right=True).clamp_max(len(self) - 1)
+        return torch.searchsorted(self.cumulative, uniform, right=True).clamp_max(len(self) - 1)
 
     def levels(self, timesteps):
         """alpha, sigma: (B,) float32."""
@@ -642,12 +644,24 @@ def memory_estimate(args, unet, vae, dtype):
         ("activations of the UNet", denoiser.total),
     ]
     if args.use_lpl:
-        chunk = min(batch, lpl_config(args).batch_size)
-        with torch.device("meta"), train_utils.SavedBytes() as decoder:
-            pair = torch.randn(2, chunk, vae.config.latent_channels, side, side)
-            LatentPerceptualLoss(vae, lpl_config(args))(pair[0].requires_grad_(), pair[1])
-        parts += [("decoder", train_utils.parameter_bytes(vae.decoder.parameters())), ("LPL", decoder.total)]
+        decoder = train_utils.parameter_bytes(vae.decoder.parameters())
+        parts += [("decoder", decoder), ("LPL", lpl_bytes(args, vae, side))]
     return parts
+
+
+def lpl_bytes(args, vae, side):
+    """Bytes that the loss keeps for its backward pass: of all stages, or of the largest when they are recomputed."""
+    config = lpl_config(args)
+    totals = [0]
+    for blocks in range(1 + config.num_blocks):
+        with torch.device("meta"), train_utils.SavedBytes() as kept:
+            pair = torch.randn(
+                2, min(args.train_batch_size, config.batch_size), vae.config.latent_channels, side, side
+            )
+            LatentPerceptualLoss(vae, replace(config, num_blocks=blocks))(pair[0].requires_grad_(), pair[1])
+        totals.append(kept.total)
+    stages = [after - before for before, after in pairwise(totals)]
+    return max(stages) if config.checkpointing == "stage" else sum(stages)
 
 
 def stage_shapes(args, vae):
@@ -742,7 +756,6 @@ def metric_names(args):
 
 def start_accelerator(args):
     """The Accelerator, with trackers below the output folder."""
-    os.makedirs(args.output_dir, exist_ok=True)
     logging_dir = Path(args.output_dir, args.logging_dir)
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
@@ -798,7 +811,7 @@ def batches(args, images, prompt_store, latent_store, accelerator, first_step, l
     )
 
 
-def optimize(args, accelerator, unet, optimizer, lr_scheduler, ema, parameters, metrics):
+def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics):
     """The optimizer step at the end of the accumulation: clip, step, schedule, average."""
     grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
     metrics.add("grad_norm", grad_norm)
@@ -817,11 +830,12 @@ def main(args, scan):
     schedule = Schedule(args)
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     total_steps = args.max_train_steps or -(-args.num_train_epochs * len(scan.images) // batch_size)
-    resume_from = train_utils.checkpoint_to_resume(args.resume_from_checkpoint, args.output_dir)
+    resume_from = train_utils.checkpoint_to_resume(args)
     check_and_print_plan(args, scan, schedule, accelerator, dtype, total_steps)
     if args.dry_run:
         return
     output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
         cli_utils.save_recipe(args, output_dir / "config.yaml")
 
@@ -872,7 +886,7 @@ def main(args, scan):
                 loss, micro_parts = training_step(next(loader), unet, recipe, step, metrics)
                 accelerator.backward(loss)
             parts += micro_parts / args.gradient_accumulation_steps
-        optimize(args, accelerator, unet, optimizer, lr_scheduler, ema, parameters, metrics)
+        optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics)
         if recipe.auto_weight is not None and step >= args.lpl_start:
             recipe.auto_weight.update(*accelerator.reduce(parts, "mean"))
         done = step + 1

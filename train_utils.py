@@ -18,6 +18,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from cli_utils import SECRETS, UserError
+from data_utils import sync_to_disk
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
@@ -27,35 +28,36 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
 
 def optimizer_to_tensors(optimizer):
-    """An optimizer's state as (tensors by name, JSON-able rest); works for any optimizer with a plain state dict."""
+    """An optimizer's state as (tensors by path, JSON-able rest); bitsandbytes nests its entries in dictionaries."""
     state = optimizer.state_dict()
-    tensors, rest = {}, {"param_groups": state["param_groups"], "values": {}}
+    tensors, rest, storages = {}, {"param_groups": state["param_groups"], "values": {}}, set()
+
+    def flatten(path, value):
+        if isinstance(value, dict):
+            for name, entry in value.items():
+                flatten(f"{path}/{name}", entry)
+        elif isinstance(value, torch.Tensor):
+            shared = value.untyped_storage().data_ptr() in storages  # safetensors refuses tensors that share memory
+            storages.add(value.untyped_storage().data_ptr())
+            tensors[path] = value.clone() if shared else value.contiguous()
+        else:
+            rest["values"][path] = value
+
     for index, entries in state["state"].items():
-        for name, value in entries.items():
-            if isinstance(value, torch.Tensor):
-                tensors[f"{index}/{name}"] = value.contiguous()
-            else:
-                rest["values"][f"{index}/{name}"] = value
+        flatten(str(index), entries)
     return tensors, rest
 
 
 def load_optimizer(optimizer, tensors, rest):
     """Put back what `optimizer_to_tensors` took."""
     state = {}
-    for key, value in {**tensors, **rest["values"]}.items():
-        index, name = key.split("/", 1)
-        state.setdefault(int(index), {})[name] = value
+    for path, value in {**tensors, **rest["values"]}.items():
+        index, *names, last = path.split("/")
+        entries = state.setdefault(int(index), {})
+        for name in names:
+            entries = entries.setdefault(name, {})
+        entries[last] = value
     optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
-
-
-def fsync_tree(folder):
-    """Make everything below a folder durable, then the folder itself."""
-    for path in [*Path(folder).rglob("*"), Path(folder)]:
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def list_checkpoints(output_dir):
@@ -75,23 +77,17 @@ def save_checkpoint(output_dir, step, state, save_model, limit=None):
     temporary.mkdir(parents=True)
     save_model(temporary)
     state.save(temporary, step)
-    fsync_tree(temporary)
+    for path in [*temporary.rglob("*"), temporary]:
+        sync_to_disk(path)
     final = output_dir / f"checkpoint-{step}"
     if final.exists():  # an older run's: it stays complete until the new one is
         os.replace(final, output_dir / f".old-checkpoint-{step}")
     os.replace(temporary, final)
-    fsync_directory(output_dir)
+    sync_to_disk(output_dir)
     shutil.rmtree(output_dir / f".old-checkpoint-{step}", ignore_errors=True)
     for _, folder in list_checkpoints(output_dir)[:-limit] if limit else []:
         shutil.rmtree(folder)
     return final
-
-
-def fsync_directory(folder):
-    """Make a rename in a folder durable."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 class TrainingState:
@@ -125,12 +121,8 @@ class TrainingState:
         (Path(folder) / "training_state.json").write_text(json.dumps(info, indent=1))
 
     def load(self, folder):
-        """Restore from a checkpoint's folder; returns its step. Raises UserError when it is another run's."""
+        """Restore from a checkpoint's folder; returns its step."""
         info = json.loads((Path(folder) / "training_state.json").read_text())
-        different = [key for key, value in self.identity.items() if info["identity"].get(key) != value]
-        if different:
-            found = ", ".join(f"{key} was {info['identity'].get(key)}, is {self.identity[key]}" for key in different)
-            raise UserError(f"--resume_from_checkpoint {folder}: that run was another one ({found})")
         tensors = load_file(Path(folder) / "training_state.safetensors")
         part = {}
         for name, value in tensors.items():
@@ -156,8 +148,22 @@ def is_plain(value):
     return isinstance(value, (int, float, str, bool, type(None)))
 
 
-def checkpoint_to_resume(resume_from_checkpoint, output_dir):
-    """The folder to resume from, or None for a fresh start."""
+def checkpoint_to_resume(args):
+    """The folder to resume from, or None for a fresh start. Raises UserError for none, or another run's."""
+    folder = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
+    if folder is not None:
+        found, wanted = json.loads((folder / "training_state.json").read_text())["identity"], run_identity(args)
+        different = [
+            f"{key} was {found.get(key)}, is {value}" for key, value in wanted.items() if found.get(key) != value
+        ]
+        if different:
+            flag = f"--resume_from_checkpoint {args.resume_from_checkpoint}"
+            raise UserError(f"{flag}: {folder} is of another run ({', '.join(different)})")
+    return folder
+
+
+def find_checkpoint(resume_from_checkpoint, output_dir):
+    """The folder that --resume_from_checkpoint means, or None."""
     if not resume_from_checkpoint:
         return None
     if resume_from_checkpoint == "latest":

@@ -79,7 +79,7 @@ def lpl(vae=None, **options):
     return LatentPerceptualLoss(decoder() if vae is None else vae, LPLConfig(**options))
 
 
-def equal(a, b, tolerance=1e-12):
+def assert_equal(a, b, tolerance=1e-12):
     """Equal up to a relative error of the largest value."""
     torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * max(1e-30, float(b.detach().abs().max())))
 
@@ -228,10 +228,10 @@ def test_values_and_gradients_equal_the_reference(norm_type, loss_type, remove_o
     options = {"norm_type": norm_type, "loss_type": loss_type, "pow_law": pow_law}
     options |= {"remove_outliers": remove_outliers, "outlier_quantile": WIDE}
     output, found = evaluate(lpl(**options), z0, estimate.detach(), torch.tensor([1.0, 0.7], dtype=DOUBLE))
-    equal(output.per_sample, expected.detach(), 1e-10)
-    equal(output.per_layer, layers.detach(), 1e-10)
-    equal(output.inlier_fraction, torch.tensor([part.mean() for part in mask], dtype=DOUBLE))
-    equal(found, gradient, 1e-8)
+    assert_equal(output.per_sample, expected.detach(), 1e-10)
+    assert_equal(output.per_layer, layers.detach(), 1e-10)
+    assert_equal(output.inlier_fraction, torch.tensor([part.mean() for part in mask], dtype=DOUBLE))
+    assert_equal(found, gradient, 1e-8)
     assert gradient.norm() > 0
     if remove_outliers:  # or the comparison would not have been about masks
         assert (output.inlier_fraction[2:] < 1).all() and (output.inlier_fraction[:2] == 1).all()
@@ -243,9 +243,9 @@ def test_other_decoders_equal_the_reference(kind):
     expected, layers = reference_loss(features, estimates, masks[True], "standard", "mse", True)
     (gradient,) = torch.autograd.grad(expected.sum(), estimate, retain_graph=True)
     output, found = evaluate(lpl(decoder(kind), outlier_quantile=WIDE), z0, estimate.detach())
-    equal(output.per_sample, expected.detach(), 1e-10)
-    equal(output.per_layer, layers.detach(), 1e-10)
-    equal(found, gradient, 1e-8)
+    assert_equal(output.per_sample, expected.detach(), 1e-10)
+    assert_equal(output.per_layer, layers.detach(), 1e-10)
+    assert_equal(found, gradient, 1e-8)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,10 +264,10 @@ def test_the_walk_continued_to_the_end_is_vae_decode(kind):
     x = z_model
     for index in range(len(stages)):
         x = stages.run(index, x)
-        equal(x, reference_features(vae, z_model)[index])
+        assert_equal(x, reference_features(vae, z_model)[index])
     z_vae = z_model / vae.config.scaling_factor + (0.0609 if kind == "sd3" else 0)
     image = vae.decode(z_vae).sample
-    equal(stages.finish(x), image)
+    assert_equal(stages.finish(x), image)
     assert image.shape[2:] == (stages.upscaling * 4, stages.upscaling * 6) == (32, 48)
 
 
@@ -275,10 +275,10 @@ def test_the_walk_continued_to_the_end_is_vae_decode(kind):
 def test_the_spaces_of_latents_are_inverse(kind):
     stages = DecoderStages(decoder(kind))
     z, _ = pair(decoder(kind))
-    equal(stages.to_model_space(stages.to_vae_space(z)), z, 1e-14)
-    equal(stages.to_vae_space(stages.to_model_space(z)), z, 1e-14)
+    assert_equal(stages.to_model_space(stages.to_vae_space(z)), z, 1e-14)
+    assert_equal(stages.to_vae_space(stages.to_model_space(z)), z, 1e-14)
     config = stages.vae.config
-    equal(stages.to_vae_space(z), z / config.scaling_factor + (0.0609 if kind == "sd3" else 0), 1e-14)
+    assert_equal(stages.to_vae_space(z), z / config.scaling_factor + (0.0609 if kind == "sd3" else 0), 1e-14)
     assert stages.to_model_space(z.bfloat16()).dtype == torch.float32
 
 
@@ -343,11 +343,11 @@ def test_an_unknown_prediction_type_is_an_error():
 
 def test_noise_to_signal_and_the_noise_scale():
     alpha, sigma = torch.tensor([1.0, 0.6, 0.0], dtype=DOUBLE), torch.tensor([0.0, 0.8, 1.0], dtype=DOUBLE)
-    equal(noise_to_signal(alpha, sigma)[:2], torch.tensor([0, 4 / 3], dtype=DOUBLE))
+    assert_equal(noise_to_signal(alpha, sigma)[:2], torch.tensor([0, 4 / 3], dtype=DOUBLE))
     assert noise_to_signal(alpha, sigma)[2] == math.inf
-    equal(lpl_noise_scale(alpha, sigma), torch.tensor([1, 0.36, 0], dtype=DOUBLE))
+    assert_equal(lpl_noise_scale(alpha, sigma), torch.tensor([1, 0.36, 0], dtype=DOUBLE))
     flow = torch.tensor([0.25], dtype=DOUBLE)  # 1 - sigma and sigma: the squares do not add up to one
-    equal(lpl_noise_scale(1 - flow, flow), torch.tensor([0.9], dtype=DOUBLE))
+    assert_equal(lpl_noise_scale(1 - flow, flow), torch.tensor([0.9], dtype=DOUBLE))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -375,10 +375,10 @@ def test_a_batch_is_its_samples_one_by_one_except_under_batch(norm_type, loss_ty
     if norm_type == "batch":
         assert relative_error(per_sample, output.per_sample) > 1e-3
         return
-    equal(output.per_sample, per_sample)
-    equal(output.per_layer, torch.cat([single.per_layer for single, _ in singles], dim=1))
-    equal(output.inlier_fraction, torch.stack([single.inlier_fraction for single, _ in singles]).mean(dim=0))
-    equal(gradient, torch.cat([single for _, single in singles]), 1e-10)
+    assert_equal(output.per_sample, per_sample)
+    assert_equal(output.per_layer, torch.cat([single.per_layer for single, _ in singles], dim=1))
+    assert_equal(output.inlier_fraction, torch.stack([single.inlier_fraction for single, _ in singles]).mean(dim=0))
+    assert_equal(gradient, torch.cat([single for _, single in singles]), 1e-10)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
@@ -390,8 +390,8 @@ def test_chunks_equal_all_at_once(norm_type, batch_size):
     expected, gradient = evaluate(lpl(**options), z0, estimate, weights)
     output, found = evaluate(lpl(batch_size=batch_size, **options), z0, estimate, weights)
     for name in ("per_sample", "per_layer", "inlier_fraction"):
-        equal(getattr(output, name), getattr(expected, name))
-    equal(found, gradient, 1e-10)
+        assert_equal(getattr(output, name), getattr(expected, name))
+    assert_equal(found, gradient, 1e-10)
 
 
 def test_chunks_bound_how_many_samples_the_decoder_sees():
@@ -418,7 +418,7 @@ def test_checkpointing_changes_nothing(norm_type, loss_type, batch_size):
     )
     for name in ("per_sample", "per_layer", "inlier_fraction"):
         assert torch.equal(getattr(output, name), getattr(expected, name))
-    equal(found, gradient, 1e-12)
+    assert_equal(found, gradient, 1e-12)
 
 
 def test_the_decoder_runs_three_passes_and_one_more_with_checkpointing():
@@ -443,9 +443,9 @@ def test_float32_agrees_with_float64(norm_type, loss_type):
     output, found = evaluate(single, z0.float(), estimate.float())
     assert output.per_sample.dtype == output.per_layer.dtype == output.inlier_fraction.dtype == torch.float32
     assert found.dtype == torch.float32
-    equal(output.per_sample.double(), expected.per_sample.detach(), 1e-4)
-    equal(output.per_layer.double(), expected.per_layer, 1e-4)
-    equal(found.double(), gradient, 1e-3 if loss_type == "l1" else 1e-4)
+    assert_equal(output.per_sample.double(), expected.per_sample.detach(), 1e-4)
+    assert_equal(output.per_layer.double(), expected.per_layer, 1e-4)
+    assert_equal(found.double(), gradient, 1e-3 if loss_type == "l1" else 1e-4)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -492,8 +492,8 @@ def test_comparing_a_layer_block_by_block_changes_nothing(norm_type, loss_type, 
     output, found = evaluate(loss, z0, estimate)
     assert used
     for name in ("per_sample", "per_layer", "inlier_fraction"):
-        equal(getattr(output, name), getattr(expected, name))
-    equal(found, gradient, 1e-10)
+        assert_equal(getattr(output, name), getattr(expected, name))
+    assert_equal(found, gradient, 1e-10)
 
 
 def test_blocks_cover_every_element_once():
@@ -524,7 +524,7 @@ def test_the_gradient_continues_into_what_made_the_estimate():
     _, gradient = evaluate(lpl(), z0, estimate)
     scale = torch.tensor(1.0, dtype=DOUBLE, requires_grad=True)
     lpl()(scale * estimate, z0).per_sample.sum().backward()
-    equal(scale.grad, (gradient * estimate).sum(), 1e-10)
+    assert_equal(scale.grad, (gradient * estimate).sum(), 1e-10)
 
 
 @pytest.mark.parametrize("pow_law", [True, False])
@@ -558,9 +558,9 @@ def test_permuting_the_batch_permutes_the_losses(norm_type):
     order = [2, 0, 1]
     expected, gradient = evaluate(lpl(norm_type=norm_type), z0, estimate)
     output, found = evaluate(lpl(norm_type=norm_type), z0[order], estimate[order])
-    equal(output.per_sample, expected.per_sample[order])
-    equal(output.per_layer, expected.per_layer[:, order])
-    equal(found, gradient[order], 1e-10)
+    assert_equal(output.per_sample, expected.per_sample[order])
+    assert_equal(output.per_layer, expected.per_layer[:, order])
+    assert_equal(found, gradient[order], 1e-10)
 
 
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
@@ -571,7 +571,7 @@ def test_each_samples_gradient_scales_with_its_weight(norm_type):
     _, gradient = evaluate(loss, z0, estimate)
     weights = torch.tensor([0.0, 2.0, -0.5], dtype=DOUBLE)
     _, found = evaluate(loss, z0, estimate, weights)
-    equal(found, gradient * weights.reshape(3, 1, 1, 1), 1e-10)
+    assert_equal(found, gradient * weights.reshape(3, 1, 1, 1), 1e-10)
     assert (found[0] == 0).all()
 
 
@@ -585,8 +585,8 @@ def test_shapes_and_layer_weights(num_blocks, pow_law):
     assert output.inlier_fraction.shape == (1 + num_blocks,)
     weights = [1, 1 / 2, 1 / 4, 1 / 8, 1 / 8][: 1 + num_blocks] if pow_law else [1] * (1 + num_blocks)
     weights = torch.tensor(weights, dtype=DOUBLE)
-    equal(output.per_sample, (weights[:, None] * output.per_layer).mean(dim=0))
-    equal(output.per_layer, lpl()(estimate, z0).per_layer[: 1 + num_blocks])  # layers do not depend on those after
+    assert_equal(output.per_sample, (weights[:, None] * output.per_layer).mean(dim=0))
+    assert_equal(output.per_layer, lpl()(estimate, z0).per_layer[: 1 + num_blocks])
 
 
 def test_fewer_blocks_run_less_of_the_decoder():
@@ -610,9 +610,9 @@ def test_no_graph_where_no_gradient_is_wanted():
     constant = lpl()(estimate, z0)
     for output in (silent, constant):
         assert not output.per_sample.requires_grad and output.per_sample.grad_fn is None
-        equal(output.per_sample, expected.per_sample.detach())
+        assert_equal(output.per_sample, expected.per_sample.detach())
     with torch.inference_mode():
-        equal(lpl()(estimate.clone(), z0.clone()).per_sample, expected.per_sample.detach())
+        assert_equal(lpl()(estimate.clone(), z0.clone()).per_sample, expected.per_sample.detach())
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING)
@@ -650,10 +650,10 @@ def test_latents_that_are_not_square():
         masks = reference_masks(features, 32, WIDE)
         expected, layers = reference_loss(features, estimates, masks, "standard", "mse", True)
     output, gradient = evaluate(lpl(outlier_quantile=WIDE), z0, estimate)
-    equal(output.per_sample, expected, 1e-10)
-    equal(output.per_layer, layers, 1e-10)
+    assert_equal(output.per_sample, expected, 1e-10)
+    assert_equal(output.per_layer, layers, 1e-10)
     turned = evaluate(lpl(outlier_quantile=WIDE), z0.flip(0), estimate.flip(0))
-    equal(turned[1].flip(0), gradient, 1e-10)
+    assert_equal(turned[1].flip(0), gradient, 1e-10)
 
 
 def test_memory_layouts_change_nothing():
@@ -666,8 +666,8 @@ def test_memory_layouts_change_nothing():
         for mode in CHECKPOINTING:
             pieces = (z.contiguous(memory_format=layout) for z in (z0, estimate))
             output, found = evaluate(lpl(model, checkpointing=mode), *pieces)
-            equal(output.per_sample, expected.per_sample, 1e-11)
-            equal(found, gradient, 1e-10)
+            assert_equal(output.per_sample, expected.per_sample, 1e-11)
+            assert_equal(found, gradient, 1e-10)
 
 
 def test_an_autoencoder_with_its_own_gradient_checkpointing():
@@ -678,8 +678,8 @@ def test_an_autoencoder_with_its_own_gradient_checkpointing():
     vae.enable_gradient_checkpointing()
     for mode in CHECKPOINTING:
         output, found = evaluate(lpl(vae, checkpointing=mode), z0, estimate)
-        equal(output.per_sample, expected.per_sample)
-        equal(found, gradient, 1e-10)
+        assert_equal(output.per_sample, expected.per_sample)
+        assert_equal(found, gradient, 1e-10)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -767,7 +767,7 @@ def test_the_reference_resolution_reaches_the_loss():
     features = reference_features(decoder(), z0)
     kernels = [None, None, (1, 5), (5, 9), (5, 9)]
     expected = [reference_mask(x, k, WIDE).mean() for x, k in zip(features, kernels, strict=True)]
-    equal(scaled.inlier_fraction, torch.tensor(expected, dtype=DOUBLE))
+    assert_equal(scaled.inlier_fraction, torch.tensor(expected, dtype=DOUBLE))
     assert (scaled.inlier_fraction[2] != plain.inlier_fraction[2]).all()
 
 
@@ -781,7 +781,7 @@ def test_outliers_of_the_target_do_not_count_on_either_side():
         loud = [torch.where(mask, side, 1e3 * side) for side in (x, xh)]
         loud[1].requires_grad_()
         output = layer_loss(*loud, mask, norm_type, loss_type)
-        equal(output, expected, 1e-9)
+        assert_equal(output, expected, 1e-9)
         (gradient,) = torch.autograd.grad(output.sum(), loud[1])
         assert (gradient[~mask] == 0).all()
 
@@ -800,7 +800,7 @@ def test_fully_masked_channels_and_positions_stay_finite(norm_type, loss_type):
         output = layer_loss(x, estimate, mask, norm_type, loss_type)
         (gradient,) = torch.autograd.grad(output.sum(), estimate)
         assert output.isfinite().all() and gradient.isfinite().all()
-        equal(output, reference_layer(x, xh, mask.numpy(), norm_type, loss_type), 1e-12)
+        assert_equal(output, reference_layer(x, xh, mask.numpy(), norm_type, loss_type), 1e-12)
     assert (output == 0).all() and (gradient == 0).all()  # the last one masks everything
 
 
@@ -904,12 +904,12 @@ def test_input_gradients_equal_plain_autograds(name, layout):
     expected = network(plain * 1.5)
     with InputGradientOnly():
         output = network(light * 1.5)
-    equal(output, expected, 1e-12)
+    assert_equal(output, expected, 1e-12)
     outside = torch.randn(expected.shape, generator=torch.Generator().manual_seed(2), dtype=DOUBLE)
     for gradient in (outside, LAYOUTS["channels last"](outside), torch.ones((), dtype=DOUBLE).expand_as(outside)):
         (wanted,) = torch.autograd.grad(expected, plain, gradient, retain_graph=True)
         (found,) = torch.autograd.grad(output, light, gradient, retain_graph=True)
-        equal(found, wanted, 1e-10)
+        assert_equal(found, wanted, 1e-10)
 
 
 CALLS = {
@@ -938,9 +938,11 @@ def test_functions_called_in_other_ways(name):
     expected = CALLS[name](plain, weight, bias)
     with InputGradientOnly():
         output = CALLS[name](light, weight, bias)
-    equal(output, expected)
+    assert_equal(output, expected)
     gradient = torch.randn(expected.shape, generator=generator, dtype=DOUBLE)
-    equal(torch.autograd.grad(output, light, gradient)[0], torch.autograd.grad(expected, plain, gradient)[0], 1e-10)
+    assert_equal(
+        torch.autograd.grad(output, light, gradient)[0], torch.autograd.grad(expected, plain, gradient)[0], 1e-10
+    )
 
 
 def saved_bytes(network, x, context):
@@ -1043,7 +1045,7 @@ def test_two_losses_on_one_autoencoder_do_not_disturb_each_other():
         assert torch.equal(output.per_sample, alone.per_sample) and torch.equal(leaf.grad, gradient)
     both = estimate.clone().requires_grad_()
     (first(both, z0).per_sample.sum() + second(both, z0).per_sample.sum()).backward()
-    equal(both.grad, leaves[0].grad + leaves[1].grad)
+    assert_equal(both.grad, leaves[0].grad + leaves[1].grad)
 
 
 def test_the_loss_owns_nothing():
@@ -1271,7 +1273,7 @@ def test_fault_1_post_quant_conv():
     stages, x = DecoderStages(vae), z0
     for index, (right, wrong) in enumerate(zip(reference_features(vae, z0), faulty, strict=True)):
         x = stages.run(index, x)
-        equal(x, right)
+        assert_equal(x, right)
         assert relative_error(wrong, right) > 0.3
     wrong, _ = reference_loss(
         faulty,
@@ -1294,7 +1296,9 @@ def test_fault_2_batch_normalization_that_does_nothing():
         return (target - estimate).square().mean(dim=(1, 2, 3))
 
     assert relative_error(faulty(scale * x, scale * xh), faulty(x, xh)) > 1e3
-    equal(layer_loss(scale * x, scale * xh, None, "batch", "mse"), layer_loss(x, xh, None, "batch", "mse"), 1e-5)
+    assert_equal(
+        layer_loss(scale * x, scale * xh, None, "batch", "mse"), layer_loss(x, xh, None, "batch", "mse"), 1e-5
+    )
 
 
 def test_fault_2_outliers_zeroed_on_one_side_only():
@@ -1314,10 +1318,10 @@ def test_fault_3_the_noise_scale_needs_no_snr_gamma():
     abar = (1 - betas).cumprod(0)[torch.tensor([900, 10, 500, 100])]
     alpha, sigma = abar.sqrt(), (1 - abar).sqrt()
     scale, faulty = lpl_noise_scale(alpha, sigma), torch.ones(4, dtype=DOUBLE)
-    equal(scale, abar)
+    assert_equal(scale, abar)
     assert (scale < 0.995 * faulty).all()
     snr = noise_to_signal(alpha, sigma) ** -2
-    equal(scale, snr / (snr + 1), 1e-10)
+    assert_equal(scale, snr / (snr + 1), 1e-10)
     gated = torch.tensor([1, 3])
     assert torch.equal(lpl_noise_scale(alpha[gated], sigma[gated]), scale[gated])
 

@@ -349,6 +349,74 @@ def test_lpl_options_reach_the_loss(flags, tmp_path):
     assert same["chunks"] == pytest.approx(same["a"], rel=1e-5) and same["stage"] == pytest.approx(same["a"], rel=1e-5)
 
 
+def test_training_options_reach_the_run(flags, tmp_path):
+    """Each option changes what is trained within three steps, so none is accepted and ignored."""
+    options = {
+        "plain": [], "noise offset": ["--noise_offset", 0.5], "min-SNR": ["--snr_gamma", 1],
+        "dropout": ["--proportion_empty_prompts", 1], "clipping": ["--max_grad_norm", 1e-4],
+        "8-bit": ["--use_8bit_adam"], "scaled": ["--scale_lr"], "v": ["--prediction_type", "v_prediction"],
+        "sample": ["--prediction_type", "sample"], "seed": ["--seed", 4], "flip": ["--random_flip"],
+        "bias": ["--timestep_bias_strategy", "later", "--timestep_bias_multiplier", 9], "betas": ["--adam_beta1", 0.1],
+        "decay": ["--adam_weight_decay", 50], "epsilon": ["--adam_epsilon", 1], "few": ["--max_train_samples", 2],
+    }  # fmt: skip
+    seen = {}
+    for name, more in options.items():
+        rows = run(*flags, *more, "--max_train_steps", 3, "--output_dir", tmp_path / name)
+        seen[name] = f"{rows[2]['train_loss']:.7g}"
+    assert len(set(seen.values())) == len(seen), seen
+
+
+def test_a_dropped_caption_is_what_the_pipeline_calls_unconditional(flags, tmp_path):
+    args = train_sdxl_lpl.parse_args([*flags, "--proportion_empty_prompts", "0.3", "--output_dir", str(tmp_path)])
+    empty = {"prompt_embeds": torch.full((7, 4), -1.0), "pooled_prompt_embeds": torch.full((3,), -2.0)}
+    recipe = train_sdxl_lpl.Recipe(args, torch.device("cpu"), None, torch.float32, 1.0, empty)
+    count = 2000
+    batch = {"number": np.arange(count), "prompt_embeds": torch.ones(count, 7, 4), "time_ids": torch.zeros(count, 6)}
+    batch["pooled_prompt_embeds"] = torch.ones(count, 3)
+    embeds, added = train_sdxl_lpl.conditioning(batch, recipe)
+    dropped = (embeds == -1).all(dim=(1, 2))
+    assert torch.equal(dropped, (added["text_embeds"] == -2).all(dim=1)), "both embeddings of a sample, or neither"
+    assert (embeds[~dropped] == 1).all() and dropped.float().mean().item() == pytest.approx(0.3, abs=0.04)
+
+
+def test_the_learning_rate_follows_optimizer_steps(flags, tmp_path):
+    """One step of the schedule for each optimizer step, whatever the accumulation."""
+    rows = run(*flags, "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 4, "--max_train_steps", 6,
+               "--gradient_accumulation_steps", 3, "--output_dir", tmp_path)  # fmt: skip
+    assert [row["lr"] for row in rows] == pytest.approx([0.00025, 0.0005, 0.00075, 0.001, 0.001, 0.001])
+
+
+def test_with_ema_the_average_is_saved(flags, tmp_path):
+    """The result holds EMA's weights, the checkpoint the raw ones, and the average is what EMA's formula gives."""
+    flags = [*flags, "--use_lora", "--use_ema", "--learning_rate", 0.01, "--max_train_steps", 3]
+    run(*flags, "--checkpointing_steps", 1, "--output_dir", tmp_path)
+    name = "pytorch_lora_weights.safetensors"
+    raw = [load_file(tmp_path / f"checkpoint-{step}" / name) for step in (1, 2, 3)]
+    average = raw[0]  # diffusers' EMA: the first step copies, then decay (1 + n) / (10 + n)
+    for step, weights_ in enumerate(raw[1:], start=1):
+        decay = (1 + step) / (10 + step)
+        average = {key: decay * average[key] + (1 - decay) * weights_[key] for key in average}
+    saved = load_file(tmp_path / name)
+    for key in saved:
+        assert torch.allclose(saved[key], average[key], atol=1e-6), key
+    assert any(not torch.allclose(saved[key], raw[2][key], atol=1e-5) for key in saved)
+
+
+def test_gradient_checkpointing_keeps_less(flags, tmp_path):
+    """The flag reaches the UNet, LPL's decoder and the estimate of the memory."""
+    kept = {}
+    for more in ([], ["--gradient_checkpointing"]):
+        args = train_sdxl_lpl.parse_args([*flags, "--use_lpl", *more, "--output_dir", str(tmp_path)])
+        unet, _ = train_sdxl_lpl.build_unet(args, torch.float32, "cpu")
+        assert unet.is_gradient_checkpointing == bool(more)
+        parts = train_sdxl_lpl.memory_estimate(
+            args, *train_sdxl_lpl.build_on_meta(args, torch.float32, torch.float32), torch.float32
+        )
+        kept[bool(more)] = dict(parts)
+    for what in ("activations of the UNet", "LPL"):
+        assert kept[True][what] < 0.8 * kept[False][what], what
+
+
 def test_the_step_reads_nothing_from_the_device(flags, tmp_path, monkeypatch):
     """No `.item()`, `.tolist()`, `bool()` of a computed tensor inside a training step."""
     reads = []
@@ -457,6 +525,8 @@ MISTAKES = [
     ("--config {recipe}", "learning_rat"),
     ("--lpl_vae_dtype float16 --use_lpl", "--lpl_vae_dtype float16"),
     ("--resume_from_checkpoint nowhere", "--resume_from_checkpoint nowhere"),
+    ("--lr_scheduler cosinus", "--lr_scheduler"),
+    ("--report_to paper", "--report_to"),
 ]
 
 
