@@ -178,6 +178,15 @@ def test_a_killed_run_goes_on_bit_for_bit(kind, flags, tmp_path):
     assert [json.loads(a)["train_loss"] for a in losses[0]] == [json.loads(b)["train_loss"] for b in losses[1]]
 
 
+def test_eight_bit_adam_goes_on_bit_for_bit(flags, tmp_path):
+    """Its state, nested and with shared maps, comes back from safetensors as it was."""
+    flags = [*flags, "--use_8bit_adam", "--output_dir"]
+    run(*flags, tmp_path / "whole", "--max_train_steps", 6)
+    run(*flags, tmp_path / "resumed", "--max_train_steps", 3)
+    run(*flags, tmp_path / "resumed", "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
+    assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
+
+
 def test_checkpoints_are_limited_complete_and_free_of_pickle(flags, tmp_path):
     run(*flags, "--use_lora", "--max_train_steps", 7, "--checkpointing_steps", 2, "--checkpoints_total_limit", 2,
         "--output_dir", tmp_path)  # fmt: skip
