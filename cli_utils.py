@@ -6,6 +6,7 @@ Nothing here imports torch, so that a wrong flag, folder or base model is answer
 import argparse
 import contextlib
 import difflib
+import importlib.util
 import json
 import logging
 import os
@@ -19,6 +20,8 @@ from data_utils import INTERPOLATIONS, DataError
 
 REPOSITORY = Path(__file__).resolve().parent
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+OPTIMIZERS = ("adamw", "prodigy", "adafactor")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 SECRETS = ("hub_token",)  # flags whose values never reach a file, a log or a tracker
 
 
@@ -141,6 +144,14 @@ def save_recipe(args, path, skip=("config", "embedded_default", "dry_run", "debu
     Path(path).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
 
 
+def print_configuration(args, say):
+    """The flags that are set, in one line, secrets left out."""
+    flags = {key: value for key, value in sorted(vars(args).items()) if key not in SECRETS}
+    say(
+        "\nConfiguration: " + ", ".join(f"{key}={value}" for key, value in flags.items() if value not in (None, False))
+    )
+
+
 def weight_or_auto(text):
     """Type of --lpl_weight: "auto" or a number, 0 or more."""
     if text == "auto":
@@ -175,10 +186,14 @@ def add_model_arguments(parser):
     group = parser.add_argument_group("LoRA")
     add = group.add_argument
     add("--use_lora", action="store_true", help="train a LoRA; without it the whole denoiser is trained")
-    add("--rank", type=int, default=4, help="rank of the LoRA (default: %(default)s)")
+    add("--rank", type=int, help="rank of the LoRA (default: 4)")
     add("--lora_alpha", type=float, help="its strength is alpha / rank (default: the rank)")
     add("--lora_dropout", type=float, default=0.0, help="dropout in LoRA layers (default: %(default)s)")
     add("--lora_layers", help="comma-separated layer names that get a LoRA (default: attention projections)")
+    add("--use_dora", action="store_true", help="learn magnitude and direction apart (DoRA); slower")
+    add("--train_text_encoder", action="store_true", help="give the CLIP text encoders a LoRA too")
+    add("--init_lora", help="go on from this LoRA, a file, folder or Hub name; rank, alpha and layers are the file's")
+    add("--output_kohya_format", action="store_true", help="save it for ComfyUI and A1111 too")
 
 
 def add_data_arguments(parser, resolution):
@@ -195,6 +210,10 @@ def add_data_arguments(parser, resolution):
     add("--max_train_samples", type=int, help="use the first so many images only")
     add("--cache_dir", help="folder of data sets and of encoded latents and prompts (default: the user's cache)")
     add("--resolution", type=int, default=resolution, help="training size in px (default: %(default)s)")
+    add("--validation_split", type=float, help="hold out this share of the images (or this many, from 1 up), and "
+        "measure the loss on them: the curve that says whether training helps")  # fmt: skip
+    add("--validation_data_dir", help="or hold out this folder's captioned images")
+    add("--max_validation_samples", type=int, default=64, help="held-out images that are used (default: %(default)s)")
     add("--center_crop", action="store_true", help="crop the middle instead of a random part")
     add("--random_flip", action="store_true", help="flip half of the images left to right")
     add("--image_interpolation_mode", choices=INTERPOLATIONS, default="lanczos", help="default: %(default)s")
@@ -217,16 +236,30 @@ def add_training_arguments(parser, train_batch_size, num_train_epochs, adam_weig
     add("--scale_lr", action="store_true", help="multiply it by devices, accumulation and batch size")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="default: %(default)s")
     add("--lr_warmup_steps", type=int, default=500, help="optimizer steps (default: %(default)s)")
-    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes")
+    add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts (default: %(default)s)")
+    add("--lr_power", type=float, default=1.0, help="power of polynomial (default: %(default)s)")
+    add("--text_encoder_lr", type=float, help="learning rate of the text encoders (default: --learning_rate)")
+    add("--optimizer", type=str.lower, choices=OPTIMIZERS, default="adamw",
+        help="prodigy finds the step size itself: give it --learning_rate 1 (default: %(default)s)")  # fmt: skip
+    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, with a quarter of the state")
     add("--adam_beta1", type=float, default=0.9, help="default: %(default)s")
     add("--adam_beta2", type=float, default=0.999, help="default: %(default)s")
     add("--adam_weight_decay", type=float, default=adam_weight_decay, help="default: %(default)s")
     add("--adam_epsilon", type=float, default=1e-8, help="default: %(default)s")
     add("--max_grad_norm", type=float, default=1.0, help="default: %(default)s")
     add("--use_ema", action="store_true", help="average the weights; the average is what is saved and validated")
-    add("--ema_decay", type=float, default=0.9999, help="default: %(default)s")
+    add("--ema_decay", type=float, default=0.9999, help="reached gradually (default: %(default)s)")
+    add("--ema_update_after_step", type=int, default=0, help="average from this step on (default: %(default)s)")
+    add("--offload_ema", action="store_true", help="keep the average in the CPU's memory: slower, less GPU memory")
+    add("--foreach_ema", action="store_true", help="average all tensors in one call: faster, more memory")
     add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is configured with")
     add("--allow_tf32", action="store_true", help="faster float32 on Ampere and later GPUs")
+    add("--enable_xformers_memory_efficient_attention", action="store_true",
+        help="xformers' attention; PyTorch's own is as good on most GPUs")  # fmt: skip
+    add("--torch_compile", action="store_true", help="compile the denoiser: slow start, faster steps")
+    add("--timestep_sampling", choices=("independent", "stratified"), default="independent",
+        help="stratified spreads the timesteps of a step evenly, so that every step has its share of samples that get "
+        "the perceptual loss; each sample's distribution stays the same (default: %(default)s)")  # fmt: skip
 
 
 def add_lpl_arguments(parser):
@@ -275,18 +308,27 @@ def add_run_arguments(parser, validation_epochs):
     add("--num_validation_images", type=int, default=4, help="per prompt (default: %(default)s)")
     add("--validation_epochs", type=int, default=validation_epochs, help="epochs between grids (default: %(default)s)")
     add("--validation_steps", type=int, help="optimizer steps between grids; overrides --validation_epochs")
+    add("--validation_compare", action="store_true",
+        help="draw each prompt by the model that the run started from too, with the same seeds")  # fmt: skip
     group = parser.add_argument_group("logging")
     add = group.add_argument
-    trackers = ("tensorboard", "wandb", "all", "none")
-    add("--report_to", choices=trackers, default="tensorboard", help="default: %(default)s")
+    add("--report_to", choices=TRACKERS, default="tensorboard", help="default: %(default)s")
     add("--logging_dir", default="logs", help="below the output folder (default: %(default)s)")
     add("--logging_steps", type=int, default=10, help="optimizer steps between log rows (default: %(default)s)")
+    group = parser.add_argument_group("publishing")
+    add = group.add_argument
+    add("--push_to_hub", action="store_true", help="publish the result on the Hugging Face Hub")
+    add("--hub_model_id", help="owner/name or name there (default: the output folder's name)")
+    add("--hub_token", help="prefer `hf auth login` or HF_TOKEN: other users of a machine can see command lines")
+    add("--hub_private_repo", action="store_true", help="make the repository private")
     group = parser.add_argument_group("other")
     add = group.add_argument
     add("--config", help="YAML file that sets any flag; the command line wins")
     add("--dry_run", action="store_true", help="check everything, print the plan and stop")
     add("--debug", action="store_true", help="show tracebacks")
     add("--local_rank", type=int, default=-1, help="accepted for compatibility")
+    add("--debug_loss", action="store_true", help="accepted for compatibility: every loss is logged anyway")
+    add("--enable_npu_flash_attention", action="store_true", help="accepted for compatibility")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -299,44 +341,97 @@ def require(condition, message):
         raise UserError(message)
 
 
+POSITIVE = (
+    "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
+    "max_train_samples", "rank", "lora_alpha", "lr_num_cycles", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
+    "validation_steps", "validation_epochs", "validation_split", "max_validation_samples", "lpl_batch_size", "lpl_threshold_resolution",
+    "lpl_sigma_threshold",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "learning_rate", "text_encoder_lr", "lr_warmup_steps", "lr_power", "adam_weight_decay", "max_grad_norm", "seed",
+    "ema_update_after_step", "dataloader_num_workers", "num_validation_images", "lpl_start",
+)  # fmt: skip
+SHARES = ("proportion_empty_prompts", "lora_dropout", "ema_decay", "adam_beta1", "adam_beta2")
+LORA_ONLY = (
+    "rank", "lora_alpha", "lora_layers", "lora_dropout", "use_dora", "train_text_encoder", "init_lora",
+    "output_kohya_format",
+)  # fmt: skip
+
+
 def check_flags(args):
     """Ranges and contradictions of the shared flags."""
-    positive = "train_batch_size gradient_accumulation_steps num_train_epochs rank checkpointing_steps logging_steps"
-    positive += " max_train_steps max_train_samples checkpoints_total_limit num_validation_images validation_steps"
-    positive += " lpl_batch_size validation_epochs lora_alpha lpl_threshold_resolution lpl_sigma_threshold"
-    for name in positive.split():
-        value = getattr(args, name)
+    for name, value in ((name, getattr(args, name)) for name in POSITIVE):
         require(value is None or value > 0, f"--{name} is {value}; it must be above 0")
-    for name in [
-        "lr_warmup_steps",
-        "dataloader_num_workers",
-        "lpl_start",
-        "learning_rate",
-        "adam_weight_decay",
-        "seed",
-    ]:
-        require(getattr(args, name) >= 0, f"--{name} is {getattr(args, name)}; it must be 0 or more")
-    for name in ("proportion_empty_prompts", "lora_dropout", "ema_decay", "adam_beta1", "adam_beta2"):
-        value = getattr(args, name)
+    for name, value in ((name, getattr(args, name)) for name in NOT_NEGATIVE):
+        require(value is None or value >= 0, f"--{name} is {value}; it must be 0 or more")
+    for name, value in ((name, getattr(args, name)) for name in SHARES):
         require(0 <= value <= 1, f"--{name} is {value}; it must lie between 0 and 1")
     require(args.resolution > 0 and args.resolution % 8 == 0,
             f"--resolution is {args.resolution}; it must be a multiple of 8, because the latents are 8 times smaller, "
             f"e.g. {max(8, args.resolution // 8 * 8)}")  # fmt: skip
     require(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: which model to train?")
     require(args.train_data_dir or args.dataset_name, "no data: give --train_data_dir FOLDER or --dataset_name NAME")
-    require(not (args.train_data_dir and args.dataset_name), "--train_data_dir and --dataset_name exclude each other")
-    if args.train_data_dir and not Path(args.train_data_dir).is_dir():
-        raise UserError(f"--train_data_dir {args.train_data_dir}: there is no such folder")
-    lora_only = [name for name in ("lora_alpha", "lora_layers") if getattr(args, name) is not None]
-    lora_only += ["lora_dropout"] * (args.lora_dropout > 0)
-    require(args.use_lora or not lora_only, f"--{(lora_only or [''])[0]} does nothing without --use_lora")
+    exclude(args, "train_data_dir", "dataset_name")
+    exclude(args, "validation_split", "validation_data_dir")
+    for name in ("train_data_dir", "validation_data_dir"):
+        folder = getattr(args, name)
+        require(folder is None or Path(folder).is_dir(), f"--{name} {folder}: there is no such folder")
+    require(not args.validation_compare or args.validation_prompt, "--validation_compare needs a --validation_prompt")
+    check_lora_flags(args)
+    check_optimizer_flags(args)
+    check_installed(args)
     check_lpl_flags(args)
+
+
+def exclude(args, *names):
+    """Refuse more than one of these flags."""
+    given = [f"--{name}" for name in names if getattr(args, name)]
+    require(len(given) < 2, f"{' and '.join(given)} exclude each other: give one")
+
+
+def check_lora_flags(args):
+    """Flags that make no sense without --use_lora, or together."""
+    for name in LORA_ONLY:
+        require(args.use_lora or not getattr(args, name), f"--{name} does nothing without --use_lora")
+    for name in ("rank", "lora_alpha", "lora_layers", "use_dora"):
+        require(not (args.init_lora and getattr(args, name)), f"--init_lora brings its own --{name}: leave that out")
+    require(not (args.use_dora and args.output_kohya_format),
+            "--use_dora and --output_kohya_format exclude each other: kohya's format can't hold DoRA")  # fmt: skip
+    require(args.text_encoder_lr is None or args.train_text_encoder,
+            "--text_encoder_lr does nothing without --train_text_encoder")  # fmt: skip
+    require(not (args.init_lora or "").startswith((".", "/", "~")) or Path(args.init_lora).exists(),
+            f"--init_lora {args.init_lora}: there is no such file or folder")  # fmt: skip
+
+
+def check_optimizer_flags(args):
+    """Contradictions among the optimizers' and EMA's flags."""
+    require(args.optimizer == "adamw" or not args.use_8bit_adam,
+            f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other")  # fmt: skip
+    require(args.optimizer != "prodigy" or args.text_encoder_lr in (None, args.learning_rate),
+            "--optimizer prodigy has one step size for all: leave --text_encoder_lr out")  # fmt: skip
+    require(args.optimizer != "prodigy" or args.learning_rate > 0, "--optimizer prodigy needs --learning_rate above 0")
+    for name in ("offload_ema", "foreach_ema", "ema_update_after_step"):
+        require(args.use_ema or not getattr(args, name), f"--{name} does nothing without --use_ema")
+
+
+def check_installed(args):
+    """Libraries that a flag needs and requirements.txt does not bring."""
+    needed = {
+        "--enable_xformers_memory_efficient_attention": (
+            args.enable_xformers_memory_efficient_attention, "xformers",
+            "pip install -r requirements-xformers.txt, or leave the flag out: PyTorch's attention saves memory too",
+        ),
+        f"--report_to {args.report_to}": (
+            args.report_to in ("wandb", "comet_ml"), args.report_to, f"pip install {args.report_to}",
+        ),
+    }  # fmt: skip
+    for flag, (wanted, package, hint) in needed.items():
+        require(not wanted or importlib.util.find_spec(package), f"{flag}: {package} is not installed; {hint}")
 
 
 def check_lpl_flags(args):
     """Ranges and contradictions of the loss' flags."""
-    require(not (args.lpl_t_threshold is not None and args.lpl_sigma_threshold is not None),
-            "--lpl_t_threshold and --lpl_sigma_threshold exclude each other: give one")  # fmt: skip
+    exclude(args, "lpl_t_threshold", "lpl_sigma_threshold")
     if args.lpl_t_threshold is not None:
         require(0 < args.lpl_t_threshold <= 1000,
                 f"--lpl_t_threshold is {args.lpl_t_threshold}; timesteps go from 0 to 1000")  # fmt: skip

@@ -63,6 +63,8 @@ STREAMS = {
     "noise_offset": 7,
     "lora_dropout": 8,
     "validation": 9,
+    "timestep_offset": 10,
+    "held_out": 11,
 }
 
 
@@ -111,6 +113,25 @@ def addressed_normal(seed: int, numbers: Iterable[int], shape: Sequence[int], st
 def addressed_uniform(seed: int, numbers: Iterable[int], stream: str) -> np.ndarray:
     """Uniform numbers in [0, 1), float64 (B,): entry b follows from (seed, numbers[b]) alone."""
     return np.array([addressed_rng(seed, int(n), stream).random() for n in numbers], dtype=np.float64)
+
+
+def stratified_uniform(seed: int, numbers: Iterable[int], batch_size: int, per_step: int) -> np.ndarray:
+    """Uniform numbers in [0, 1), float64 (B,), of which those of one optimizer step are spread evenly.
+
+    Systematic sampling: the `per_step` samples of a step (those of all micro-steps and ranks) sit at
+    frac(u + s / per_step), where u is uniform, one for each step, and s runs over 0..per_step - 1. So an interval of
+    length p gets floor or ceil of p * per_step of them, while each sample for itself is uniform. The strata are dealt
+    out so that the samples of one micro-batch are spread evenly too.
+
+    Args:
+        numbers: of samples, counted as `AddressedBatches` counts them.
+        batch_size: of a micro-batch.
+        per_step: samples of an optimizer step, a multiple of batch_size.
+    """
+    steps, places = np.divmod(np.fromiter(numbers, dtype=np.int64), per_step)
+    micro_batches, rows = np.divmod(places, batch_size)
+    strata = rows * (per_step // batch_size) + micro_batches
+    return (addressed_uniform(seed, steps, "timestep_offset") + strata / per_step) % 1
 
 
 @functools.lru_cache(maxsize=4)  # workers run ahead, so the last epoch's order is still asked for after the next's
@@ -274,6 +295,32 @@ def scan_dataset(
         images.append(CaptionedImage(DatasetImage(pictures, index, image_column), caption.strip(), f"{index:09d}"))
     warnings = [f"{num_empty} of {len(images)} captions of {dataset_name} are empty."] if num_empty else []
     return Scan(images, warnings, dataset_name)
+
+
+def hold_out(images: Sequence[CaptionedImage], amount: float) -> tuple[list[CaptionedImage], list[CaptionedImage]]:
+    """(training images, held-out images): which are held out follows from their content alone.
+
+    Adding pictures to a folder later moves few of the others, and copies of one picture are never on both sides.
+
+    Args:
+        images: all images.
+        amount: a share of them if below 1, else their number.
+
+    Raises:
+        DataError: nothing would be left on one of the two sides.
+    """
+    wanted = amount if amount >= 1 else amount * len(images)
+    ranks = [hashlib.sha256(image.content_hash().encode()).hexdigest() for image in images]
+    count = round(wanted)
+    limit = sorted(ranks)[count - 1] if 0 < count <= len(images) else ""
+    held_out = [image for image, rank in zip(images, ranks, strict=True) if rank <= limit]
+    training = [image for image, rank in zip(images, ranks, strict=True) if rank > limit]
+    if not held_out or not training:
+        raise DataError(
+            f"--validation_split {amount:g} of {len(images)} images leaves {len(training)} to train on and "
+            f"{len(held_out)} to validate with; both must be at least 1."
+        )
+    return training, held_out
 
 
 def check_images(images: Iterable[CaptionedImage]) -> list[tuple[CaptionedImage, DataError]]:

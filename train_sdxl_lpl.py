@@ -21,15 +21,17 @@ from pathlib import Path
 
 import cli_utils
 from cli_utils import REPOSITORY, UserError, errors_for_people, require
-from data_utils import scan_dataset, scan_folder
+from data_utils import hold_out, scan_dataset, scan_folder
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sdxl" / "train.yaml"
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
+HELD_OUT_LEVELS = 10  # noise levels at which the held-out loss is measured
+HELD_OUT_SEED = 0  # of its noise: not --seed, so that runs with different seeds can be compared
 
 
-def parse_args(argv=None):
-    """Flags of the recipe, checked; UserError names the flag that is wrong."""
+def build_parser():
+    """All flags of the recipe."""
     parser = cli_utils.FlagParser(__doc__)
     cli_utils.add_model_arguments(parser)
     cli_utils.add_data_arguments(parser, resolution=1024)
@@ -37,6 +39,10 @@ def parse_args(argv=None):
     group = parser.add_argument_group("diffusion")
     add = group.add_argument
     add("--pretrained_vae_model_name_or_path", help="another autoencoder, e.g. madebyollin/sdxl-vae-fp16-fix")
+    add(
+        "--pretrained_unet_model_name_or_path",
+        help="another UNet: a folder or Hub name with its config.json, or with unet/",
+    )
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="default: the base model's")
     add("--snr_gamma", type=float, help="weight the diffusion loss by min(SNR, gamma); 5 is usual (default: off)")
     add("--noise_offset", type=float, default=0.0, help="scale of noise that is constant per channel (default: 0)")
@@ -48,7 +54,12 @@ def parse_args(argv=None):
     add("--timestep_bias_portion", type=float, default=0.25, help="biased share of timesteps (default: %(default)s)")
     cli_utils.add_lpl_arguments(parser)
     cli_utils.add_run_arguments(parser, validation_epochs=1)
-    args = parser.parse(argv, embedded_default=EMBEDDED_DEFAULT)
+    return parser
+
+
+def parse_args(argv=None):
+    """The flags of a run, checked; UserError names the flag that is wrong."""
+    args = build_parser().parse(argv, embedded_default=EMBEDDED_DEFAULT)
     if args.embedded_default:
         print(f"No model and no data named: using the embedded examples, {EMBEDDED_DEFAULT.relative_to(REPOSITORY)}.")
     cli_utils.check_flags(args)
@@ -63,41 +74,36 @@ def parse_args(argv=None):
 
 
 def find_images(args):
-    """The captioned images, a `Scan`; a DataError names the file or column that is wrong."""
+    """(`Scan` of the images to train on, held-out images); a DataError names the file or column that is wrong."""
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
     if args.train_data_dir:
-        scan = scan_folder(args.train_data_dir, args.image_column, args.caption_column)
+        scan = scan_folder(args.train_data_dir, **columns)
     else:
-        scan = scan_dataset(
-            args.dataset_name,
-            args.dataset_config_name,
-            image_column=args.image_column,
-            caption_column=args.caption_column,
-            cache_dir=args.cache_dir,
-            max_samples=args.max_train_samples,
-        )
-    if args.max_train_samples:
-        del scan.images[args.max_train_samples :]
-    return scan
+        scan = scan_dataset(args.dataset_name, args.dataset_config_name, **columns, cache_dir=args.cache_dir,
+                            max_samples=args.max_train_samples)  # fmt: skip
+    images, held_out = scan.images, []
+    if args.validation_data_dir:
+        held_out = scan_folder(args.validation_data_dir, **columns).images
+    elif args.validation_split:
+        images, held_out = hold_out(images, args.validation_split)
+    return replace(scan, images=images[: args.max_train_samples]), held_out[: args.max_validation_samples]
 
 
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a busy CPU to a halt
     with errors_for_people("--debug" in sys.argv):
         ARGS = parse_args()
-        SCAN = find_images(ARGS)
+        SCAN, HELD_OUT = find_images(ARGS)
         cli_utils.quiet_libraries(ARGS.debug)
 
 import torch
 from accelerate import Accelerator
 from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from diffusers.training_utils import EMAModel, cast_training_params
-from peft import LoraConfig
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
-from safetensors.torch import load_file
 from tqdm.auto import tqdm
-from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import report_utils
 import train_utils
 from data_utils import (
     AddressedBatches,
@@ -114,19 +120,20 @@ from data_utils import (
     latent_items,
     open_image,
     prepare_image,
+    stratified_uniform,
     to_pixel_values,
 )
+from lora_utils import add_adapters, load_lora, lora_config, save_lora
 from lpl_utils import (
     AutoWeight,
     DecoderStages,
     LatentPerceptualLoss,
-    LPLConfig,
     LPLGate,
     estimate_z0,
     lpl_noise_scale,
     noise_to_signal,
 )
-from train_utils import to_device
+from train_utils import lpl_config, lpl_dtype, to_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The noise schedule
@@ -162,9 +169,9 @@ class Schedule:
         weights[where] *= args.timestep_bias_multiplier
         return weights / weights.sum()
 
-    def draw_timesteps(self, seed, numbers):
-        """(B,) timesteps of the samples with these numbers."""
-        uniform = torch.from_numpy(addressed_uniform(seed, numbers, "timestep"))
+    def draw_timesteps(self, uniform):
+        """(B,) timesteps for uniform numbers in [0, 1), by the inverse of the distribution."""
+        uniform = torch.as_tensor(uniform)
         return torch.searchsorted(self.cumulative, uniform, right=True).clamp_max(len(self) - 1)
 
     def levels(self, timesteps):
@@ -226,71 +233,131 @@ def load_part_config(args, cls, subfolder):
     return cls.load_config(args.pretrained_model_name_or_path, subfolder=subfolder, revision=args.revision)
 
 
+def load_tokenizers(args):
+    """Both tokenizers."""
+    return [load_part(args, CLIPTokenizer, "tokenizer" + suffix) for suffix in ("", "_2")]
+
+
+TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
+
+
 def load_text_encoders(args, dtype, device):
-    """((tokenizer, text encoder), (tokenizer 2, text encoder 2)), frozen."""
-    classes = ((CLIPTokenizer, CLIPTextModel, ""), (CLIPTokenizer, CLIPTextModelWithProjection, "_2"))
-    return [
-        (
-            load_part(args, tokenizer, "tokenizer" + suffix),
-            load_part(args, encoder, "text_encoder" + suffix, variant=args.variant, dtype=dtype)
-            .requires_grad_(False)
-            .to(device),
-        )
-        for tokenizer, encoder, suffix in classes
-    ]
+    """Both text encoders, frozen."""
+    encoders = [load_part(args, cls, name, variant=args.variant, dtype=dtype) for name, cls in TEXT_ENCODERS.items()]
+    return [encoder.requires_grad_(False).eval().to(device) for encoder in encoders]
 
 
-def add_lora(unet, args):
-    """Give the UNet a trainable LoRA; its base weights are frozen. Returns the LoRA's configuration."""
-    targets = [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else list(LORA_TARGETS)
-    config = LoraConfig(
-        r=args.rank,
-        lora_alpha=args.lora_alpha or args.rank,
-        lora_dropout=args.lora_dropout,
-        init_lora_weights="gaussian",
-        target_modules=targets,
+def unet_place(args):
+    """(name or folder, subfolder, revision, variant) of the UNet to start from."""
+    other = args.pretrained_unet_model_name_or_path
+    if not other:
+        return args.pretrained_model_name_or_path, "unet", args.revision, args.variant
+    return other, "unet" if cli_utils.model_file(other, "config.json", subfolder="unet") else "", None, None
+
+
+class Denoiser(torch.nn.Module):
+    """The UNet, and the text encoders where they are trained too: one module, so that ranks exchange all gradients."""
+
+    def __init__(self, unet, text_encoders=()):
+        super().__init__()
+        self.unet = unet
+        self.text_encoder, self.text_encoder_2 = text_encoders or (None, None)
+
+    def models(self):
+        """{name in diffusers: model}"""
+        return dict(self.named_children())
+
+    def embed(self, prompt):
+        """Prompt embeddings from {"input_ids", "input_ids_2" (B, 77)}, zero where "keep" (B,) is."""
+        encoders = [self.text_encoder, self.text_encoder_2]
+        embeds = embed_tokens([prompt["input_ids"], prompt["input_ids_2"]], encoders)
+        if "keep" in prompt:
+            for name, value in embeds.items():
+                embeds[name] = value * prompt["keep"].to(value.dtype).view(-1, *[1] * (value.ndim - 1))
+        return embeds
+
+    def forward(self, noisy_latents, timesteps, prompt, time_ids):
+        """The UNet's output (B, 4, h, w). prompt: embeddings as `embed_tokens` gives them, or what `embed` takes."""
+        if self.text_encoder is not None:
+            prompt = self.embed(prompt)
+        added = {"text_embeds": prompt["pooled_prompt_embeds"], "time_ids": time_ids}
+        return self.unet(noisy_latents, timesteps, prompt["prompt_embeds"], added_cond_kwargs=added).sample
+
+
+def build_denoiser(args, dtype, device):
+    """The models to train, loaded. Trainable parameters are float32."""
+    name, subfolder, revision, variant = unet_place(args)
+    unet = UNet2DConditionModel.from_pretrained(
+        name, subfolder=subfolder, revision=revision, variant=variant, dtype=dtype if args.use_lora else torch.float32
     )
-    unet.requires_grad_(False)
-    try:
-        unet.add_adapter(config)
-    except ValueError as error:
-        raise UserError(f"--lora_layers {args.lora_layers}: {error}") from None
-    return config
-
-
-def build_unet(args, dtype, device):
-    """The UNet ready to train: (unet, LoRA configuration or None). Trainable parameters are float32."""
-    unet = load_part(
-        args, UNet2DConditionModel, "unet", variant=args.variant, dtype=dtype if args.use_lora else torch.float32
-    )
+    text_encoders = load_text_encoders(args, dtype, "cpu") if args.train_text_encoder else ()
     torch.manual_seed(args.seed)  # the LoRA's initial weights
-    lora_config = add_lora(unet, args) if args.use_lora else None
+    denoiser = prepare_for_training(Denoiser(unet, text_encoders), args).to(device)
+    if args.enable_xformers_memory_efficient_attention:
+        unet.enable_xformers_memory_efficient_attention()
+    if args.torch_compile:
+        unet.compile()
+    return denoiser
+
+
+def prepare_for_training(denoiser, args):
+    """Give it its LoRA and gradient checkpointing."""
     if args.use_lora:
-        cast_training_params(unet, dtype=torch.float32)
+        add_adapters(args, denoiser.models(), StableDiffusionXLPipeline, LORA_TARGETS)
     if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet.to(device).train(), lora_config
+        denoiser.unet.enable_gradient_checkpointing()
+        for encoder in (denoiser.text_encoder, denoiser.text_encoder_2):
+            if encoder is not None:
+                encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    return denoiser.train()
+
+
+def parameter_groups(denoiser, args):
+    """[{"params", "lr"}]: the UNet's trainable parameters, then the text encoders'."""
+    rates = {"unet": args.learning_rate}
+    text_rate = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
+    groups = [
+        {
+            "params": [parameter for parameter in model.parameters() if parameter.requires_grad],
+            "lr": rates.get(name, text_rate),
+        }
+        for name, model in denoiser.models().items()
+    ]
+    return [group for group in groups if group["params"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Encoding, once, into caches on disk
 
 
-@torch.no_grad()
-def encode_prompts(captions, encoders):
-    """Captions as SDXL sees them: a list of {"prompt_embeds" (77, D), "pooled_prompt_embeds" (P,)} on the CPU.
+def tokenize(captions, tokenizers):
+    """{"input_ids", "input_ids_2" (N, 77)}, int64."""
+    ids = [
+        tokenizer(
+            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
+        ).input_ids
+        for tokenizer in tokenizers
+    ]
+    return {"input_ids": ids[0], "input_ids_2": ids[1]}
+
+
+def embed_tokens(input_ids, encoders):
+    """Captions as SDXL sees them: {"prompt_embeds" (N, 77, D), "pooled_prompt_embeds" (N, P)}.
 
     The hidden states before the last layer of both text encoders, side by side, and the projection of the second.
     """
     hidden = []
-    for tokenizer, encoder in encoders:
-        tokens = tokenizer(
-            captions, padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-        )
-        output = encoder(tokens.input_ids.to(encoder.device), output_hidden_states=True)
+    for ids, encoder in zip(input_ids, encoders, strict=True):
+        output = encoder(ids.to(encoder.device), output_hidden_states=True)
         hidden.append(output.hidden_states[-2])
-    prompt_embeds, pooled = torch.cat(hidden, dim=-1).cpu(), output[0].cpu()
-    return [dict(prompt_embeds=a, pooled_prompt_embeds=b) for a, b in zip(prompt_embeds, pooled, strict=True)]
+    return {"prompt_embeds": torch.cat(hidden, dim=-1), "pooled_prompt_embeds": output[0]}
+
+
+@torch.no_grad()
+def encode_prompts(captions, tokenizers, encoders):
+    """[{"prompt_embeds" (77, D), "pooled_prompt_embeds" (P,)}] of captions, on the CPU."""
+    embeds = embed_tokens(tokenize(captions, tokenizers).values(), encoders)
+    return train_utils.rows_of({name: value.cpu() for name, value in embeds.items()})
 
 
 @torch.no_grad()
@@ -298,19 +365,18 @@ def encode_images(items, vae, args):
     """Images as the autoencoder sees them: a list of {"mean", "std" (4, h, w), "time_ids" (6,)} on the CPU.
 
     items: [(CaptionedImage, whether flipped)]. Mean and deviation are kept, not a sample, so that caching freezes
-    nothing.
+    nothing. Where the crop is not forced, it is the middle: these are held-out images.
     """
     prepared = [
-        prepare_image(open_image(image), args.resolution, args.center_crop, flip, args.image_interpolation_mode)
+        prepare_image(open_image(image), args.resolution, True, flip, args.image_interpolation_mode)
         for image, flip in items
     ]
     pixels = torch.stack([to_pixel_values(array) for array, _ in prepared])
     posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    columns = zip(posterior.mean.float().cpu(), posterior.std.float().cpu(), prepared, strict=True)
-    return [
-        dict(mean=mean, std=std, time_ids=torch.tensor(crop.time_ids, dtype=torch.float32))
-        for mean, std, (_, crop) in columns
-    ]
+    time_ids = torch.tensor([crop.time_ids for _, crop in prepared], dtype=torch.float32)
+    return train_utils.rows_of(
+        {"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu(), "time_ids": time_ids}
+    )
 
 
 def prompt_key(caption):
@@ -332,25 +398,34 @@ def identity(args, *subfolders):
     return fingerprint(folder, *subfolders)
 
 
-def fill_caches(args, images, dtype, accelerator):
-    """Encode what is not on disk yet; returns (prompt store, latent store or None for random crops).
+def fill_caches(args, images, held_out, dtype, accelerator):
+    """Encode what is not on disk yet; returns (prompt store, latent store, whether the images are in it).
 
     The stores are keyed by what they depend on and nothing else: the text encoders and their dtype; the autoencoder,
-    resolution, crop and interpolation. A second run with another learning rate or output folder encodes nothing.
+    resolution and interpolation. A second run with another learning rate or output folder encodes nothing. Held-out
+    images are always in the latent store, the others unless their crops are random. Where the text encoders are
+    trained, the prompts are stored as tokens.
     """
     root = Path(args.cache_dir or os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lpl"
-    text_id = digest(kind="sdxl prompts", model=identity(args, *COMPONENTS[1:5]), dtype=str(dtype))
+    if args.train_text_encoder:
+        text_id = digest(kind="sdxl tokens", model=identity(args, "tokenizer", "tokenizer_2"))
+    else:
+        text_id = digest(kind="sdxl prompts", model=identity(args, *COMPONENTS[1:5]), dtype=str(dtype))
     vae_name = args.pretrained_vae_model_name_or_path
     vae_id = (fingerprint(vae_name) if Path(vae_name).is_dir() else vae_name) if vae_name else identity(args, "vae")
-    crop = [args.resolution, args.center_crop, args.image_interpolation_mode]
-    latent_id = digest(kind="sdxl latents", vae=vae_id, crop=crop)
+    latent_id = digest(kind="sdxl latents", vae=vae_id, crop=[args.resolution, True, args.image_interpolation_mode])
     cacheable = crops_are_forced(images, args.center_crop, args.resolution)
     loaded = {}
 
     def encode_prompt_batch(captions):
         if "text" not in loaded:
-            loaded["text"] = load_text_encoders(args, dtype, accelerator.device)
-        return encode_prompts(captions, loaded["text"])
+            tokenizers = load_tokenizers(args)
+            encoders = () if args.train_text_encoder else load_text_encoders(args, dtype, accelerator.device)
+            loaded["text"] = tokenizers, encoders
+        tokenizers, encoders = loaded["text"]
+        if not encoders:
+            return train_utils.rows_of(tokenize(captions, tokenizers))
+        return encode_prompts(captions, tokenizers, encoders)
 
     def encode_image_batch(items):
         if "vae" not in loaded:
@@ -359,21 +434,19 @@ def fill_caches(args, images, dtype, accelerator):
 
     with accelerator.main_process_first():
         prompt_store = TensorStore(root / "prompts" / text_id[:16])
-        captions = ["", *(args.validation_prompt or []), *(image.caption for image in images)]
+        captions = ["", *(args.validation_prompt or []), *(image.caption for image in [*images, *held_out])]
         items = [(prompt_key(caption), caption) for caption in captions]
         encoded = [encode_missing(prompt_store, items, encode_prompt_batch, 16, "encoding captions")]
-        latent_store = TensorStore(root / "latents" / latent_id[:16]) if cacheable else None
+        latent_store = TensorStore(root / "latents" / latent_id[:16])
+        items = [*latent_items(held_out, latent_key, False)]
         if cacheable:
-            items = latent_items(images, latent_key, args.random_flip)
-            batch = max(1, min(16, (1024 // args.resolution) ** 2))
-            encoded.append(encode_missing(latent_store, items, encode_image_batch, batch, "encoding images"))
-    if cacheable:
-        accelerator.print(
-            f"Caches in {root}: encoded {encoded[0]} captions and {encoded[1]} images, the rest was there."
-        )
-    else:
+            items += latent_items(images, latent_key, args.random_flip)
+        at_once = max(1, min(16, (1024 // args.resolution) ** 2))
+        encoded.append(encode_missing(latent_store, items, encode_image_batch, at_once, "encoding images"))
+    accelerator.print(f"Caches in {root}: encoded {encoded[0]} captions and {encoded[1]} images, the rest was there.")
+    if not cacheable:
         accelerator.print("Random crops: images are encoded in every step. --center_crop encodes each of them once.")
-    return prompt_store, latent_store
+    return prompt_store, latent_store, cacheable
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,14 +455,16 @@ def fill_caches(args, images, dtype, accelerator):
 
 @dataclass
 class Recipe:
-    """What a training step needs besides its batch."""
+    """What a training step needs besides the models and its batch."""
 
     args: object
     device: torch.device
     schedule: Schedule
     dtype: torch.dtype  # the UNet's inputs
+    samples_per_step: int  # of an optimizer step, over micro-steps and ranks
     scaling_factor: float
-    empty_prompt: dict  # what the pipeline uses as its unconditional embedding
+    empty_prompt: dict  # the entry of "" in the prompt store; zeros where those are the pipeline's unconditional
+    empty_is_zero: bool  # whether the pipeline's unconditional embedding is zero
     encoder: object = None  # the autoencoder, where images are encoded in every step
     lpl: LatentPerceptualLoss | None = None
     gate: LPLGate | None = None
@@ -413,53 +488,62 @@ def sample_latents(batch, recipe):
     return (mean + std * to_device(eps, recipe.device)) * recipe.scaling_factor
 
 
-def conditioning(batch, recipe):
-    """Prompt embeddings (B, 77, D), some replaced by the unconditional one, and SDXL's added conditions."""
-    keep = addressed_uniform(recipe.args.seed, batch["number"], "dropout") >= recipe.args.proportion_empty_prompts
-    keep = torch.from_numpy(keep)
-    embeds = []
-    for name in ("prompt_embeds", "pooled_prompt_embeds"):
+def conditioning(batch, recipe, dropout):
+    """(prompt, time_ids) for `Denoiser`; a share `dropout` of the prompts is replaced by the unconditional one."""
+    keep = torch.from_numpy(addressed_uniform(recipe.args.seed, batch["number"], "dropout") >= dropout)
+    prompt = {}
+    for name, empty in recipe.empty_prompt.items():
         value = batch[name]
         if not keep.all():
-            value = torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, recipe.empty_prompt[name])
-        embeds.append(to_device(value, recipe.device, recipe.dtype))
-    time_ids = to_device(batch["time_ids"], recipe.device, recipe.dtype)
-    return embeds[0], {"text_embeds": embeds[1], "time_ids": time_ids}
+            value = torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, empty)
+        prompt[name] = to_device(value, recipe.device, recipe.dtype if value.is_floating_point() else None)
+    if recipe.args.train_text_encoder and recipe.empty_is_zero:
+        prompt["keep"] = to_device(keep.float(), recipe.device)
+    return prompt, to_device(batch["time_ids"], recipe.device, recipe.dtype)
 
 
-def training_step(batch, unet, recipe, step, metrics):
+def draw_timesteps(numbers, recipe):
+    """(B,) timesteps of the samples with these numbers, on the CPU."""
+    args = recipe.args
+    if args.timestep_sampling == "stratified":
+        uniform = stratified_uniform(args.seed, numbers, args.train_batch_size, recipe.samples_per_step)
+    else:
+        uniform = addressed_uniform(args.seed, numbers, "timestep")
+    return recipe.schedule.draw_timesteps(uniform)
+
+
+def denoise(denoiser, latents, noise, timesteps, conditions, recipe):
+    """One forward pass: (squared error of each sample (B,), model_pred (B, 4, h, w), noisy_latents (B, 4, h, w))."""
+    alpha, sigma = to_device(torch.stack(recipe.schedule.levels(timesteps)), recipe.device).view(2, -1, 1, 1, 1)
+    noisy_latents = alpha * latents + sigma * noise
+    model_pred = denoiser(noisy_latents.to(recipe.dtype), to_device(timesteps, recipe.device), *conditions)
+    target = recipe.schedule.target(latents, noise, alpha, sigma)
+    return (model_pred.float() - target).square().mean(dim=(1, 2, 3)), model_pred, noisy_latents
+
+
+def training_step(batch, denoiser, recipe, step, metrics):
     """One micro-step: (objective, a scalar with gradient; [diffusion loss, LPL term] (2,), detached).
 
     loss = diffusion + weight * (1 / B) * sum over gated samples of s_b * LPL_b
     """
-    args, schedule, numbers = recipe.args, recipe.schedule, batch["number"]
+    args, numbers = recipe.args, batch["number"]
     latents = sample_latents(batch, recipe)
     noise = addressed_normal(args.seed, numbers, latents.shape[1:], "noise")
     if args.noise_offset:
         noise += args.noise_offset * addressed_normal(args.seed, numbers, (latents.shape[1], 1, 1), "noise_offset")
     noise = to_device(noise, recipe.device)
-    timesteps = schedule.draw_timesteps(args.seed, numbers)
-    levels = torch.stack([*schedule.levels(timesteps), schedule.loss_weights(timesteps)])
-    alpha, sigma, loss_weights = to_device(levels, recipe.device)
-
-    alpha_, sigma_ = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
-    noisy_latents = alpha_ * latents + sigma_ * noise
-    prompt_embeds, added = conditioning(batch, recipe)
+    timesteps = draw_timesteps(numbers, recipe)
+    conditions = conditioning(batch, recipe, args.proportion_empty_prompts)
     if args.lora_dropout:  # dropout follows from the address too, so that a resumed run repeats it
         torch.manual_seed(int(addressed_rng(args.seed, int(numbers[0]), "lora_dropout").integers(2**32)))
-    model_pred = unet(
-        noisy_latents.to(recipe.dtype),
-        to_device(timesteps, recipe.device),
-        prompt_embeds,
-        added_cond_kwargs=added,
-    ).sample
 
-    target = schedule.target(latents, noise, alpha_, sigma_)
-    per_sample = (model_pred.float() - target).square().mean(dim=(1, 2, 3))
-    diffusion_loss = (loss_weights * per_sample).mean()
+    errors, model_pred, noisy_latents = denoise(denoiser, latents, noise, timesteps, conditions, recipe)
+    if args.snr_gamma is not None:
+        errors = to_device(recipe.schedule.loss_weights(timesteps), recipe.device) * errors
+    diffusion_loss = errors.mean()
     metrics.add("diffusion_loss", diffusion_loss)
     loss, lpl_term = diffusion_loss, torch.zeros_like(diffusion_loss)
-    if recipe.lpl is not None and step >= args.lpl_start:
+    if args.use_lpl and step >= args.lpl_start:
         lpl_term = perceptual_term(model_pred, noisy_latents, latents, timesteps, recipe, metrics)
         weight = recipe.lpl_weight()
         loss = diffusion_loss + weight * lpl_term
@@ -478,96 +562,157 @@ def perceptual_term(model_pred, noisy_latents, latents, timesteps, recipe, metri
     if not len(gated):
         metrics.add("lpl/loss", 0.0)
         return latents.new_zeros(())
-    scale = lpl_noise_scale(*levels) if recipe.args.lpl_scale else torch.ones(len(timesteps))
-    alpha, sigma, scale = to_device(torch.stack([*levels, scale])[:, gated], recipe.device)
-    gated = to_device(gated, recipe.device)
-    noisy_latents, model_pred, latents_ = (x.index_select(0, gated) for x in (noisy_latents, model_pred, latents))
-    z0_pred = estimate_z0(model_pred, noisy_latents, alpha, sigma, recipe.schedule.prediction_type)
-    output = recipe.lpl(z0_pred, latents_)
+    index = to_device(gated, recipe.device)
+    output = perceptual_loss(*(x.index_select(0, index) for x in (model_pred, noisy_latents, latents)),
+                             timesteps[gated], recipe)  # fmt: skip
     for layer, values in enumerate(output.per_layer):
         metrics.add(f"lpl/features/layer_{layer}/loss", values.sum(), len(values))
         outliers = (1 - output.inlier_fraction[layer]) * len(values)
         metrics.add(f"lpl/features/layer_{layer}/outlier_ratio", outliers, len(values))
-    lpl_term = (scale * output.per_sample).sum() / len(latents)
+    per_sample = output.per_sample
+    if recipe.args.lpl_scale:
+        per_sample = to_device(lpl_noise_scale(*levels)[gated], recipe.device) * per_sample
+    lpl_term = per_sample.sum() / len(latents)
     metrics.add("lpl/loss", lpl_term)
     return lpl_term
 
 
+def perceptual_loss(model_pred, noisy_latents, latents, timesteps, recipe):
+    """LPL between the estimate of z_0 and z_0 itself, an `LPLOutput`; everything (B, 4, h, w)."""
+    alpha, sigma = to_device(torch.stack(recipe.schedule.levels(timesteps)), recipe.device)
+    z0_pred = estimate_z0(model_pred, noisy_latents, alpha, sigma, recipe.schedule.prediction_type)
+    return recipe.lpl(z0_pred, latents)
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# Validation and saving
+# Validation
+
+
+def held_out_timesteps(schedule):
+    """(HELD_OUT_LEVELS,) the middles of as many equal parts of all timesteps."""
+    return ((torch.arange(HELD_OUT_LEVELS) + 0.5) * len(schedule) / HELD_OUT_LEVELS).long()
 
 
 @torch.no_grad()
-def validate(args, unet, vae, prompt_store, recipe, folder, step):
-    """Draw every validation prompt, with the same seeds every time; returns [(prompt, [images])] and saves a grid."""
+def held_out_losses(denoiser, images, prompt_store, latent_store, recipe, accelerator):
+    """{log key: loss} of the held-out images, at fixed noise levels and with fixed noise.
+
+    `validation/diffusion_loss` is the mean over the levels, `validation/lpl_loss` over those that the gate takes; each
+    level has its own entry too. Every rank takes its share of the images.
+    """
+    was_training = denoiser.training
+    denoiser.eval()
+    schedule, metrics = recipe.schedule, train_utils.Metrics(recipe.device)
+    levels = held_out_timesteps(schedule)
+    gated = recipe.gate(levels, noise_to_signal(*schedule.levels(levels)))
+    names = [f"validation/diffusion_loss/t{t}" for t in levels.tolist()]
+    names += [f"validation/lpl_loss/t{t}" for t in levels[gated].tolist()]
+    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
+    for first in tqdm(range(0, len(mine), recipe.args.train_batch_size), desc="held-out loss", leave=False,
+                      disable=not accelerator.is_local_main_process):  # fmt: skip
+        numbers = mine[first : first + recipe.args.train_batch_size]
+        latents = [latent_store.get(latent_key(images[number].content_hash(), False)) for number in numbers]
+        prompts = [prompt_store.get(prompt_key(images[number].caption)) for number in numbers]
+        batch = collate([latent | prompt for latent, prompt in zip(latents, prompts, strict=True)])
+        latents = to_device(batch["mean"].float(), recipe.device) * recipe.scaling_factor
+        conditions = conditioning({**batch, "number": numbers}, recipe, dropout=0)
+        for level, timestep in enumerate(levels):
+            addresses = [number * HELD_OUT_LEVELS + level for number in numbers]
+            noise = to_device(addressed_normal(HELD_OUT_SEED, addresses, latents.shape[1:], "held_out"), recipe.device)
+            timesteps = timestep.repeat(len(numbers))
+            with accelerator.autocast():
+                errors, model_pred, noisy_latents = denoise(denoiser, latents, noise, timesteps, conditions, recipe)
+            metrics.add(f"validation/diffusion_loss/t{timestep}", errors.sum(), len(errors))
+            if gated[level]:
+                output = perceptual_loss(model_pred, noisy_latents, latents, timesteps, recipe)
+                metrics.add(f"validation/lpl_loss/t{timestep}", output.per_sample.sum(), len(errors))
+    denoiser.train(was_training)
+    return train_utils.with_means(metrics.read(accelerator, names))
+
+
+@torch.no_grad()
+def draw(denoiser, vae, prompt_store, recipe):
+    """Draw every validation prompt, with the same seeds every time: [(prompt, [images])]."""
     import diffusers
+
+    args = recipe.args
 
     scheduler_config = load_part_config(args, DDPMScheduler, "scheduler")
     scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_config(
         scheduler_config, prediction_type=recipe.schedule.prediction_type
     )
     pipeline = StableDiffusionXLPipeline(
-        vae=vae, unet=unet, scheduler=scheduler, text_encoder=None, text_encoder_2=None, tokenizer=None,
+        vae=vae, unet=denoiser.unet, scheduler=scheduler, text_encoder=None, text_encoder_2=None, tokenizer=None,
         tokenizer_2=None, add_watermarker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
-    was_training = unet.training
-    unet.eval()
+    was_training = denoiser.training
+    denoiser.eval()
     at_once = min(args.num_validation_images, max(1, (1024 // args.resolution) ** 2))
     rows = [(prompt, []) for prompt in args.validation_prompt]
-    for prompt, images in tqdm(rows, desc=f"validation at step {step}", leave=False):
-        embeds = prompt_store.get(prompt_key(prompt))
-        embeds |= {f"negative_{name}": value for name, value in recipe.empty_prompt.items()}
-        embeds = {name: value[None].to(recipe.device, recipe.dtype) for name, value in embeds.items()}
+    for prompt, images in tqdm(rows, desc="validation images", leave=False):
         for first in range(0, args.num_validation_images, at_once):
             seeds = range(args.seed + first, args.seed + min(first + at_once, args.num_validation_images))
             generators = [torch.Generator(recipe.device).manual_seed(seed) for seed in seeds]
             with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
                 latents = pipeline(
-                    **embeds, generator=generators, num_images_per_prompt=len(seeds), num_inference_steps=25,
-                    height=args.resolution, width=args.resolution, output_type="latent",
+                    **pipeline_prompt(prompt, denoiser, prompt_store, recipe), generator=generators,
+                    num_images_per_prompt=len(seeds), num_inference_steps=25, height=args.resolution,
+                    width=args.resolution, output_type="latent",
                 ).images  # fmt: skip
             decoded = vae.decode(DecoderStages(vae).to_vae_space(latents)).sample  # without autocast: see LPL's dtype
             images += pipeline.image_processor.postprocess(decoded.float())
-    unet.train(was_training)
-    folder.mkdir(parents=True, exist_ok=True)
-    train_utils.labelled_rows(rows).save(folder / f"step-{step}.png")
+    denoiser.train(was_training)
     return rows
 
 
-def save_weights(folder, unet, lora_config):
+def pipeline_prompt(prompt, denoiser, prompt_store, recipe):
+    """A validation prompt's embeddings and the unconditional ones, as arguments of the pipeline."""
+
+    def embeds(entry):
+        entry = {name: value[None].to(recipe.device) for name, value in entry.items()}
+        return denoiser.embed(entry) if denoiser.text_encoder is not None else entry
+
+    positive = embeds(prompt_store.get(prompt_key(prompt)))
+    negative = embeds(recipe.empty_prompt)
+    if recipe.empty_is_zero:
+        negative = {name: torch.zeros_like(value) for name, value in negative.items()}
+    prompts = positive | {f"negative_{name}": value for name, value in negative.items()}
+    return {name: value.to(recipe.dtype) for name, value in prompts.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save_weights(folder, denoiser, args):
     """The trained weights in the layout of diffusers: `unet/`, or `pytorch_lora_weights.safetensors`."""
-    if lora_config is None:
-        unet.save_pretrained(folder / "unet")
-        return
-    layers = {name: value.float() for name, value in get_peft_model_state_dict(unet).items()}
-    metadata = lora_config.to_dict()
-    metadata["target_modules"] = sorted(metadata["target_modules"])
-    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=layers, unet_lora_adapter_metadata=metadata)
+    if args.use_lora:
+        save_lora(folder, denoiser.models(), StableDiffusionXLPipeline)
+    else:
+        denoiser.unet.save_pretrained(folder / "unet")
 
 
-def load_weights(folder, unet, lora_config):
+def load_weights(folder, denoiser, args):
     """Put back what `save_weights` wrote."""
-    if lora_config is None:
-        unet.load_state_dict(UNet2DConditionModel.from_pretrained(folder, subfolder="unet").state_dict())
-        return
-    layers = load_file(folder / "pytorch_lora_weights.safetensors")
-    layers = {name.removeprefix("unet."): value for name, value in layers.items()}
-    wrong = set_peft_model_state_dict(unet, layers)
-    require(not wrong.unexpected_keys, f"{folder}: its LoRA has other layers than this run's (--lora_layers, --rank)")
+    if args.use_lora:
+        load_lora(folder, denoiser.models())
+    else:
+        saved = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        denoiser.unet.load_state_dict(saved.state_dict())
 
 
-def save_result(args, unet, lora_config, schedule):
-    """What the run is for: a LoRA, or a whole pipeline that `from_pretrained` loads."""
+def save_result(args, denoiser, schedule):
+    """What the run is for: a LoRA, or a whole pipeline that `from_pretrained` loads; and their other formats."""
     folder = Path(args.output_dir)
-    if lora_config is not None:
-        save_weights(folder, unet, lora_config)
+    if args.use_lora:
+        save_weights(folder, denoiser, args)
         return
     more = {}
     if args.pretrained_vae_model_name_or_path:
         more["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path)
     pipeline = StableDiffusionXLPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, unet=unet, revision=args.revision, variant=args.variant,
+        args.pretrained_model_name_or_path, unet=denoiser.unet, revision=args.revision, variant=args.variant,
         dtype=torch.float32, **more,
     )  # fmt: skip
     pipeline.scheduler.register_to_config(prediction_type=schedule.prediction_type)
@@ -578,106 +723,63 @@ def save_result(args, unet, lora_config, schedule):
 # The plan: what is printed before anything is loaded
 
 
-def lpl_config(args):
-    """The loss' configuration; by default as many samples are decoded at a time as have the size of one of 1024 px."""
-    by_default = "stage" if args.gradient_checkpointing else "none"
-    return LPLConfig(
-        num_blocks=args.lpl_num_blocks,
-        norm_type=args.lpl_norm_type,
-        loss_type=args.lpl_loss_type,
-        pow_law=args.lpl_pow_law,
-        remove_outliers=args.lpl_remove_outliers,
-        checkpointing=args.lpl_checkpointing or by_default,
-        batch_size=args.lpl_batch_size or max(1, round((1024 / args.resolution) ** 2)),
-    )
-
-
 def lpl_gate(args):
     """Which samples get the loss; with no threshold given: t < 200, a fifth of uniform timesteps."""
-    threshold = args.lpl_t_threshold
-    if threshold is None and args.lpl_sigma_threshold is None:
-        threshold = 200
-    return LPLGate(threshold, args.lpl_sigma_threshold, args.lpl_threshold_resolution, args.resolution)
-
-
-def lpl_dtype(args, mixed_precision):
-    """The decoder's dtype in the loss."""
-    name = args.lpl_vae_dtype or ("bfloat16" if mixed_precision == "bf16" else "float32")
-    return getattr(torch, name)
+    return train_utils.lpl_gate(args, t_threshold=200)
 
 
 def build_on_meta(args, dtype, vae_dtype):
-    """(UNet with its LoRA, autoencoder) without memory or weights: for counting, and for checks before loading."""
+    """(denoiser, autoencoder) without memory or weights: for counting, and for checks before loading."""
+    name, subfolder, revision, _ = unet_place(args)
     with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(load_part_config(args, UNet2DConditionModel, "unet"))
+        unet = UNet2DConditionModel.from_config(
+            UNet2DConditionModel.load_config(name, subfolder=subfolder, revision=revision)
+        ).to(dtype if args.use_lora else torch.float32)
         vae = AutoencoderKL.from_config(vae_config(args)).requires_grad_(False).to(vae_dtype)
-        unet.to(dtype if args.use_lora else torch.float32)
-        if args.use_lora:
-            add_lora(unet, args)
-            cast_training_params(unet, dtype=torch.float32)
-    if args.gradient_checkpointing:
-        unet.enable_gradient_checkpointing()
-    return unet.train(), vae
+        text_encoders = ()
+        if args.train_text_encoder:
+            text_encoders = [
+                cls(load_part(args, CLIPTextConfig, name)).to(dtype) for name, cls in TEXT_ENCODERS.items()
+            ]
+        return prepare_for_training(Denoiser(unet, text_encoders), args), vae
 
 
-def memory_estimate(args, unet, vae, dtype):
+def memory_estimate(args, denoiser, vae, dtype):
     """[(what, bytes)] that training needs on one device, every sample taken as gated; from shapes, nothing is run."""
-    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-    batch = args.train_batch_size
-    weights = train_utils.parameter_bytes(unet.parameters())
-    size = train_utils.parameter_bytes(parameter for parameter in unet.parameters() if parameter.requires_grad)
-    unet.to(dtype)  # what autocast would run in: the meta device has no autocast
-    with torch.device("meta"), train_utils.SavedBytes() as denoiser:
-        pooled = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
-        added = {
-            "text_embeds": torch.randn(batch, pooled, dtype=dtype),
-            "time_ids": torch.randn(batch, 6, dtype=dtype),
-        }
+    batch, unet = args.train_batch_size, denoiser.unet
+    weights = train_utils.parameter_bytes(denoiser.parameters())
+    trained = [parameter for group in parameter_groups(denoiser, args) for parameter in group["params"]]
+    size, count = train_utils.parameter_bytes(trained), sum(parameter.numel() for parameter in trained)
+    denoiser.to(dtype)  # what autocast would run in: the meta device has no autocast
+    side, width = train_utils.latent_side(args, vae), unet.config.projection_class_embeddings_input_dim
+    with torch.device("meta"), train_utils.SavedBytes() as activations:
+        if args.train_text_encoder:
+            ids = torch.zeros(batch, 77, dtype=torch.long)
+            prompt = {"input_ids": ids, "input_ids_2": ids}
+        else:
+            pooled = width - 6 * unet.config.addition_time_embed_dim
+            prompt = {
+                "prompt_embeds": torch.randn(batch, 77, unet.config.cross_attention_dim, dtype=dtype),
+                "pooled_prompt_embeds": torch.randn(batch, pooled, dtype=dtype),
+            }
         latents = torch.randn(batch, unet.config.in_channels, side, side, dtype=dtype)
-        embeds = torch.randn(batch, 77, unet.config.cross_attention_dim, dtype=dtype)
-        unet(latents, torch.zeros(batch, dtype=torch.long), embeds, added_cond_kwargs=added)
+        denoiser(latents, torch.zeros(batch, dtype=torch.long), prompt, torch.randn(batch, 6, dtype=dtype))
     parts = [
-        ("UNet", weights),
+        ("weights", weights),
         ("gradients", size),
-        ("optimizer state", size // 2 if args.use_8bit_adam else 2 * size),
-        ("EMA", size if args.use_ema else 0),
-        ("activations of the UNet", denoiser.total),
+        ("optimizer state", train_utils.optimizer_state_bytes(args, size, count)),
+        ("EMA", size if args.use_ema and not args.offload_ema else 0),
+        ("activations", activations.total),
     ]
     if args.use_lpl:
         decoder = train_utils.parameter_bytes(vae.decoder.parameters())
-        parts += [("decoder", decoder), ("LPL", lpl_bytes(args, vae, side))]
+        parts += [("decoder", decoder), ("LPL", train_utils.lpl_bytes(args, vae))]
     return parts
-
-
-def lpl_bytes(args, vae, side):
-    """Bytes that the loss keeps for its backward pass: of all stages, or of the largest when they are recomputed."""
-    config = lpl_config(args)
-    totals = [0]
-    for blocks in range(1 + config.num_blocks):
-        with torch.device("meta"), train_utils.SavedBytes() as kept:
-            pair = torch.randn(
-                2, min(args.train_batch_size, config.batch_size), vae.config.latent_channels, side, side
-            )
-            LatentPerceptualLoss(vae, replace(config, num_blocks=blocks))(pair[0].requires_grad_(), pair[1])
-        totals.append(kept.total)
-    stages = [after - before for before, after in pairwise(totals)]
-    return max(stages) if config.checkpointing == "stage" else sum(stages)
-
-
-def stage_shapes(args, vae):
-    """[(C, H, W)] of the features that LPL compares."""
-    side = args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-    stages = DecoderStages(vae)
-    x, shapes = torch.empty(1, vae.config.latent_channels, side, side, device="meta"), []
-    for index in range(1 + args.lpl_num_blocks):
-        x = stages.run(index, x)
-        shapes.append(tuple(x.shape[1:]))
-    return shapes
 
 
 def truncated_captions(args, captions):
     """How many captions are longer than the tokenizers take."""
-    tokenizers = [load_part(args, CLIPTokenizer, "tokenizer" + suffix) for suffix in ("", "_2")]
+    tokenizers = load_tokenizers(args)
     longest = [
         max(len(tokenizer(caption).input_ids) - tokenizer.model_max_length for tokenizer in tokenizers)
         for caption in set(captions)
@@ -685,59 +787,55 @@ def truncated_captions(args, captions):
     return sum(excess > 0 for excess in longest)
 
 
-def check_and_print_plan(args, scan, schedule, accelerator, dtype, total_steps):
+def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps):
     """Check what can be checked without weights, and say what will happen. Raises UserError."""
     cli_utils.check_vae_dtype(args, vae_config(args))
-    unet, vae = build_on_meta(args, dtype, lpl_dtype(args, accelerator.mixed_precision))
+    denoiser, vae = build_on_meta(args, dtype, lpl_dtype(args, accelerator.mixed_precision))
     blocks = len(vae.config.block_out_channels)
     require(args.lpl_num_blocks <= blocks,
             f"--lpl_num_blocks is {args.lpl_num_blocks}; this decoder has {blocks} up blocks")  # fmt: skip
-    trainable = sum(parameter.numel() for parameter in unet.parameters() if parameter.requires_grad)
-    everything = sum(parameter.numel() for parameter in unet.parameters())
+    require(not args.enable_xformers_memory_efficient_attention or torch.cuda.is_available(),
+            "--enable_xformers_memory_efficient_attention: xformers needs a CUDA GPU, and none is here")  # fmt: skip
     batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     captions = [image.caption for image in scan.images]
     say = accelerator.print
-    say("\nConfiguration: " + ", ".join(f"{key}={value}" for key, value in sorted(vars(args).items())
-                                        if value not in (None, False) and key not in cli_utils.SECRETS))  # fmt: skip
-    for warning in scan.warnings:
+    cli_utils.print_configuration(args, say)
+    for warning in scan.warnings + train_utils.warnings_about(args, scan.images, held_out):
         say(f"warning: {warning}")
     say(f"Data: {len(captions)} images with {len(set(captions))} captions from {scan.source}; "
-        f"{truncated_captions(args, captions)} captions are longer than the tokenizers take")  # fmt: skip
+        f"{truncated_captions(args, captions)} captions are longer than the tokenizers take"
+        + (f"; {len(held_out)} more are held out" if held_out else ""))  # fmt: skip
     say(f"Steps: {total_steps} of {batch} images ({args.train_batch_size} per device x {accelerator.num_processes} "
         f"x {args.gradient_accumulation_steps} accumulated); {len(captions) / batch:.1f} steps an epoch, "
         f"{total_steps * batch / len(captions):.1f} epochs")  # fmt: skip
-    if args.validation_prompt:
+    if args.validation_prompt or held_out:
         every = args.validation_steps or args.validation_epochs * len(captions) / batch
-        say(f"Validation: {len(args.validation_prompt)} x {args.num_validation_images} images every {every:g} steps"
+        what = [f"{len(args.validation_prompt or [])} x {args.num_validation_images} images"] * bool(
+            args.validation_prompt
+        )
+        what += [f"the loss of {len(held_out)} held-out images at {HELD_OUT_LEVELS} noise levels"] * bool(held_out)
+        say(f"Validation: {' and '.join(what)} every {every:g} steps"
             + ("; --validation_steps sets another interval" if args.validation_steps is None else ""))  # fmt: skip
-    say(f"Training: {trainable:,} of {everything:,} UNet parameters "
-        f"({f'LoRA of rank {args.rank}' if args.use_lora else 'all'}), "
-        f"{schedule.prediction_type} prediction, {str(dtype)[6:]}")  # fmt: skip
+    for name, model in denoiser.models().items():
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        everything = sum(parameter.numel() for parameter in model.parameters())
+        how = train_utils.describe_lora(lora_config(model)) if args.use_lora else "all"
+        say(f"Training: {trainable:,} of {everything:,} parameters of the {name} ({how})")
+    say(f"          {schedule.prediction_type} prediction, {str(dtype)[6:]}, {args.optimizer}")
     if args.use_lpl:
-        print_lpl_plan(args, schedule, vae, say)
-    parts = memory_estimate(args, unet, vae, dtype)
+        gate = lpl_gate(args)
+        share = schedule.gated_share(gate)
+        train_utils.print_lpl_plan(args, gate, share, vae, say)
+        if share < 0.02:
+            say("warning: LPL applies to under 2 % of the samples and will hardly matter; raise --lpl_t_threshold "
+                "(200 gives 20 % of uniform timesteps)")  # fmt: skip
+    parts = memory_estimate(args, denoiser, vae, dtype)
     total = train_utils.gigabytes(sum(size for _, size in parts))
     say(
         f"Memory, estimated: {total}: "
         + ", ".join(f"{what} {train_utils.gigabytes(size)}" for what, size in parts if size)
     )
     say()
-
-
-def print_lpl_plan(args, schedule, vae, say):
-    """The lines about the loss: share of gated samples, decoder stages, weight."""
-    gate, config = lpl_gate(args), lpl_config(args)
-    share = schedule.gated_share(gate)
-    rule = f"t < {gate.limit:g}" if gate.t_threshold is not None else f"sigma / alpha <= {gate.limit:g}"
-    say(f"LPL: where {rule}, {100 * share:.1f} % of samples; weight {args.lpl_weight}"
-        + (f" (a share of {args.lpl_share:g} of the loss)" if args.lpl_weight == "auto" else "")
-        + f"; {config.norm_type} normalization, {config.loss_type}, at most {config.batch_size} samples at a time, "
-        f"checkpointing {config.checkpointing}, {str(vae.dtype)[6:]}")  # fmt: skip
-    shapes = stage_shapes(args, vae)
-    say("     decoder stages: " + ", ".join("x".join(map(str, shape)) for shape in shapes))
-    if share < 0.02:
-        say("warning: LPL applies to under 2 % of the samples and will hardly matter; raise --lpl_t_threshold "
-            "(200 gives 20 % of uniform timesteps)")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -768,25 +866,30 @@ def start_accelerator(args):
     return accelerator
 
 
-def prepare_recipe(args, accelerator, schedule, dtype, prompt_store, latent_store):
-    """(recipe, autoencoder or None): everything but the UNet, loaded."""
+def prepare_recipe(args, accelerator, schedule, dtype, prompt_store, encode_in_steps, measure_lpl):
+    """(recipe, autoencoder or None): everything but the models that are trained, loaded."""
     vae = None
-    if args.use_lpl or args.validation_prompt:
+    if args.use_lpl or measure_lpl or args.validation_prompt:
         vae = load_vae(args, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
     index = cli_utils.read_json(
         cli_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
     )
+    empty_is_zero = index.get("force_zeros_for_empty_prompt", True)
     empty = prompt_store.get(prompt_key(""))
-    if index.get("force_zeros_for_empty_prompt", True):
+    if empty_is_zero and not args.train_text_encoder:
         empty = {name: torch.zeros_like(value) for name, value in empty.items()}
-    recipe = Recipe(args, accelerator.device, schedule, dtype, vae_config(args)["scaling_factor"], empty)
-    if latent_store is None:
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    recipe = Recipe(
+        args, accelerator.device, schedule, dtype, samples_per_step, vae_config(args)["scaling_factor"], empty,
+        empty_is_zero,
+    )  # fmt: skip
+    if encode_in_steps:
         recipe.encoder = load_vae(args, torch.float32, accelerator.device)
-    if args.use_lpl:
+    if args.use_lpl or measure_lpl:
         recipe.lpl = LatentPerceptualLoss(vae, lpl_config(args))
         recipe.gate = lpl_gate(args)
-        if args.lpl_weight == "auto":
-            recipe.auto_weight = AutoWeight(args.lpl_share).to(accelerator.device)
+    if args.use_lpl and args.lpl_weight == "auto":
+        recipe.auto_weight = AutoWeight(args.lpl_share).to(accelerator.device)
     return recipe, vae
 
 
@@ -820,10 +923,10 @@ def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metric
     if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler skips a step whose gradients overflow
         lr_scheduler.step()
         if ema is not None:
-            ema.step(parameters)
+            train_utils.update_ema(ema, parameters, args.offload_ema)
 
 
-def main(args, scan):
+def main(args, scan, held_out=()):
     """The run, from the plan to the saved model."""
     accelerator = start_accelerator(args)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
@@ -831,7 +934,7 @@ def main(args, scan):
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     total_steps = args.max_train_steps or -(-args.num_train_epochs * len(scan.images) // batch_size)
     resume_from = train_utils.checkpoint_to_resume(args)
-    check_and_print_plan(args, scan, schedule, accelerator, dtype, total_steps)
+    check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps)
     if args.dry_run:
         return
     output_dir = Path(args.output_dir)
@@ -839,67 +942,71 @@ def main(args, scan):
     if accelerator.is_main_process:
         cli_utils.save_recipe(args, output_dir / "config.yaml")
 
-    prompt_store, latent_store = fill_caches(args, scan.images, dtype, accelerator)
-    recipe, vae = prepare_recipe(args, accelerator, schedule, dtype, prompt_store, latent_store)
-    unet, lora_config = build_unet(args, dtype, accelerator.device)
-    parameters = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+    prompt_store, latent_store, cached = fill_caches(args, scan.images, held_out, dtype, accelerator)
+    recipe, vae = prepare_recipe(args, accelerator, schedule, dtype, prompt_store, not cached, bool(held_out))
+    bare_denoiser = build_denoiser(args, dtype, accelerator.device)
     if args.scale_lr:
         args.learning_rate *= batch_size
-    optimizer = train_utils.build_optimizer(args, parameters)
+        args.text_encoder_lr = args.text_encoder_lr and args.text_encoder_lr * batch_size
+    groups = parameter_groups(bare_denoiser, args)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = train_utils.build_optimizer(args, groups)
     lr_scheduler = train_utils.build_lr_scheduler(args, optimizer, total_steps)
-    ema = EMAModel(parameters, decay=args.ema_decay) if args.use_ema else None
-    bare_unet = unet
-    unet, optimizer = accelerator.prepare(unet, optimizer)
+    ema = train_utils.build_ema(args, parameters)
+    denoiser, optimizer = accelerator.prepare(bare_denoiser, optimizer)
     state = train_utils.TrainingState(
         optimizer, lr_scheduler, accelerator.scaler, ema, recipe.auto_weight, train_utils.run_identity(args)
     )
+    gallery = report_utils.Gallery(args, lambda: draw(bare_denoiser, vae, prompt_store, recipe))
+    if accelerator.is_main_process and args.validation_compare:
+        gallery.draw_start()
     first_step = 0
     if resume_from is not None:
-        load_weights(resume_from, bare_unet, lora_config)
+        load_weights(resume_from, bare_denoiser, args)
         first_step = state.load(resume_from)
         accelerator.print(f"Resumed from {resume_from} at step {first_step}")
-    reporter = train_utils.Reporter(args, accelerator, "sdxl-lpl", metric_names(args), first_step)
+    reporter = report_utils.Reporter(args, accelerator, "sdxl-lpl", metric_names(args), first_step)
     metrics = reporter.metrics
 
-    def save(step):
-        train_utils.save_checkpoint(
-            output_dir, step, state, lambda folder: save_weights(folder, bare_unet, lora_config),
-            args.checkpoints_total_limit,
-        )  # fmt: skip
-
-    def draw(step):
-        with train_utils.averaged_weights(ema, parameters):
-            rows = validate(args, bare_unet, vae, prompt_store, recipe, output_dir / "validation", step)
-        reporter.log_images(rows, step)
+    def validate(step):
+        with reporter.paused(), train_utils.averaged_weights(ema, parameters):
+            if held_out:
+                stores = prompt_store, latent_store
+                reporter.log(step, held_out_losses(bare_denoiser, held_out, *stores, recipe, accelerator))
+            if args.validation_prompt and accelerator.is_main_process:
+                reporter.log_images(gallery.draw(step), step)
 
     validation_due = train_utils.validation_schedule(args, len(scan.images), batch_size)
-    loader = batches(args, scan.images, prompt_store, latent_store, accelerator, first_step, total_steps)
-    if args.validation_prompt and first_step == 0 and accelerator.is_main_process:
-        draw(0)
+    train_images = latent_store if cached else None
+    loader = batches(args, scan.images, prompt_store, train_images, accelerator, first_step, total_steps)
+    if first_step == 0:
+        validate(0)
     bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training",
                disable=not accelerator.is_local_main_process)  # fmt: skip
     for step in bar:
         parts = torch.zeros(2, device=accelerator.device)  # diffusion loss and LPL term, for the auto weight
         for micro_step in range(args.gradient_accumulation_steps):
             last = micro_step + 1 == args.gradient_accumulation_steps
-            with train_utils.sync_gradients(accelerator, unet, last):
-                loss, micro_parts = training_step(next(loader), unet, recipe, step, metrics)
+            with train_utils.sync_gradients(accelerator, denoiser, last):
+                loss, micro_parts = training_step(next(loader), denoiser, recipe, step, metrics)
                 accelerator.backward(loss)
             parts += micro_parts / args.gradient_accumulation_steps
         optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics)
         if recipe.auto_weight is not None and step >= args.lpl_start:
             recipe.auto_weight.update(*accelerator.reduce(parts, "mean"))
         done = step + 1
-        reporter.step(done, batch_size, lr_scheduler.get_last_lr()[0], bar, last=done == total_steps)
-        if accelerator.is_main_process:
-            if done % args.checkpointing_steps == 0 or done == total_steps:
-                save(done)
-            if args.validation_prompt and (validation_due(done) or done == total_steps):
-                draw(done)
+        reporter.step(done, batch_size, train_utils.learning_rates(optimizer), bar, last=done == total_steps)
+        if accelerator.is_main_process and done % args.checkpointing_steps == 0:
+            train_utils.save_checkpoint(
+                output_dir, done, state, lambda folder: save_weights(folder, bare_denoiser, args),
+                args.checkpoints_total_limit,
+            )  # fmt: skip
+        if validation_due(done) or done == total_steps:
+            validate(done)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with train_utils.averaged_weights(ema, parameters):
-            save_result(args, bare_unet, lora_config, schedule)
+            save_result(args, bare_denoiser, schedule)
         reporter.finish(
             f"SDXL {'LoRA' if args.use_lora else 'full'} fine-tuning, {'with' if args.use_lpl else 'without'} LPL"
         )
@@ -908,4 +1015,4 @@ def main(args, scan):
 
 if __name__ == "__main__":
     with errors_for_people(ARGS.debug):
-        main(ARGS, SCAN)
+        main(ARGS, SCAN, HELD_OUT)

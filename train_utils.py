@@ -1,4 +1,4 @@
-"""What the recipes share and nobody would edit: checkpoints, optimizers, metrics, pictures, estimates.
+"""What the recipes share and nobody would edit: checkpoints, optimizers, metrics, estimates.
 
 Checkpoints hold safetensors and JSON, never pickle. They are written to a temporary folder and renamed, so that a
 folder called checkpoint-N is always complete.
@@ -6,19 +6,19 @@ folder called checkpoint-N is always complete.
 
 import contextlib
 import json
-import math
 import os
 import re
 import shutil
-import time
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import load_file, save_file
 
-from cli_utils import SECRETS, UserError
+from cli_utils import UserError
 from data_utils import sync_to_disk
+from lpl_utils import DecoderStages, LatentPerceptualLoss, LPLConfig, LPLGate
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 
@@ -182,19 +182,35 @@ def find_checkpoint(resume_from_checkpoint, output_dir):
 # Optimizer and schedule
 
 
-def build_optimizer(args, parameters):
-    """AdamW, or bitsandbytes' 8-bit AdamW."""
-    settings = dict(
-        lr=args.learning_rate,
-        betas=(args.adam_beta1, args.adam_beta2),
-        weight_decay=args.adam_weight_decay,
-        eps=args.adam_epsilon,
-    )
+def build_optimizer(args, groups):
+    """The optimizer of --optimizer and --use_8bit_adam; groups: [{"params", "lr"}]."""
+    betas = (args.adam_beta1, args.adam_beta2)
+    if args.optimizer == "prodigy":
+        from prodigyopt import Prodigy
+
+        return Prodigy(
+            groups, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, use_bias_correction=True,
+            safeguard_warmup=True,
+        )  # fmt: skip
+    if args.optimizer == "adafactor":
+        from transformers.optimization import Adafactor
+
+        # with a learning rate of its own: neither the relative step nor the scaling by a tensor's size, which for
+        # LoRA's zeros at the start would be next to nothing
+        return Adafactor(groups, weight_decay=args.adam_weight_decay, relative_step=False, scale_parameter=False)
+    settings = dict(betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
     if args.use_8bit_adam:
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(parameters, **settings)
-    return torch.optim.AdamW(parameters, **settings)
+        return bitsandbytes.optim.AdamW8bit(groups, **settings)
+    return torch.optim.AdamW(groups, **settings)
+
+
+def optimizer_state_bytes(args, weights, count):
+    """About how many bytes an optimizer keeps for `count` parameters of `weights` bytes."""
+    if args.use_8bit_adam:
+        return 2 * count
+    return {"adamw": 2 * weights, "prodigy": 4 * weights, "adafactor": 0}[args.optimizer]
 
 
 def build_lr_scheduler(args, optimizer, max_train_steps):
@@ -206,7 +222,49 @@ def build_lr_scheduler(args, optimizer, max_train_steps):
         optimizer=optimizer,
         num_warmup_steps=args.lr_warmup_steps,
         num_training_steps=max_train_steps,
+        num_cycles=args.lr_num_cycles,
+        power=args.lr_power,
     )
+
+
+def build_ema(args, parameters):
+    """diffusers' EMA of the parameters, or None."""
+    if not args.use_ema:
+        return None
+    from diffusers.training_utils import EMAModel
+
+    ema = EMAModel(
+        parameters,
+        decay=args.ema_decay,
+        update_after_step=args.ema_update_after_step,
+        foreach=args.foreach_ema,
+    )
+    if args.offload_ema:
+        ema.to("cpu")
+    return ema
+
+
+def update_ema(ema, parameters, offload):
+    """One step of the average; kept on the CPU under --offload_ema, and computed on the parameters' device."""
+    if offload:
+        ema.to(parameters[0].device, non_blocking=True)
+    ema.step(parameters)
+    if offload:
+        ema.to("cpu")
+
+
+@contextlib.contextmanager
+def averaged_weights(ema, parameters):
+    """Inside, the parameters hold EMA's average (when there is one); afterwards their own values again."""
+    if ema is None:
+        yield
+        return
+    ema.store(parameters)
+    ema.copy_to(parameters)
+    try:
+        yield
+    finally:
+        ema.restore(parameters)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,112 +317,49 @@ def to_device(tensor, device, dtype=None):
     return tensor.to(device, dtype, non_blocking=True)
 
 
-class History:
-    """The rows of log values of a run, in a file of JSON lines that a resumed run goes on with."""
-
-    def __init__(self, path, first_step):
-        self.path = Path(path)
-        self.rows = []
-        if first_step and self.path.is_file():
-            rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-            self.rows = [row for row in rows if row["step"] <= first_step]
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
-
-    def append(self, step, values):
-        """Add a row."""
-        self.rows.append({"step": step, **values})
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(self.rows[-1]) + "\n")
-
-    def series(self, key):
-        """(steps, values) of the rows that have the key."""
-        rows = [row for row in self.rows if key in row]
-        return [row["step"] for row in rows], [row[key] for row in rows]
+def learning_rates(optimizer):
+    """{log key: value}: the first group's learning rate, and under Prodigy the step size that it has found."""
+    group = optimizer.param_groups[0]
+    return {"lr": group["lr"]} | ({"lr/d*lr": group["d"] * group["lr"]} if "d" in group else {})
 
 
-class Reporter:
-    """Everything a run says while it goes: progress bar, metrics file, trackers, `run.png`."""
-
-    def __init__(self, args, accelerator, project, names, first_step):
-        self.args, self.accelerator, self.names = args, accelerator, names
-        self.metrics = Metrics(accelerator.device)
-        self.output_dir = Path(args.output_dir)
-        self.main = accelerator.is_main_process
-        if self.main:
-            self.history = History(self.output_dir / args.logging_dir / "metrics.jsonl", first_step)
-            public = {key: value for key, value in vars(args).items() if key not in SECRETS}
-            kinds = (int, float, str, bool)
-            config = {key: value if isinstance(value, kinds) else str(value) for key, value in public.items()}
-            accelerator.init_trackers(project, config)
-        self.samples, self.since, self.warned = 0, time.perf_counter(), False
-
-    def step(self, step, batch_size, lr, bar, last=False):
-        """After an optimizer step: every --logging_steps read the metrics, in one transfer, and pass them on."""
-        self.samples += batch_size
-        if step % self.args.logging_steps and not last:
-            return
-        values = self.metrics.read(self.accelerator, self.names)
-        now = time.perf_counter()
-        values |= {"lr": lr, "samples_per_second": self.samples / (now - self.since)}
-        self.samples, self.since = 0, now
-        if not math.isfinite(values["train_loss"]):
-            raise UserError(
-                f"the loss became {values['train_loss']} before step {step} (diffusion {values['diffusion_loss']}, "
-                f"LPL {values.get('lpl/loss')}); lower --learning_rate and go on with --resume_from_checkpoint latest"
-            )
-        if "lpl/weighted_loss" in values:
-            values["lpl/share"] = values["lpl/weighted_loss"] / max(values["train_loss"], 1e-12)
-        if self.main:
-            self._pass_on(step, values, bar)
-
-    def _pass_on(self, step, values, bar):
-        self.history.append(step, values)
-        self.accelerator.log(values, step=step)
-        shown = {"diffusion": f"{values['diffusion_loss']:.4f}", "lr": f"{values['lr']:.1e}"}
-        if "lpl/loss" in values:
-            shown |= {"LPL": f"{values['lpl/loss']:.4f}", "share": f"{100 * values.get('lpl/share', 0):.0f} %"}
-        bar.set_postfix(shown)
-        if self.args.use_lpl and not self.warned and step >= 100 and self.args.lpl_weight != "auto":
-            shares = self.history.series("lpl/share")[1]
-            if shares and sum(shares) / len(shares) < 0.01:
-                self.warned = True
-                print("warning: LPL is under 1 % of the loss and hardly matters; raise --lpl_weight, or use auto")
-
-    def log_images(self, rows, step):
-        """Validation pictures, [(prompt, [images])], to the trackers."""
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                for number, (_, images) in enumerate(rows):
-                    stacked = np.stack([np.asarray(image) for image in images])
-                    tracker.writer.add_images(f"validation/{number}", stacked, step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({prompt: images for prompt, images in rows}, step=step)
-        self.since = time.perf_counter()  # drawing is not training
-        for number, image in enumerate(image for _, images in rows for image in images):
-            image.save(self.output_dir / f"image_{number}.png")
-
-    def finish(self, title):
-        """Draw `run.png` and say what there is to look at."""
-        plot_run(self.history, self.output_dir / "run.png", title)
-        grids = sorted((self.output_dir / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
-        print(f"\nDone. Results in {self.output_dir}; the run at a glance: {self.output_dir / 'run.png'}")
-        if grids:
-            print(f"Pictures before and after: {grids[0]} and {grids[-1]}")
+def rows_of(columns):
+    """{name: (N, ...)} to N dictionaries {name: (...)}."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-@contextlib.contextmanager
-def averaged_weights(ema, parameters):
-    """Inside, the parameters hold EMA's average (when there is one); afterwards their own values again."""
-    if ema is None:
-        yield
-        return
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
+def with_means(losses):
+    """Add to {"validation/x_loss/level": value} the mean over the levels of each loss, under its bare name."""
+    groups = {}
+    for name, value in losses.items():
+        groups.setdefault(name.rpartition("/")[0], []).append(value)
+    return {name: sum(values) / len(values) for name, values in groups.items()} | losses
+
+
+def warnings_about(args, images, held_out):
+    """Remarks on what is allowed and rarely meant."""
+    remarks = []
+    if args.optimizer == "prodigy" and args.learning_rate < 0.1:
+        remarks.append(
+            f"--optimizer prodigy multiplies its own step size by --learning_rate {args.learning_rate:g}; 1 is usual"
+        )
+    both = (
+        {image.content_hash() for image in held_out} & {image.content_hash() for image in images} if held_out else ()
+    )
+    if both:
+        remarks.append(
+            f"{len(both)} of the {len(held_out)} held-out images are trained on too: their loss proves nothing"
+        )
+    if args.hub_token:
+        remarks.append(
+            "--hub_token can be seen by others in the list of processes; prefer HF_TOKEN or `hf auth login`"
+        )
+    return remarks
+
+
+def describe_lora(config):
+    """A LoRA's configuration in a few words."""
+    return f"{'DoRA' if config.use_dora else 'LoRA'} of rank {config.r}, alpha {config.lora_alpha:g}"
 
 
 def sync_gradients(accelerator, model, last):
@@ -382,104 +377,82 @@ def validation_schedule(args, images, batch_size):
 
 def run_identity(args):
     """What must be the same for a checkpoint to be resumed."""
-    identity = {"use_lora": args.use_lora, "seed": args.seed, "use_ema": args.use_ema, "optimizer": args.use_8bit_adam}
-    return identity | ({"rank": args.rank, "lora_layers": args.lora_layers} if args.use_lora else {})
+    names = ["use_lora", "seed", "use_ema", "optimizer", "use_8bit_adam", "timestep_sampling"]
+    if args.use_lora:
+        names += ["rank", "lora_alpha", "lora_layers", "use_dora", "train_text_encoder"]
+    return {name: getattr(args, name) for name in names}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Pictures
+# The perceptual loss, from flags
 
 
-def image_grid(images, columns, gap=2):
-    """PIL images of one size, pasted row by row on white."""
-    from PIL import Image
-
-    width, height = images[0].size
-    rows = math.ceil(len(images) / columns)
-    grid = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
-    for index, image in enumerate(images):
-        row, column = divmod(index, columns)
-        grid.paste(image, (gap + column * (width + gap), gap + row * (height + gap)))
-    return grid
-
-
-def labelled_rows(rows, gap=2):
-    """A grid with a caption over each row: rows is [(caption, [images])]; small images are enlarged to be seen."""
-    from PIL import Image, ImageDraw, ImageFont
-
-    size = rows[0][1][0].width
-    factor = max(1, 160 // size)
-    grids = []
-    for caption, images in rows:
-        images = [
-            image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS) for image in images
-        ]
-        grids.append((caption, image_grid(images, len(images), gap)))
-    font = ImageFont.load_default(size=max(13, grids[0][1].height // 28))
-    band = int(font.size * 1.6)
-    sheet = Image.new(
-        "RGB", (max(grid.width for _, grid in grids), sum(grid.height + band for _, grid in grids)), "white"
+def lpl_config(args):
+    """The loss' configuration; by default as many samples are decoded at a time as have the size of one of 1024 px."""
+    by_default = "stage" if args.gradient_checkpointing else "none"
+    return LPLConfig(
+        num_blocks=args.lpl_num_blocks,
+        norm_type=args.lpl_norm_type,
+        loss_type=args.lpl_loss_type,
+        pow_law=args.lpl_pow_law,
+        remove_outliers=args.lpl_remove_outliers,
+        checkpointing=args.lpl_checkpointing or by_default,
+        batch_size=args.lpl_batch_size or max(1, round((1024 / args.resolution) ** 2)),
     )
-    top = 0
-    for caption, grid in grids:
-        ImageDraw.Draw(sheet).text((gap + 2, top + band * 0.15), caption[:200], fill="black", font=font)
-        sheet.paste(grid, (0, top + band))
-        top += band + grid.height
-    return sheet
 
 
-def plot_run(history, path, title):
-    """Draw a run: losses, the loss per decoder layer, learning rate, throughput."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(12, 7), layout="constrained")
-    losses, layers, rate, speed = axes.flat
-    for key, label in [
-        ("train_loss", "total"),
-        ("diffusion_loss", "diffusion"),
-        ("lpl/weighted_loss", "weight × LPL"),
-    ]:
-        draw_curve(losses, *history.series(key), label)
-    losses.set_title("losses")
-    layer = 0
-    while (series := history.series(f"lpl/features/layer_{layer}/loss"))[0]:
-        draw_curve(layers, *series, "middle block" if layer == 0 else f"up block {layer}", plt.cm.viridis(layer / 5))
-        layer += 1
-    if layer:
-        layers.set_yscale("log")
-    else:
-        layers.text(0.5, 0.5, "trained without LPL", ha="center", va="center", transform=layers.transAxes)
-    layers.set_title("LPL per decoder layer, unweighted")
-    draw_curve(rate, *history.series("lr"), None, smooth=False)
-    rate.set_title("learning rate")
-    rate.set_ylim(bottom=0)
-    draw_curve(speed, *history.series("samples_per_second"), None, smooth=False)
-    speed.set_title("samples per second")
-    speed.set_ylim(bottom=0)
-    for axis in axes.flat:
-        axis.set_xlabel("optimizer step")
-        axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[1]:
-            axis.legend()
-    figure.suptitle(title)
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+def lpl_gate(args, **by_default):
+    """Which samples get the loss; by_default: LPLGate's threshold when no flag gives one."""
+    if args.lpl_t_threshold is None and args.lpl_sigma_threshold is None:
+        return LPLGate(**by_default, resolution=args.resolution)
+    return LPLGate(args.lpl_t_threshold, args.lpl_sigma_threshold, args.lpl_threshold_resolution, args.resolution)
 
 
-def draw_curve(axis, steps, values, label, color=None, smooth=True):
-    """A thin line of values and a thick one of their running mean (over a tenth of the run)."""
-    if not steps:
-        return
-    if not smooth or len(values) < 10:
-        axis.plot(steps, values, label=label, color=color)
-        return
-    (thin,) = axis.plot(steps, values, alpha=0.25, linewidth=0.8, color=color)
-    window = max(3, len(values) // 10)
-    means = [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
-    axis.plot(steps, means, label=label, color=thin.get_color())
+def lpl_dtype(args, mixed_precision):
+    """The decoder's dtype in the loss."""
+    name = args.lpl_vae_dtype or ("bfloat16" if mixed_precision == "bf16" else "float32")
+    return getattr(torch, name)
+
+
+def latent_side(args, vae):
+    """Height and width of the latents."""
+    return args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+
+
+def lpl_bytes(args, vae):
+    """Bytes that the loss keeps for its backward pass: of all stages, or of the largest when they are recomputed."""
+    config, side = lpl_config(args), latent_side(args, vae)
+    totals = [0]
+    for blocks in range(1 + config.num_blocks):
+        with torch.device("meta"), SavedBytes() as kept:
+            batch = min(args.train_batch_size, config.batch_size)
+            pair = torch.randn(2, batch, vae.config.latent_channels, side, side)
+            LatentPerceptualLoss(vae, replace(config, num_blocks=blocks))(pair[0].requires_grad_(), pair[1])
+        totals.append(kept.total)
+    stages = [after - before for before, after in pairwise(totals)]
+    return max(stages) if config.checkpointing == "stage" else sum(stages)
+
+
+def stage_shapes(args, vae):
+    """[(C, H, W)] of the features that the loss compares; `vae` on the meta device."""
+    side, stages = latent_side(args, vae), DecoderStages(vae)
+    x, shapes = torch.empty(1, vae.config.latent_channels, side, side, device="meta"), []
+    for index in range(1 + args.lpl_num_blocks):
+        x = stages.run(index, x)
+        shapes.append(tuple(x.shape[1:]))
+    return shapes
+
+
+def print_lpl_plan(args, gate, share, vae, say):
+    """The lines about the loss: share of gated samples, decoder stages, weight."""
+    config = lpl_config(args)
+    rule = f"t < {gate.limit:g}" if gate.t_threshold is not None else f"sigma / alpha <= {gate.limit:g}"
+    say(f"LPL: where {rule}, {100 * share:.1f} % of samples; weight {args.lpl_weight}"
+        + (f" (a share of {args.lpl_share:g} of the loss)" if args.lpl_weight == "auto" else "")
+        + f"; {config.norm_type} normalization, {config.loss_type}, at most {config.batch_size} samples at a time, "
+        f"checkpointing {config.checkpointing}, {str(vae.dtype)[6:]}")  # fmt: skip
+    shapes = stage_shapes(args, vae)
+    say("     decoder stages: " + ", ".join("x".join(map(str, shape)) for shape in shapes))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

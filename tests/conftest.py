@@ -32,5 +32,15 @@ def cache_dir(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
+@pytest.fixture
+def flags(sdxl_folder, pictures, cache_dir):
+    """The flags that every run of the SDXL recipe shares."""
+    return (
+        f"--pretrained_model_name_or_path {sdxl_folder} --train_data_dir {pictures} --cache_dir {cache_dir} "
+        "--resolution 64 --train_batch_size 4 --lr_warmup_steps 0 --learning_rate 1e-3 --report_to none --seed 3 "
+        "--logging_steps 1 --mixed_precision no"
+    ).split()
+
+
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write the golden curves anew")

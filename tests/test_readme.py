@@ -84,7 +84,9 @@ ALLOWED = {
     "cli_utils": {"data_utils"},
     "data_utils": set(),
     "train_utils": {"cli_utils", "data_utils", "lpl_utils"},
-    "train_sdxl_lpl": {"cli_utils", "data_utils", "lpl_utils", "train_utils"},
+    "lora_utils": {"cli_utils"},
+    "report_utils": {"cli_utils", "train_utils"},
+    "train_sdxl_lpl": {"cli_utils", "data_utils", "lora_utils", "lpl_utils", "report_utils", "train_utils"},
 }
 
 

@@ -1,6 +1,5 @@
 """The SDXL recipe end to end, on a tiny random pipeline: real files, real processes, real kills."""
 
-import hashlib
 import json
 import math
 import os
@@ -21,41 +20,9 @@ from safetensors.torch import load_file
 
 import train_sdxl_lpl
 from lpl_utils import LPLGate
+from tests.sdxl import command, draw, run, weights
 
-ROOT = Path(__file__).resolve().parent.parent
 GOLDEN = Path(__file__).parent / "golden"
-
-
-@pytest.fixture
-def flags(sdxl_folder, pictures, cache_dir):
-    """The flags that every run here shares."""
-    return (
-        f"--pretrained_model_name_or_path {sdxl_folder} --train_data_dir {pictures} --cache_dir {cache_dir} "
-        "--resolution 64 --train_batch_size 4 --lr_warmup_steps 0 --learning_rate 1e-3 --report_to none --seed 3 "
-        "--logging_steps 1 --mixed_precision no"
-    ).split()
-
-
-def run(*flags):
-    """The script's main, in this process: the rows of its metrics file."""
-    AcceleratorState._reset_state(True)
-    args = train_sdxl_lpl.parse_args([str(flag) for flag in flags])
-    train_sdxl_lpl.main(args, train_sdxl_lpl.find_images(args))
-    path = Path(args.output_dir, args.logging_dir, "metrics.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
-def command(*flags):
-    """The command line of the script as a process of its own."""
-    return [sys.executable, str(ROOT / "train_sdxl_lpl.py"), *map(str, flags)]
-
-
-def weights(folder):
-    """sha256 of every trained tensor of a result, by name."""
-    files = sorted(Path(folder).glob("*.safetensors")) or sorted(Path(folder, "unet").glob("*.safetensors"))
-    assert files
-    tensors = {name: value for file in files for name, value in load_file(file).items()}
-    return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in tensors.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -82,17 +49,6 @@ def test_golden_curve(name, flags, tmp_path, request):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Results
-
-
-def draw(folder, lora=None, **more):
-    """One picture of a pipeline, as an array; with a LoRA when given."""
-    pipeline = StableDiffusionXLPipeline.from_pretrained(folder)
-    pipeline.set_progress_bar_config(disable=True)
-    if lora:
-        pipeline.load_lora_weights(lora)
-    generator = torch.Generator().manual_seed(0)
-    image = pipeline("a red apple", generator=generator, num_inference_steps=4, height=64, width=64, **more).images[0]
-    return np.asarray(image, dtype=np.int64), pipeline
 
 
 def test_lora_loads_in_diffusers_and_changes_the_picture(flags, sdxl_folder, tmp_path):
@@ -163,15 +119,15 @@ def start_and_kill(flags, output_dir, after):
 )
 def test_a_killed_run_goes_on_bit_for_bit(kind, flags, tmp_path):
     """SIGKILL in mid-epoch, resume: the same weights as a run that was never killed, to the last bit."""
-    flags = [*flags, *kind.split(), "--use_lpl", "--max_train_steps", 41, "--checkpointing_steps", 5]
+    flags = [*flags, *kind.split(), "--use_lpl", "--max_train_steps", 40, "--checkpointing_steps", 5]
     flags += ["--checkpoints_total_limit", 2]
     run(*flags, "--output_dir", tmp_path / "whole")
     start_and_kill(flags, tmp_path / "killed", after=10)
-    assert not (tmp_path / "killed" / "checkpoint-41").exists()
+    assert not (tmp_path / "killed" / "checkpoint-40").exists()
     run(*flags, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "latest")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     for name in ("training_state.safetensors",):
-        states = [load_file(tmp_path / which / "checkpoint-41" / name) for which in ("whole", "killed")]
+        states = [load_file(tmp_path / which / "checkpoint-40" / name) for which in ("whole", "killed")]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), "optimizer, EMA, LPL's means"
     losses = [(tmp_path / which / "logs" / "metrics.jsonl").read_text().splitlines() for which in ("whole", "killed")]
@@ -180,7 +136,7 @@ def test_a_killed_run_goes_on_bit_for_bit(kind, flags, tmp_path):
 
 def test_eight_bit_adam_goes_on_bit_for_bit(flags, tmp_path):
     """Its state, nested and with shared maps, comes back from safetensors as it was."""
-    flags = [*flags, "--use_8bit_adam", "--output_dir"]
+    flags = [*flags, "--use_8bit_adam", "--checkpointing_steps", 3, "--output_dir"]
     run(*flags, tmp_path / "whole", "--max_train_steps", 6)
     run(*flags, tmp_path / "resumed", "--max_train_steps", 3)
     run(*flags, tmp_path / "resumed", "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
@@ -190,8 +146,8 @@ def test_eight_bit_adam_goes_on_bit_for_bit(flags, tmp_path):
 def test_checkpoints_are_limited_complete_and_free_of_pickle(flags, tmp_path):
     run(*flags, "--use_lora", "--max_train_steps", 7, "--checkpointing_steps", 2, "--checkpoints_total_limit", 2,
         "--output_dir", tmp_path)  # fmt: skip
-    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-6", "checkpoint-7"]
-    names = {path.name for path in (tmp_path / "checkpoint-7").iterdir()}
+    assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
+    names = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
     assert names == {"pytorch_lora_weights.safetensors", "training_state.safetensors", "training_state.json"}
 
 
@@ -233,8 +189,9 @@ def test_cached_latents_are_the_images(flags, sdxl_folder, pictures, tmp_path):
     args = train_sdxl_lpl.parse_args([*flags, "--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache")])
     AcceleratorState._reset_state(True)
     accelerator = train_sdxl_lpl.start_accelerator(args)
-    scan = train_sdxl_lpl.find_images(args)
-    stores = train_sdxl_lpl.fill_caches(args, scan.images, torch.float32, accelerator)
+    scan, _ = train_sdxl_lpl.find_images(args)
+    *stores, cached = train_sdxl_lpl.fill_caches(args, scan.images, [], torch.float32, accelerator)
+    assert cached
     loader = train_sdxl_lpl.batches(args, scan.images, *stores, accelerator, 0, 3)
     pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_folder)
     seen = set()
@@ -283,7 +240,7 @@ def test_timesteps_follow_their_distribution(schedule):
          "--timestep_bias_end", 300],
     ):  # fmt: skip
         law = schedule(*more)
-        drawn = law.draw_timesteps(0, range(20000))
+        drawn = law.draw_timesteps(np.random.default_rng(0).random(20000))
         empirical = torch.bincount(drawn, minlength=1000).cumsum(0) / 20000
         assert (empirical - law.probabilities.cumsum(0)).abs().max() < 0.012, "Kolmogorov-Smirnov, 20,000 draws"
     assert schedule().gated_share(LPLGate(t_threshold=200)) == pytest.approx(0.2)
@@ -378,13 +335,14 @@ def test_training_options_reach_the_run(flags, tmp_path):
 def test_a_dropped_caption_is_what_the_pipeline_calls_unconditional(flags, tmp_path):
     args = train_sdxl_lpl.parse_args([*flags, "--proportion_empty_prompts", "0.3", "--output_dir", str(tmp_path)])
     empty = {"prompt_embeds": torch.full((7, 4), -1.0), "pooled_prompt_embeds": torch.full((3,), -2.0)}
-    recipe = train_sdxl_lpl.Recipe(args, torch.device("cpu"), None, torch.float32, 1.0, empty)
+    recipe = train_sdxl_lpl.Recipe(args, torch.device("cpu"), None, torch.float32, 4, 1.0, empty, True)
     count = 2000
     batch = {"number": np.arange(count), "prompt_embeds": torch.ones(count, 7, 4), "time_ids": torch.zeros(count, 6)}
     batch["pooled_prompt_embeds"] = torch.ones(count, 3)
-    embeds, added = train_sdxl_lpl.conditioning(batch, recipe)
+    prompt, _ = train_sdxl_lpl.conditioning(batch, recipe, dropout=0.3)
+    embeds = prompt["prompt_embeds"]
     dropped = (embeds == -1).all(dim=(1, 2))
-    assert torch.equal(dropped, (added["text_embeds"] == -2).all(dim=1)), "both embeddings of a sample, or neither"
+    assert torch.equal(dropped, (prompt["pooled_prompt_embeds"] == -2).all(dim=1)), "both of a sample, or neither"
     assert (embeds[~dropped] == 1).all() and dropped.float().mean().item() == pytest.approx(0.3, abs=0.04)
 
 
@@ -416,13 +374,11 @@ def test_gradient_checkpointing_keeps_less(flags, tmp_path):
     kept = {}
     for more in ([], ["--gradient_checkpointing"]):
         args = train_sdxl_lpl.parse_args([*flags, "--use_lpl", *more, "--output_dir", str(tmp_path)])
-        unet, _ = train_sdxl_lpl.build_unet(args, torch.float32, "cpu")
-        assert unet.is_gradient_checkpointing == bool(more)
-        parts = train_sdxl_lpl.memory_estimate(
-            args, *train_sdxl_lpl.build_on_meta(args, torch.float32, torch.float32), torch.float32
-        )
-        kept[bool(more)] = dict(parts)
-    for what in ("activations of the UNet", "LPL"):
+        denoiser = train_sdxl_lpl.build_denoiser(args, torch.float32, "cpu")
+        assert denoiser.unet.is_gradient_checkpointing == bool(more)
+        models = train_sdxl_lpl.build_on_meta(args, torch.float32, torch.float32)
+        kept[bool(more)] = dict(train_sdxl_lpl.memory_estimate(args, *models, torch.float32))
+    for what in ("activations", "LPL"):
         assert kept[True][what] < 0.8 * kept[False][what], what
 
 
@@ -555,7 +511,7 @@ def test_mistakes_are_told_before_weights_load(mistake, said, flags, wrong_model
     places = {**wrong_models, "uncaptioned": uncaptioned, "listed": listed, "recipe": recipe}
     places |= {"empty": empty} if "train_data_dir" in mistake else {}
     loaded = []
-    for name in ("build_unet", "load_vae", "load_text_encoders"):
+    for name in ("build_denoiser", "load_vae", "load_text_encoders"):
         monkeypatch.setattr(train_sdxl_lpl, name, lambda *args, _name=name: loaded.append(_name))
     words = [*flags, *mistake.format(**places).split(), "--output_dir", tmp_path / "out", "--max_train_steps", 1]
     with pytest.raises(SystemExit) as stopped, train_sdxl_lpl.errors_for_people(False):
@@ -576,11 +532,11 @@ def test_a_mistake_is_answered_before_torch_is_imported(flags):
 
 
 def test_dry_run_prints_the_plan_and_stops(flags, tmp_path, monkeypatch, capsys):
-    for name in ("build_unet", "load_vae", "load_text_encoders"):
+    for name in ("build_denoiser", "load_vae", "load_text_encoders"):
         monkeypatch.setattr(train_sdxl_lpl, name, lambda *args: pytest.fail("weights were loaded"))
     AcceleratorState._reset_state(True)
     args = train_sdxl_lpl.parse_args([*flags, "--use_lpl", "--dry_run", "--output_dir", str(tmp_path)])
-    train_sdxl_lpl.main(args, train_sdxl_lpl.find_images(args))
+    train_sdxl_lpl.main(args, *train_sdxl_lpl.find_images(args))
     said = capsys.readouterr().out
     for part in ["learning_rate=0.001", "6 images with 5 captions", "0 captions are longer", "1.5 steps an epoch",
                  "261,684 of 261,684", "20.0 % of samples", "16x8x8, 16x16x16, 16x32x32, 16x64x64, 8x64x64",

@@ -1,0 +1,142 @@
+"""LoRA adapters: into models, from flags or from a file, and out to files that load everywhere.
+
+`models` is a dictionary of the models that get an adapter, by the names that diffusers gives them in LoRA files:
+`unet` or `transformer`, `text_encoder`, `text_encoder_2`.
+"""
+
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from cli_utils import UserError, require
+
+WEIGHTS = "pytorch_lora_weights.safetensors"
+TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+ADAPTER = "default"
+
+
+def is_text_encoder(part):
+    """Whether a part of a pipeline is a text encoder, by its name."""
+    return part.startswith("text_encoder")
+
+
+def add_adapters(args, models, pipeline_class, targets):
+    """Give each model an adapter, in float32 and trainable; all other weights are frozen.
+
+    targets: the denoiser's layers without --lora_layers. With --init_lora shape and weights come from that file.
+    Raises UserError for layers that do not exist, or a file that does not fit.
+    """
+    for model in models.values():
+        model.requires_grad_(False)
+    found = read_lora(args, models, pipeline_class) if args.init_lora else {}
+    for part, model in models.items():
+        if part in found:
+            continue
+        layers = TEXT_ENCODER_TARGETS if is_text_encoder(part) else lora_layers(args, targets)
+        config = LoraConfig(
+            r=args.rank or 4,
+            lora_alpha=args.lora_alpha or args.rank or 4,
+            lora_dropout=args.lora_dropout,
+            use_dora=args.use_dora,
+            init_lora_weights="gaussian",
+            target_modules=list(layers),
+        )
+        try:
+            model.add_adapter(config, adapter_name=ADAPTER)
+        except ValueError as error:
+            raise UserError(f"--lora_layers {args.lora_layers}: {error}") from None
+    for model in models.values():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(True)
+                parameter.data = parameter.data.float()
+
+
+def lora_layers(args, targets):
+    """The names in --lora_layers, or the recipe's own."""
+    return [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else targets
+
+
+def read_lora(args, models, pipeline_class):
+    """Load --init_lora into the models by diffusers' own loaders; returns the names of the parts that it had."""
+    flag = f"--init_lora {args.init_lora}"
+    try:
+        tensors, alphas, metadata = pipeline_class.lora_state_dict(
+            args.init_lora,
+            return_lora_metadata=True,
+            use_safetensors=True,
+            unet_config=getattr(models.get("unet"), "config", None),
+        )
+    except Exception as error:  # no such file or repository, no network, not a safetensors file: many kinds
+        raise UserError(f"{flag}: no LoRA could be read there ({type(error).__name__}: {error})") from None
+    found = {name.split(".")[0] for name in tensors}
+    left = sorted(found - models.keys())
+    hint = "; add --train_text_encoder" if all(is_text_encoder(part) for part in left) else ""
+    require(not left, f"{flag}: it has layers for {', '.join(left)}, which this run does not train{hint}")
+    for part in found:
+        model, own = models[part], sum(name.startswith(part + ".") for name in tensors)
+        load = pipeline_class.load_lora_into_text_encoder
+        more = {"text_encoder": model, "prefix": part}
+        if not is_text_encoder(part):
+            load, more = getattr(pipeline_class, f"load_lora_into_{part}"), {part: model}
+        try:
+            load(tensors, network_alphas=alphas, adapter_name=ADAPTER, metadata=metadata, **more)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(f"{flag}: it does not fit this model's {part}: {str(error)[:300]}") from None
+        fitting = len(adapter_state(model))
+        require(fitting == own, f"{flag}: it has {own} tensors for the {part}, of which this model takes {fitting}")
+        if args.lora_dropout:
+            for module in model.modules():
+                if isinstance(module, LoraLayer):
+                    module.lora_dropout[ADAPTER] = nn.Dropout(args.lora_dropout)
+    return found
+
+
+def lora_config(model):
+    """The PEFT configuration of a model's adapter."""
+    return model.peft_config[ADAPTER]
+
+
+def adapter_state(model):
+    """{name: tensor} of a model's adapter, as PEFT names them."""
+    return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+
+
+def adapter_layers(part, model):
+    """A model's adapter, {name: float32 tensor}, in PEFT's names; text encoders in the nested form.
+
+    CLIPTextModel has `text_model.` in front of its layers in older versions of transformers, and programs that read
+    LoRA files expect it there.
+    """
+    layers = {name: value.float() for name, value in adapter_state(model).items()}
+    if not is_text_encoder(part):
+        return layers
+    return {"text_model." + name.removeprefix("text_model."): value for name, value in layers.items()}
+
+
+def save_lora(folder, models, pipeline_class):
+    """Write `pytorch_lora_weights.safetensors`, with rank, alpha and layers as its metadata."""
+    given = {}
+    for part, model in models.items():
+        metadata = lora_config(model).to_dict()
+        metadata["target_modules"] = sorted(metadata["target_modules"])
+        given |= {f"{part}_lora_layers": adapter_layers(part, model), f"{part}_lora_adapter_metadata": metadata}
+    pipeline_class.save_lora_weights(folder, **given)
+
+
+def load_lora(folder, models):
+    """Put back what `save_lora` wrote, into models that have their adapters."""
+    tensors = load_file(folder / WEIGHTS)
+    for part, model in models.items():
+        prefix = part + "."
+        if is_text_encoder(part) and not hasattr(model, "text_model"):
+            prefix += "text_model."
+        layers = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        fits = layers.keys() == adapter_state(model).keys()
+        wrong = set_peft_model_state_dict(model, layers, adapter_name=ADAPTER) if fits else None
+        require(
+            fits and not wrong.unexpected_keys,
+            f"{folder}: its LoRA has other layers for the {part} than this run's (--lora_layers, --rank, --use_dora)",
+        )

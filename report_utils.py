@@ -1,0 +1,271 @@
+"""What a run shows while it goes and when it ends: log rows, progress, picture grids, `run.png`."""
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+
+from cli_utils import SECRETS, UserError
+from train_utils import Metrics
+
+
+class History:
+    """The rows of log values of a run, in a file of JSON lines that a resumed run goes on with."""
+
+    def __init__(self, path, first_step):
+        self.path = Path(path)
+        self.rows = []
+        if first_step and self.path.is_file():
+            rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
+            self.rows = [row for row in rows if row["step"] <= first_step]
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def append(self, step, values):
+        """Add a row."""
+        self.rows.append({"step": step, **values})
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+
+    def series(self, key):
+        """(steps, values) of the rows that have the key."""
+        rows = [row for row in self.rows if key in row]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+class Reporter:
+    """Everything a run says while it goes: progress bar, metrics file, trackers, `run.png`."""
+
+    def __init__(self, args, accelerator, project, names, first_step):
+        self.args, self.accelerator, self.names = args, accelerator, names
+        self.metrics = Metrics(accelerator.device)
+        self.output_dir = Path(args.output_dir)
+        self.main = accelerator.is_main_process
+        if self.main:
+            self.history = History(self.output_dir / args.logging_dir / "metrics.jsonl", first_step)
+            public = {key: value for key, value in vars(args).items() if key not in SECRETS}
+            kinds = (int, float, str, bool)
+            config = {key: value if isinstance(value, kinds) else str(value) for key, value in public.items()}
+            accelerator.init_trackers(project, config)
+        self.samples, self.since, self.warned = 0, time.perf_counter(), False
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Inside, the time does not count for samples per second: drawing and measuring are not training."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def step(self, step, batch_size, rates, bar, last=False):
+        """After an optimizer step: every --logging_steps read the metrics, in one transfer, and pass them on."""
+        self.samples += batch_size
+        if step % self.args.logging_steps and not last:
+            return
+        values = self.metrics.read(self.accelerator, self.names)
+        now = time.perf_counter()
+        values |= rates | {"samples_per_second": self.samples / (now - self.since)}
+        self.samples, self.since = 0, now
+        if not math.isfinite(values["train_loss"]):
+            raise UserError(
+                f"the loss became {values['train_loss']} before step {step} (diffusion {values['diffusion_loss']}, "
+                f"LPL {values.get('lpl/loss')}); lower --learning_rate and go on with --resume_from_checkpoint latest"
+            )
+        if "lpl/weighted_loss" in values:
+            values["lpl/share"] = values["lpl/weighted_loss"] / max(values["train_loss"], 1e-12)
+        if self.main:
+            self._pass_on(step, values, bar)
+
+    def log(self, step, values):
+        """A row of values for the metrics file and the trackers."""
+        if self.main:
+            self.history.append(step, values)
+            self.accelerator.log(values, step=step)
+
+    def _pass_on(self, step, values, bar):
+        self.log(step, values)
+        shown = {"diffusion": f"{values['diffusion_loss']:.4f}", "lr": f"{values['lr']:.1e}"}
+        if "lpl/loss" in values:
+            shown |= {"LPL": f"{values['lpl/loss']:.4f}", "share": f"{100 * values.get('lpl/share', 0):.0f} %"}
+        bar.set_postfix(shown)
+        if self.args.use_lpl and not self.warned and step >= 100 and self.args.lpl_weight != "auto":
+            shares = self.history.series("lpl/share")[1]
+            if shares and sum(shares) / len(shares) < 0.01:
+                self.warned = True
+                print("warning: LPL is under 1 % of the loss and hardly matters; raise --lpl_weight, or use auto")
+
+    def log_images(self, rows, step):
+        """Validation pictures, [(prompt, [images])], to the trackers."""
+        for tracker in self.accelerator.trackers:
+            if tracker.name == "tensorboard":
+                for number, (_, images) in enumerate(rows):
+                    stacked = np.stack([np.asarray(image) for image in images])
+                    tracker.writer.add_images(f"validation/{number}", stacked, step, dataformats="NHWC")
+            elif tracker.name == "wandb":
+                tracker.log_images({prompt: images for prompt, images in rows}, step=step)
+        for number, image in enumerate(image for _, images in rows for image in images):
+            image.save(self.output_dir / f"image_{number}.png")
+
+    def finish(self, title):
+        """Draw `run.png` and say what there is to look at."""
+        plot_run(self.history, self.output_dir / "run.png", title)
+        held_out = self.history.series("validation/diffusion_loss")[1]
+        grids = sorted((self.output_dir / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
+        print(f"\nDone. Results in {self.output_dir}; the run at a glance: {self.output_dir / 'run.png'}")
+        if held_out:
+            print(f"Held-out diffusion loss: {held_out[0]:.5f} before training, {held_out[-1]:.5f} after")
+        if grids:
+            print(f"Pictures before and after: {grids[0]} and {grids[-1]}")
+
+
+class Gallery:
+    """The validation grids of a run, and with --validation_compare the pictures that it started from."""
+
+    def __init__(self, args, draw):
+        """draw: function without arguments that returns [(prompt, [images])]."""
+        self.folder = Path(args.output_dir) / "validation"
+        self.compare, self.draw_rows, self.start = args.validation_compare, draw, None
+
+    def draw_start(self):
+        """Draw the model that the run started from, or take the pictures of it that an interrupted run left."""
+        self.start = self.draw_rows()
+        folder = self.folder / "before"
+        folder.mkdir(parents=True, exist_ok=True)
+        for row, (_, images) in enumerate(self.start):
+            for column, image in enumerate(images):
+                image.save(folder / f"{row}-{column}.png")
+
+    def draw(self, step):
+        """Draw every prompt, save the grid, return the rows [(prompt, [images])]."""
+        rows = shown = self.start if self.start and step == 0 else self.draw_rows()
+        if self.start and step:
+            shown = [
+                (f"{prompt}  ({when})", images)
+                for (prompt, before), (_, after) in zip(self.start, rows, strict=True)
+                for when, images in (("before", before), (f"after {step} steps", after))
+            ]
+        if any(images for _, images in rows):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            labelled_rows(shown).save(self.folder / f"step-{step}.png")
+        return rows
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pictures
+
+
+def image_grid(images, columns, gap=2):
+    """PIL images of one size, pasted row by row on white."""
+    from PIL import Image
+
+    width, height = images[0].size
+    rows = math.ceil(len(images) / columns)
+    grid = Image.new("RGB", (columns * (width + gap) + gap, rows * (height + gap) + gap), "white")
+    for index, image in enumerate(images):
+        row, column = divmod(index, columns)
+        grid.paste(image, (gap + column * (width + gap), gap + row * (height + gap)))
+    return grid
+
+
+def labelled_rows(rows, gap=2):
+    """A grid with a caption over each row: rows is [(caption, [images])]; small images are enlarged to be seen."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    size = rows[0][1][0].width
+    factor = max(1, 160 // size)
+    grids = []
+    for caption, images in rows:
+        images = [
+            image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS) for image in images
+        ]
+        grids.append((caption, image_grid(images, len(images), gap)))
+    font = ImageFont.load_default(size=max(13, grids[0][1].height // 28))
+    band = int(font.size * 1.6)
+    sheet = Image.new(
+        "RGB", (max(grid.width for _, grid in grids), sum(grid.height + band for _, grid in grids)), "white"
+    )
+    top = 0
+    for caption, grid in grids:
+        ImageDraw.Draw(sheet).text((gap + 2, top + band * 0.15), caption[:200], fill="black", font=font)
+        sheet.paste(grid, (0, top + band))
+        top += band + grid.height
+    return sheet
+
+
+def plot_run(history, path, title):
+    """Draw a run: losses, the loss per decoder layer, learning rate, throughput; and the held-out losses if any."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    held_out = history.series("validation/diffusion_loss")[0]
+    rows = 3 if held_out else 2
+    figure, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), layout="constrained")
+    losses, layers, rate, speed = axes[-2:].flat
+    for key, label in [
+        ("train_loss", "total"),
+        ("diffusion_loss", "diffusion"),
+        ("lpl/weighted_loss", "weight × LPL"),
+    ]:
+        draw_curve(losses, *history.series(key), label)
+    losses.set_title("losses in training")
+    layer = 0
+    while (series := history.series(f"lpl/features/layer_{layer}/loss"))[0]:
+        draw_curve(layers, *series, "middle block" if layer == 0 else f"up block {layer}", plt.cm.viridis(layer / 5))
+        layer += 1
+    if layer:
+        layers.set_yscale("log")
+    else:
+        layers.text(0.5, 0.5, "trained without LPL", ha="center", va="center", transform=layers.transAxes)
+    layers.set_title("LPL per decoder layer, unweighted")
+    draw_curve(rate, *history.series("lr"), None, smooth=False)
+    rate.set_title("learning rate")
+    rate.set_ylim(bottom=0)
+    draw_curve(speed, *history.series("samples_per_second"), None, smooth=False)
+    speed.set_title("samples per second")
+    speed.set_ylim(bottom=0)
+    if held_out:
+        plot_held_out(history, axes[0], plt.cm.viridis)
+    for axis in axes.flat:
+        axis.set_xlabel("optimizer step")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_held_out(history, axes, colors):
+    """Held-out losses over the run: diffusion, LPL. Each relative to its value before training, per noise level too."""
+    for axis, key, title in zip(axes, ("diffusion_loss", "lpl_loss"), ("diffusion loss", "LPL"), strict=True):
+        key = f"validation/{key}"
+        names = {name for row in history.rows for name in row if name.startswith(key + "/t")}
+        levels = sorted(int(name.rpartition("t")[2]) for name in names)
+        for index, level in enumerate(levels):
+            steps, values = history.series(f"{key}/t{level}")
+            relative = [value / values[0] for value in values]
+            axis.plot(
+                steps, relative, linewidth=1, color=colors(index / max(1, len(levels) - 1)), label=f"t = {level}"
+            )
+        steps, values = history.series(key)
+        if steps:
+            axis.plot(steps, [value / values[0] for value in values], color="black", linewidth=2.5, label="mean")
+        axis.axhline(1, color="grey", linestyle=":", linewidth=1)
+        axis.set_title(f"held-out {title}, relative to before training")
+
+
+def draw_curve(axis, steps, values, label, color=None, smooth=True):
+    """A thin line of values and a thick one of their running mean (over a tenth of the run)."""
+    if not steps:
+        return
+    if not smooth or len(values) < 10:
+        axis.plot(steps, values, label=label, color=color)
+        return
+    (thin,) = axis.plot(steps, values, alpha=0.25, linewidth=0.8, color=color)
+    window = max(3, len(values) // 10)
+    means = [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+    axis.plot(steps, means, label=label, color=thin.get_color())
