@@ -210,10 +210,6 @@ def add_data_arguments(parser, resolution):
     add("--max_train_samples", type=int, help="use the first so many images only")
     add("--cache_dir", help="folder of data sets and of encoded latents and prompts (default: the user's cache)")
     add("--resolution", type=int, default=resolution, help="training size in px (default: %(default)s)")
-    add("--validation_split", type=float, help="hold out this share of the images (or this many, from 1 up), and "
-        "measure the loss on them: the curve that says whether training helps")  # fmt: skip
-    add("--validation_data_dir", help="or hold out this folder's captioned images")
-    add("--max_validation_samples", type=int, default=64, help="held-out images that are used (default: %(default)s)")
     add("--center_crop", action="store_true", help="crop the middle instead of a random part")
     add("--random_flip", action="store_true", help="flip half of the images left to right")
     add("--image_interpolation_mode", choices=INTERPOLATIONS, default="lanczos", help="default: %(default)s")
@@ -308,6 +304,10 @@ def add_run_arguments(parser, validation_epochs):
     add("--num_validation_images", type=int, default=4, help="per prompt (default: %(default)s)")
     add("--validation_epochs", type=int, default=validation_epochs, help="epochs between grids (default: %(default)s)")
     add("--validation_steps", type=int, help="optimizer steps between grids; overrides --validation_epochs")
+    add("--validation_split", type=float, help="share of the images (or, from 1 up, number) that is held out: the "
+        "loss on them is the curve that says whether training helps")  # fmt: skip
+    add("--validation_data_dir", help="or a folder of captioned images that are held out")
+    add("--max_validation_samples", type=int, default=64, help="held-out images that are used (default: %(default)s)")
     add("--validation_compare", action="store_true",
         help="draw each prompt by the model that the run started from too, with the same seeds")  # fmt: skip
     group = parser.add_argument_group("logging")
@@ -342,10 +342,10 @@ def require(condition, message):
 
 
 POSITIVE = (
-    "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps",
-    "max_train_samples", "rank", "lora_alpha", "lr_num_cycles", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
-    "validation_steps", "validation_epochs", "validation_split", "max_validation_samples", "lpl_batch_size", "lpl_threshold_resolution",
-    "lpl_sigma_threshold",
+    "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples",
+    "rank", "lora_alpha", "lr_num_cycles", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
+    "validation_steps", "validation_epochs", "validation_split", "max_validation_samples", "lpl_batch_size",
+    "lpl_threshold_resolution", "lpl_sigma_threshold",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "learning_rate", "text_encoder_lr", "lr_warmup_steps", "lr_power", "adam_weight_decay", "max_grad_norm", "seed",
@@ -377,6 +377,8 @@ def check_flags(args):
         folder = getattr(args, name)
         require(folder is None or Path(folder).is_dir(), f"--{name} {folder}: there is no such folder")
     require(not args.validation_compare or args.validation_prompt, "--validation_compare needs a --validation_prompt")
+    if args.num_validation_images == 0:
+        args.validation_prompt = None
     check_lora_flags(args)
     check_optimizer_flags(args)
     check_installed(args)

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
+from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
@@ -416,6 +417,7 @@ class DecoderStages:
                 f"LPL needs a decoder built like AutoencoderKL's ({', '.join(parts)}); "
                 f"{type(vae).__name__} has a {type(decoder).__name__}"
                 + (f" without {', '.join(missing)}" if missing else "")
+                + ("; pass the autoencoder, not its decoder" if decoder is None and hasattr(vae, "up_blocks") else "")
             )
         self.vae, self.decoder = vae, decoder
 
@@ -551,7 +553,11 @@ class LatentPerceptualLoss(torch.nn.Module):
         return self._stages[0]
 
     def forward(self, z0_pred, z0):
-        """Compare an estimate with its target, both in model space, (B, C, h, w)."""
+        """Compare an estimate with its target, both in model space, (B, C, h, w). Raises ValueError for two shapes."""
+        if (
+            z0_pred.shape != z0.shape
+        ):  # it would broadcast, e.g. when only one of them was reduced to the gated samples
+            raise ValueError(f"z0_pred is {tuple(z0_pred.shape)} and z0 {tuple(z0.shape)}; they must have one shape")
         if len(z0) == 0:  # nothing was gated: no losses, with a graph all the same
             nothing = z0_pred.flatten(1).sum(dim=1).to(torch.promote_types(self.stages.dtype, torch.float32))
             layers = 1 + self.config.num_blocks
@@ -699,6 +705,7 @@ class _WithGradient(torch.autograd.Function):
         return values.clone()
 
     @staticmethod
+    @once_differentiable  # the gradient is given, its own derivative is not
     def backward(ctx, grad):
         (gradient,) = ctx.saved_tensors
         return _per_sample(grad, gradient) * gradient, None, None

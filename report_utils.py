@@ -240,7 +240,7 @@ def plot_run(history, path, title):
 
 
 def plot_held_out(history, axes, colors):
-    """Held-out losses over the run: diffusion, LPL. Each relative to its value before training, per noise level too."""
+    """Held-out losses over the run, relative to before training: diffusion and LPL, means and each noise level."""
     for axis, key, title in zip(axes, ("diffusion_loss", "lpl_loss"), ("diffusion loss", "LPL"), strict=True):
         key = f"validation/{key}"
         names = {name for row in history.rows for name in row if name.startswith(key + "/t")}

@@ -16,11 +16,10 @@ paper, `main` is the loop. Symbols: z_0 clean latents as the UNet sees them, z_t
 import os
 import sys
 from dataclasses import dataclass, replace
-from itertools import pairwise
 from pathlib import Path
 
 import cli_utils
-from cli_utils import REPOSITORY, UserError, errors_for_people, require
+from cli_utils import REPOSITORY, errors_for_people, require
 from data_utils import hold_out, scan_dataset, scan_folder
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sdxl" / "train.yaml"
@@ -304,6 +303,9 @@ def prepare_for_training(denoiser, args):
     """Give it its LoRA and gradient checkpointing."""
     if args.use_lora:
         add_adapters(args, denoiser.models(), StableDiffusionXLPipeline, LORA_TARGETS)
+        if denoiser.text_encoder is not None:  # SDXL reads it before its last layer, which gets no gradient
+            text_model = getattr(denoiser.text_encoder, "text_model", denoiser.text_encoder)
+            text_model.encoder.layers[-1].requires_grad_(False)
     if args.gradient_checkpointing:
         denoiser.unet.enable_gradient_checkpointing()
         for encoder in (denoiser.text_encoder, denoiser.text_encoder_2):

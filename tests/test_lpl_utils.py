@@ -1417,3 +1417,35 @@ def test_the_short_way_to_an_order_statistic_is_exact(n, ties):
     for k in {1, 2, max(1, int(0.02 * n)), n // 16, n // 2, n}:
         assert torch.equal(lpl_utils.kth_extreme(rows, k, largest=False), ordered[..., k - 1])
         assert torch.equal(lpl_utils.kth_extreme(rows, k, largest=True), ordered[..., n - k])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Mistakes of a caller
+
+
+def test_two_shapes_are_refused():
+    """A batch reduced on one side only would broadcast, and give a loss of something else."""
+    loss = LatentPerceptualLoss(autoencoder())
+    for estimate, target in ((torch.zeros(1, 4, 4, 4), torch.zeros(2, 4, 4, 4)), (torch.zeros(2, 4, 4, 4),) * 2):
+        estimate = estimate.requires_grad_()
+        if estimate.shape == target.shape:
+            assert loss(estimate, target).per_sample.shape == (2,)
+            continue
+        with pytest.raises(ValueError, match="z0_pred is .1, 4, 4, 4. and z0 .2, 4, 4, 4."):
+            loss(estimate, target)
+
+
+def test_a_second_derivative_is_refused():
+    """The gradient is computed in the call: its own derivative is not there, and must not be taken for zero."""
+    loss = LatentPerceptualLoss(autoencoder())
+    estimate, target = torch.randn(2, 1, 4, 4, 4).unbind()
+    estimate = estimate.expand(1, 4, 4, 4).clone().requires_grad_()
+    value = loss(estimate, target.expand(1, 4, 4, 4)).per_sample.square().sum()
+    (gradient,) = torch.autograd.grad(value, estimate, create_graph=True)
+    with pytest.raises(RuntimeError):
+        gradient.sum().backward()
+
+
+def test_the_decoder_alone_is_refused_with_a_hint():
+    with pytest.raises(TypeError, match="pass the autoencoder, not its decoder"):
+        LatentPerceptualLoss(autoencoder().decoder)

@@ -19,6 +19,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_sdxl_lpl
+from cli_utils import UserError
 from lpl_utils import LPLGate
 from tests.sdxl import command, draw, run, weights
 
@@ -156,9 +157,9 @@ def test_resume_by_path_and_refusal_of_another_run(flags, tmp_path):
     run(*flags, "--max_train_steps", 4, "--checkpointing_steps", 2)
     rows = run(*flags, "--max_train_steps", 6, "--resume_from_checkpoint", tmp_path / "checkpoint-2")
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
-    with pytest.raises(train_sdxl_lpl.UserError, match="seed was 3, is 4"):
+    with pytest.raises(UserError, match="seed was 3, is 4"):
         run(*flags, "--seed", 4, "--max_train_steps", 6, "--resume_from_checkpoint", "latest")
-    with pytest.raises(train_sdxl_lpl.UserError, match="no checkpoint there"):
+    with pytest.raises(UserError, match="no checkpoint there"):
         run(*flags, "--max_train_steps", 6, "--resume_from_checkpoint", "checkpoint-99")
 
 

@@ -1,0 +1,65 @@
+"""The ready-made recipes and the page of flags: they run, and they are up to date."""
+
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+import train_sdxl_lpl
+from tests.sdxl import ROOT, run
+
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_run(recipe, sdxl_folder, pictures, cache_dir, tmp_path):
+    """Each trains the tiny pipeline, with only model, data, size and number of steps replaced."""
+    split = ["--validation_split", 2] if "validation_split" in recipe.read_text() else []
+    rows = run("--config", recipe, "--pretrained_model_name_or_path", sdxl_folder, "--train_data_dir", pictures,
+               "--resolution", 64, "--max_train_steps", 2, "--output_dir", tmp_path, "--cache_dir", cache_dir,
+               "--report_to", "none", "--logging_steps", 1, "--validation_prompt", "a red apple",
+               "--num_validation_images", 1, *split)  # fmt: skip
+    assert len([row for row in rows if "lpl/loss" in row]) == 2
+    result = "pytorch_lora_weights.safetensors" if "lora" in recipe.stem else "model_index.json"
+    assert (tmp_path / result).is_file() and list((tmp_path / "validation").glob("step-*.png"))
+
+
+@pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
+def test_recipes_explain_themselves(recipe):
+    """The command at the top names the file, and the flags that are not obvious have a reason beside them."""
+    text = recipe.read_text()
+    assert f"--config configs/recipes/{recipe.name}" in text
+    lines = [line for line in text.splitlines() if line and not line.startswith("#")]
+    assert sum("#" in line for line in lines) >= len(lines) / 4
+    assert yaml.safe_load(text)["use_lpl"] is True
+
+
+def test_there_is_a_recipe_for_each_need():
+    assert {path.stem for path in RECIPES} >= {
+        "sdxl-lora-16gb",
+        "sdxl-full-80gb",
+        "sdxl-style-lora",
+        "sdxl-subject-lora",
+    }
+
+
+def test_the_page_of_flags_is_up_to_date():
+    """docs/flags.md is what docs/flags.py writes, and has every flag."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    import flags
+
+    assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == flags.page(), "run python docs/flags.py"
+    for name in train_sdxl_lpl.build_parser().flags():
+        assert f"`--{name}`" in flags.page()
+
+
+def test_help_is_readable():
+    """In groups, each flag with a line of help."""
+    said = subprocess.run(
+        [sys.executable, str(ROOT / "train_sdxl_lpl.py"), "--help"], capture_output=True, text=True, check=True
+    ).stdout
+    for group in ("model:", "LoRA:", "data:", "training:", "latent perceptual loss:", "validation:", "publishing:"):
+        assert group in said
+    actions = train_sdxl_lpl.build_parser().flags().values()
+    assert [action.dest for action in actions if not action.help] == []
