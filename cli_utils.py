@@ -12,16 +12,18 @@ import logging
 import os
 import sys
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
 
-from data_utils import INTERPOLATIONS, DataError
+from data_utils import INTERPOLATIONS, DataError, hold_out, scan_dataset, scan_folder
 
 REPOSITORY = Path(__file__).resolve().parent
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 OPTIMIZERS = ("adamw", "prodigy", "adafactor")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
+MODEL_OR_DATA = {"pretrained_model_name_or_path", "dataset_name", "train_data_dir", "instance_data_dir"}
 SECRETS = ("hub_token",)  # flags whose values never reach a file, a log or a tracker
 
 
@@ -91,7 +93,7 @@ class FlagParser(argparse.ArgumentParser):
         defaults = {dest: action.default for dest, action in self.flags().items()}
         recipe = self.read_recipe(given["config"]) if given.get("config") else {}
         named = given.keys() | recipe.keys()
-        if embedded_default and not named & {"pretrained_model_name_or_path", "dataset_name", "train_data_dir"}:
+        if embedded_default and not named & MODEL_OR_DATA:
             recipe = self.read_recipe(embedded_default) | recipe
             recipe["embedded_default"] = True
         return argparse.Namespace(**({"embedded_default": False} | defaults | recipe | given))
@@ -183,6 +185,7 @@ def add_model_arguments(parser):
     add("--pretrained_model_name_or_path", help="Hub name or folder of the base pipeline (diffusers layout)")
     add("--revision", help="revision of the base model on the Hub")
     add("--variant", help="file variant of the base model, e.g. fp16")
+    add("--pretrained_vae_model_name_or_path", help="another autoencoder, e.g. madebyollin/sdxl-vae-fp16-fix")
     group = parser.add_argument_group("LoRA")
     add = group.add_argument
     add("--use_lora", action="store_true", help="train a LoRA; without it the whole denoiser is trained")
@@ -205,6 +208,8 @@ def add_data_arguments(parser, resolution):
     )
     add("--dataset_name", help="data set on the Hub, or a folder written by datasets' save_to_disk")
     add("--dataset_config_name", help="configuration of that data set")
+    add("--instance_data_dir", help="the same as --train_data_dir, as the DreamBooth scripts call it")
+    add("--instance_prompt", help="caption of all images that have none")
     add("--image_column", default="image", help="column with the image (default: %(default)s)")
     add("--caption_column", default="text", help="column with the caption (default: %(default)s)")
     add("--max_train_samples", type=int, help="use the first so many images only")
@@ -253,6 +258,7 @@ def add_training_arguments(parser, train_batch_size, num_train_epochs, adam_weig
     add("--enable_xformers_memory_efficient_attention", action="store_true",
         help="xformers' attention; PyTorch's own is as good on most GPUs")  # fmt: skip
     add("--torch_compile", action="store_true", help="compile the denoiser: slow start, faster steps")
+    add("--noise_offset", type=float, default=0.0, help="scale of noise that is constant per channel (default: 0)")
     add("--timestep_sampling", choices=("independent", "stratified"), default="independent",
         help="stratified spreads the timesteps of a step evenly, so that every step has its share of samples that get "
         "the perceptual loss; each sample's distribution stays the same (default: %(default)s)")  # fmt: skip
@@ -370,6 +376,8 @@ def check_flags(args):
             f"--resolution is {args.resolution}; it must be a multiple of 8, because the latents are 8 times smaller, "
             f"e.g. {max(8, args.resolution // 8 * 8)}")  # fmt: skip
     require(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: which model to train?")
+    exclude(args, "train_data_dir", "instance_data_dir")
+    args.train_data_dir, args.instance_data_dir = args.train_data_dir or args.instance_data_dir, None
     require(args.train_data_dir or args.dataset_name, "no data: give --train_data_dir FOLDER or --dataset_name NAME")
     exclude(args, "train_data_dir", "dataset_name")
     exclude(args, "validation_split", "validation_data_dir")
@@ -441,6 +449,23 @@ def check_lpl_flags(args):
             "--lpl_threshold_resolution scales --lpl_sigma_threshold, which is not given")  # fmt: skip
     require(0 < args.lpl_share < 1, f"--lpl_share is {args.lpl_share}; it must lie between 0 and 1")
     require(args.lpl_num_blocks >= 0, f"--lpl_num_blocks is {args.lpl_num_blocks}; it must be 0 or more")
+
+
+def find_images(args):
+    """(`Scan` of the images to train on, held-out images); a DataError names the file or column that is wrong."""
+    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
+    columns["default_caption"] = args.instance_prompt
+    if args.train_data_dir:
+        scan = scan_folder(args.train_data_dir, **columns)
+    else:
+        scan = scan_dataset(args.dataset_name, args.dataset_config_name, **columns, cache_dir=args.cache_dir,
+                            max_samples=args.max_train_samples)  # fmt: skip
+    images, held_out = scan.images, []
+    if args.validation_data_dir:
+        held_out = scan_folder(args.validation_data_dir, **columns).images
+    elif args.validation_split:
+        images, held_out = hold_out(images, args.validation_split)
+    return replace(scan, images=images[: args.max_train_samples]), held_out[: args.max_validation_samples]
 
 
 def model_file(name_or_path, file, revision=None, subfolder=None):

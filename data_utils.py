@@ -208,7 +208,12 @@ class Scan:
     source: str
 
 
-def scan_folder(folder: str | os.PathLike, image_column: str = "image", caption_column: str = "text") -> Scan:
+def scan_folder(
+    folder: str | os.PathLike,
+    image_column: str = "image",
+    caption_column: str = "text",
+    default_caption: str | None = None,
+) -> Scan:
     """Find the images below a folder and their captions, and check all of it.
 
     Captions come from `metadata.jsonl` or `metadata.csv` (one line per image: `{"file_name": "a.png", "text": "…"}`,
@@ -219,6 +224,7 @@ def scan_folder(folder: str | os.PathLike, image_column: str = "image", caption_
         folder: `--train_data_dir`.
         image_column: `--image_column`; a listing without it is read by its column `file_name`.
         caption_column: `--caption_column`.
+        default_caption: `--instance_prompt`, for images without a caption file; without it they are an error.
 
     Raises:
         DataError: something is missing, unreadable, without a caption, or outside the folder.
@@ -239,7 +245,7 @@ def scan_folder(folder: str | os.PathLike, image_column: str = "image", caption_
             raise DataError(f"--train_data_dir: {source} in {folder} lists no images. Fill it, or remove it.")
         warnings += _remarks_on_listing(images, image_files, folder)
     else:
-        images = _read_sidecars(image_files, folder)
+        images = _read_sidecars(image_files, folder, default_caption)
         source = "caption files beside the images"
         if not images:
             raise DataError(
@@ -257,11 +263,13 @@ def scan_dataset(
     caption_column: str = "text",
     cache_dir: str | None = None,
     max_samples: int | None = None,
+    default_caption: str | None = None,
 ) -> Scan:
     """Load a data set from the Hub, or from a folder that `save_to_disk` wrote, and check it like a folder.
 
     The images stay undecoded bytes until they are needed. Of several captions the first is taken. An empty caption is
-    allowed here, since a Hub data set is seldom the user's to correct, but is counted in a warning.
+    allowed here, since a Hub data set is seldom the user's to correct, but is counted in a warning. Without the
+    caption column every image has `default_caption`, when there is one.
 
     Raises:
         DataError: the data set can't be loaded, a column is missing or of another kind, a caption is not text.
@@ -270,7 +278,9 @@ def scan_dataset(
 
     dataset = _load_dataset(dataset_name, dataset_config_name, split, cache_dir)
     _require_column(image_column, dataset.column_names, f"--dataset_name {dataset_name}", "--image_column")
-    _require_column(caption_column, dataset.column_names, f"--dataset_name {dataset_name}", "--caption_column")
+    captioned = caption_column in dataset.column_names or default_caption is None
+    if captioned:
+        _require_column(caption_column, dataset.column_names, f"--dataset_name {dataset_name}", "--caption_column")
     if max_samples is not None:
         dataset = dataset.select(range(min(max_samples, len(dataset))))
     if not len(dataset):
@@ -284,7 +294,8 @@ def scan_dataset(
             f"--image_column {image_column!r} of {dataset_name} holds {dataset.features[image_column]}, not images."
         ) from error
     images, num_empty = [], 0
-    for index, caption in enumerate(dataset.select_columns([caption_column])[caption_column]):
+    captions = dataset.select_columns([caption_column])[caption_column] if captioned else []
+    for index, caption in enumerate(captions or [default_caption] * len(dataset)):
         caption = caption[0] if isinstance(caption, (list, tuple)) and caption else caption
         if not isinstance(caption, str):
             raise DataError(
@@ -374,14 +385,14 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path}: can't be read: {error.strerror}.") from error
 
 
-def _read_sidecars(image_files: list[Path], folder: Path) -> list[CaptionedImage]:
+def _read_sidecars(image_files: list[Path], folder: Path, default_caption: str | None) -> list[CaptionedImage]:
     images, bare = [], []
     for path in image_files:
         captions = [path.with_suffix(suffix) for suffix in CAPTION_EXTENSIONS if path.with_suffix(suffix).is_file()]
-        if not captions:
+        if not captions and default_caption is None:
             bare.append(path.relative_to(folder).as_posix())
             continue
-        caption = _read_text(captions[0]).strip()
+        caption = _read_text(captions[0]).strip() if captions else default_caption
         if not caption:
             raise DataError(f"{captions[0]}: the caption is empty. Write one, or remove the image.")
         images.append(CaptionedImage(path, caption, path.relative_to(folder).as_posix()))
@@ -389,7 +400,7 @@ def _read_sidecars(image_files: list[Path], folder: Path) -> list[CaptionedImage
         raise DataError(
             f"--train_data_dir: {len(bare)} of {len(image_files)} images in {folder} have no caption: {_first(bare)}. "
             f"Put a file ending in {' or '.join(CAPTION_EXTENSIONS)} beside each, or list the images in "
-            'metadata.jsonl, one {"file_name": "…", "text": "…"} per line.'
+            'metadata.jsonl, one {"file_name": "…", "text": "…"} per line, or give all one with --instance_prompt.'
         )
     return images
 

@@ -25,7 +25,7 @@ def is_text_encoder(part):
 def add_adapters(args, models, pipeline_class, targets):
     """Give each model an adapter, in float32 and trainable; all other weights are frozen.
 
-    targets: the denoiser's layers without --lora_layers. With --init_lora shape and weights come from that file.
+    targets: names of the denoiser's layers that get one. With --init_lora shape and weights come from that file.
     Raises UserError for layers that do not exist, or a file that does not fit.
     """
     for model in models.values():
@@ -34,7 +34,7 @@ def add_adapters(args, models, pipeline_class, targets):
     for part, model in models.items():
         if part in found:
             continue
-        layers = TEXT_ENCODER_TARGETS if is_text_encoder(part) else lora_layers(args, targets)
+        layers = TEXT_ENCODER_TARGETS if is_text_encoder(part) else targets
         config = LoraConfig(
             r=args.rank or 4,
             lora_alpha=args.lora_alpha or args.rank or 4,
@@ -63,7 +63,7 @@ def read_lora(args, models, pipeline_class):
     """Load --init_lora into the models by diffusers' own loaders; returns the names of the parts that it had."""
     flag = f"--init_lora {args.init_lora}"
     try:
-        tensors, alphas, metadata = pipeline_class.lora_state_dict(
+        tensors, *alphas, metadata = pipeline_class.lora_state_dict(  # SD3's has no alphas
             args.init_lora,
             return_lora_metadata=True,
             use_safetensors=True,
@@ -77,12 +77,15 @@ def read_lora(args, models, pipeline_class):
     require(not left, f"{flag}: it has layers for {', '.join(left)}, which this run does not train{hint}")
     for part in found:
         model, own = models[part], sum(name.startswith(part + ".") for name in tensors)
-        load = pipeline_class.load_lora_into_text_encoder
-        more = {"text_encoder": model, "prefix": part}
-        if not is_text_encoder(part):
-            load, more = getattr(pipeline_class, f"load_lora_into_{part}"), {part: model}
+        more = {"adapter_name": ADAPTER, "metadata": metadata}
+        if is_text_encoder(part):
+            load = pipeline_class.load_lora_into_text_encoder
+            more |= {"text_encoder": model, "prefix": part, "network_alphas": alphas[0] if alphas else None}
+        else:
+            load = getattr(pipeline_class, f"load_lora_into_{part}")
+            more |= {part: model} | ({"network_alphas": alphas[0]} if alphas else {})
         try:
-            load(tensors, network_alphas=alphas, adapter_name=ADAPTER, metadata=metadata, **more)
+            load(tensors, **more)
         except (RuntimeError, ValueError) as error:
             raise UserError(f"{flag}: it does not fit this model's {part}: {str(error)[:300]}") from None
         fitting = len(adapter_state(model))
@@ -104,26 +107,36 @@ def adapter_state(model):
     return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
-def adapter_layers(part, model):
-    """A model's adapter, {name: float32 tensor}, in PEFT's names; text encoders in the nested form.
+def adapters(models):
+    """{part: (layers, config)}: the adapters' tensors in float32, under PEFT's names, and their configurations."""
+    return {
+        part: ({name: value.float() for name, value in adapter_state(model).items()}, lora_config(model))
+        for part, model in models.items()
+    }
 
-    CLIPTextModel has `text_model.` in front of its layers in older versions of transformers, and programs that read
-    LoRA files expect it there.
+
+def nested(name):
+    """A text encoder's name as other programs know it: transformers 5 drops the "text_model." of `CLIPTextModel`."""
+    return name if name.startswith(("text_model.", "text_projection")) else "text_model." + name
+
+
+def save_lora(folder, parts, pipeline_class):
+    """Write `pytorch_lora_weights.safetensors` in diffusers' format, with the configurations as metadata.
+
+    parts: see `adapters`. The layers of text encoders get their nested names. Their configurations name modules
+    without "text_model.", which matches the nested and the flat model alike.
     """
-    layers = {name: value.float() for name, value in adapter_state(model).items()}
-    if not is_text_encoder(part):
-        return layers
-    return {"text_model." + name.removeprefix("text_model."): value for name, value in layers.items()}
-
-
-def save_lora(folder, models, pipeline_class):
-    """Write `pytorch_lora_weights.safetensors`, with rank, alpha and layers as its metadata."""
-    given = {}
-    for part, model in models.items():
-        metadata = lora_config(model).to_dict()
-        metadata["target_modules"] = sorted(metadata["target_modules"])
-        given |= {f"{part}_lora_layers": adapter_layers(part, model), f"{part}_lora_adapter_metadata": metadata}
-    pipeline_class.save_lora_weights(folder, **given)
+    arguments = {}
+    for part, (layers, config) in parts.items():
+        metadata = config.to_dict()
+        if is_text_encoder(part):
+            layers = {nested(name): value for name, value in layers.items()}
+            for field in ("rank_pattern", "alpha_pattern"):
+                metadata[field] = {key.removeprefix("text_model."): value for key, value in metadata[field].items()}
+        if not isinstance(metadata["target_modules"], str):
+            metadata["target_modules"] = sorted(x.removeprefix("text_model.") for x in metadata["target_modules"])
+        arguments |= {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
+    pipeline_class.save_lora_weights(folder, **arguments)
 
 
 def load_lora(folder, models):

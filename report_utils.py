@@ -3,12 +3,14 @@
 import contextlib
 import json
 import math
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 
 from cli_utils import SECRETS, UserError
+from hub_utils import Card
 from train_utils import Metrics
 
 
@@ -152,6 +154,53 @@ class Gallery:
         return rows
 
 
+def model_card(args, kind, steps, images, gate):
+    """What the model card says of a run; kind: "sdxl" or "sd3", gate: the `LPLGate` (used with --use_lpl)."""
+    lpl = {}
+    if args.use_lpl:
+        threshold = "timesteps below" if gate.t_threshold is not None else "noise / signal up to"
+        lpl = {
+            "weight": f"auto, {args.lpl_share:g} of the loss" if args.lpl_weight == "auto" else args.lpl_weight,
+            f"applied at {threshold}": gate.limit,
+            "normalization": args.lpl_norm_type,
+            "loss": args.lpl_loss_type,
+            "decoder stages": 1 + args.lpl_num_blocks,
+            "depth weighting": args.lpl_pow_law,
+            "outliers masked": args.lpl_remove_outliers,
+            "noise scale": args.lpl_scale,
+            "from step": args.lpl_start or None,
+        }
+    training = {
+        "steps": steps,
+        "images per step": args.train_batch_size
+        * args.gradient_accumulation_steps
+        * int(os.environ.get("WORLD_SIZE", 1)),
+        "resolution": args.resolution,
+        "learning rate": args.learning_rate,
+        "schedule": args.lr_scheduler,
+        "optimizer": "8-bit AdamW" if args.use_8bit_adam else args.optimizer,
+        "precision": {"no": "float32", None: None}.get(args.mixed_precision, args.mixed_precision),
+        "trained": ("LoRA" if args.use_lora else "all weights")
+        + (" with the text encoders" * args.train_text_encoder),
+        "EMA": args.use_ema,
+        "seed": args.seed,
+    }
+    return Card(
+        name=args.hub_model_id or Path(args.output_dir).resolve().name,
+        kind=kind,
+        base_model=args.pretrained_model_name_or_path,
+        revision=args.revision,
+        lora=args.use_lora,
+        lpl=lpl,
+        training=training,
+        dataset=args.dataset_name,
+        num_images=images,
+        prompts=tuple(args.validation_prompt or ()),
+        images_per_prompt=args.num_validation_images,
+        prediction_type=getattr(args, "prediction_type", None),
+    )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures
 
@@ -170,15 +219,16 @@ def image_grid(images, columns, gap=2):
 
 
 def labelled_rows(rows, gap=2):
-    """A grid with a caption over each row: rows is [(caption, [images])]; small images are enlarged to be seen."""
+    """A grid with a caption over each row, [(caption, [images])]; small images are enlarged, large ones shrunk."""
     from PIL import Image, ImageDraw, ImageFont
 
     size = rows[0][1][0].width
-    factor = max(1, 160 // size)
+    factor = max(1, 160 // size) if size < 512 else 512 / size
     grids = []
     for caption, images in rows:
         images = [
-            image.resize((image.width * factor, image.height * factor), Image.Resampling.LANCZOS) for image in images
+            image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
+            for image in images
         ]
         grids.append((caption, image_grid(images, len(images), gap)))
     font = ImageFont.load_default(size=max(13, grids[0][1].height // 28))

@@ -13,20 +13,17 @@ paper, `main` is the loop. Symbols: z_0 clean latents as the UNet sees them, z_t
 """
 
 # ruff: noqa: E402  (flags and data are checked before the slow imports)
+import functools
 import os
 import sys
-from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cli_utils
 from cli_utils import REPOSITORY, errors_for_people, require
-from data_utils import hold_out, scan_dataset, scan_folder
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sdxl" / "train.yaml"
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
-HELD_OUT_LEVELS = 10  # noise levels at which the held-out loss is measured
-HELD_OUT_SEED = 0  # of its noise: not --seed, so that runs with different seeds can be compared
 
 
 def build_parser():
@@ -37,14 +34,14 @@ def build_parser():
     cli_utils.add_training_arguments(parser, train_batch_size=16, num_train_epochs=100, adam_weight_decay=1e-2)
     group = parser.add_argument_group("diffusion")
     add = group.add_argument
-    add("--pretrained_vae_model_name_or_path", help="another autoencoder, e.g. madebyollin/sdxl-vae-fp16-fix")
     add(
         "--pretrained_unet_model_name_or_path",
         help="another UNet: a folder or Hub name with its config.json, or with unet/",
     )
+    add("--single_file", action="store_true", help="save the trained model as one file, model.safetensors, too: for "
+        "ComfyUI and A1111")  # fmt: skip
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="default: the base model's")
     add("--snr_gamma", type=float, help="weight the diffusion loss by min(SNR, gamma); 5 is usual (default: off)")
-    add("--noise_offset", type=float, default=0.0, help="scale of noise that is constant per channel (default: 0)")
     add("--timestep_bias_strategy", choices=("none", "earlier", "later", "range"), default="none",
         help="draw some timesteps more often (default: %(default)s)")  # fmt: skip
     add("--timestep_bias_multiplier", type=float, default=1.0, help="how much more often (default: %(default)s)")
@@ -62,6 +59,10 @@ def parse_args(argv=None):
     if args.embedded_default:
         print(f"No model and no data named: using the embedded examples, {EMBEDDED_DEFAULT.relative_to(REPOSITORY)}.")
     cli_utils.check_flags(args)
+    require(not (args.single_file and args.use_lora),
+            "--single_file is for whole models; a LoRA for other programs is --output_kohya_format")  # fmt: skip
+    require(not args.single_file or args.prediction_type != "sample",
+            "--single_file: other programs can't tell --prediction_type sample from epsilon")  # fmt: skip
     require(args.snr_gamma is None or args.snr_gamma > 0, f"--snr_gamma is {args.snr_gamma}; it must be above 0")
     require(0 <= args.timestep_bias_begin < args.timestep_bias_end <= 1000,
             "--timestep_bias_begin and --timestep_bias_end must satisfy 0 <= begin < end <= 1000, found "
@@ -72,67 +73,37 @@ def parse_args(argv=None):
     return args
 
 
-def find_images(args):
-    """(`Scan` of the images to train on, held-out images); a DataError names the file or column that is wrong."""
-    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    if args.train_data_dir:
-        scan = scan_folder(args.train_data_dir, **columns)
-    else:
-        scan = scan_dataset(args.dataset_name, args.dataset_config_name, **columns, cache_dir=args.cache_dir,
-                            max_samples=args.max_train_samples)  # fmt: skip
-    images, held_out = scan.images, []
-    if args.validation_data_dir:
-        held_out = scan_folder(args.validation_data_dir, **columns).images
-    elif args.validation_split:
-        images, held_out = hold_out(images, args.validation_split)
-    return replace(scan, images=images[: args.max_train_samples]), held_out[: args.max_validation_samples]
-
-
 if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a busy CPU to a halt
     with errors_for_people("--debug" in sys.argv):
         ARGS = parse_args()
-        SCAN, HELD_OUT = find_images(ARGS)
+        SCAN, HELD_OUT = cli_utils.find_images(ARGS)
         cli_utils.quiet_libraries(ARGS.debug)
 
 import torch
-from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
+import cache_utils
+import hub_utils
+import plan_utils
 import report_utils
 import train_utils
-from data_utils import (
-    AddressedBatches,
-    TensorStore,
-    TrainingSet,
-    addressed_normal,
-    addressed_rng,
-    addressed_uniform,
-    collate,
-    crops_are_forced,
-    digest,
-    encode_missing,
-    fingerprint,
-    latent_items,
-    open_image,
-    prepare_image,
-    stratified_uniform,
-    to_pixel_values,
+from cache_utils import encode_images, model_identity, prompt_key, rows_of
+from export_utils import save_kohya, save_single_file
+from lora_utils import adapters, add_adapters, load_lora, lora_layers, save_lora
+from lpl_utils import AutoWeight, DecoderStages, LatentPerceptualLoss, estimate_z0, lpl_noise_scale, noise_to_signal
+from plan_utils import lpl_config, lpl_dtype
+from train_utils import (
+    Recipe,
+    choose_prompts,
+    sample_latents,
+    sample_noise,
+    sample_timesteps,
+    seed_lora_dropout,
+    to_device,
 )
-from lora_utils import add_adapters, load_lora, lora_config, save_lora
-from lpl_utils import (
-    AutoWeight,
-    DecoderStages,
-    LatentPerceptualLoss,
-    LPLGate,
-    estimate_z0,
-    lpl_noise_scale,
-    noise_to_signal,
-)
-from train_utils import lpl_config, lpl_dtype, to_device
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The noise schedule
@@ -172,6 +143,10 @@ class Schedule:
         """(B,) timesteps for uniform numbers in [0, 1), by the inverse of the distribution."""
         uniform = torch.as_tensor(uniform)
         return torch.searchsorted(self.cumulative, uniform, right=True).clamp_max(len(self) - 1)
+
+    def held_out_timesteps(self, count):
+        """(count,) the middles of as many equal parts of all timesteps."""
+        return ((torch.arange(count) + 0.5) * len(self) / count).long()
 
     def levels(self, timesteps):
         """alpha, sigma: (B,) float32."""
@@ -246,7 +221,7 @@ def load_text_encoders(args, dtype, device):
     return [encoder.requires_grad_(False).eval().to(device) for encoder in encoders]
 
 
-def unet_place(args):
+def denoiser_place(args):
     """(name or folder, subfolder, revision, variant) of the UNet to start from."""
     other = args.pretrained_unet_model_name_or_path
     if not other:
@@ -285,7 +260,7 @@ class Denoiser(torch.nn.Module):
 
 def build_denoiser(args, dtype, device):
     """The models to train, loaded. Trainable parameters are float32."""
-    name, subfolder, revision, variant = unet_place(args)
+    name, subfolder, revision, variant = denoiser_place(args)
     unet = UNet2DConditionModel.from_pretrained(
         name, subfolder=subfolder, revision=revision, variant=variant, dtype=dtype if args.use_lora else torch.float32
     )
@@ -299,10 +274,15 @@ def build_denoiser(args, dtype, device):
     return denoiser
 
 
+def lora_targets(args):
+    """Layers of the UNet that get a LoRA."""
+    return lora_layers(args, LORA_TARGETS)
+
+
 def prepare_for_training(denoiser, args):
     """Give it its LoRA and gradient checkpointing."""
     if args.use_lora:
-        add_adapters(args, denoiser.models(), StableDiffusionXLPipeline, LORA_TARGETS)
+        add_adapters(args, denoiser.models(), StableDiffusionXLPipeline, lora_targets(args))
         if denoiser.text_encoder is not None:  # SDXL reads it before its last layer, which gets no gradient
             text_model = getattr(denoiser.text_encoder, "text_model", denoiser.text_encoder)
             text_model.encoder.layers[-1].requires_grad_(False)
@@ -359,159 +339,39 @@ def embed_tokens(input_ids, encoders):
 def encode_prompts(captions, tokenizers, encoders):
     """[{"prompt_embeds" (77, D), "pooled_prompt_embeds" (P,)}] of captions, on the CPU."""
     embeds = embed_tokens(tokenize(captions, tokenizers).values(), encoders)
-    return train_utils.rows_of({name: value.cpu() for name, value in embeds.items()})
-
-
-@torch.no_grad()
-def encode_images(items, vae, args):
-    """Images as the autoencoder sees them: a list of {"mean", "std" (4, h, w), "time_ids" (6,)} on the CPU.
-
-    items: [(CaptionedImage, whether flipped)]. Mean and deviation are kept, not a sample, so that caching freezes
-    nothing. Where the crop is not forced, it is the middle: these are held-out images.
-    """
-    prepared = [
-        prepare_image(open_image(image), args.resolution, True, flip, args.image_interpolation_mode)
-        for image, flip in items
-    ]
-    pixels = torch.stack([to_pixel_values(array) for array, _ in prepared])
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    time_ids = torch.tensor([crop.time_ids for _, crop in prepared], dtype=torch.float32)
-    return train_utils.rows_of(
-        {"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu(), "time_ids": time_ids}
-    )
-
-
-def prompt_key(caption):
-    """Key of a caption in its store."""
-    return digest(caption=caption)
-
-
-def latent_key(content_hash, flip):
-    """Key of an image in its store."""
-    return f"{content_hash}-{'flipped' if flip else 'plain'}"
-
-
-def identity(args, *subfolders):
-    """What tells one model's encodings from another's: hashes of its files, or its commit on the Hub."""
-    folder = Path(args.pretrained_model_name_or_path)
-    if not folder.is_dir():
-        index = cli_utils.model_file(str(folder), "model_index.json", args.revision)
-        return [str(folder), index.parent.name, args.variant, *subfolders]
-    return fingerprint(folder, *subfolders)
+    return rows_of({name: value.cpu() for name, value in embeds.items()})
 
 
 def fill_caches(args, images, held_out, dtype, accelerator):
-    """Encode what is not on disk yet; returns (prompt store, latent store, whether the images are in it).
+    """(prompt store, latent store, whether the images are in it), with everything in them that was missing.
 
-    The stores are keyed by what they depend on and nothing else: the text encoders and their dtype; the autoencoder,
-    resolution and interpolation. A second run with another learning rate or output folder encodes nothing. Held-out
-    images are always in the latent store, the others unless their crops are random. Where the text encoders are
-    trained, the prompts are stored as tokens.
+    Where the text encoders are trained, the prompts are stored as tokens.
     """
-    root = Path(args.cache_dir or os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lpl"
+    tokenizers = functools.cache(lambda: load_tokenizers(args))
+    text_encoders = functools.cache(lambda: load_text_encoders(args, dtype, accelerator.device))
+    vae = functools.cache(lambda: load_vae(args, torch.float32, accelerator.device))
     if args.train_text_encoder:
-        text_id = digest(kind="sdxl tokens", model=identity(args, "tokenizer", "tokenizer_2"))
+        prompt_id = {"kind": "sdxl tokens", "model": model_identity(args, "tokenizer", "tokenizer_2")}
     else:
-        text_id = digest(kind="sdxl prompts", model=identity(args, *COMPONENTS[1:5]), dtype=str(dtype))
-    vae_name = args.pretrained_vae_model_name_or_path
-    vae_id = (fingerprint(vae_name) if Path(vae_name).is_dir() else vae_name) if vae_name else identity(args, "vae")
-    latent_id = digest(kind="sdxl latents", vae=vae_id, crop=[args.resolution, True, args.image_interpolation_mode])
-    cacheable = crops_are_forced(images, args.center_crop, args.resolution)
-    loaded = {}
+        prompt_id = {"kind": "sdxl prompts", "model": model_identity(args, *COMPONENTS[1:5]), "dtype": str(dtype)}
 
-    def encode_prompt_batch(captions):
-        if "text" not in loaded:
-            tokenizers = load_tokenizers(args)
-            encoders = () if args.train_text_encoder else load_text_encoders(args, dtype, accelerator.device)
-            loaded["text"] = tokenizers, encoders
-        tokenizers, encoders = loaded["text"]
-        if not encoders:
-            return train_utils.rows_of(tokenize(captions, tokenizers))
-        return encode_prompts(captions, tokenizers, encoders)
+    def encode(captions):
+        if args.train_text_encoder:
+            return rows_of(tokenize(captions, tokenizers()))
+        return encode_prompts(captions, tokenizers(), text_encoders())
 
-    def encode_image_batch(items):
-        if "vae" not in loaded:
-            loaded["vae"] = load_vae(args, torch.float32, accelerator.device)
-        return encode_images(items, loaded["vae"], args)
-
-    with accelerator.main_process_first():
-        prompt_store = TensorStore(root / "prompts" / text_id[:16])
-        captions = ["", *(args.validation_prompt or []), *(image.caption for image in [*images, *held_out])]
-        items = [(prompt_key(caption), caption) for caption in captions]
-        encoded = [encode_missing(prompt_store, items, encode_prompt_batch, 16, "encoding captions")]
-        latent_store = TensorStore(root / "latents" / latent_id[:16])
-        items = [*latent_items(held_out, latent_key, False)]
-        if cacheable:
-            items += latent_items(images, latent_key, args.random_flip)
-        at_once = max(1, min(16, (1024 // args.resolution) ** 2))
-        encoded.append(encode_missing(latent_store, items, encode_image_batch, at_once, "encoding images"))
-    accelerator.print(f"Caches in {root}: encoded {encoded[0]} captions and {encoded[1]} images, the rest was there.")
-    if not cacheable:
-        accelerator.print("Random crops: images are encoded in every step. --center_crop encodes each of them once.")
-    return prompt_store, latent_store, cacheable
+    return cache_utils.fill_caches(
+        args, images, held_out, accelerator, prompt_id, encode, lambda items: encode_images(items, vae(), args)
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The training step
 
 
-@dataclass
-class Recipe:
-    """What a training step needs besides the models and its batch."""
-
-    args: object
-    device: torch.device
-    schedule: Schedule
-    dtype: torch.dtype  # the UNet's inputs
-    samples_per_step: int  # of an optimizer step, over micro-steps and ranks
-    scaling_factor: float
-    empty_prompt: dict  # the entry of "" in the prompt store; zeros where those are the pipeline's unconditional
-    empty_is_zero: bool  # whether the pipeline's unconditional embedding is zero
-    encoder: object = None  # the autoencoder, where images are encoded in every step
-    lpl: LatentPerceptualLoss | None = None
-    gate: LPLGate | None = None
-    auto_weight: AutoWeight | None = None
-
-    def lpl_weight(self):
-        """The weight of the LPL term, a number or a scalar tensor on the device."""
-        return self.auto_weight() if self.auto_weight is not None else float(self.args.lpl_weight)
-
-
-def sample_latents(batch, recipe):
-    """z_0 (B, 4, h, w) in model space, float32: a sample of the autoencoder's posterior."""
-    if "pixel_values" in batch:
-        with torch.no_grad():
-            pixels = batch["pixel_values"].to(recipe.device, torch.float32)
-            posterior = recipe.encoder.encode(pixels).latent_dist
-        mean, std = posterior.mean, posterior.std
-    else:
-        mean, std = (to_device(batch[name], recipe.device) for name in ("mean", "std"))
-    eps = addressed_normal(recipe.args.seed, batch["number"], mean.shape[1:], "posterior")
-    return (mean + std * to_device(eps, recipe.device)) * recipe.scaling_factor
-
-
 def conditioning(batch, recipe, dropout):
     """(prompt, time_ids) for `Denoiser`; a share `dropout` of the prompts is replaced by the unconditional one."""
-    keep = torch.from_numpy(addressed_uniform(recipe.args.seed, batch["number"], "dropout") >= dropout)
-    prompt = {}
-    for name, empty in recipe.empty_prompt.items():
-        value = batch[name]
-        if not keep.all():
-            value = torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, empty)
-        prompt[name] = to_device(value, recipe.device, recipe.dtype if value.is_floating_point() else None)
-    if recipe.args.train_text_encoder and recipe.empty_is_zero:
-        prompt["keep"] = to_device(keep.float(), recipe.device)
-    return prompt, to_device(batch["time_ids"], recipe.device, recipe.dtype)
-
-
-def draw_timesteps(numbers, recipe):
-    """(B,) timesteps of the samples with these numbers, on the CPU."""
-    args = recipe.args
-    if args.timestep_sampling == "stratified":
-        uniform = stratified_uniform(args.seed, numbers, args.train_batch_size, recipe.samples_per_step)
-    else:
-        uniform = addressed_uniform(args.seed, numbers, "timestep")
-    return recipe.schedule.draw_timesteps(uniform)
+    return choose_prompts(batch, recipe, dropout), to_device(batch["time_ids"], recipe.device, recipe.dtype)
 
 
 def denoise(denoiser, latents, noise, timesteps, conditions, recipe):
@@ -530,14 +390,10 @@ def training_step(batch, denoiser, recipe, step, metrics):
     """
     args, numbers = recipe.args, batch["number"]
     latents = sample_latents(batch, recipe)
-    noise = addressed_normal(args.seed, numbers, latents.shape[1:], "noise")
-    if args.noise_offset:
-        noise += args.noise_offset * addressed_normal(args.seed, numbers, (latents.shape[1], 1, 1), "noise_offset")
-    noise = to_device(noise, recipe.device)
-    timesteps = draw_timesteps(numbers, recipe)
+    noise = sample_noise(numbers, latents.shape[1:], recipe)
+    timesteps = sample_timesteps(numbers, recipe)
     conditions = conditioning(batch, recipe, args.proportion_empty_prompts)
-    if args.lora_dropout:  # dropout follows from the address too, so that a resumed run repeats it
-        torch.manual_seed(int(addressed_rng(args.seed, int(numbers[0]), "lora_dropout").integers(2**32)))
+    seed_lora_dropout(numbers, args)
 
     errors, model_pred, noisy_latents = denoise(denoiser, latents, noise, timesteps, conditions, recipe)
     if args.snr_gamma is not None:
@@ -590,46 +446,14 @@ def perceptual_loss(model_pred, noisy_latents, latents, timesteps, recipe):
 # Validation
 
 
-def held_out_timesteps(schedule):
-    """(HELD_OUT_LEVELS,) the middles of as many equal parts of all timesteps."""
-    return ((torch.arange(HELD_OUT_LEVELS) + 0.5) * len(schedule) / HELD_OUT_LEVELS).long()
-
-
-@torch.no_grad()
-def held_out_losses(denoiser, images, prompt_store, latent_store, recipe, accelerator):
-    """{log key: loss} of the held-out images, at fixed noise levels and with fixed noise.
-
-    `validation/diffusion_loss` is the mean over the levels, `validation/lpl_loss` over those that the gate takes; each
-    level has its own entry too. Every rank takes its share of the images.
-    """
-    was_training = denoiser.training
-    denoiser.eval()
-    schedule, metrics = recipe.schedule, train_utils.Metrics(recipe.device)
-    levels = held_out_timesteps(schedule)
-    gated = recipe.gate(levels, noise_to_signal(*schedule.levels(levels)))
-    names = [f"validation/diffusion_loss/t{t}" for t in levels.tolist()]
-    names += [f"validation/lpl_loss/t{t}" for t in levels[gated].tolist()]
-    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
-    for first in tqdm(range(0, len(mine), recipe.args.train_batch_size), desc="held-out loss", leave=False,
-                      disable=not accelerator.is_local_main_process):  # fmt: skip
-        numbers = mine[first : first + recipe.args.train_batch_size]
-        latents = [latent_store.get(latent_key(images[number].content_hash(), False)) for number in numbers]
-        prompts = [prompt_store.get(prompt_key(images[number].caption)) for number in numbers]
-        batch = collate([latent | prompt for latent, prompt in zip(latents, prompts, strict=True)])
-        latents = to_device(batch["mean"].float(), recipe.device) * recipe.scaling_factor
-        conditions = conditioning({**batch, "number": numbers}, recipe, dropout=0)
-        for level, timestep in enumerate(levels):
-            addresses = [number * HELD_OUT_LEVELS + level for number in numbers]
-            noise = to_device(addressed_normal(HELD_OUT_SEED, addresses, latents.shape[1:], "held_out"), recipe.device)
-            timesteps = timestep.repeat(len(numbers))
-            with accelerator.autocast():
-                errors, model_pred, noisy_latents = denoise(denoiser, latents, noise, timesteps, conditions, recipe)
-            metrics.add(f"validation/diffusion_loss/t{timestep}", errors.sum(), len(errors))
-            if gated[level]:
-                output = perceptual_loss(model_pred, noisy_latents, latents, timesteps, recipe)
-                metrics.add(f"validation/lpl_loss/t{timestep}", output.per_sample.sum(), len(errors))
-    denoiser.train(was_training)
-    return train_utils.with_means(metrics.read(accelerator, names))
+def held_out_step(batch, latents, noise, timesteps, with_lpl, denoiser, recipe):
+    """(diffusion losses (B,), LPL (B,) or None) of held-out images at given noise and timesteps."""
+    conditions = conditioning(batch, recipe, dropout=0)
+    with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
+        errors, model_pred, noisy_latents = denoise(denoiser, latents, noise, timesteps, conditions, recipe)
+    if not with_lpl:
+        return errors, None
+    return errors, perceptual_loss(model_pred, noisy_latents, latents, timesteps, recipe).per_sample
 
 
 @torch.no_grad()
@@ -658,9 +482,8 @@ def draw(denoiser, vae, prompt_store, recipe):
             generators = [torch.Generator(recipe.device).manual_seed(seed) for seed in seeds]
             with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
                 latents = pipeline(
-                    **pipeline_prompt(prompt, denoiser, prompt_store, recipe), generator=generators,
-                    num_images_per_prompt=len(seeds), num_inference_steps=25, height=args.resolution,
-                    width=args.resolution, output_type="latent",
+                    **pipeline_prompt([prompt] * len(seeds), denoiser, prompt_store, recipe), generator=generators,
+                    num_inference_steps=25, height=args.resolution, width=args.resolution, output_type="latent",
                 ).images  # fmt: skip
             decoded = vae.decode(DecoderStages(vae).to_vae_space(latents)).sample  # without autocast: see LPL's dtype
             images += pipeline.image_processor.postprocess(decoded.float())
@@ -668,15 +491,15 @@ def draw(denoiser, vae, prompt_store, recipe):
     return rows
 
 
-def pipeline_prompt(prompt, denoiser, prompt_store, recipe):
-    """A validation prompt's embeddings and the unconditional ones, as arguments of the pipeline."""
+def pipeline_prompt(prompts, denoiser, prompt_store, recipe):
+    """Validation prompts' embeddings and the unconditional ones, as arguments of the pipeline."""
 
-    def embeds(entry):
-        entry = {name: value[None].to(recipe.device) for name, value in entry.items()}
-        return denoiser.embed(entry) if denoiser.text_encoder is not None else entry
+    def embeds(entries):
+        batch = {name: torch.stack([entry[name] for entry in entries]).to(recipe.device) for name in entries[0]}
+        return denoiser.embed(batch) if denoiser.text_encoder is not None else batch
 
-    positive = embeds(prompt_store.get(prompt_key(prompt)))
-    negative = embeds(recipe.empty_prompt)
+    positive = embeds([prompt_store.get(prompt_key(prompt)) for prompt in prompts])
+    negative = embeds([recipe.empty_prompt] * len(prompts))
     if recipe.empty_is_zero:
         negative = {name: torch.zeros_like(value) for name, value in negative.items()}
     prompts = positive | {f"negative_{name}": value for name, value in negative.items()}
@@ -690,7 +513,7 @@ def pipeline_prompt(prompt, denoiser, prompt_store, recipe):
 def save_weights(folder, denoiser, args):
     """The trained weights in the layout of diffusers: `unet/`, or `pytorch_lora_weights.safetensors`."""
     if args.use_lora:
-        save_lora(folder, denoiser.models(), StableDiffusionXLPipeline)
+        save_lora(folder, adapters(denoiser.models()), StableDiffusionXLPipeline)
     else:
         denoiser.unet.save_pretrained(folder / "unet")
 
@@ -709,6 +532,8 @@ def save_result(args, denoiser, schedule):
     folder = Path(args.output_dir)
     if args.use_lora:
         save_weights(folder, denoiser, args)
+        if args.output_kohya_format:
+            save_kohya(folder, adapters(denoiser.models()), denoiser.unet.config)
         return
     more = {}
     if args.pretrained_vae_model_name_or_path:
@@ -719,6 +544,8 @@ def save_result(args, denoiser, schedule):
     )  # fmt: skip
     pipeline.scheduler.register_to_config(prediction_type=schedule.prediction_type)
     pipeline.save_pretrained(folder)
+    if args.single_file:
+        save_single_file(pipeline, folder / "model.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -727,12 +554,12 @@ def save_result(args, denoiser, schedule):
 
 def lpl_gate(args):
     """Which samples get the loss; with no threshold given: t < 200, a fifth of uniform timesteps."""
-    return train_utils.lpl_gate(args, t_threshold=200)
+    return plan_utils.lpl_gate(args, t_threshold=200)
 
 
 def build_on_meta(args, dtype, vae_dtype):
     """(denoiser, autoencoder) without memory or weights: for counting, and for checks before loading."""
-    name, subfolder, revision, _ = unet_place(args)
+    name, subfolder, revision, _ = denoiser_place(args)
     with torch.device("meta"):
         unet = UNet2DConditionModel.from_config(
             UNet2DConditionModel.load_config(name, subfolder=subfolder, revision=revision)
@@ -747,14 +574,14 @@ def build_on_meta(args, dtype, vae_dtype):
 
 
 def memory_estimate(args, denoiser, vae, dtype):
-    """[(what, bytes)] that training needs on one device, every sample taken as gated; from shapes, nothing is run."""
+    """[(what, bytes)] that training needs on one device; from shapes, nothing is run."""
     batch, unet = args.train_batch_size, denoiser.unet
-    weights = train_utils.parameter_bytes(denoiser.parameters())
+    weights = plan_utils.parameter_bytes(denoiser.parameters())
     trained = [parameter for group in parameter_groups(denoiser, args) for parameter in group["params"]]
-    size, count = train_utils.parameter_bytes(trained), sum(parameter.numel() for parameter in trained)
+    trained = [torch.empty_like(parameter) for parameter in trained]  # of their own dtype, which changes now
     denoiser.to(dtype)  # what autocast would run in: the meta device has no autocast
-    side, width = train_utils.latent_side(args, vae), unet.config.projection_class_embeddings_input_dim
-    with torch.device("meta"), train_utils.SavedBytes() as activations:
+    side, width = plan_utils.latent_side(args, vae), unet.config.projection_class_embeddings_input_dim
+    with torch.device("meta"), plan_utils.SavedBytes() as activations:
         if args.train_text_encoder:
             ids = torch.zeros(batch, 77, dtype=torch.long)
             prompt = {"input_ids": ids, "input_ids_2": ids}
@@ -766,106 +593,27 @@ def memory_estimate(args, denoiser, vae, dtype):
             }
         latents = torch.randn(batch, unet.config.in_channels, side, side, dtype=dtype)
         denoiser(latents, torch.zeros(batch, dtype=torch.long), prompt, torch.randn(batch, 6, dtype=dtype))
-    parts = [
-        ("weights", weights),
-        ("gradients", size),
-        ("optimizer state", train_utils.optimizer_state_bytes(args, size, count)),
-        ("EMA", size if args.use_ema and not args.offload_ema else 0),
-        ("activations", activations.total),
-    ]
-    if args.use_lpl:
-        decoder = train_utils.parameter_bytes(vae.decoder.parameters())
-        parts += [("decoder", decoder), ("LPL", train_utils.lpl_bytes(args, vae))]
-    return parts
-
-
-def truncated_captions(args, captions):
-    """How many captions are longer than the tokenizers take."""
-    tokenizers = load_tokenizers(args)
-    longest = [
-        max(len(tokenizer(caption).input_ids) - tokenizer.model_max_length for tokenizer in tokenizers)
-        for caption in set(captions)
-    ]
-    return sum(excess > 0 for excess in longest)
+    return plan_utils.memory_parts(args, weights, trained, activations.total, vae)
 
 
 def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps):
     """Check what can be checked without weights, and say what will happen. Raises UserError."""
+    say = accelerator.print
     cli_utils.check_vae_dtype(args, vae_config(args))
     denoiser, vae = build_on_meta(args, dtype, lpl_dtype(args, accelerator.mixed_precision))
-    blocks = len(vae.config.block_out_channels)
-    require(args.lpl_num_blocks <= blocks,
-            f"--lpl_num_blocks is {args.lpl_num_blocks}; this decoder has {blocks} up blocks")  # fmt: skip
-    require(not args.enable_xformers_memory_efficient_attention or torch.cuda.is_available(),
-            "--enable_xformers_memory_efficient_attention: xformers needs a CUDA GPU, and none is here")  # fmt: skip
-    batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    captions = [image.caption for image in scan.images]
-    say = accelerator.print
-    cli_utils.print_configuration(args, say)
-    for warning in scan.warnings + train_utils.warnings_about(args, scan.images, held_out):
-        say(f"warning: {warning}")
-    say(f"Data: {len(captions)} images with {len(set(captions))} captions from {scan.source}; "
-        f"{truncated_captions(args, captions)} captions are longer than the tokenizers take"
-        + (f"; {len(held_out)} more are held out" if held_out else ""))  # fmt: skip
-    say(f"Steps: {total_steps} of {batch} images ({args.train_batch_size} per device x {accelerator.num_processes} "
-        f"x {args.gradient_accumulation_steps} accumulated); {len(captions) / batch:.1f} steps an epoch, "
-        f"{total_steps * batch / len(captions):.1f} epochs")  # fmt: skip
-    if args.validation_prompt or held_out:
-        every = args.validation_steps or args.validation_epochs * len(captions) / batch
-        what = [f"{len(args.validation_prompt or [])} x {args.num_validation_images} images"] * bool(
-            args.validation_prompt
-        )
-        what += [f"the loss of {len(held_out)} held-out images at {HELD_OUT_LEVELS} noise levels"] * bool(held_out)
-        say(f"Validation: {' and '.join(what)} every {every:g} steps"
-            + ("; --validation_steps sets another interval" if args.validation_steps is None else ""))  # fmt: skip
-    for name, model in denoiser.models().items():
-        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-        everything = sum(parameter.numel() for parameter in model.parameters())
-        how = train_utils.describe_lora(lora_config(model)) if args.use_lora else "all"
-        say(f"Training: {trainable:,} of {everything:,} parameters of the {name} ({how})")
-    say(f"          {schedule.prediction_type} prediction, {str(dtype)[6:]}, {args.optimizer}")
+    plan_utils.check_decoder(args, vae)
+    plan_utils.print_plan(args, scan, held_out, accelerator, total_steps, load_tokenizers(args))
+    how = f"{schedule.prediction_type} prediction, {str(dtype)[6:]}"
+    plan_utils.print_models(args, denoiser.models(), how, say)
     if args.use_lpl:
         gate = lpl_gate(args)
         share = schedule.gated_share(gate)
-        train_utils.print_lpl_plan(args, gate, share, vae, say)
-        if share < 0.02:
-            say("warning: LPL applies to under 2 % of the samples and will hardly matter; raise --lpl_t_threshold "
-                "(200 gives 20 % of uniform timesteps)")  # fmt: skip
-    parts = memory_estimate(args, denoiser, vae, dtype)
-    total = train_utils.gigabytes(sum(size for _, size in parts))
-    say(
-        f"Memory, estimated: {total}: "
-        + ", ".join(f"{what} {train_utils.gigabytes(size)}" for what, size in parts if size)
-    )
-    say()
+        plan_utils.print_lpl_plan(args, gate, share, "--lpl_t_threshold 200", vae, say)
+    plan_utils.print_memory(memory_estimate(args, denoiser, vae, dtype), say)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
-
-
-METRICS = ["train_loss", "diffusion_loss", "grad_norm", "lpl/loss", "lpl/weighted_loss", "lpl/weight",
-           "lpl/num_samples", "lpl/application_ratio"]  # fmt: skip
-
-
-def metric_names(args):
-    """The log keys of a run, in the order of the packed read."""
-    layers = range(1 + args.lpl_num_blocks if args.use_lpl else 0)
-    return METRICS + [f"lpl/features/layer_{layer}/{what}" for layer in layers for what in ("loss", "outlier_ratio")]
-
-
-def start_accelerator(args):
-    """The Accelerator, with trackers below the output folder."""
-    logging_dir = Path(args.output_dir, args.logging_dir)
-    accelerator = Accelerator(
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        mixed_precision=args.mixed_precision,
-        log_with=None if args.report_to == "none" else args.report_to,
-        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logging_dir),
-    )
-    if args.allow_tf32:
-        torch.backends.cuda.matmul.allow_tf32 = True
-    return accelerator
 
 
 def prepare_recipe(args, accelerator, schedule, dtype, prompt_store, encode_in_steps, measure_lpl):
@@ -881,9 +629,10 @@ def prepare_recipe(args, accelerator, schedule, dtype, prompt_store, encode_in_s
     if empty_is_zero and not args.train_text_encoder:
         empty = {name: torch.zeros_like(value) for name, value in empty.items()}
     samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    space = vae_config(args)
     recipe = Recipe(
-        args, accelerator.device, schedule, dtype, samples_per_step, vae_config(args)["scaling_factor"], empty,
-        empty_is_zero,
+        args, accelerator.device, schedule, dtype, samples_per_step, space["scaling_factor"],
+        space.get("shift_factor") or 0.0, empty, empty_is_zero,
     )  # fmt: skip
     if encode_in_steps:
         recipe.encoder = load_vae(args, torch.float32, accelerator.device)
@@ -895,42 +644,9 @@ def prepare_recipe(args, accelerator, schedule, dtype, prompt_store, encode_in_s
     return recipe, vae
 
 
-def batches(args, images, prompt_store, latent_store, accelerator, first_step, last_step):
-    """Iterator over the micro-batches of this rank from `first_step` on."""
-    data = TrainingSet(
-        images, args.seed, args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode,
-        latents=latent_store, prompts=prompt_store, latent_key=latent_key, prompt_key=prompt_key,
-    )  # fmt: skip
-    numbers = AddressedBatches(
-        first_step, last_step, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes,
-        accelerator.process_index,
-    )  # fmt: skip
-    return iter(
-        torch.utils.data.DataLoader(
-            data,
-            batch_sampler=numbers,
-            collate_fn=collate,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-        )
-    )
-
-
-def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics):
-    """The optimizer step at the end of the accumulation: clip, step, schedule, average."""
-    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
-    metrics.add("grad_norm", grad_norm)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler skips a step whose gradients overflow
-        lr_scheduler.step()
-        if ema is not None:
-            train_utils.update_ema(ema, parameters, args.offload_ema)
-
-
 def main(args, scan, held_out=()):
     """The run, from the plan to the saved model."""
-    accelerator = start_accelerator(args)
+    accelerator = train_utils.start_accelerator(args)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     schedule = Schedule(args)
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
@@ -942,6 +658,10 @@ def main(args, scan, held_out=()):
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
+        if args.push_to_hub:
+            args.hub_model_id = hub_utils.check_access(
+                args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo
+            )
         cli_utils.save_recipe(args, output_dir / "config.yaml")
 
     prompt_store, latent_store, cached = fill_caches(args, scan.images, held_out, dtype, accelerator)
@@ -967,20 +687,27 @@ def main(args, scan, held_out=()):
         load_weights(resume_from, bare_denoiser, args)
         first_step = state.load(resume_from)
         accelerator.print(f"Resumed from {resume_from} at step {first_step}")
-    reporter = report_utils.Reporter(args, accelerator, "sdxl-lpl", metric_names(args), first_step)
+    reporter = report_utils.Reporter(args, accelerator, "sdxl-lpl", train_utils.metric_names(args), first_step)
     metrics = reporter.metrics
+
+    def measure_held_out():
+        was_training = bare_denoiser.training
+        bare_denoiser.eval()
+        measure = functools.partial(held_out_step, denoiser=bare_denoiser, recipe=recipe)
+        losses = train_utils.held_out_losses(held_out, prompt_store, latent_store, recipe, accelerator, measure)
+        bare_denoiser.train(was_training)
+        return losses
 
     def validate(step):
         with reporter.paused(), train_utils.averaged_weights(ema, parameters):
             if held_out:
-                stores = prompt_store, latent_store
-                reporter.log(step, held_out_losses(bare_denoiser, held_out, *stores, recipe, accelerator))
+                reporter.log(step, measure_held_out())
             if args.validation_prompt and accelerator.is_main_process:
                 reporter.log_images(gallery.draw(step), step)
 
     validation_due = train_utils.validation_schedule(args, len(scan.images), batch_size)
     train_images = latent_store if cached else None
-    loader = batches(args, scan.images, prompt_store, train_images, accelerator, first_step, total_steps)
+    loader = train_utils.batches(args, scan.images, prompt_store, train_images, accelerator, first_step, total_steps)
     if first_step == 0:
         validate(0)
     bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training",
@@ -993,7 +720,7 @@ def main(args, scan, held_out=()):
                 loss, micro_parts = training_step(next(loader), denoiser, recipe, step, metrics)
                 accelerator.backward(loss)
             parts += micro_parts / args.gradient_accumulation_steps
-        optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics)
+        train_utils.optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics)
         if recipe.auto_weight is not None and step >= args.lpl_start:
             recipe.auto_weight.update(*accelerator.reduce(parts, "mean"))
         done = step + 1
@@ -1009,10 +736,14 @@ def main(args, scan, held_out=()):
     if accelerator.is_main_process:
         with train_utils.averaged_weights(ema, parameters):
             save_result(args, bare_denoiser, schedule)
+        card = report_utils.model_card(args, "sdxl", total_steps, len(scan.images), lpl_gate(args))
+        hub_utils.write_card(output_dir, card)
         reporter.finish(
             f"SDXL {'LoRA' if args.use_lora else 'full'} fine-tuning, {'with' if args.use_lpl else 'without'} LPL"
         )
     accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:
+        hub_utils.publish_or_exit(output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
 
 
 if __name__ == "__main__":

@@ -9,18 +9,32 @@ import json
 import os
 import re
 import shutil
-from dataclasses import replace
-from itertools import pairwise
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from accelerate import Accelerator
+from accelerate.utils import ProjectConfiguration
 from safetensors.torch import load_file, save_file
+from tqdm.auto import tqdm
 
+from cache_utils import latent_key, prompt_key
 from cli_utils import UserError
-from data_utils import sync_to_disk
-from lpl_utils import DecoderStages, LatentPerceptualLoss, LPLConfig, LPLGate
+from data_utils import (
+    AddressedBatches,
+    TrainingSet,
+    addressed_normal,
+    addressed_rng,
+    addressed_uniform,
+    collate,
+    stratified_uniform,
+    sync_to_disk,
+)
+from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLGate, noise_to_signal
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+HELD_OUT_LEVELS = 10  # noise levels at which the held-out loss is measured
+HELD_OUT_SEED = 0  # of its noise: not --seed, so that runs with different seeds can be compared
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,13 +220,6 @@ def build_optimizer(args, groups):
     return torch.optim.AdamW(groups, **settings)
 
 
-def optimizer_state_bytes(args, weights, count):
-    """About how many bytes an optimizer keeps for `count` parameters of `weights` bytes."""
-    if args.use_8bit_adam:
-        return 2 * count
-    return {"adamw": 2 * weights, "prodigy": 4 * weights, "adafactor": 0}[args.optimizer]
-
-
 def build_lr_scheduler(args, optimizer, max_train_steps):
     """The schedule, in optimizer steps: stepped once for each, whatever the accumulation and the number of ranks."""
     from diffusers.optimization import get_scheduler
@@ -310,6 +317,16 @@ class Metrics:
         return {name: total / count for name, total, count in pairs if count}
 
 
+METRICS = ["train_loss", "diffusion_loss", "grad_norm", "lpl/loss", "lpl/weighted_loss", "lpl/weight",
+           "lpl/num_samples", "lpl/application_ratio"]  # fmt: skip
+
+
+def metric_names(args):
+    """The log keys of a run, in the order of the packed read."""
+    layers = range(1 + args.lpl_num_blocks if args.use_lpl else 0)
+    return METRICS + [f"lpl/features/layer_{layer}/{what}" for layer in layers for what in ("loss", "outlier_ratio")]
+
+
 def to_device(tensor, device, dtype=None):
     """A CPU tensor on the device, by way of pinned memory where that keeps the host from waiting."""
     if torch.device(device).type == "cuda" and not tensor.is_pinned():
@@ -321,45 +338,6 @@ def learning_rates(optimizer):
     """{log key: value}: the first group's learning rate, and under Prodigy the step size that it has found."""
     group = optimizer.param_groups[0]
     return {"lr": group["lr"]} | ({"lr/d*lr": group["d"] * group["lr"]} if "d" in group else {})
-
-
-def rows_of(columns):
-    """{name: (N, ...)} to N dictionaries {name: (...)}."""
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
-
-
-def with_means(losses):
-    """Add to {"validation/x_loss/level": value} the mean over the levels of each loss, under its bare name."""
-    groups = {}
-    for name, value in losses.items():
-        groups.setdefault(name.rpartition("/")[0], []).append(value)
-    return {name: sum(values) / len(values) for name, values in groups.items()} | losses
-
-
-def warnings_about(args, images, held_out):
-    """Remarks on what is allowed and rarely meant."""
-    remarks = []
-    if args.optimizer == "prodigy" and args.learning_rate < 0.1:
-        remarks.append(
-            f"--optimizer prodigy multiplies its own step size by --learning_rate {args.learning_rate:g}; 1 is usual"
-        )
-    both = (
-        {image.content_hash() for image in held_out} & {image.content_hash() for image in images} if held_out else ()
-    )
-    if both:
-        remarks.append(
-            f"{len(both)} of the {len(held_out)} held-out images are trained on too: their loss proves nothing"
-        )
-    if args.hub_token:
-        remarks.append(
-            "--hub_token can be seen by others in the list of processes; prefer HF_TOKEN or `hf auth login`"
-        )
-    return remarks
-
-
-def describe_lora(config):
-    """A LoRA's configuration in a few words."""
-    return f"{'DoRA' if config.use_dora else 'LoRA'} of rank {config.r}, alpha {config.lora_alpha:g}"
 
 
 def sync_gradients(accelerator, model, last):
@@ -384,116 +362,180 @@ def run_identity(args):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The perceptual loss, from flags
+# The loop's parts: what a step needs, its samples, its end
 
 
-def lpl_config(args):
-    """The loss' configuration; by default as many samples are decoded at a time as have the size of one of 1024 px."""
-    by_default = "stage" if args.gradient_checkpointing else "none"
-    return LPLConfig(
-        num_blocks=args.lpl_num_blocks,
-        norm_type=args.lpl_norm_type,
-        loss_type=args.lpl_loss_type,
-        pow_law=args.lpl_pow_law,
-        remove_outliers=args.lpl_remove_outliers,
-        checkpointing=args.lpl_checkpointing or by_default,
-        batch_size=args.lpl_batch_size or max(1, round((1024 / args.resolution) ** 2)),
+@dataclass
+class Recipe:
+    """What a training step needs besides the models and its batch."""
+
+    args: object
+    device: torch.device
+    schedule: object  # noise levels, timesteps and targets: the script's `Schedule`
+    dtype: torch.dtype  # the denoiser's inputs
+    samples_per_step: int  # of an optimizer step, over micro-steps and ranks
+    scaling_factor: float  # z_model = (z_vae - shift_factor) * scaling_factor
+    shift_factor: float
+    empty_prompt: dict  # the entry of "" in the prompt store; zeros where those are the pipeline's unconditional
+    empty_is_zero: bool = False  # whether the pipeline's unconditional embedding is zero
+    encoder: object = None  # the autoencoder, where images are encoded in every step
+    lpl: LatentPerceptualLoss | None = None
+    gate: LPLGate | None = None
+    auto_weight: AutoWeight | None = None
+
+    def lpl_weight(self):
+        """The weight of the LPL term, a number or a scalar tensor on the device."""
+        return self.auto_weight() if self.auto_weight is not None else float(self.args.lpl_weight)
+
+    def to_model_space(self, latents):
+        """The autoencoder's latents as the denoiser sees them."""
+        return (latents - self.shift_factor) * self.scaling_factor
+
+
+def start_accelerator(args):
+    """The Accelerator, with trackers below the output folder."""
+    logging_dir = Path(args.output_dir, args.logging_dir)
+    accelerator = Accelerator(
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logging_dir),
+    )
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def sample_latents(batch, recipe):
+    """z_0 (B, C, h, w) in model space, float32: a sample of the autoencoder's posterior."""
+    if "pixel_values" in batch:
+        with torch.no_grad():
+            pixels = batch["pixel_values"].to(recipe.device, torch.float32)
+            posterior = recipe.encoder.encode(pixels).latent_dist
+        mean, std = posterior.mean, posterior.std
+    else:
+        mean, std = (to_device(batch[name], recipe.device) for name in ("mean", "std"))
+    eps = addressed_normal(recipe.args.seed, batch["number"], mean.shape[1:], "posterior")
+    return recipe.to_model_space(mean + std * to_device(eps, recipe.device))
+
+
+def sample_noise(numbers, shape, recipe):
+    """eps (B, *shape) of the samples with these numbers, on the device; with --noise_offset constant parts too."""
+    args = recipe.args
+    noise = addressed_normal(args.seed, numbers, shape, "noise")
+    if args.noise_offset:
+        noise += args.noise_offset * addressed_normal(args.seed, numbers, (shape[0], 1, 1), "noise_offset")
+    return to_device(noise, recipe.device)
+
+
+def sample_timesteps(numbers, recipe):
+    """(B,) timesteps of the samples with these numbers, on the CPU."""
+    args = recipe.args
+    if args.timestep_sampling == "stratified":
+        uniform = stratified_uniform(args.seed, numbers, args.train_batch_size, recipe.samples_per_step)
+    else:
+        uniform = addressed_uniform(args.seed, numbers, "timestep")
+    return recipe.schedule.draw_timesteps(torch.from_numpy(uniform))
+
+
+def choose_prompts(batch, recipe, dropout):
+    """The prompts of a batch, on the device; a share `dropout` of them is replaced by the unconditional one.
+
+    Where the text encoders are trained, the prompts are tokens, and the unconditional embedding may be zeros, which no
+    tokens give: then "keep" (B,) is 0 for those samples.
+    """
+    keep = torch.from_numpy(addressed_uniform(recipe.args.seed, batch["number"], "dropout") >= dropout)
+    prompt = {}
+    for name, empty in recipe.empty_prompt.items():
+        value = batch[name]
+        if not keep.all():
+            value = torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, empty)
+        prompt[name] = to_device(value, recipe.device, recipe.dtype if value.is_floating_point() else None)
+    if recipe.args.train_text_encoder and recipe.empty_is_zero:
+        prompt["keep"] = to_device(keep.float(), recipe.device)
+    return prompt
+
+
+def seed_lora_dropout(numbers, args):
+    """Dropout follows from the address of a micro-step too, so that a resumed run repeats it."""
+    if args.lora_dropout:
+        torch.manual_seed(int(addressed_rng(args.seed, int(numbers[0]), "lora_dropout").integers(2**32)))
+
+
+def batches(args, images, prompt_store, latent_store, accelerator, first_step, last_step):
+    """Iterator over the micro-batches of this rank from `first_step` on."""
+    data = TrainingSet(
+        images, args.seed, args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode,
+        latents=latent_store, prompts=prompt_store, latent_key=latent_key, prompt_key=prompt_key,
+    )  # fmt: skip
+    numbers = AddressedBatches(
+        first_step, last_step, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes,
+        accelerator.process_index,
+    )  # fmt: skip
+    return iter(
+        torch.utils.data.DataLoader(
+            data,
+            batch_sampler=numbers,
+            collate_fn=collate,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=accelerator.device.type == "cuda",
+        )
     )
 
 
-def lpl_gate(args, **by_default):
-    """Which samples get the loss; by_default: LPLGate's threshold when no flag gives one."""
-    if args.lpl_t_threshold is None and args.lpl_sigma_threshold is None:
-        return LPLGate(**by_default, resolution=args.resolution)
-    return LPLGate(args.lpl_t_threshold, args.lpl_sigma_threshold, args.lpl_threshold_resolution, args.resolution)
-
-
-def lpl_dtype(args, mixed_precision):
-    """The decoder's dtype in the loss."""
-    name = args.lpl_vae_dtype or ("bfloat16" if mixed_precision == "bf16" else "float32")
-    return getattr(torch, name)
-
-
-def latent_side(args, vae):
-    """Height and width of the latents."""
-    return args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
-
-
-def lpl_bytes(args, vae):
-    """Bytes that the loss keeps for its backward pass: of all stages, or of the largest when they are recomputed."""
-    config, side = lpl_config(args), latent_side(args, vae)
-    totals = [0]
-    for blocks in range(1 + config.num_blocks):
-        with torch.device("meta"), SavedBytes() as kept:
-            batch = min(args.train_batch_size, config.batch_size)
-            pair = torch.randn(2, batch, vae.config.latent_channels, side, side)
-            LatentPerceptualLoss(vae, replace(config, num_blocks=blocks))(pair[0].requires_grad_(), pair[1])
-        totals.append(kept.total)
-    stages = [after - before for before, after in pairwise(totals)]
-    return max(stages) if config.checkpointing == "stage" else sum(stages)
-
-
-def stage_shapes(args, vae):
-    """[(C, H, W)] of the features that the loss compares; `vae` on the meta device."""
-    side, stages = latent_side(args, vae), DecoderStages(vae)
-    x, shapes = torch.empty(1, vae.config.latent_channels, side, side, device="meta"), []
-    for index in range(1 + args.lpl_num_blocks):
-        x = stages.run(index, x)
-        shapes.append(tuple(x.shape[1:]))
-    return shapes
-
-
-def print_lpl_plan(args, gate, share, vae, say):
-    """The lines about the loss: share of gated samples, decoder stages, weight."""
-    config = lpl_config(args)
-    rule = f"t < {gate.limit:g}" if gate.t_threshold is not None else f"sigma / alpha <= {gate.limit:g}"
-    say(f"LPL: where {rule}, {100 * share:.1f} % of samples; weight {args.lpl_weight}"
-        + (f" (a share of {args.lpl_share:g} of the loss)" if args.lpl_weight == "auto" else "")
-        + f"; {config.norm_type} normalization, {config.loss_type}, at most {config.batch_size} samples at a time, "
-        f"checkpointing {config.checkpointing}, {str(vae.dtype)[6:]}")  # fmt: skip
-    shapes = stage_shapes(args, vae)
-    say("     decoder stages: " + ", ".join("x".join(map(str, shape)) for shape in shapes))
+def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics):
+    """The optimizer step at the end of the accumulation: clip, step, schedule, average."""
+    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+    metrics.add("grad_norm", grad_norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler skips a step whose gradients overflow
+        lr_scheduler.step()
+        if ema is not None:
+            update_ema(ema, parameters, args.offload_ema)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Estimates before training
+# Held-out loss
 
 
-class SavedBytes:
-    """Context that counts the bytes autograd keeps for the backward pass; on meta tensors it costs nothing.
+@torch.no_grad()
+def held_out_losses(images, prompt_store, latent_store, recipe, accelerator, measure):
+    """{log key: loss} of the held-out images, at fixed noise levels and with fixed noise.
 
-    Leaves (parameters, inputs) are not counted: they are there anyway.
+    `validation/diffusion_loss` is the mean over the levels, `validation/lpl_loss` over those that the gate takes; each
+    level has its own entry too. Every rank takes its share of the images.
+
+    measure: function (batch, latents, noise, timesteps, whether to measure LPL) -> (diffusion losses (B,), LPL (B,)).
     """
-
-    def __enter__(self):
-        self.storages = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception):
-        self.hooks.__exit__(*exception)
-
-    def _pack(self, tensor):
-        if not (tensor.is_leaf and tensor.requires_grad):
-            storage = tensor.untyped_storage()
-            self.storages[storage._cdata] = (
-                storage,
-                storage.nbytes(),
-            )  # the storage itself: its id must not be reused
-        return tensor
-
-    @property
-    def total(self):
-        """Bytes."""
-        return sum(size for _, size in self.storages.values())
-
-
-def parameter_bytes(parameters):
-    """Bytes of a collection of parameters."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+    schedule, metrics = recipe.schedule, Metrics(recipe.device)
+    levels = schedule.held_out_timesteps(HELD_OUT_LEVELS)
+    gated = recipe.gate(levels, noise_to_signal(*schedule.levels(levels))).tolist()
+    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
+    size = recipe.args.train_batch_size
+    for first in tqdm(range(0, len(mine), size), desc="held-out loss", leave=False,
+                      disable=not accelerator.is_local_main_process):  # fmt: skip
+        numbers = mine[first : first + size]
+        entries = [latent_store.get(latent_key(images[number].content_hash(), False)) for number in numbers]
+        prompts = [prompt_store.get(prompt_key(images[number].caption)) for number in numbers]
+        batch = collate([latent | prompt for latent, prompt in zip(entries, prompts, strict=True)])
+        batch["number"] = numbers
+        latents = recipe.to_model_space(to_device(batch["mean"].float(), recipe.device))
+        for level, timestep in enumerate(levels):
+            addresses = [number * HELD_OUT_LEVELS + level for number in numbers]
+            noise = to_device(addressed_normal(HELD_OUT_SEED, addresses, latents.shape[1:], "held_out"), recipe.device)
+            losses = measure(batch, latents, noise, timestep.repeat(len(numbers)), gated[level])
+            for name, values in zip(("diffusion_loss", "lpl_loss"), losses, strict=True):
+                if values is not None:
+                    metrics.add(f"validation/{name}/t{timestep:g}", values.sum(), len(values))
+    names = [f"validation/diffusion_loss/t{timestep:g}" for timestep in levels]
+    names += [f"validation/lpl_loss/t{timestep:g}" for timestep, chosen in zip(levels, gated, strict=True) if chosen]
+    return with_means(metrics.read(accelerator, names))
 
 
-def gigabytes(count):
-    """1234567890 -> "1.23 GB"; small ones in MB."""
-    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+def with_means(losses):
+    """Add to {"validation/x_loss/level": value} the mean over the levels of each loss, under its bare name."""
+    groups = {}
+    for name, value in losses.items():
+        groups.setdefault(name.rpartition("/")[0], []).append(value)
+    return {name: sum(values) / len(values) for name, values in groups.items()} | losses

@@ -19,6 +19,16 @@ def sdxl_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def sd3_folder(tmp_path_factory):
+    """A random SD3 pipeline on disk, with three text encoders."""
+    from tests.tiny_models import sd3_pipeline
+
+    folder = tmp_path_factory.mktemp("models") / "sd3"
+    sd3_pipeline().save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """Six captioned pictures of 64 px."""
     from tests.tiny_models import picture_folder

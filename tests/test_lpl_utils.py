@@ -1431,7 +1431,7 @@ def test_two_shapes_are_refused():
         if estimate.shape == target.shape:
             assert loss(estimate, target).per_sample.shape == (2,)
             continue
-        with pytest.raises(ValueError, match="z0_pred is .1, 4, 4, 4. and z0 .2, 4, 4, 4."):
+        with pytest.raises(ValueError, match=r"z0_pred is \(1, 4, 4, 4\) and z0 \(2, 4, 4, 4\)"):
             loss(estimate, target)
 
 

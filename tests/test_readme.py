@@ -10,16 +10,19 @@ from pathlib import Path
 
 import pytest
 
+from tests.hub_server import HubServer
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 BASH = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
         for line in block.replace("\\\n", " ").splitlines()]  # fmt: skip
 
 
-def launch(words, *more):
-    """Run an `accelerate launch` command of the README, with more flags at its end."""
+def launch(words, *more, **variables):
+    """Run a command of the README, with more flags at its end and environment variables."""
     words = [*words, *map(str, more)]
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, **variables}
     result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
@@ -34,8 +37,10 @@ def commands(start):
 
 def test_every_kind_of_command_is_covered():
     """A new kind of command in the README needs a test here."""
-    known = ("make demo", "make test", "python3 -m venv", "pip install", "accelerate launch", "python -m pytest")
+    known = ("make demo", "make test", "python3 -m venv", "pip install", "accelerate launch", "python -m pytest",
+             "python hub_utils.py")  # fmt: skip
     assert [line for line in BASH if line.strip() and not line.startswith(known)] == []
+    assert len(commands("accelerate launch")) == 3 and len(commands("python hub_utils.py")) == 1
 
 
 def test_the_plain_command_runs_on_the_embedded_default(tmp_path):
@@ -48,13 +53,24 @@ def test_the_plain_command_runs_on_the_embedded_default(tmp_path):
     assert (tmp_path / "run.png").is_file() and (tmp_path / "model_index.json").is_file()
 
 
-def test_the_lora_command_and_the_snippet_that_loads_it(sdxl_folder, pictures, tmp_path):
-    """The README's LoRA command with only the model, the pictures and the size replaced; then its Python, as it is."""
-    [words] = [words for words in commands("accelerate launch") if "--use_lora" in words]
+def test_the_held_out_command(tmp_path):
+    """On the embedded default too, shortened: held-out losses and grids with the start in them."""
+    [words] = [words for words in commands("accelerate launch") if "--validation_split" in words]
+    said = launch(words, "--output_dir", tmp_path, "--max_train_steps", 4, "--validation_steps", 4,
+                  "--num_validation_images", 1, "--cache_dir", tmp_path / "cache")  # fmt: skip
+    assert "12 more are held out" in said and "Held-out diffusion loss:" in said
+    assert len(list((tmp_path / "validation" / "before").glob("*.png"))) == 6
+
+
+def test_the_lora_command_the_snippet_that_loads_it_and_publishing(sdxl_folder, pictures, tmp_path):
+    """The LoRA command with only model, pictures and size replaced; then the README's Python, and its upload."""
+
+    [words] = [words for words in commands("accelerate launch") if "my-lora" in words]
     replaced = {"stabilityai/stable-diffusion-xl-base-1.0": str(sdxl_folder), "my-pictures": str(pictures)}
     words = [replaced.get(word, word) for word in words]
-    launch(words, "--output_dir", tmp_path / "my-lora", "--resolution", 64, "--max_train_steps", 2,
-           "--validation_steps", 2, "--cache_dir", tmp_path / "cache")  # fmt: skip
+    launch(words, "--output_dir", tmp_path / "my-lora", "--pretrained_model_name_or_path", sdxl_folder,
+           "--resolution", 64, "--max_train_steps", 2, "--validation_steps", 2,
+           "--cache_dir", tmp_path / "cache")  # fmt: skip
     [snippet] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert "load_lora_weights" in snippet
     for old, new in {**replaced, "my-lora": str(tmp_path / "my-lora")}.items():
@@ -62,6 +78,11 @@ def test_the_lora_command_and_the_snippet_that_loads_it(sdxl_folder, pictures, t
     scope = {}
     exec(snippet, scope)
     assert scope["pipe"].get_active_adapters() == ["default_0"]
+    [words] = commands("python hub_utils.py")
+    words = [str(tmp_path / "my-lora") if word == "my-lora" else word for word in words]
+    with HubServer({"hf_mine": "me"}) as hub:
+        launch(words, HF_ENDPOINT=hub.url, HF_TOKEN="hf_mine", HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
+        assert "pytorch_lora_weights.safetensors" in hub.repositories["me/my-lora"].files
 
 
 def test_make_targets_stand_for_the_plain_commands():
@@ -79,14 +100,20 @@ def test_linked_files_are_there():
                 assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
 
 
+UTILS = {"cli_utils", "cache_utils", "data_utils", "export_utils", "hub_utils", "lora_utils", "lpl_utils",
+         "plan_utils", "report_utils", "train_utils"}  # fmt: skip
 ALLOWED = {
     "lpl_utils": set(),
-    "cli_utils": {"data_utils"},
     "data_utils": set(),
-    "train_utils": {"cli_utils", "data_utils", "lpl_utils"},
+    "cli_utils": {"data_utils"},
+    "hub_utils": {"cli_utils"},
+    "cache_utils": {"cli_utils", "data_utils"},
     "lora_utils": {"cli_utils"},
-    "report_utils": {"cli_utils", "train_utils"},
-    "train_sdxl_lpl": {"cli_utils", "data_utils", "lora_utils", "lpl_utils", "report_utils", "train_utils"},
+    "export_utils": {"cli_utils", "lora_utils"},
+    "train_utils": {"cache_utils", "cli_utils", "data_utils", "lpl_utils"},
+    "plan_utils": {"cli_utils", "lora_utils", "lpl_utils", "train_utils"},
+    "report_utils": {"cli_utils", "hub_utils", "train_utils"},
+    "train_sdxl_lpl": UTILS,
 }
 
 

@@ -14,28 +14,17 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+import cli_utils
+import plan_utils
 import train_sdxl_lpl
 import train_utils
 from cli_utils import UserError
 from data_utils import hold_out, scan_folder, stratified_uniform
 from lora_utils import WEIGHTS
+from tests.runs import resumed_equals_whole
 from tests.sdxl import command, draw, run, weights
 
 TEXT = ["--use_lora", "--train_text_encoder"]
-
-
-def resumed_equals_whole(flags, tmp_path, steps=6, at=3):
-    """Train `steps` in one go, and with a stop at `at`: the same weights and state to the last bit."""
-    flags = [*flags, "--checkpointing_steps", at, "--output_dir"]
-    run(*flags, tmp_path / "whole", "--max_train_steps", steps)
-    run(*flags, tmp_path / "resumed", "--max_train_steps", at)
-    run(*flags, tmp_path / "resumed", "--max_train_steps", steps, "--resume_from_checkpoint", "latest")
-    assert weights(tmp_path / "resumed") == weights(tmp_path / "whole")
-    states = [load_file(tmp_path / name / f"checkpoint-{steps}" / "training_state.safetensors")
-              for name in ("whole", "resumed")]  # fmt: skip
-    assert states[0].keys() == states[1].keys()
-    for key, value in states[0].items():
-        assert torch.equal(value, states[1][key]), key
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -74,7 +63,7 @@ def test_text_encoders_are_trained_saved_and_loaded(flags, sdxl_folder, tmp_path
 
 def test_text_encoders_resume_bit_for_bit(flags, tmp_path):
     more = [*TEXT, "--use_ema", "--proportion_empty_prompts", 0.5, "--lora_dropout", 0.2, "--use_lpl"]
-    resumed_equals_whole([*flags, *more], tmp_path)
+    resumed_equals_whole(train_sdxl_lpl, [*flags, *more], tmp_path)
 
 
 def test_frozen_text_encoders_give_the_cached_embeddings(flags, tmp_path):
@@ -112,7 +101,7 @@ def test_checkpointing_and_precision_with_text_encoders(flags, tmp_path):
 
 
 def test_dora_trains_resumes_and_loads(flags, sdxl_folder, tmp_path):
-    resumed_equals_whole([*flags, "--use_lora", "--use_dora", "--learning_rate", 0.02], tmp_path)
+    resumed_equals_whole(train_sdxl_lpl, [*flags, "--use_lora", "--use_dora", "--learning_rate", 0.02], tmp_path)
     tensors = load_file(tmp_path / "whole" / WEIGHTS)
     assert any("lora_magnitude_vector" in name for name in tensors)
     before, _ = draw(sdxl_folder)
@@ -134,7 +123,43 @@ def test_a_lora_is_continued(flags, tmp_path):
     assert more.keys() == first.keys() and any(not torch.equal(first[key], more[key]) for key in first)
     pipeline = draw(flags[1], lora=tmp_path / "more")[1]
     assert (pipeline.unet.peft_config["default_0"].r, pipeline.unet.peft_config["default_0"].lora_alpha) == (3, 7)
-    resumed_equals_whole([*flags, "--init_lora", tmp_path / "first"], tmp_path)
+    resumed_equals_whole(train_sdxl_lpl, [*flags, "--init_lora", tmp_path / "first"], tmp_path)
+
+
+def test_the_kohya_file_draws_the_same_and_can_be_continued(flags, sdxl_folder, tmp_path):
+    """With alpha different from rank and both text encoders: the two files of a run are one LoRA."""
+    run(*flags, *TEXT, "--rank", 4, "--lora_alpha", 10, "--learning_rate", 0.02, "--max_train_steps", 4,
+        "--output_kohya_format", "--output_dir", tmp_path)  # fmt: skip
+    kohya = tmp_path / "pytorch_lora_weights_kohya.safetensors"
+    base, _ = draw(sdxl_folder)
+    image, _ = draw(sdxl_folder, lora=tmp_path / WEIGHTS)
+    again, _ = draw(sdxl_folder, lora=kohya)
+    assert np.abs(image - again).max() <= 1 < 8 < np.abs(image - base).max()
+    run(
+        *flags,
+        *TEXT,
+        "--init_lora",
+        kohya,
+        "--learning_rate",
+        0,
+        "--max_train_steps",
+        1,
+        "--output_dir",
+        tmp_path / "more",
+    )
+    first, more = (load_file(folder / WEIGHTS) for folder in (tmp_path, tmp_path / "more"))
+    assert first.keys() == more.keys() and all(torch.equal(first[key], more[key]) for key in first)
+    assert np.abs(draw(sdxl_folder, lora=tmp_path / "more")[0] - image).max() <= 1, "alpha came along"
+
+
+def test_a_single_file_beside_the_pipeline(flags, tmp_path):
+    """`model.safetensors` holds the trained UNet under its original names, in float16."""
+    run(*flags, "--single_file", "--max_train_steps", 1, "--output_dir", tmp_path)
+    single = load_file(tmp_path / "model.safetensors")
+    unet = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert torch.equal(single["model.diffusion_model.out.2.weight"], unet["conv_out.weight"].half())
+    starts = ("model.diffusion_model.", "first_stage_model.", "conditioner.embedders.0.", "conditioner.embedders.1.")
+    assert all(any(name.startswith(start) for name in single) for start in starts)
 
 
 def test_a_lora_that_does_not_fit_is_refused(flags, tmp_path, monkeypatch):
@@ -184,11 +209,13 @@ def test_another_unet(flags, sdxl_folder, tmp_path, subfolder):
 @pytest.mark.parametrize("optimizer", ["prodigy", "adafactor"])
 def test_optimizers_train_and_resume_bit_for_bit(flags, tmp_path, optimizer):
     rate = 1 if optimizer == "prodigy" else 0.01
-    resumed_equals_whole([*flags, "--use_lora", "--optimizer", optimizer, "--learning_rate", rate], tmp_path)
+    resumed_equals_whole(
+        train_sdxl_lpl, [*flags, "--use_lora", "--optimizer", optimizer, "--learning_rate", rate], tmp_path
+    )
     rows = [json.loads(line) for line in (tmp_path / "whole/logs/metrics.jsonl").read_text().splitlines()]
     assert ("lr/d*lr" in rows[-1]) == (optimizer == "prodigy")
     plain = tmp_path / "plain"
-    run(*flags, "--use_lora", "--learning_rate", rate, "--max_train_steps", 6, "--output_dir", plain)
+    run(*flags, "--max_train_steps", 6, "--output_dir", plain)
     assert weights(plain) != weights(tmp_path / "whole")
 
 
@@ -272,8 +299,8 @@ def test_stratified_timesteps_in_training(flags, tmp_path):
          "--timestep_bias_multiplier", "5"]
     )  # fmt: skip
     schedule = train_sdxl_lpl.Schedule(args)
-    recipe = train_sdxl_lpl.Recipe(args, torch.device("cpu"), schedule, torch.float32, 8, 1.0, {}, True)
-    drawn = train_sdxl_lpl.draw_timesteps(range(24000), recipe)
+    recipe = train_utils.Recipe(args, torch.device("cpu"), schedule, torch.float32, 8, 1.0, 0.0, {}, True)
+    drawn = train_utils.sample_timesteps(range(24000), recipe)
     empirical = torch.bincount(drawn, minlength=1000).cumsum(0) / 24000
     assert (empirical - schedule.probabilities.cumsum(0)).abs().max() < 0.012
 
@@ -338,12 +365,12 @@ def test_held_out_images_are_not_trained_on(flags, pictures, tmp_path):
     training, held_out = hold_out(scan_folder(folder).images, 4)
     assert not {i.content_hash() for i in training} & {i.content_hash() for i in held_out}, "copies stay together"
     args = train_sdxl_lpl.parse_args([*flags, "--validation_split", "0.34"])
-    scan, held = train_sdxl_lpl.find_images(args)
+    scan, held = cli_utils.find_images(args)
     assert (len(scan.images), len(held)) == (4, 2)
     for amount in ("0.01", "6", "99"):
         args = train_sdxl_lpl.parse_args([*flags, "--validation_split", amount])
-        with pytest.raises(train_sdxl_lpl.cli_utils.DataError, match="--validation_split"):
-            train_sdxl_lpl.find_images(args)
+        with pytest.raises(cli_utils.DataError, match="--validation_split"):
+            cli_utils.find_images(args)
 
 
 def test_held_out_loss_under_random_crops_and_ema(flags, pictures, tmp_path, capsys):
@@ -443,7 +470,7 @@ def test_plan_names_what_is_trained(flags, tmp_path, capsys):
         [*flags, *TEXT, "--rank", "8", "--use_dora", "--optimizer", "Prodigy", "--validation_split", "2", "--dry_run",
          "--output_dir", str(tmp_path)]
     )  # fmt: skip
-    train_sdxl_lpl.main(args, *train_sdxl_lpl.find_images(args))
+    train_sdxl_lpl.main(args, *cli_utils.find_images(args))
     said = capsys.readouterr().out
     for part in ("of the text_encoder_2 (DoRA of rank 8, alpha 8)", "2 more are held out",
                  "--optimizer prodigy multiplies",
@@ -455,6 +482,6 @@ def test_memory_of_optimizers():
     class Args:
         optimizer, use_8bit_adam = "adamw", False
 
-    assert train_utils.optimizer_state_bytes(Args, 400, 100) == 800
+    assert plan_utils.optimizer_state_bytes(Args, 400, 100) == 800
     Args.use_8bit_adam = True
-    assert train_utils.optimizer_state_bytes(Args, 400, 100) == 200
+    assert plan_utils.optimizer_state_bytes(Args, 400, 100) == 200

@@ -18,7 +18,9 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
+import cli_utils
 import train_sdxl_lpl
+import train_utils
 from cli_utils import UserError
 from lpl_utils import LPLGate
 from tests.sdxl import command, draw, run, weights
@@ -189,11 +191,11 @@ def test_cached_latents_are_the_images(flags, sdxl_folder, pictures, tmp_path):
     """What training sees through the caches is what the pipeline's own encoders give for that image and caption."""
     args = train_sdxl_lpl.parse_args([*flags, "--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache")])
     AcceleratorState._reset_state(True)
-    accelerator = train_sdxl_lpl.start_accelerator(args)
-    scan, _ = train_sdxl_lpl.find_images(args)
+    accelerator = train_utils.start_accelerator(args)
+    scan, _ = cli_utils.find_images(args)
     *stores, cached = train_sdxl_lpl.fill_caches(args, scan.images, [], torch.float32, accelerator)
     assert cached
-    loader = train_sdxl_lpl.batches(args, scan.images, *stores, accelerator, 0, 3)
+    loader = train_utils.batches(args, scan.images, *stores, accelerator, 0, 3)
     pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_folder)
     seen = set()
     for batch in loader:
@@ -336,7 +338,7 @@ def test_training_options_reach_the_run(flags, tmp_path):
 def test_a_dropped_caption_is_what_the_pipeline_calls_unconditional(flags, tmp_path):
     args = train_sdxl_lpl.parse_args([*flags, "--proportion_empty_prompts", "0.3", "--output_dir", str(tmp_path)])
     empty = {"prompt_embeds": torch.full((7, 4), -1.0), "pooled_prompt_embeds": torch.full((3,), -2.0)}
-    recipe = train_sdxl_lpl.Recipe(args, torch.device("cpu"), None, torch.float32, 4, 1.0, empty, True)
+    recipe = train_utils.Recipe(args, torch.device("cpu"), None, torch.float32, 4, 1.0, 0.0, empty, True)
     count = 2000
     batch = {"number": np.arange(count), "prompt_embeds": torch.ones(count, 7, 4), "time_ids": torch.zeros(count, 6)}
     batch["pooled_prompt_embeds"] = torch.ones(count, 3)
@@ -537,7 +539,7 @@ def test_dry_run_prints_the_plan_and_stops(flags, tmp_path, monkeypatch, capsys)
         monkeypatch.setattr(train_sdxl_lpl, name, lambda *args: pytest.fail("weights were loaded"))
     AcceleratorState._reset_state(True)
     args = train_sdxl_lpl.parse_args([*flags, "--use_lpl", "--dry_run", "--output_dir", str(tmp_path)])
-    train_sdxl_lpl.main(args, *train_sdxl_lpl.find_images(args))
+    train_sdxl_lpl.main(args, *cli_utils.find_images(args))
     said = capsys.readouterr().out
     for part in ["learning_rate=0.001", "6 images with 5 captions", "0 captions are longer", "1.5 steps an epoch",
                  "261,684 of 261,684", "20.0 % of samples", "16x8x8, 16x16x16, 16x32x32, 16x64x64, 8x64x64",

@@ -5,10 +5,20 @@ from diffusers import (
     AsymmetricAutoencoderKL,
     AutoencoderKL,
     EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 from pretrain.train_tiny_sdxl import build_tokenizers
 
@@ -99,6 +109,75 @@ def sdxl_pipeline(seed=0, prediction_type="epsilon", **scheduler):
         unet=unet,
         scheduler=EulerDiscreteScheduler(**options),
         add_watermarker=False,
+    )
+
+
+def t5_tokenizer(words=WORDS):
+    """A T5 tokenizer that knows these words and all their letters (training one is not reproducible)."""
+    letters = sorted({letter for text in words for letter in text if letter != " "})
+    known = sorted({"▁" + word for text in words for word in text.split()})
+    pieces = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    pieces += [(letter, -4.0) for letter in letters] + [(word, -3.0) for word in known]
+    return T5Tokenizer(vocab=pieces, extra_ids=0, model_max_length=512)
+
+
+def sd3_pipeline(seed=0, t5=True, sd35=False, shift=3.0):
+    """A random `StableDiffusion3Pipeline` for 64 px: SD3 or (dual attention, qk-norm) SD3.5, with or without T5."""
+    torch.manual_seed(seed)
+    tokenizers = build_tokenizers(WORDS, 600)
+    width = 16
+    encoders = [
+        CLIPTextModelWithProjection(
+            CLIPTextConfig(
+                vocab_size=len(tokenizer),
+                hidden_size=width,
+                intermediate_size=32,
+                projection_dim=width,
+                num_hidden_layers=2,
+                num_attention_heads=2,
+                max_position_embeddings=77,
+                bos_token_id=tokenizer.bos_token_id,
+                eos_token_id=tokenizer.eos_token_id,
+                pad_token_id=tokenizer.pad_token_id,
+            )
+        )
+        for tokenizer in tokenizers
+    ]
+    third, tokenizer_3 = None, None
+    if t5:
+        tokenizer_3 = t5_tokenizer()
+        third = T5EncoderModel(
+            T5Config(vocab_size=len(tokenizer_3), d_model=40, d_kv=8, d_ff=48, num_layers=2, num_heads=2)
+        ).eval()
+    transformer = SD3Transformer2DModel(
+        sample_size=8,
+        patch_size=2,
+        in_channels=16,
+        num_layers=3,
+        attention_head_dim=8,
+        num_attention_heads=4,
+        joint_attention_dim=40,
+        caption_projection_dim=32,
+        pooled_projection_dim=2 * width,
+        out_channels=16,
+        pos_embed_max_size=16,
+        dual_attention_layers=(0, 1) if sd35 else (),
+        qk_norm="rms_norm" if sd35 else None,
+    )
+    with torch.no_grad():  # AdaLN's zero start would hide the conditions
+        for parameter in transformer.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.02)
+    return StableDiffusion3Pipeline(
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=shift),
+        vae=autoencoder("sd3", seed=seed),
+        text_encoder=encoders[0],
+        tokenizer=tokenizers[0],
+        text_encoder_2=encoders[1],
+        tokenizer_2=tokenizers[1],
+        text_encoder_3=third,
+        tokenizer_3=tokenizer_3,
     )
 
 

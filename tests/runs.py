@@ -1,0 +1,68 @@
+"""Running a training script in tests, and looking at what it made."""
+
+import hashlib
+import json
+import sys
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+import cli_utils
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def run(script, *flags):
+    """A script's main, in this process: the rows of its metrics file. script: the module."""
+    AcceleratorState._reset_state(True)
+    args = script.parse_args([str(flag) for flag in flags])
+    script.main(args, *cli_utils.find_images(args))
+    path = Path(args.output_dir, args.logging_dir, "metrics.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def command(script, *flags):
+    """The command line of a script as a process of its own."""
+    return [sys.executable, str(ROOT / f"{script.__name__}.py"), *map(str, flags)]
+
+
+def weights(folder):
+    """sha256 of every trained tensor of a result, by name."""
+    places = [Path(folder, name) for name in (".", "unet", "transformer")]
+    files = next(files for place in places if (files := sorted(place.glob("*.safetensors"))))
+    tensors = {name: value for file in files for name, value in load_file(file).items()}
+    return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in tensors.items()}
+
+
+def draw(pipeline_class, folder, lora=None, **more):
+    """(one picture of a pipeline, as an array; the pipeline), with a LoRA when given."""
+    pipeline = pipeline_class.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    if lora:
+        pipeline.load_lora_weights(lora)
+    generator = torch.Generator().manual_seed(0)
+    image = pipeline("a red apple", generator=generator, num_inference_steps=4, height=64, width=64, **more).images[0]
+    return np.asarray(image, dtype=np.int64), pipeline
+
+
+def resumed_equals_whole(script, flags, folder, steps=6, at=3):
+    """Train `steps` in one go, and with a stop at `at`: the same weights and state to the last bit."""
+    flags = [*flags, "--checkpointing_steps", at, "--output_dir"]
+    run(script, *flags, folder / "whole", "--max_train_steps", steps)
+    run(script, *flags, folder / "resumed", "--max_train_steps", at)
+    run(script, *flags, folder / "resumed", "--max_train_steps", steps, "--resume_from_checkpoint", "latest")
+    assert weights(folder / "resumed") == weights(folder / "whole")
+    states = [load_file(folder / name / f"checkpoint-{steps}" / "training_state.safetensors")
+              for name in ("whole", "resumed")]  # fmt: skip
+    assert states[0].keys() == states[1].keys()
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), key
+
+
+def of(script, pipeline_class):
+    """(run, command, draw) for one script."""
+    return partial(run, script), partial(command, script), partial(draw, pipeline_class)

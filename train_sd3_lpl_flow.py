@@ -1,0 +1,788 @@
+"""Fine-tune Stable Diffusion 3 and 3.5 with the latent perceptual loss (LPL): the whole transformer or a LoRA.
+
+    accelerate launch train_sd3_lpl_flow.py --use_lpl                   # a complete demonstration on two CPU cores
+
+    accelerate launch train_sd3_lpl_flow.py --use_lpl --use_lora --rank 16 --mixed_precision bf16 \\
+        --pretrained_model_name_or_path stabilityai/stable-diffusion-3.5-medium --train_data_dir my-pictures \\
+        --resolution 1024 --gradient_checkpointing --center_crop --max_train_steps 2000 --output_dir my-lora \\
+        --validation_prompt "a photo of my dog on the beach"
+
+The method, top to bottom: `encode_prompts` and `encode_images` fill the caches, `training_step` is one step of the
+paper, `main` is the loop. Symbols: z_0 clean latents as the transformer sees them, z_t = (1 - sigma) z_0 + sigma eps
+(rectified flow; sigma = 1 is pure noise), timesteps 1000 sigma, B batch, (B, 16, h, w) latents. Timesteps, noise
+levels and gates live on the CPU, so that the loop never waits for the device. The SDXL recipe has the same names in
+the same order.
+"""
+
+# ruff: noqa: E402  (flags and data are checked before the slow imports)
+import functools
+import math
+import os
+import sys
+from pathlib import Path
+
+import cli_utils
+from cli_utils import REPOSITORY, errors_for_people, require
+
+EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sd3" / "train.yaml"
+COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")
+LORA_TARGETS = (
+    "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_k", "attn.to_out.0",
+    "attn.to_q", "attn.to_v",
+)  # fmt: skip
+
+
+def build_parser():
+    """All flags of the recipe."""
+    parser = cli_utils.FlagParser(__doc__)
+    cli_utils.add_model_arguments(parser)
+    cli_utils.add_data_arguments(parser, resolution=512)
+    cli_utils.add_training_arguments(parser, train_batch_size=4, num_train_epochs=1, adam_weight_decay=1e-4)
+    group = parser.add_argument_group("diffusion")
+    add = group.add_argument
+    add("--pretrained_transformer_model_name_or_path",
+        help="another transformer: a folder or Hub name with its config.json, or with transformer/")  # fmt: skip
+    add("--max_sequence_length", type=int, default=77, help="tokens for T5 (default: %(default)s)")
+    add("--weighting_scheme", choices=("logit_normal", "mode", "sigma_sqrt", "cosmap", "none"), default="logit_normal",
+        help="how noise levels are drawn (logit_normal, mode; else uniformly) or weighted (sigma_sqrt, cosmap), "
+        "as in the SD3 paper (default: %(default)s)")  # fmt: skip
+    add(
+        "--logit_mean",
+        type=float,
+        default=0.0,
+        help="of logit_normal; above 0 means less noise (default: %(default)s)",
+    )
+    add("--logit_std", type=float, default=1.0, help="of logit_normal (default: %(default)s)")
+    add("--mode_scale", type=float, default=1.29, help="of mode (default: %(default)s)")
+    add("--precondition_outputs", type=int, choices=(0, 1), default=0,
+        help="1 weights the loss by sigma^2: the loss of the estimate of z_0 (default: %(default)s)")  # fmt: skip
+    add("--timestep_shift", type=shift_or_auto, metavar="{auto,NUMBER}",
+        help="moves noise levels up (default: the scheduler's; auto: that times resolution / 1024)")  # fmt: skip
+    add("--lora_blocks", help="comma-separated numbers of the transformer blocks that get a LoRA (default: all)")
+    cli_utils.add_lpl_arguments(parser)
+    cli_utils.add_run_arguments(parser, validation_epochs=50)
+    return parser
+
+
+def parse_args(argv=None):
+    """The flags of a run, checked; UserError names the flag that is wrong."""
+    args = build_parser().parse(argv, embedded_default=EMBEDDED_DEFAULT)
+    if args.embedded_default:
+        print(f"No model and no data named: using the embedded examples, {EMBEDDED_DEFAULT.relative_to(REPOSITORY)}.")
+    cli_utils.check_flags(args)
+    require(
+        not args.output_kohya_format, "--output_kohya_format is not there for SD3 yet; the LoRA loads in diffusers"
+    )
+    require(args.max_sequence_length > 0, f"--max_sequence_length is {args.max_sequence_length}; it must be above 0")
+    require(args.logit_std > 0, f"--logit_std is {args.logit_std}; it must be above 0")
+    require(-1 <= args.mode_scale <= 2 / (math.pi - 2),
+            f"--mode_scale is {args.mode_scale}; it must lie between -1 and {2 / (math.pi - 2):.3f}, where noise "
+            "levels stay in order")  # fmt: skip
+    require(not args.lora_blocks or args.use_lora, "--lora_blocks does nothing without --use_lora")
+    require(not (args.lora_blocks and args.init_lora), "--init_lora brings its own --lora_blocks: leave that out")
+    require(not args.lora_blocks or all(word.strip().isdigit() for word in args.lora_blocks.split(",")),
+            f"--lora_blocks {args.lora_blocks}: expected numbers such as 0,1,12")  # fmt: skip
+    cli_utils.check_base_model(args, "StableDiffusion3", COMPONENTS)
+    return args
+
+
+def shift_or_auto(text):
+    """Type of --timestep_shift: "auto" or a number above 0."""
+    if text != "auto" and float(text) <= 0:
+        raise ValueError("must be above 0")
+    return text if text == "auto" else float(text)
+
+
+if __name__ == "__main__":
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a busy CPU to a halt
+    with errors_for_people("--debug" in sys.argv):
+        ARGS = parse_args()
+        SCAN, HELD_OUT = cli_utils.find_images(ARGS)
+        cli_utils.quiet_libraries(ARGS.debug)
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, CLIPTextConfig, CLIPTextModelWithProjection, T5EncoderModel
+
+import cache_utils
+import hub_utils
+import plan_utils
+import report_utils
+import train_utils
+from cache_utils import encode_images, model_identity, prompt_key, rows_of
+from lora_utils import adapters, add_adapters, load_lora, lora_layers, save_lora
+from lpl_utils import AutoWeight, DecoderStages, LatentPerceptualLoss, estimate_z0, lpl_noise_scale, noise_to_signal
+from plan_utils import lpl_config, lpl_dtype
+from train_utils import (
+    Recipe,
+    choose_prompts,
+    sample_latents,
+    sample_noise,
+    sample_timesteps,
+    seed_lora_dropout,
+    to_device,
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The noise schedule
+
+
+class Schedule:
+    """Rectified flow: noise levels, their distribution and weights, all on the CPU.
+
+    A uniform number is turned into u by --weighting_scheme; the level before the shift is 1 - u, so that a positive
+    --logit_mean means less noise; the shift s gives sigma = s (1 - u) / (1 + (s - 1) (1 - u)) (SD3 paper, eq. 23).
+    """
+
+    prediction_type = "flow"
+
+    def __init__(self, args):
+        self.args = args
+        scheduler = load_part(args, FlowMatchEulerDiscreteScheduler, "scheduler")
+        self.shift = args.timestep_shift
+        if self.shift is None or self.shift == "auto":
+            self.shift = scheduler.config.shift * (args.resolution / 1024 if args.timestep_shift else 1)
+
+    def draw_timesteps(self, uniform):
+        """(B,) timesteps, float32, for uniform numbers in [0, 1), by the inverse of the distribution."""
+        args, uniform = self.args, torch.as_tensor(uniform, dtype=torch.float64)
+        if args.weighting_scheme == "logit_normal":
+            u = torch.sigmoid(args.logit_mean + args.logit_std * torch.special.ndtri(uniform))
+        elif args.weighting_scheme == "mode":
+            u = 1 - uniform - args.mode_scale * (torch.cos(math.pi * uniform / 2) ** 2 - 1 + uniform)
+        else:
+            u = uniform
+        sigmas = (1 - u).clamp(1e-3, 1)  # the scheduler's lowest level
+        return (1000 * self.shift * sigmas / (1 + (self.shift - 1) * sigmas)).float()
+
+    def held_out_timesteps(self, count):
+        """(count,) the middles of as many equal parts of all timesteps."""
+        return (torch.arange(count) + 0.5) * 1000 / count
+
+    def levels(self, timesteps):
+        """alpha, sigma: (B,) float32."""
+        sigmas = timesteps / 1000
+        return 1 - sigmas, sigmas
+
+    def loss_weights(self, timesteps):
+        """(B,) weights of the velocity's loss: of the scheme (SD3 paper, section 3.1), and of the preconditioning."""
+        sigmas, weights = timesteps / 1000, torch.ones(len(timesteps))
+        if self.args.weighting_scheme == "sigma_sqrt":
+            weights = sigmas**-2
+        elif self.args.weighting_scheme == "cosmap":
+            weights = 2 / (math.pi * (1 - 2 * sigmas + 2 * sigmas**2))
+        return weights * sigmas**2 if self.args.precondition_outputs else weights
+
+    def target(self, latents, noise):
+        """What the transformer should return: the velocity eps - z_0, (B, 16, h, w)."""
+        return noise - latents
+
+    def typical_timesteps(self):
+        """(100000,) timesteps with exactly the distribution's quantiles."""
+        return self.draw_timesteps((torch.arange(100000) + 0.5) / 100000)
+
+    def gated_share(self, gate):
+        """Expected share of samples that get LPL, from the distribution of timesteps."""
+        timesteps = self.typical_timesteps()
+        return gate(timesteps, noise_to_signal(*self.levels(timesteps))).double().mean().item()
+
+    def threshold_for(self, share, by_timestep):
+        """The flag with a threshold that would take a share of the samples."""
+        level = self.typical_timesteps().quantile(share)
+        if by_timestep:
+            return f"--lpl_t_threshold {math.ceil(level)}"
+        return f"--lpl_sigma_threshold {math.ceil(100 * noise_to_signal(*self.levels(level))) / 100:g}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+def load_part(args, cls, subfolder, **more):
+    """One component of the base pipeline."""
+    return cls.from_pretrained(args.pretrained_model_name_or_path, subfolder=subfolder, revision=args.revision, **more)
+
+
+def load_vae(args, dtype, device):
+    """The frozen autoencoder, evaluated in `dtype`, channels-last."""
+    if args.pretrained_vae_model_name_or_path:
+        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype)
+    else:
+        vae = load_part(args, AutoencoderKL, "vae", variant=args.variant, dtype=dtype)
+    return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+
+
+def vae_config(args):
+    """The autoencoder's config.json as a dictionary, without loading weights."""
+    if args.pretrained_vae_model_name_or_path:
+        return AutoencoderKL.load_config(args.pretrained_vae_model_name_or_path)
+    return load_part_config(args, AutoencoderKL, "vae")
+
+
+def load_part_config(args, cls, subfolder):
+    """The config.json of one component."""
+    return cls.load_config(args.pretrained_model_name_or_path, subfolder=subfolder, revision=args.revision)
+
+
+def has_t5(args):
+    """Whether the base pipeline brings its third text encoder, which is optional."""
+    index = cli_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
+    return bool((cli_utils.read_json(index).get("text_encoder_3") or [None])[0])
+
+
+def load_tokenizers(args):
+    """Two CLIP tokenizers, and T5's where the pipeline has it."""
+    names = ["tokenizer", "tokenizer_2"] + ["tokenizer_3"] * has_t5(args)
+    return [load_part(args, AutoTokenizer, name) for name in names]
+
+
+TEXT_ENCODERS = {"text_encoder": CLIPTextModelWithProjection, "text_encoder_2": CLIPTextModelWithProjection}
+
+
+def load_text_encoders(args, dtype, device):
+    """Both CLIP text encoders, frozen."""
+    encoders = [load_part(args, cls, name, variant=args.variant, dtype=dtype) for name, cls in TEXT_ENCODERS.items()]
+    return [encoder.requires_grad_(False).eval().to(device) for encoder in encoders]
+
+
+def load_t5(args, dtype, device):
+    """The third text encoder, frozen; None where the pipeline has none."""
+    if not has_t5(args):
+        return None
+    t5 = load_part(args, T5EncoderModel, "text_encoder_3", variant=args.variant, dtype=dtype)
+    return t5.requires_grad_(False).eval().to(device)
+
+
+def denoiser_place(args):
+    """(name or folder, subfolder, revision, variant) of the transformer to start from."""
+    other = args.pretrained_transformer_model_name_or_path
+    if not other:
+        return args.pretrained_model_name_or_path, "transformer", args.revision, args.variant
+    subfolder = "transformer" if cli_utils.model_file(other, "config.json", subfolder="transformer") else ""
+    return other, subfolder, None, None
+
+
+class Denoiser(torch.nn.Module):
+    """The transformer, and the CLIP text encoders where they are trained too: one module for all gradients."""
+
+    def __init__(self, transformer, text_encoders=()):
+        super().__init__()
+        self.transformer = transformer
+        self.text_encoder, self.text_encoder_2 = text_encoders or (None, None)
+
+    def models(self):
+        """{name in diffusers: model}"""
+        return dict(self.named_children())
+
+    def embed(self, prompt):
+        """Prompt embeddings from {"input_ids", "input_ids_2" (B, 77), "t5_embeds" (B, S, D)}."""
+        encoders = [self.text_encoder, self.text_encoder_2]
+        clip_embeds, pooled = embed_tokens([prompt["input_ids"], prompt["input_ids_2"]], encoders)
+        return {"prompt_embeds": join_embeds(clip_embeds, prompt["t5_embeds"]), "pooled_prompt_embeds": pooled}
+
+    def forward(self, noisy_latents, timesteps, prompt):
+        """The transformer's output (B, 16, h, w). prompt: embeddings, or what `embed` takes."""
+        if self.text_encoder is not None:
+            prompt = self.embed(prompt)
+        return self.transformer(
+            noisy_latents, prompt["prompt_embeds"], prompt["pooled_prompt_embeds"], timesteps
+        ).sample
+
+
+def build_denoiser(args, dtype, device):
+    """The models to train, loaded. Trainable parameters are float32."""
+    name, subfolder, revision, variant = denoiser_place(args)
+    transformer = SD3Transformer2DModel.from_pretrained(
+        name, subfolder=subfolder, revision=revision, variant=variant, dtype=dtype if args.use_lora else torch.float32
+    )
+    text_encoders = load_text_encoders(args, dtype, "cpu") if args.train_text_encoder else ()
+    torch.manual_seed(args.seed)  # the LoRA's initial weights
+    denoiser = prepare_for_training(Denoiser(transformer, text_encoders), args).to(device)
+    if args.enable_xformers_memory_efficient_attention:
+        transformer.enable_xformers_memory_efficient_attention()
+    if args.torch_compile:
+        transformer.compile()
+    return denoiser
+
+
+def lora_targets(args):
+    """Layers of the transformer that get a LoRA: those of --lora_layers in the blocks of --lora_blocks."""
+    layers = lora_layers(args, LORA_TARGETS)
+    if not args.lora_blocks:
+        return layers
+    return [f"transformer_blocks.{int(block)}.{layer}" for block in args.lora_blocks.split(",") for layer in layers]
+
+
+def prepare_for_training(denoiser, args):
+    """Give it its LoRA and gradient checkpointing."""
+    if args.use_lora:
+        add_adapters(args, denoiser.models(), StableDiffusion3Pipeline, lora_targets(args))
+    if args.gradient_checkpointing:
+        denoiser.transformer.enable_gradient_checkpointing()
+        for encoder in (denoiser.text_encoder, denoiser.text_encoder_2):
+            if encoder is not None:
+                encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    return denoiser.train()
+
+
+def parameter_groups(denoiser, args):
+    """[{"params", "lr"}]: the transformer's trainable parameters, then the text encoders'."""
+    rates = {"transformer": args.learning_rate}
+    text_rate = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
+    groups = [
+        {
+            "params": [parameter for parameter in model.parameters() if parameter.requires_grad],
+            "lr": rates.get(name, text_rate),
+        }
+        for name, model in denoiser.models().items()
+    ]
+    return [group for group in groups if group["params"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Encoding, once, into caches on disk
+
+
+def tokenize(captions, tokenizers):
+    """{"input_ids", "input_ids_2" (N, 77)}, int64, for the two CLIP text encoders."""
+    ids = [
+        tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
+        for tokenizer in tokenizers[:2]
+    ]
+    return {"input_ids": ids[0], "input_ids_2": ids[1]}
+
+
+def embed_tokens(input_ids, encoders):
+    """CLIP's share of a prompt: (hidden states before the last layers, side by side (N, 77, C); pooled (N, P))."""
+    outputs = [
+        encoder(ids.to(encoder.device), output_hidden_states=True)
+        for ids, encoder in zip(input_ids, encoders, strict=True)
+    ]
+    hidden = torch.cat([output.hidden_states[-2] for output in outputs], dim=-1)
+    return hidden, torch.cat([output[0] for output in outputs], dim=-1)
+
+
+def embed_t5(captions, tokenizers, t5, args, width):
+    """T5's share of a prompt, (N, S, width) with S = --max_sequence_length; zeros without T5, as in the pipeline."""
+    if t5 is None:
+        return torch.zeros(len(captions), args.max_sequence_length, width)
+    ids = tokenizers[2](
+        captions, padding="max_length", max_length=args.max_sequence_length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return t5(ids.to(t5.device))[0]
+
+
+def join_embeds(clip_embeds, t5_embeds):
+    """The prompt as the transformer sees it, (N, 77 + S, D): CLIP's part padded to T5's width, then T5's."""
+    clip_embeds = torch.nn.functional.pad(clip_embeds, (0, t5_embeds.shape[-1] - clip_embeds.shape[-1]))
+    return torch.cat([clip_embeds, t5_embeds.to(clip_embeds.dtype)], dim=-2)
+
+
+@torch.no_grad()
+def encode_prompts(captions, tokenizers, encoders, t5, args):
+    """[{"prompt_embeds" (77 + S, D), "pooled_prompt_embeds" (P,)}] of captions, on the CPU."""
+    width = load_part_config(args, SD3Transformer2DModel, "transformer")["joint_attention_dim"]
+    t5_embeds = embed_t5(captions, tokenizers, t5, args, width)
+    if not encoders:  # they are trained: only T5's part is fixed
+        return rows_of(tokenize(captions, tokenizers) | {"t5_embeds": t5_embeds.cpu()})
+    clip_embeds, pooled = embed_tokens(tokenize(captions, tokenizers).values(), encoders)
+    prompt_embeds = join_embeds(clip_embeds.cpu(), t5_embeds.cpu())
+    return rows_of({"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled.cpu()})
+
+
+def fill_caches(args, images, held_out, dtype, accelerator):
+    """(prompt store, latent store, whether the images are in it), with everything in them that was missing.
+
+    Where the CLIP text encoders are trained, the prompts are stored as tokens, with T5's embeddings.
+    """
+    device = accelerator.device
+    tokenizers = functools.cache(lambda: load_tokenizers(args))
+    text_encoders = functools.cache(lambda: () if args.train_text_encoder else load_text_encoders(args, dtype, device))
+    t5 = functools.cache(lambda: load_t5(args, dtype, device))
+    vae = functools.cache(lambda: load_vae(args, torch.float32, device))
+    parts = ["tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder_3"]
+    parts += [] if args.train_text_encoder else ["text_encoder", "text_encoder_2"]
+    prompt_id = {
+        "kind": "sd3 tokens" if args.train_text_encoder else "sd3 prompts",
+        "model": model_identity(args, *(part for part in parts if has_t5(args) or not part.endswith("3"))),
+        "dtype": str(dtype),
+        "length": args.max_sequence_length,
+    }
+    return cache_utils.fill_caches(
+        args, images, held_out, accelerator, prompt_id,
+        lambda captions: encode_prompts(captions, tokenizers(), text_encoders(), t5(), args),
+        lambda items: encode_images(items, vae(), args),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The training step
+
+
+def conditioning(batch, recipe, dropout):
+    """(prompt,) for `Denoiser`; a share `dropout` of the prompts is replaced by the unconditional one."""
+    return (choose_prompts(batch, recipe, dropout),)
+
+
+def denoise(denoiser, latents, noise, timesteps, conditions, recipe):
+    """One forward pass: (squared error of each sample (B,), model_pred (B, 16, h, w), noisy_latents (B, 16, h, w)).
+
+    The timesteps go in as float32 whatever the precision: bfloat16 has 8 bits, and would round 987 to 988.
+    """
+    alpha, sigma = to_device(torch.stack(recipe.schedule.levels(timesteps)), recipe.device).view(2, -1, 1, 1, 1)
+    noisy_latents = alpha * latents + sigma * noise
+    model_pred = denoiser(noisy_latents.to(recipe.dtype), to_device(timesteps, recipe.device), *conditions)
+    target = recipe.schedule.target(latents, noise)
+    return (model_pred.float() - target).square().mean(dim=(1, 2, 3)), model_pred, noisy_latents
+
+
+def training_step(batch, denoiser, recipe, step, metrics):
+    """One micro-step: (objective, a scalar with gradient; [diffusion loss, LPL term] (2,), detached).
+
+    loss = diffusion + weight * (1 / B) * sum over gated samples of s_b * LPL_b
+    """
+    args, numbers = recipe.args, batch["number"]
+    latents = sample_latents(batch, recipe)
+    noise = sample_noise(numbers, latents.shape[1:], recipe)
+    timesteps = sample_timesteps(numbers, recipe)
+    conditions = conditioning(batch, recipe, args.proportion_empty_prompts)
+    seed_lora_dropout(numbers, args)
+
+    errors, model_pred, noisy_latents = denoise(denoiser, latents, noise, timesteps, conditions, recipe)
+    if args.weighting_scheme in ("sigma_sqrt", "cosmap") or args.precondition_outputs:
+        errors = to_device(recipe.schedule.loss_weights(timesteps), recipe.device) * errors
+    diffusion_loss = errors.mean()
+    metrics.add("diffusion_loss", diffusion_loss)
+    loss, lpl_term = diffusion_loss, torch.zeros_like(diffusion_loss)
+    if args.use_lpl and step >= args.lpl_start:
+        lpl_term = perceptual_term(model_pred, noisy_latents, latents, timesteps, recipe, metrics)
+        weight = recipe.lpl_weight()
+        loss = diffusion_loss + weight * lpl_term
+        metrics.add("lpl/weight", weight)
+        metrics.add("lpl/weighted_loss", weight * lpl_term)
+    metrics.add("train_loss", loss)
+    return loss, torch.stack([diffusion_loss, lpl_term]).detach()
+
+
+def perceptual_term(model_pred, noisy_latents, latents, timesteps, recipe, metrics):
+    """(1 / B) * sum over gated samples of s_b * LPL_b: a scalar, divided by the batch and not by the gated samples."""
+    levels = recipe.schedule.levels(timesteps)
+    gated = recipe.gate(timesteps, noise_to_signal(*levels)).nonzero().flatten()
+    metrics.add("lpl/num_samples", float(len(gated)))
+    metrics.add("lpl/application_ratio", float(len(gated)), len(timesteps))
+    if not len(gated):
+        metrics.add("lpl/loss", 0.0)
+        return latents.new_zeros(())
+    index = to_device(gated, recipe.device)
+    output = perceptual_loss(*(x.index_select(0, index) for x in (model_pred, noisy_latents, latents)),
+                             timesteps[gated], recipe)  # fmt: skip
+    for layer, values in enumerate(output.per_layer):
+        metrics.add(f"lpl/features/layer_{layer}/loss", values.sum(), len(values))
+        outliers = (1 - output.inlier_fraction[layer]) * len(values)
+        metrics.add(f"lpl/features/layer_{layer}/outlier_ratio", outliers, len(values))
+    per_sample = output.per_sample
+    if recipe.args.lpl_scale:
+        per_sample = to_device(lpl_noise_scale(*levels)[gated], recipe.device) * per_sample
+    lpl_term = per_sample.sum() / len(latents)
+    metrics.add("lpl/loss", lpl_term)
+    return lpl_term
+
+
+def perceptual_loss(model_pred, noisy_latents, latents, timesteps, recipe):
+    """LPL between the estimate of z_0 and z_0 itself, an `LPLOutput`; everything (B, 4, h, w)."""
+    alpha, sigma = to_device(torch.stack(recipe.schedule.levels(timesteps)), recipe.device)
+    z0_pred = estimate_z0(model_pred, noisy_latents, alpha, sigma, recipe.schedule.prediction_type)
+    return recipe.lpl(z0_pred, latents)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Validation
+
+
+def held_out_step(batch, latents, noise, timesteps, with_lpl, denoiser, recipe):
+    """(diffusion losses (B,), LPL (B,) or None) of held-out images at given noise and timesteps."""
+    conditions = conditioning(batch, recipe, dropout=0)
+    with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
+        errors, model_pred, noisy_latents = denoise(denoiser, latents, noise, timesteps, conditions, recipe)
+    if not with_lpl:
+        return errors, None
+    return errors, perceptual_loss(model_pred, noisy_latents, latents, timesteps, recipe).per_sample
+
+
+@torch.no_grad()
+def draw(denoiser, vae, prompt_store, recipe):
+    """Draw every validation prompt, with the same seeds every time: [(prompt, [images])]."""
+    args = recipe.args
+    scheduler = load_part(args, FlowMatchEulerDiscreteScheduler, "scheduler")
+    text_parts = dict.fromkeys(
+        f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in ("", "_2", "_3")
+    )
+    pipeline = StableDiffusion3Pipeline(vae=vae, transformer=denoiser.transformer, scheduler=scheduler, **text_parts)
+    pipeline.set_progress_bar_config(disable=True)
+    was_training = denoiser.training
+    denoiser.eval()
+    at_once = min(args.num_validation_images, max(1, (1024 // args.resolution) ** 2))
+    rows = [(prompt, []) for prompt in args.validation_prompt]
+    for prompt, images in tqdm(rows, desc="validation images", leave=False):
+        for first in range(0, args.num_validation_images, at_once):
+            seeds = range(args.seed + first, args.seed + min(first + at_once, args.num_validation_images))
+            generators = [torch.Generator(recipe.device).manual_seed(seed) for seed in seeds]
+            with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
+                latents = pipeline(
+                    **pipeline_prompt([prompt] * len(seeds), denoiser, prompt_store, recipe), generator=generators,
+                    num_inference_steps=28, height=args.resolution, width=args.resolution, output_type="latent",
+                ).images  # fmt: skip
+            decoded = vae.decode(DecoderStages(vae).to_vae_space(latents)).sample  # without autocast: see LPL's dtype
+            images += pipeline.image_processor.postprocess(decoded.float())
+    denoiser.train(was_training)
+    return rows
+
+
+def pipeline_prompt(prompts, denoiser, prompt_store, recipe):
+    """Validation prompts' embeddings and the unconditional ones, as arguments of the pipeline."""
+
+    def embeds(entries):
+        batch = {name: torch.stack([entry[name] for entry in entries]).to(recipe.device) for name in entries[0]}
+        return denoiser.embed(batch) if denoiser.text_encoder is not None else batch
+
+    positive = embeds([prompt_store.get(prompt_key(prompt)) for prompt in prompts])
+    negative = embeds([recipe.empty_prompt] * len(prompts))
+    prompts = positive | {f"negative_{name}": value for name, value in negative.items()}
+    return {name: value.to(recipe.dtype) for name, value in prompts.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+def save_weights(folder, denoiser, args):
+    """The trained weights in the layout of diffusers: `transformer/`, or `pytorch_lora_weights.safetensors`."""
+    if args.use_lora:
+        save_lora(folder, adapters(denoiser.models()), StableDiffusion3Pipeline)
+    else:
+        denoiser.transformer.save_pretrained(folder / "transformer")
+
+
+def load_weights(folder, denoiser, args):
+    """Put back what `save_weights` wrote."""
+    if args.use_lora:
+        load_lora(folder, denoiser.models())
+    else:
+        saved = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+        denoiser.transformer.load_state_dict(saved.state_dict())
+
+
+def save_result(args, denoiser, schedule):
+    """What the run is for: a LoRA, or a whole pipeline that `from_pretrained` loads; and their other formats."""
+    folder = Path(args.output_dir)
+    if args.use_lora:
+        save_weights(folder, denoiser, args)
+        return
+    more = {} if has_t5(args) else {"text_encoder_3": None, "tokenizer_3": None}
+    if args.pretrained_vae_model_name_or_path:
+        more["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path)
+    pipeline = StableDiffusion3Pipeline.from_pretrained(
+        args.pretrained_model_name_or_path, transformer=denoiser.transformer, revision=args.revision,
+        variant=args.variant, dtype=torch.float32, **more,
+    )  # fmt: skip
+    pipeline.scheduler.register_to_config(shift=schedule.shift)
+    pipeline.save_pretrained(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan: what is printed before anything is loaded
+
+
+def lpl_gate(args):
+    """Which samples get the loss; with no threshold given: sigma / alpha <= 3, the lower end of the paper's range."""
+    return plan_utils.lpl_gate(args, sigma_threshold=3)
+
+
+def build_on_meta(args, dtype, vae_dtype):
+    """(denoiser, autoencoder) without memory or weights: for counting, and for checks before loading."""
+    name, subfolder, revision, _ = denoiser_place(args)
+    with torch.device("meta"):
+        transformer = SD3Transformer2DModel.from_config(
+            SD3Transformer2DModel.load_config(name, subfolder=subfolder, revision=revision)
+        ).to(dtype if args.use_lora else torch.float32)
+        vae = AutoencoderKL.from_config(vae_config(args)).requires_grad_(False).to(vae_dtype)
+        text_encoders = ()
+        if args.train_text_encoder:
+            text_encoders = [
+                cls(load_part(args, CLIPTextConfig, name)).to(dtype) for name, cls in TEXT_ENCODERS.items()
+            ]
+        return prepare_for_training(Denoiser(transformer, text_encoders), args), vae
+
+
+def memory_estimate(args, denoiser, vae, dtype):
+    """[(what, bytes)] that training needs on one device; from shapes, nothing is run."""
+    batch, config = args.train_batch_size, denoiser.transformer.config
+    weights = plan_utils.parameter_bytes(denoiser.parameters())
+    trained = [parameter for group in parameter_groups(denoiser, args) for parameter in group["params"]]
+    trained = [torch.empty_like(parameter) for parameter in trained]  # of their own dtype, which changes now
+    denoiser.to(dtype)  # what autocast would run in: the meta device has no autocast
+    side, length, width = plan_utils.latent_side(args, vae), args.max_sequence_length, config.joint_attention_dim
+    with torch.device("meta"), plan_utils.SavedBytes() as activations:
+        if args.train_text_encoder:
+            ids = torch.zeros(batch, 77, dtype=torch.long)
+            t5_embeds = torch.randn(batch, length, width, dtype=dtype)
+            prompt = {"input_ids": ids, "input_ids_2": ids, "t5_embeds": t5_embeds}
+        else:
+            prompt = {
+                "prompt_embeds": torch.randn(batch, 77 + length, width, dtype=dtype),
+                "pooled_prompt_embeds": torch.randn(batch, config.pooled_projection_dim, dtype=dtype),
+            }
+        latents = torch.randn(batch, config.in_channels, side, side, dtype=dtype)
+        denoiser(latents, torch.zeros(batch), prompt)
+    return plan_utils.memory_parts(args, weights, trained, activations.total, vae)
+
+
+def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps):
+    """Check what can be checked without weights, and say what will happen. Raises UserError."""
+    say = accelerator.print
+    cli_utils.check_vae_dtype(args, vae_config(args))
+    denoiser, vae = build_on_meta(args, dtype, lpl_dtype(args, accelerator.mixed_precision))
+    plan_utils.check_decoder(args, vae)
+    plan_utils.print_plan(args, scan, held_out, accelerator, total_steps, load_tokenizers(args))
+    how = f"rectified flow, {args.weighting_scheme}, shift {schedule.shift:g}, {str(dtype)[6:]}"
+    plan_utils.print_models(args, denoiser.models(), how, say)
+    if args.use_lpl:
+        gate = lpl_gate(args)
+        share = schedule.gated_share(gate)
+        hint = schedule.threshold_for(0.2, by_timestep=gate.t_threshold is not None)
+        plan_utils.print_lpl_plan(args, gate, share, hint, vae, say)
+    plan_utils.print_memory(memory_estimate(args, denoiser, vae, dtype), say)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The run
+
+
+def prepare_recipe(args, accelerator, schedule, dtype, prompt_store, encode_in_steps, measure_lpl):
+    """(recipe, autoencoder or None): everything but the models that are trained, loaded."""
+    vae = None
+    if args.use_lpl or measure_lpl or args.validation_prompt:
+        vae = load_vae(args, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
+    empty = prompt_store.get(prompt_key(""))  # SD3's unconditional embedding is that of the empty prompt
+    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
+    space = vae_config(args)
+    recipe = Recipe(
+        args, accelerator.device, schedule, dtype, samples_per_step, space["scaling_factor"],
+        space.get("shift_factor") or 0.0, empty,
+    )  # fmt: skip
+    if encode_in_steps:
+        recipe.encoder = load_vae(args, torch.float32, accelerator.device)
+    if args.use_lpl or measure_lpl:
+        recipe.lpl = LatentPerceptualLoss(vae, lpl_config(args))
+        recipe.gate = lpl_gate(args)
+    if args.use_lpl and args.lpl_weight == "auto":
+        recipe.auto_weight = AutoWeight(args.lpl_share).to(accelerator.device)
+    return recipe, vae
+
+
+def main(args, scan, held_out=()):
+    """The run, from the plan to the saved model."""
+    accelerator = train_utils.start_accelerator(args)
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    schedule = Schedule(args)
+    batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    total_steps = args.max_train_steps or -(-args.num_train_epochs * len(scan.images) // batch_size)
+    resume_from = train_utils.checkpoint_to_resume(args)
+    check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps)
+    if args.dry_run:
+        return
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if accelerator.is_main_process:
+        if args.push_to_hub:
+            args.hub_model_id = hub_utils.check_access(
+                args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo
+            )
+        cli_utils.save_recipe(args, output_dir / "config.yaml")
+
+    prompt_store, latent_store, cached = fill_caches(args, scan.images, held_out, dtype, accelerator)
+    recipe, vae = prepare_recipe(args, accelerator, schedule, dtype, prompt_store, not cached, bool(held_out))
+    bare_denoiser = build_denoiser(args, dtype, accelerator.device)
+    if args.scale_lr:
+        args.learning_rate *= batch_size
+        args.text_encoder_lr = args.text_encoder_lr and args.text_encoder_lr * batch_size
+    groups = parameter_groups(bare_denoiser, args)
+    parameters = [parameter for group in groups for parameter in group["params"]]
+    optimizer = train_utils.build_optimizer(args, groups)
+    lr_scheduler = train_utils.build_lr_scheduler(args, optimizer, total_steps)
+    ema = train_utils.build_ema(args, parameters)
+    denoiser, optimizer = accelerator.prepare(bare_denoiser, optimizer)
+    state = train_utils.TrainingState(
+        optimizer, lr_scheduler, accelerator.scaler, ema, recipe.auto_weight, train_utils.run_identity(args)
+    )
+    gallery = report_utils.Gallery(args, lambda: draw(bare_denoiser, vae, prompt_store, recipe))
+    if accelerator.is_main_process and args.validation_compare:
+        gallery.draw_start()
+    first_step = 0
+    if resume_from is not None:
+        load_weights(resume_from, bare_denoiser, args)
+        first_step = state.load(resume_from)
+        accelerator.print(f"Resumed from {resume_from} at step {first_step}")
+    reporter = report_utils.Reporter(args, accelerator, "sd3-lpl", train_utils.metric_names(args), first_step)
+    metrics = reporter.metrics
+
+    def measure_held_out():
+        was_training = bare_denoiser.training
+        bare_denoiser.eval()
+        measure = functools.partial(held_out_step, denoiser=bare_denoiser, recipe=recipe)
+        losses = train_utils.held_out_losses(held_out, prompt_store, latent_store, recipe, accelerator, measure)
+        bare_denoiser.train(was_training)
+        return losses
+
+    def validate(step):
+        with reporter.paused(), train_utils.averaged_weights(ema, parameters):
+            if held_out:
+                reporter.log(step, measure_held_out())
+            if args.validation_prompt and accelerator.is_main_process:
+                reporter.log_images(gallery.draw(step), step)
+
+    validation_due = train_utils.validation_schedule(args, len(scan.images), batch_size)
+    train_images = latent_store if cached else None
+    loader = train_utils.batches(args, scan.images, prompt_store, train_images, accelerator, first_step, total_steps)
+    if first_step == 0:
+        validate(0)
+    bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training",
+               disable=not accelerator.is_local_main_process)  # fmt: skip
+    for step in bar:
+        parts = torch.zeros(2, device=accelerator.device)  # diffusion loss and LPL term, for the auto weight
+        for micro_step in range(args.gradient_accumulation_steps):
+            last = micro_step + 1 == args.gradient_accumulation_steps
+            with train_utils.sync_gradients(accelerator, denoiser, last):
+                loss, micro_parts = training_step(next(loader), denoiser, recipe, step, metrics)
+                accelerator.backward(loss)
+            parts += micro_parts / args.gradient_accumulation_steps
+        train_utils.optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics)
+        if recipe.auto_weight is not None and step >= args.lpl_start:
+            recipe.auto_weight.update(*accelerator.reduce(parts, "mean"))
+        done = step + 1
+        reporter.step(done, batch_size, train_utils.learning_rates(optimizer), bar, last=done == total_steps)
+        if accelerator.is_main_process and done % args.checkpointing_steps == 0:
+            train_utils.save_checkpoint(
+                output_dir, done, state, lambda folder: save_weights(folder, bare_denoiser, args),
+                args.checkpoints_total_limit,
+            )  # fmt: skip
+        if validation_due(done) or done == total_steps:
+            validate(done)
+    accelerator.wait_for_everyone()
+    if accelerator.is_main_process:
+        with train_utils.averaged_weights(ema, parameters):
+            save_result(args, bare_denoiser, schedule)
+        card = report_utils.model_card(args, "sd3", total_steps, len(scan.images), lpl_gate(args))
+        hub_utils.write_card(output_dir, card)
+        reporter.finish(
+            f"SD3 {'LoRA' if args.use_lora else 'full'} fine-tuning, {'with' if args.use_lpl else 'without'} LPL"
+        )
+    accelerator.end_training()
+    if args.push_to_hub and accelerator.is_main_process:
+        hub_utils.publish_or_exit(output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+
+
+if __name__ == "__main__":
+    with errors_for_people(ARGS.debug):
+        main(ARGS, SCAN, HELD_OUT)
