@@ -110,6 +110,18 @@ def parameter_bytes(parameters):
     return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
 
 
+def weight_bytes(args, models):
+    """Bytes of all weights; with a quantized denoiser, its frozen linear layers in 4 or 8 bits."""
+    total = sum(parameter_bytes(model.parameters()) for model in models.values())
+    if not args.bnb_quantization_config_path:
+        return total
+    share = 0.5 if cli_utils.read_json(args.bnb_quantization_config_path).get("load_in_4bit") else 1
+    denoiser = next(iter(models.values()))
+    linear = [module.weight for module in denoiser.modules() if isinstance(module, torch.nn.Linear)]
+    frozen = [weight for weight in linear if not weight.requires_grad]
+    return int(total - sum(weight.numel() * (weight.element_size() - share) for weight in frozen))
+
+
 def gigabytes(count):
     """1234567890 -> "1.23 GB"; small ones in MB."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
@@ -161,13 +173,15 @@ def truncated_captions(tokenizers, captions):
     return sum(excess > 0 for excess in longest)
 
 
-def check_decoder(args, vae):
-    """Raises UserError for what the loss can't be computed with, or the machine can't do."""
+def check_machine(args, vae):
+    """Raises UserError for what this decoder or this machine can't do; `vae` on the meta device."""
     blocks = len(vae.config.block_out_channels)
     require(args.lpl_num_blocks <= blocks,
             f"--lpl_num_blocks is {args.lpl_num_blocks}; this decoder has {blocks} up blocks")  # fmt: skip
     require(not args.enable_xformers_memory_efficient_attention or torch.cuda.is_available(),
             "--enable_xformers_memory_efficient_attention: xformers needs a CUDA GPU, and none is here")  # fmt: skip
+    require(not args.bnb_quantization_config_path or torch.cuda.is_available(),
+            "--bnb_quantization_config_path: quantizing needs a CUDA GPU, and none is here")  # fmt: skip
 
 
 def print_plan(args, scan, held_out, accelerator, total_steps, tokenizers):

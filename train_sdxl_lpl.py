@@ -262,8 +262,9 @@ def build_denoiser(args, dtype, device):
     """The models to train, loaded. Trainable parameters are float32."""
     name, subfolder, revision, variant = denoiser_place(args)
     unet = UNet2DConditionModel.from_pretrained(
-        name, subfolder=subfolder, revision=revision, variant=variant, dtype=dtype if args.use_lora else torch.float32
-    )
+        name, subfolder=subfolder, revision=revision, variant=variant,
+        dtype=dtype if args.use_lora else torch.float32, **train_utils.quantization(args),
+    )  # fmt: skip
     text_encoders = load_text_encoders(args, dtype, "cpu") if args.train_text_encoder else ()
     torch.manual_seed(args.seed)  # the LoRA's initial weights
     denoiser = prepare_for_training(Denoiser(unet, text_encoders), args).to(device)
@@ -576,7 +577,7 @@ def build_on_meta(args, dtype, vae_dtype):
 def memory_estimate(args, denoiser, vae, dtype):
     """[(what, bytes)] that training needs on one device; from shapes, nothing is run."""
     batch, unet = args.train_batch_size, denoiser.unet
-    weights = plan_utils.parameter_bytes(denoiser.parameters())
+    weights = plan_utils.weight_bytes(args, denoiser.models())
     trained = [parameter for group in parameter_groups(denoiser, args) for parameter in group["params"]]
     trained = [torch.empty_like(parameter) for parameter in trained]  # of their own dtype, which changes now
     denoiser.to(dtype)  # what autocast would run in: the meta device has no autocast
@@ -601,7 +602,7 @@ def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, tot
     say = accelerator.print
     cli_utils.check_vae_dtype(args, vae_config(args))
     denoiser, vae = build_on_meta(args, dtype, lpl_dtype(args, accelerator.mixed_precision))
-    plan_utils.check_decoder(args, vae)
+    plan_utils.check_machine(args, vae)
     plan_utils.print_plan(args, scan, held_out, accelerator, total_steps, load_tokenizers(args))
     how = f"{schedule.prediction_type} prediction, {str(dtype)[6:]}"
     plan_utils.print_models(args, denoiser.models(), how, say)

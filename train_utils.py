@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
 from cache_utils import latent_key, prompt_key
-from cli_utils import UserError
+from cli_utils import UserError, read_json
 from data_utils import (
     AddressedBatches,
     TrainingSet,
@@ -194,6 +194,15 @@ def find_checkpoint(resume_from_checkpoint, output_dir):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Optimizer and schedule
+
+
+def quantization(args):
+    """Arguments of `from_pretrained` for --bnb_quantization_config_path."""
+    if not args.bnb_quantization_config_path:
+        return {}
+    from diffusers import BitsAndBytesConfig
+
+    return {"quantization_config": BitsAndBytesConfig(**read_json(args.bnb_quantization_config_path))}
 
 
 def build_optimizer(args, groups):

@@ -710,6 +710,10 @@ def test_the_licence_of_a_base_model_on_the_hub(hub, child):
         wanted = {**licence, "license_link": "https://huggingface.co/alice/base/blob/main/LICENSE.md"}
         assert (status, value) == (0, wanted if "LICENSE.md" in licence.values() else licence)
     assert child.call("base_licence", "alice/missing")[:2] == [0, {}]
+    shutil.rmtree(child.log.parent / "hub")
+    hub.fault = Fault("read", 503)
+    start = time.monotonic()
+    assert child.call("base_licence", "alice/base")[:2] == [0, {}] and time.monotonic() - start < 10
 
 
 def test_the_snippets_run(tmp_path, monkeypatch):
