@@ -275,7 +275,7 @@ def base_licence(base_model, revision=None):
     from huggingface_hub import metadata_load
 
     try:
-        with Patience(500):
+        with Patience(5):
             path = model_file(base_model, "README.md", revision)
         metadata = (metadata_load(path) if path else None) or {}
     except Exception:  # no network, no access, damaged YAML: all the same to a card
