@@ -491,10 +491,12 @@ def model_file(name_or_path, file, revision=None, subfolder=None):
     if folder.is_dir():
         return folder / relative if (folder / relative).is_file() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
 
     try:
         return Path(hf_hub_download(name_or_path, relative, revision=revision))
+    except LocalEntryNotFoundError:  # no network, which says nothing about the file
+        raise
     except EntryNotFoundError:
         return None
 

@@ -1,0 +1,129 @@
+"""What fine-tuning takes of a GPU's memory, from the real architectures: python benchmarks/memory.py
+
+No weights and no GPU are needed: models are built on the meta device from configurations, and the figures are
+those of the scripts' own `--dry_run`. Writes the table into docs/memory.md, and the figures as JSON with `--json PATH`.
+"""
+
+# ruff: noqa: E402
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch
+
+import plan_utils
+import train_sd3_lpl_flow
+import train_sdxl_lpl
+
+PAGE = ROOT / "docs" / "memory.md"
+START, END = "<!-- table -->", "<!-- end of table -->"
+VAE = {
+    "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "norm_num_groups": 32,
+    "sample_size": 1024,
+}  # fmt: skip
+SDXL_VAE = VAE | {"latent_channels": 4, "scaling_factor": 0.13025, "force_upcast": True}
+SD3_VAE = VAE | {
+    "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
+    "use_post_quant_conv": False, "force_upcast": True,
+}  # fmt: skip
+UNET = {
+    "_class_name": "UNet2DConditionModel", "sample_size": 128, "block_out_channels": [320, 640, 1280],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"], "layers_per_block": 2,
+    "transformer_layers_per_block": [1, 2, 10], "attention_head_dim": [5, 10, 20], "cross_attention_dim": 2048,
+    "use_linear_projection": True, "addition_embed_type": "text_time", "addition_time_embed_dim": 256,
+    "projection_class_embeddings_input_dim": 2816,
+}  # fmt: skip
+MMDIT = {
+    "_class_name": "SD3Transformer2DModel", "sample_size": 128, "patch_size": 2, "in_channels": 16,
+    "attention_head_dim": 64, "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "out_channels": 16,
+}  # fmt: skip
+SD35_MEDIUM = MMDIT | {
+    "num_layers": 24, "num_attention_heads": 24, "caption_projection_dim": 1536, "pos_embed_max_size": 384,
+    "qk_norm": "rms_norm", "dual_attention_layers": list(range(13)),
+}  # fmt: skip
+SD35_LARGE = MMDIT | {
+    "num_layers": 38, "num_attention_heads": 38, "caption_projection_dim": 2432, "pos_embed_max_size": 192,
+    "qk_norm": "rms_norm",
+}  # fmt: skip
+MODELS = {  # name: (script, pipeline class, denoiser's folder and configuration, autoencoder's)
+    "SDXL": (train_sdxl_lpl, "StableDiffusionXLPipeline", "unet", UNET, SDXL_VAE),
+    "SD3.5 medium": (train_sd3_lpl_flow, "StableDiffusion3Pipeline", "transformer", SD35_MEDIUM, SD3_VAE),
+    "SD3.5 large": (train_sd3_lpl_flow, "StableDiffusion3Pipeline", "transformer", SD35_LARGE, SD3_VAE),
+}
+WAYS = {"LoRA, rank 16": ["--use_lora", "--rank", "16"], "all weights": [], "all, 8-bit Adam": ["--use_8bit_adam"]}
+
+
+def write_configurations(folder, pipeline_class, denoiser, denoiser_config, vae_config):
+    """A pipeline's folder with nothing but configurations."""
+    parts = ["vae", denoiser, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
+    for part in parts:
+        (folder / part).mkdir()
+    (folder / denoiser / "config.json").write_text(json.dumps(denoiser_config))
+    (folder / "vae" / "config.json").write_text(json.dumps(vae_config))
+    index = {"_class_name": pipeline_class} | {part: ["diffusers", part] for part in parts}
+    (folder / "model_index.json").write_text(json.dumps(index))
+
+
+def estimate(model, way, resolution, lpl):
+    """{what: bytes} of a run in bfloat16 with gradient checkpointing and one image per device."""
+    script, *configurations = MODELS[model]
+    with tempfile.TemporaryDirectory() as folder:
+        write_configurations(Path(folder), *configurations)
+        args = script.parse_args([
+            "--pretrained_model_name_or_path", folder, "--train_data_dir", folder, "--resolution", str(resolution),
+            "--train_batch_size", "1", "--gradient_checkpointing", "--mixed_precision", "bf16", *WAYS[way],
+            *(["--use_lpl"] if lpl else []),
+        ])  # fmt: skip
+        models = script.build_on_meta(args, torch.bfloat16, torch.bfloat16)
+        return dict(script.memory_estimate(args, *models, torch.bfloat16))
+
+
+def table(rows):
+    """The page's table, Markdown."""
+    lines = [
+        "| model | trained | px | without LPL | with LPL | of it weights, gradients, optimizer |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
+    for (model, way, resolution), (without, with_lpl) in rows.items():
+        fixed = sum(without[part] for part in ("weights", "gradients", "optimizer state"))
+        total = [sum(parts.values()) for parts in (without, with_lpl)]
+        figures = " | ".join(f"{size / 1e9:.1f} GB" for size in (*total, fixed))
+        lines.append(f"| {model} | {way} | {resolution} | {figures} |")
+    return "\n".join(lines)
+
+
+def main():
+    """Compute the table, print it, put it into the page."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", help="file for the figures")
+    args = parser.parse_args()
+    rows = {}
+    for model in MODELS:
+        for way in WAYS:
+            for resolution in (512, 1024):
+                rows[model, way, resolution] = [estimate(model, way, resolution, lpl) for lpl in (False, True)]
+                print(
+                    model,
+                    way,
+                    resolution,
+                    *[plan_utils.gigabytes(sum(parts.values())) for parts in rows[model, way, resolution]],
+                )
+    text = PAGE.read_text(encoding="utf-8")
+    before, after = text.split(START)[0], text.split(END)[1]
+    PAGE.write_text(f"{before}{START}\n{table(rows)}\n{END}{after}", encoding="utf-8")
+    if args.json:
+        Path(args.json).write_text(
+            json.dumps({" / ".join(map(str, key)): value for key, value in rows.items()}, indent=1)
+        )
+
+
+if __name__ == "__main__":
+    main()
