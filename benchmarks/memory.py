@@ -1,7 +1,7 @@
 """What fine-tuning takes of a GPU's memory, from the real architectures: python benchmarks/memory.py
 
-No weights and no GPU are needed: models are built on the meta device from configurations, and the figures are
-those of the scripts' own `--dry_run`. Writes the table into docs/memory.md, and the figures as JSON with `--json PATH`.
+No weights and no GPU are needed: models are built on the meta device from configurations, and the figures are those
+of the scripts' own `--dry_run`. Writes the table into docs/memory.md, and the figures as JSON with `--json PATH`.
 """
 
 # ruff: noqa: E402
