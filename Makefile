@@ -14,17 +14,24 @@ CHECK_TORCH = $(BIN)/python -c "import sys, torch; found = torch.__version__; fo
 	'error: torch ' + found + ' is installed, but requirements.txt pins $(TORCH): another package replaced it. ' \
 	'Run make clean, then this again.')"
 
+LAUNCH = OMP_WAIT_POLICY=PASSIVE $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 \
+	--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
+
 .DEFAULT_GOAL := help
-.PHONY: help demo test quality format bench clean
+.PHONY: help demo demo-sd3 test quality format bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.requirements ## fine-tune the tiny SDXL in examples/ with LPL on the CPU or a GPU; pictures in runs/demo/
 	@echo "Fine-tuning the tiny SDXL of examples/tiny-sdxl with the latent perceptual loss: on a GPU if there is one, else on $(THREADS) CPU threads."
 	@echo "Results go to runs/demo; the last lines name the pictures to look at."
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/accelerate launch --quiet --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no \
-		--num_cpu_threads_per_process $(THREADS) train_sdxl_lpl.py --use_lpl --output_dir runs/demo $(ARGS)
+	$(LAUNCH) train_sdxl_lpl.py --use_lpl --output_dir runs/demo $(ARGS)
+
+demo-sd3: .venv/.requirements ## the same with the tiny Stable Diffusion 3; pictures in runs/demo-sd3/
+	@echo "Fine-tuning the tiny Stable Diffusion 3 of examples/tiny-sd3 with the latent perceptual loss."
+	@echo "Results go to runs/demo-sd3; the last lines name the pictures to look at."
+	$(LAUNCH) train_sd3_lpl_flow.py --use_lpl --output_dir runs/demo-sd3 $(ARGS)
 
 test: .venv/.requirements-dev ## run all tests
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-SCRIPTS = ("train_sdxl_lpl",)
+SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow")
 
 HEAD = """# Flags
 
@@ -15,7 +15,10 @@ Every flag of the training scripts, as `--help` groups them. This page is made b
 - A file given with `--config` sets any flag (`learning_rate: 1e-4`); the command line wins. A run saves its resolved
   flags as `config.yaml` in the output folder, and `--config` takes that file again.
 - Ready-made files, with the reason for each value: [`configs/recipes`](../configs/recipes).
-- Flags that the diffusers scripts know have the same names and defaults here."""
+- Flags that the diffusers scripts know have the same names and defaults here, but for `--precondition_outputs`: 0
+  here, 1 there (the velocity's own loss, without the weight sigma^2).
+- The two scripts share most flags; the second part has only those of `train_sd3_lpl_flow.py` that differ.
+"""
 
 
 def value_of(action):
@@ -38,6 +41,8 @@ def default_of(action):
 def rows_of(group):
     """A table row for each flag of a group."""
     for action in group._group_actions:
+        if isinstance(action, argparse._HelpAction):
+            continue
         names = " / ".join(f"`{name}`" for name in action.option_strings)
         text = (
             (action.help or "").replace("(default: %(default)s)", "").replace("default: %(default)s", "").strip(" ,;")
@@ -46,20 +51,15 @@ def rows_of(group):
 
 
 def page():
-    """The whole page."""
-    parts = [HEAD]
+    """The whole page: all flags of the first script, and what the second has besides or otherwise."""
+    parts, known = [HEAD], set()
     for script in SCRIPTS:
-        parser = __import__(script).build_parser()
         parts.append(f"\n## {script}.py\n")
-        for group in parser._action_groups:
-            actions = [action for action in group._group_actions if not isinstance(action, argparse._HelpAction)]
-            if actions:
-                parts += [
-                    f"\n### {group.title}\n",
-                    "| flag | takes | default | |",
-                    "|---|---|---|---|",
-                    *rows_of(group),
-                ]
+        for group in __import__(script).build_parser()._action_groups:
+            rows = [row for row in rows_of(group) if row not in known]
+            known |= set(rows)
+            if rows:
+                parts += [f"\n### {group.title}\n", "| flag | takes | default | |", "|---|---|---|---|", *rows]
     return "\n".join(parts) + "\n"
 
 

@@ -6,17 +6,20 @@ import sys
 import pytest
 import yaml
 
+import train_sd3_lpl_flow
 import train_sdxl_lpl
-from tests.sdxl import ROOT, run
+from tests import sd3, sdxl
+from tests.runs import ROOT
 
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
-def test_recipes_run(recipe, sdxl_folder, pictures, cache_dir, tmp_path):
+def test_recipes_run(recipe, sdxl_folder, sd3_folder, pictures, cache_dir, tmp_path):
     """Each trains the tiny pipeline, with only model, data, size and number of steps replaced."""
     split = ["--validation_split", 2] if "validation_split" in recipe.read_text() else []
-    rows = run("--config", recipe, "--pretrained_model_name_or_path", sdxl_folder, "--train_data_dir", pictures,
+    run, model = (sd3.run, sd3_folder) if recipe.stem.startswith("sd3") else (sdxl.run, sdxl_folder)
+    rows = run("--config", recipe, "--pretrained_model_name_or_path", model, "--train_data_dir", pictures,
                "--resolution", 64, "--max_train_steps", 2, "--output_dir", tmp_path, "--cache_dir", cache_dir,
                "--report_to", "none", "--logging_steps", 1, "--validation_prompt", "a red apple",
                "--num_validation_images", 1, *split)  # fmt: skip
@@ -41,6 +44,7 @@ def test_there_is_a_recipe_for_each_need():
         "sdxl-full-80gb",
         "sdxl-style-lora",
         "sdxl-subject-lora",
+        "sd35-medium-lora",
     }
 
 
@@ -50,8 +54,9 @@ def test_the_page_of_flags_is_up_to_date():
     import flags
 
     assert (ROOT / "docs" / "flags.md").read_text(encoding="utf-8") == flags.page(), "run python docs/flags.py"
-    for name in train_sdxl_lpl.build_parser().flags():
-        assert f"`--{name}`" in flags.page()
+    for script in (train_sdxl_lpl, train_sd3_lpl_flow):
+        for name in script.build_parser().flags():
+            assert f"`--{name}`" in flags.page()
 
 
 def test_help_is_readable():
