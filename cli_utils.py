@@ -537,6 +537,23 @@ def check_base_model(args, pipeline_class, components):
         require(not gone, f"{flag}: the folder {gone[:1] and gone[0]}/ named in model_index.json is missing")
 
 
+def check_part(args, flag, class_name, subfolder=None):
+    """Refuse what a flag like --pretrained_vae_model_name_or_path names unless it is one model of the right class."""
+    name = getattr(args, flag)
+    if not name:
+        return
+    try:
+        config = subfolder and model_file(name, "config.json", subfolder=subfolder)
+        config = config or model_file(name, "config.json")
+    except Exception as error:  # the Hub client raises many kinds: no network, no such model, no possible name
+        kind = type(error).__name__
+        raise UserError(f"--{flag} {name}: neither a folder here nor readable on the Hub ({kind})") from error
+    where = f"config.json nor {subfolder}/config.json" if subfolder else "config.json"
+    require(config, f"--{flag} {name}: no {where} there; {class_name} in diffusers' layout is needed")
+    found = read_json(config).get("_class_name")
+    require(found == class_name, f"--{flag} {name}: found {found}, expected {class_name}")
+
+
 def check_vae_dtype(args, vae_config):
     """Refuse an explicit float16 where the decoder overflows in it. vae_config: the autoencoder's config.json."""
     if args.lpl_vae_dtype == "float16" and vae_config.get("force_upcast", True):

@@ -83,6 +83,8 @@ def parse_args(argv=None):
     require(not args.lora_blocks or all(word.strip().isdigit() for word in args.lora_blocks.split(",")),
             f"--lora_blocks {args.lora_blocks}: expected numbers such as 0,1,12")  # fmt: skip
     cli_utils.check_base_model(args, "StableDiffusion3", COMPONENTS)
+    cli_utils.check_part(args, "pretrained_transformer_model_name_or_path", "SD3Transformer2DModel", "transformer")
+    cli_utils.check_part(args, "pretrained_vae_model_name_or_path", "AutoencoderKL")
     return args
 
 

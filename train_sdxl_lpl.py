@@ -70,6 +70,8 @@ def parse_args(argv=None):
     require(args.timestep_bias_multiplier > 0, "--timestep_bias_multiplier must be above 0")
     require(0 < args.timestep_bias_portion <= 1, "--timestep_bias_portion must lie above 0 and at most at 1")
     cli_utils.check_base_model(args, "StableDiffusionXL", COMPONENTS)
+    cli_utils.check_part(args, "pretrained_unet_model_name_or_path", "UNet2DConditionModel", "unet")
+    cli_utils.check_part(args, "pretrained_vae_model_name_or_path", "AutoencoderKL")
     return args
 
 
