@@ -24,6 +24,11 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 OPTIMIZERS = ("adamw", "prodigy", "adafactor")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 MODEL_OR_DATA = {"pretrained_model_name_or_path", "dataset_name", "train_data_dir", "instance_data_dir"}
+PATHS = (
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "pretrained_unet_model_name_or_path",
+    "pretrained_transformer_model_name_or_path", "train_data_dir", "instance_data_dir", "validation_data_dir",
+    "init_lora", "bnb_quantization_config_path",
+)  # fmt: skip
 SECRETS = ("hub_token",)  # flags whose values never reach a file, a log or a tracker
 
 
@@ -128,6 +133,10 @@ class FlagParser(argparse.ArgumentParser):
             if not isinstance(value, bool):
                 raise UserError(f"--config {path}: {key} is {value!r}; it must be true or false")
             return value
+        if isinstance(value, list) and (action.nargs not in ("+", "*") or not value):
+            raise UserError(f"--config {path}: {key} is {value!r}; it takes one value")
+        if value is False and "no" in (action.choices or ()):  # YAML reads a bare no as false
+            value = "no"
         values = value if isinstance(value, list) else [value]
         try:
             values = [action.type(str(item)) if action.type else str(item) for item in values]
@@ -135,12 +144,14 @@ class FlagParser(argparse.ArgumentParser):
             raise UserError(f"--config {path}: {key}: {error}") from None
         if action.choices and any(item not in action.choices for item in values):
             raise UserError(f"--config {path}: {key} is {value!r}; choose from {', '.join(map(str, action.choices))}")
-        if key in ("pretrained_model_name_or_path", "train_data_dir") and (path.parent / values[0]).exists():
+        if key in PATHS and (path.parent / values[0]).exists():
             values = [str((path.parent / values[0]).resolve())]
         return values if action.nargs in ("+", "*") else values[0]
 
 
-def save_recipe(args, path, skip=("config", "embedded_default", "dry_run", "debug", "local_rank")):
+def save_recipe(
+    args, path, skip=("config", "embedded_default", "dry_run", "debug", "local_rank", "resume_from_checkpoint")
+):
     """Write the resolved flags, secrets left out, as a YAML file that `--config` reads."""
     flags = {key: value for key, value in vars(args).items() if key not in SECRETS and key not in skip}
     Path(path).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
@@ -186,6 +197,8 @@ def add_model_arguments(parser):
     add("--revision", help="revision of the base model on the Hub")
     add("--variant", help="file variant of the base model, e.g. fp16")
     add("--pretrained_vae_model_name_or_path", help="another autoencoder, e.g. madebyollin/sdxl-vae-fp16-fix")
+    add("--single_file", action="store_true", help="save a whole model as one file too, model.safetensors for ComfyUI "
+        "and A1111")  # fmt: skip
     group = parser.add_argument_group("LoRA")
     add = group.add_argument
     add("--use_lora", action="store_true", help="train a LoRA; without it the whole denoiser is trained")
@@ -359,7 +372,7 @@ NOT_NEGATIVE = (
     "learning_rate", "text_encoder_lr", "lr_warmup_steps", "lr_power", "adam_weight_decay", "max_grad_norm", "seed",
     "ema_update_after_step", "dataloader_num_workers", "num_validation_images", "lpl_start",
 )  # fmt: skip
-SHARES = ("proportion_empty_prompts", "lora_dropout", "ema_decay", "adam_beta1", "adam_beta2")
+SHARES = ("proportion_empty_prompts", "lora_dropout", "ema_decay")
 LORA_ONLY = (
     "rank", "lora_alpha", "lora_layers", "lora_dropout", "use_dora", "train_text_encoder", "init_lora",
     "output_kohya_format", "bnb_quantization_config_path",
@@ -388,12 +401,24 @@ def check_flags(args):
         require(folder is None or Path(folder).is_dir(), f"--{name} {folder}: there is no such folder")
     require(not args.validation_compare or args.validation_prompt, "--validation_compare needs a --validation_prompt")
     if args.num_validation_images == 0:
-        args.validation_prompt = None
+        args.validation_prompt, args.validation_compare = None, False
+    check_output_dir(args)
     check_lora_flags(args)
     check_quantization(args)
     check_optimizer_flags(args)
     check_installed(args)
     check_lpl_flags(args)
+
+
+def check_output_dir(args):
+    """The output folder must not be this repository, nor hold what the run starts from."""
+    output_dir = Path(args.output_dir).resolve()
+    require(output_dir != REPOSITORY, f"--output_dir {args.output_dir} is this repository: name a folder of its own")
+    for name in (*PATHS[:4], "init_lora"):
+        value = getattr(args, name, None)
+        inside = value and Path(value).exists() and Path(value).resolve().is_relative_to(output_dir)
+        require(not inside, f"--{name} {value} lies in --output_dir {args.output_dir}, which the run will write to: "
+                "name another output folder")  # fmt: skip
 
 
 def exclude(args, *names):
@@ -404,6 +429,8 @@ def exclude(args, *names):
 
 def check_lora_flags(args):
     """Flags that make no sense without --use_lora, or together."""
+    require(not (args.single_file and args.use_lora),
+            "--single_file is for whole models; a LoRA for other programs is --output_kohya_format")  # fmt: skip
     for name in LORA_ONLY:
         require(args.use_lora or not getattr(args, name), f"--{name} does nothing without --use_lora")
     for name in ("rank", "lora_alpha", "lora_layers", "use_dora"):
@@ -435,6 +462,10 @@ def check_optimizer_flags(args):
             f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other")  # fmt: skip
     require(args.optimizer != "prodigy" or args.text_encoder_lr in (None, args.learning_rate),
             "--optimizer prodigy has one step size for all: leave --text_encoder_lr out")  # fmt: skip
+    for name in ("adam_beta1", "adam_beta2"):
+        require(0 <= getattr(args, name) < 1, f"--{name} is {getattr(args, name)}; it must lie between 0 and 1")
+    require(args.lr_scheduler != "polynomial" or args.learning_rate > 1e-7,
+            "--lr_scheduler polynomial ends at 1e-7: --learning_rate must be above that")  # fmt: skip
     require(args.optimizer != "prodigy" or args.learning_rate > 0, "--optimizer prodigy needs --learning_rate above 0")
     for name in ("offload_ema", "foreach_ema", "ema_update_after_step"):
         require(args.use_ema or not getattr(args, name), f"--{name} does nothing without --use_ema")
@@ -457,6 +488,9 @@ def check_installed(args):
 
 def check_lpl_flags(args):
     """Ranges and contradictions of the loss' flags."""
+    for name, default in {"lpl_weight": "auto", "lpl_share": 0.2, "lpl_scale": False, "lpl_start": 0}.items():
+        require(args.use_lpl or getattr(args, name) == default, f"--{name} does nothing without --use_lpl")
+    require(args.lpl_weight == "auto" or args.lpl_share == 0.2, "--lpl_share does nothing beside a --lpl_weight")
     exclude(args, "lpl_t_threshold", "lpl_sigma_threshold")
     if args.lpl_t_threshold is not None:
         require(0 < args.lpl_t_threshold <= 1000,
@@ -478,9 +512,14 @@ def find_images(args):
                             max_samples=args.max_train_samples)  # fmt: skip
     images, held_out = scan.images, []
     if args.validation_data_dir:
-        held_out = scan_folder(args.validation_data_dir, **columns).images
+        try:
+            held_out = scan_folder(args.validation_data_dir, **columns).images
+        except DataError as error:
+            raise DataError(str(error).replace("--train_data_dir", "--validation_data_dir")) from error
     elif args.validation_split:
-        images, held_out = hold_out(images, args.validation_split)
+        share = args.validation_split
+        wanted = share if share >= 1 else share * len(images)
+        images, held_out = hold_out(images, min(wanted, args.max_validation_samples) if wanted >= 1 else share)
     return replace(scan, images=images[: args.max_train_samples]), held_out[: args.max_validation_samples]
 
 

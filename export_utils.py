@@ -1,11 +1,12 @@
-"""Results in the layouts that other programs read: a LoRA in kohya's format, and a whole SDXL pipeline as one file.
+"""Results in the layouts that other programs read: a LoRA in kohya's format, and a whole pipeline as one file.
 
-A LoRA is given as `parts`, as `lora_utils.adapters` returns it: {"unet", "text_encoder", "text_encoder_2": (layers,
-config)}, as far as trained.
+A LoRA is given as `parts`, as `lora_utils.adapters` returns it: {"unet" or "transformer", "text_encoder",
+"text_encoder_2": (layers, config)}, as far as trained.
 
 "Original" names are those of Stability AI's code. ComfyUI, A1111 and sd-scripts build the same modules and look LoRA
 layers up by these names, and diffusers knows them. Diffusers' own block numbers are read by fewer: older sd-scripts
-ignore them, A1111 misplaces an upsampler with them, and diffusers itself loses `add_embedding`.
+ignore them, A1111 misplaces an upsampler with them, and diffusers itself loses `add_embedding`. Of SD3,
+diffusers reads no kohya file at all: it takes its own, which lies beside it.
 """
 
 import math
@@ -14,7 +15,7 @@ import re
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
@@ -22,8 +23,14 @@ from cli_utils import require
 from lora_utils import nested
 
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
-KOHYA_PREFIXES = {"unet": "lora_unet_", "text_encoder": "lora_te1_", "text_encoder_2": "lora_te2_"}
+KOHYA_PREFIXES = {
+    "unet": "lora_unet_",
+    "transformer": "lora_unet_",
+    "text_encoder": "lora_te1_",
+    "text_encoder_2": "lora_te2_",
+}
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+SD3_COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Names, from diffusers and transformers to the original
@@ -49,6 +56,44 @@ UNET_PARTS = {
     "conv_shortcut": "skip_connection",
     "conv": "conv",
 }
+MMDIT_ENDS = {
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+MMDIT_PARTS = {  # of a block; qkv.0, .1 and .2 are the thirds of one layer
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "attn.to_q": "x_block.attn.qkv.0",
+    "attn.to_k": "x_block.attn.qkv.1",
+    "attn.to_v": "x_block.attn.qkv.2",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn2.to_q": "x_block.attn2.qkv.0",
+    "attn2.to_k": "x_block.attn2.qkv.1",
+    "attn2.to_v": "x_block.attn2.qkv.2",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.add_q_proj": "context_block.attn.qkv.0",
+    "attn.add_k_proj": "context_block.attn.qkv.1",
+    "attn.add_v_proj": "context_block.attn.qkv.2",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn.to_add_out": "context_block.attn.proj",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+MMDIT_LAYER = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
+THIRD = re.compile(r"(.+qkv)[._]([012])(\..+)")  # a name of MMDIT_PARTS, or kohya's form of it, with what follows
 VAE_PARTS = {
     "down_blocks.": "down.",
     ".resnets.": ".block.",
@@ -95,6 +140,20 @@ def unet_name(module, config):
     return f"input_blocks.{1 + number}.{slot}.{part}" if side == "down" else f"output_blocks.{number}.{slot}.{part}"
 
 
+def mmdit_name(module):
+    """The original name of a module of SD3's transformer; `….qkv.0` to `….qkv.2` are the thirds of `….qkv`."""
+    match = MMDIT_LAYER.fullmatch(module)
+    part = MMDIT_PARTS.get(match[2]) if match else MMDIT_ENDS.get(module)
+    require(part, f"transformer.{module} has no place in SD3's original layout, which other programs read")
+    return f"joint_blocks.{match[1]}.{part}" if match else part
+
+
+def to_shift_and_scale(module, value, config):
+    """Rows of SD3's `module` in the original order: shift, then scale, where diffusers' is scale, then shift."""
+    last_context = f"transformer_blocks.{config.num_layers - 1}.norm1_context.linear"
+    return torch.cat(value.chunk(2)[::-1]) if module in ("norm_out.linear", last_context) else value
+
+
 def vae_name(parameter, num_blocks):
     """The original name of a parameter of the autoencoder: up blocks count down, middle resnets from 1."""
     parameter = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{num_blocks - 1 - int(match[1])}", parameter)
@@ -120,7 +179,7 @@ def write(path, tensors, metadata):
 # LoRA
 
 
-def kohya_state_dict(parts, unet_config):
+def kohya_state_dict(parts, denoiser_config):
     """The layers under kohya's names: `lora_unet_….lora_down.weight` (r, …), `.lora_up.weight` (…, r), `.alpha` ().
 
     Readers scale a layer by its alpha / r. Diffusers loses alphas that differ within a model, so each is `lora_alpha`,
@@ -132,26 +191,69 @@ def kohya_state_dict(parts, unet_config):
             module, _, matrix = key.removesuffix(".weight").rpartition(".")
             require(matrix in ("lora_A", "lora_B"), f"{part}.{key}: kohya's format holds plain LoRA only; drop "
                     "--use_dora or --output_kohya_format")  # fmt: skip
-            name = unet_name(module, unet_config) if part == "unet" else nested(module)
-            name = KOHYA_PREFIXES[part] + name.replace(".", "_")
+            name = KOHYA_PREFIXES[part] + original_name(part, module, denoiser_config).replace(".", "_")
             if matrix == "lora_B":
                 alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
                 factor = alpha / config.lora_alpha * (math.sqrt(value.shape[1]) if config.use_rslora else 1)
                 value = value if factor == 1 else value * factor
+                value = to_shift_and_scale(module, value, denoiser_config) if part == "transformer" else value
                 tensors[f"{name}.alpha"] = torch.tensor(float(config.lora_alpha))
             tensors[f"{name}.{'lora_up' if matrix == 'lora_B' else 'lora_down'}.weight"] = value
+    return fuse_thirds(tensors)
+
+
+def original_name(part, module, denoiser_config):
+    """The original name of a module of a part of the pipeline."""
+    if part == "unet":
+        return unet_name(module, denoiser_config)
+    return mmdit_name(module) if part == "transformer" else nested(module)
+
+
+def fuse_thirds(tensors):
+    """Join the LoRAs of queries, keys and values, named `…_qkv_0` to `…_qkv_2`, to one of the layer `…_qkv`.
+
+    Its rank is R, the sum of theirs, and its `lora_up` (3 width, R) is block-diagonal, with rows of zeros for a third
+    that has no LoRA. Its alpha is the sum of those of its n thirds: of equal rank r, they keep their strength, as
+    n alpha / (n r) = alpha / r; otherwise the `lora_up` of one of rank r is multiplied by R / (n r).
+    """
+    layers = {}
+    for name in [name for name in tensors if THIRD.fullmatch(name)]:
+        layer, third, leaf = THIRD.fullmatch(name).groups()
+        layers.setdefault(layer, {}).setdefault(leaf, {})[int(third)] = tensors.pop(name)
+    for layer, leaves in layers.items():
+        downs, ups = leaves[".lora_down.weight"], leaves[".lora_up.weight"]
+        rank, width = sum(map(len, downs.values())), len(next(iter(ups.values())))
+        ups = {third: up * (rank / (len(ups) * up.shape[1])) for third, up in ups.items()}
+        blocks = [ups.get(third, torch.zeros(width, 0)) for third in range(3)]
+        tensors[f"{layer}.lora_down.weight"] = torch.cat([downs[third] for third in sorted(downs)])
+        tensors[f"{layer}.lora_up.weight"] = torch.block_diag(*blocks)
+        tensors[f"{layer}.alpha"] = sum(leaves[".alpha"].values())
     return tensors
 
 
-def save_kohya(folder, parts, unet_config):
-    """Write `pytorch_lora_weights_kohya.safetensors`, a LoRA of SDXL for ComfyUI, A1111 and sd-scripts."""
-    tensors = kohya_state_dict(parts, unet_config)
+def kohya_version(denoiser_config):
+    """(network module, base model's version) as sd-scripts writes and reads them."""
+    if "joint_attention_dim" not in denoiser_config:
+        return "networks.lora", "sdxl_base_v1-0"
+    if denoiser_config.qk_norm is None:
+        return "networks.lora_sd3", "3-medium"
+    return "networks.lora_sd3", "3-5-medium" if denoiser_config.dual_attention_layers else "3-5-large"
+
+
+def save_kohya(folder, parts, denoiser_config):
+    """Write `pytorch_lora_weights_kohya.safetensors`, a LoRA for ComfyUI, sd-scripts and (SDXL only) A1111.
+
+    denoiser_config: of the UNet or the transformer. SD3's readers take heads of width 64 for granted where they read a
+    whole model, not in a LoRA, so one for a smaller model is written like any other.
+    """
+    tensors = kohya_state_dict(parts, denoiser_config)
     ranks = {value.shape[0] for name, value in tensors.items() if "lora_down" in name}
     alphas = {value.item() for name, value in tensors.items() if name.endswith(".alpha")}
+    module, version = kohya_version(denoiser_config)
     metadata = {
         "format": "pt",
-        "ss_network_module": "networks.lora",
-        "ss_base_model_version": "sdxl_base_v1-0",
+        "ss_network_module": module,
+        "ss_base_model_version": version,
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
     }
@@ -171,9 +273,22 @@ def original_unet(unet):
     return tensors
 
 
+def original_transformer(transformer):
+    """SD3's transformer's tensors under their original names; queries, keys and values in one, (3 width, …)."""
+    tensors, thirds = {}, {}
+    for parameter, value in transformer.state_dict().items():
+        module, _, leaf = parameter.rpartition(".")
+        name = leaf if module == "pos_embed" else f"{mmdit_name(module)}.{leaf}"
+        if match := THIRD.fullmatch(name):
+            thirds.setdefault(match[1] + match[3], {})[match[2]] = value
+        else:
+            tensors[name] = to_shift_and_scale(module, value, transformer.config)
+    return tensors | {name: torch.cat([found[third] for third in "012"]) for name, found in thirds.items()}
+
+
 def original_vae(vae):
     """The autoencoder's tensors under their original names; there its attention is 1x1 convolutions, (C, C, 1, 1)."""
-    require(type(vae) is AutoencoderKL, f"vae: {type(vae).__name__} has no place in SDXL's original layout")
+    require(type(vae) is AutoencoderKL, f"vae: {type(vae).__name__} has no place in the original layout")
     tensors = {vae_name(name, len(vae.config.up_block_types)): value for name, value in vae.state_dict().items()}
     return {name: value[:, :, None, None] if ".attn_1." in name and value.ndim == 2 else value
             for name, value in tensors.items()}  # fmt: skip
@@ -202,21 +317,55 @@ def original_state_dict(unet, vae, text_encoder, text_encoder_2):
     }  # fmt: skip
 
 
+def original_sd3_state_dict(transformer, vae, text_encoder, text_encoder_2, text_encoder_3):
+    """A whole SD3 under the names of Stability AI's file; text_encoder_3 (T5) may be None.
+
+    Readers take the projection of `text_encoder` (CLIP-L) for the identity: ComfyUI skips it, diffusers sets it. Any
+    other is multiplied into the first layer that sees its output, (width, pooled), so that nothing is lost.
+    """
+    clip_l, clip_g = text_encoder.state_dict(), text_encoder_2.state_dict()
+    t5 = text_encoder_3.state_dict() if text_encoder_3 is not None else {}
+    if t5:  # one tensor, which diffusers' loader looks for under both names; a file holds no tensor twice
+        t5["encoder.embed_tokens.weight"] = t5["shared.weight"].clone()
+    mmdit = original_transformer(transformer)
+    projection, pooled = clip_l["text_projection.weight"], mmdit["y_embedder.mlp.0.weight"]
+    mmdit["y_embedder.mlp.0.weight"] = torch.cat([pooled[:, : len(projection)] @ projection.to(pooled),
+                                                  pooled[:, len(projection) :]], dim=1)  # fmt: skip
+    clip_l["text_projection.weight"] = torch.eye(projection.shape[1])
+    return {
+        **{f"model.diffusion_model.{name}": value for name, value in mmdit.items()},
+        **{f"first_stage_model.{name}": value for name, value in original_vae(vae).items()},
+        **{f"text_encoders.clip_l.transformer.{nested(name)}": value for name, value in clip_l.items()},
+        **{f"text_encoders.clip_g.transformer.{nested(name)}": value for name, value in clip_g.items()},
+        **{f"text_encoders.t5xxl.transformer.{name}": value for name, value in t5.items()},
+    }
+
+
+LAYOUTS = {  # pipeline class: (its models, what makes one dictionary of them)
+    StableDiffusionXLPipeline: (COMPONENTS, original_state_dict),
+    StableDiffusion3Pipeline: (SD3_COMPONENTS, original_sd3_state_dict),
+}
+
+
 def save_single_file(pipeline, path, dtype=torch.float16):
-    """Write a whole SDXL pipeline (or the folder of one) as the single file that ComfyUI and A1111 load.
+    """Write a whole SDXL or SD3 (the pipeline, or its folder) as the single file that ComfyUI (SDXL: A1111) loads.
 
     Programs that read it know a v-prediction model by the empty tensor `v_pred` and its zero terminal SNR by `ztsnr`,
-    and take everything else for granted: SDXL's shapes, its noise schedule, 0.13025 as the scale of the latents.
+    and take everything else for granted. SDXL: the shapes, the noise schedule, 0.13025 as the scale of the latents.
+    SD3: as many heads, of width 64, as blocks, a timestep shift of 3, 1.5305 and 0.0609 as scale and shift.
     """
-    if not isinstance(pipeline, StableDiffusionXLPipeline):
-        pipeline = StableDiffusionXLPipeline.from_pretrained(pipeline, dtype=dtype)
-    schedule, models = pipeline.scheduler.config, [getattr(pipeline, name) for name in COMPONENTS]
-    require(schedule.prediction_type in ("epsilon", "v_prediction"),
-            f"prediction type {schedule.prediction_type}: other programs know epsilon and v_prediction")  # fmt: skip
-    require(not any(".lora_A." in name for model in models for name in model.state_dict()),
+    if not isinstance(pipeline, DiffusionPipeline):
+        pipeline = DiffusionPipeline.from_pretrained(pipeline, dtype=dtype)
+    require(type(pipeline) in LAYOUTS, f"{type(pipeline).__name__}: single files are there for SDXL and SD3")
+    components, layout = LAYOUTS[type(pipeline)]
+    schedule, models = pipeline.scheduler.config, [getattr(pipeline, name) for name in components]
+    prediction_type = schedule.get("prediction_type", "epsilon")  # flow matching has no choice of it
+    require(prediction_type in ("epsilon", "v_prediction"),
+            f"prediction type {prediction_type}: other programs know epsilon and v_prediction")  # fmt: skip
+    require(not any(".lora_A." in name for model in models if model is not None for name in model.state_dict()),
             "the pipeline has a LoRA loaded: call its fuse_lora() and unload_lora_weights() before")  # fmt: skip
-    tensors = {name: value.to("cpu", dtype) for name, value in original_state_dict(*models).items()}
-    if schedule.prediction_type == "v_prediction":
+    tensors = {name: value.to("cpu", dtype) for name, value in layout(*models).items()}
+    if prediction_type == "v_prediction":
         tensors["v_pred"] = torch.tensor([])
     if schedule.get("rescale_betas_zero_snr", False):
         tensors["ztsnr"] = torch.tensor([])

@@ -43,10 +43,13 @@ def add_adapters(args, models, pipeline_class, targets):
             init_lora_weights="gaussian",
             target_modules=list(layers),
         )
+        names = [name for name, _ in model.named_modules()]
+        missing = [layer for layer in layers if not any(f".{name}".endswith(f".{layer}") for name in names)]
+        require(not missing, f"--lora_layers: the {part} has no layer called {', '.join(missing)}")
         try:
             model.add_adapter(config, adapter_name=ADAPTER)
-        except ValueError as error:
-            raise UserError(f"--lora_layers {args.lora_layers}: {error}") from None
+        except ValueError as error:  # e.g. a layer of a kind that can't have one
+            raise UserError(f"--lora_layers: {error}") from None
     for model in models.values():
         for name, parameter in model.named_parameters():
             if "lora_" in name:

@@ -131,7 +131,7 @@ class Gallery:
         self.compare, self.draw_rows, self.start = args.validation_compare, draw, None
 
     def draw_start(self):
-        """Draw the model that the run started from, or take the pictures of it that an interrupted run left."""
+        """Draw the model that the run started from, and keep its pictures in `validation/before`."""
         self.start = self.draw_rows()
         folder = self.folder / "before"
         folder.mkdir(parents=True, exist_ok=True)

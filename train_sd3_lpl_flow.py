@@ -70,9 +70,6 @@ def parse_args(argv=None):
     if args.embedded_default:
         print(f"No model and no data named: using the embedded examples, {EMBEDDED_DEFAULT.relative_to(REPOSITORY)}.")
     cli_utils.check_flags(args)
-    require(
-        not args.output_kohya_format, "--output_kohya_format is not there for SD3 yet; the LoRA loads in diffusers"
-    )
     require(args.max_sequence_length > 0, f"--max_sequence_length is {args.max_sequence_length}; it must be above 0")
     require(args.logit_std > 0, f"--logit_std is {args.logit_std}; it must be above 0")
     require(-1 <= args.mode_scale <= 2 / (math.pi - 2),
@@ -83,6 +80,13 @@ def parse_args(argv=None):
     require(not args.lora_blocks or all(word.strip().isdigit() for word in args.lora_blocks.split(",")),
             f"--lora_blocks {args.lora_blocks}: expected numbers such as 0,1,12")  # fmt: skip
     cli_utils.check_base_model(args, "StableDiffusion3", COMPONENTS)
+    config = cli_utils.model_file(args.pretrained_model_name_or_path, "config.json", args.revision, "transformer")
+    blocks = cli_utils.read_json(config)["num_layers"] if config else 0
+    wrong = [block for block in (args.lora_blocks or "").split(",") if block.strip() and int(block) >= blocks]
+    require(not wrong, f"--lora_blocks {args.lora_blocks}: the transformer has blocks 0 to {blocks - 1}")
+    patch = 8 * (cli_utils.read_json(config)["patch_size"] if config else 2)
+    require(args.resolution % patch == 0,
+            f"--resolution is {args.resolution}; it must be a multiple of {patch}, the pixels of a token")  # fmt: skip
     cli_utils.check_part(args, "pretrained_transformer_model_name_or_path", "SD3Transformer2DModel", "transformer")
     cli_utils.check_part(args, "pretrained_vae_model_name_or_path", "AutoencoderKL")
     return args
@@ -113,6 +117,7 @@ import plan_utils
 import report_utils
 import train_utils
 from cache_utils import encode_images, model_identity, prompt_key, rows_of
+from export_utils import save_kohya, save_single_file
 from lora_utils import adapters, add_adapters, load_lora, lora_layers, save_lora
 from lpl_utils import AutoWeight, DecoderStages, LatentPerceptualLoss, estimate_z0, lpl_noise_scale, noise_to_signal
 from plan_utils import lpl_config, lpl_dtype
@@ -236,7 +241,10 @@ def has_t5(args):
 def load_tokenizers(args):
     """Two CLIP tokenizers, and T5's where the pipeline has it."""
     names = ["tokenizer", "tokenizer_2"] + ["tokenizer_3"] * has_t5(args)
-    return [load_part(args, AutoTokenizer, name) for name in names]
+    tokenizers = [load_part(args, AutoTokenizer, name) for name in names]
+    for tokenizer, length in zip(tokenizers, (77, 77, args.max_sequence_length), strict=False):
+        tokenizer.model_max_length = length
+    return tokenizers
 
 
 TEXT_ENCODERS = {"text_encoder": CLIPTextModelWithProjection, "text_encoder_2": CLIPTextModelWithProjection}
@@ -297,7 +305,7 @@ def build_denoiser(args, dtype, device):
     name, subfolder, revision, variant = denoiser_place(args)
     transformer = SD3Transformer2DModel.from_pretrained(
         name, subfolder=subfolder, revision=revision, variant=variant,
-        dtype=dtype if args.use_lora else torch.float32, **train_utils.quantization(args),
+        dtype=dtype if args.use_lora else torch.float32, **train_utils.quantization(args, dtype),
     )  # fmt: skip
     text_encoders = load_text_encoders(args, dtype, "cpu") if args.train_text_encoder else ()
     torch.manual_seed(args.seed)  # the LoRA's initial weights
@@ -412,11 +420,16 @@ def fill_caches(args, images, held_out, dtype, accelerator):
         "dtype": str(dtype),
         "length": args.max_sequence_length,
     }
-    return cache_utils.fill_caches(
-        args, images, held_out, accelerator, prompt_id,
-        lambda captions: encode_prompts(captions, tokenizers(), text_encoders(), t5(), args),
-        lambda items: encode_images(items, vae(), args),
-    )  # fmt: skip
+
+    def encode(captions):
+        return encode_prompts(captions, tokenizers(), text_encoders(), t5(), args)
+
+    def encode_latents(items):
+        text_encoders.cache_clear()  # one model at a time
+        t5.cache_clear()
+        return encode_images(items, vae(), args)
+
+    return cache_utils.fill_caches(args, images, held_out, accelerator, prompt_id, encode, encode_latents)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -518,6 +531,8 @@ def draw(denoiser, vae, prompt_store, recipe):
     """Draw every validation prompt, with the same seeds every time: [(prompt, [images])]."""
     args = recipe.args
     scheduler = load_part(args, FlowMatchEulerDiscreteScheduler, "scheduler")
+    if not args.use_lora:  # a whole model is saved with the shift that it was trained with
+        scheduler = scheduler.from_config(scheduler.config, shift=recipe.schedule.shift)
     text_parts = dict.fromkeys(
         f"{kind}{number}" for kind in ("tokenizer", "text_encoder") for number in ("", "_2", "_3")
     )
@@ -581,6 +596,8 @@ def save_result(args, denoiser, schedule):
     folder = Path(args.output_dir)
     if args.use_lora:
         save_weights(folder, denoiser, args)
+        if args.output_kohya_format:
+            save_kohya(folder, adapters(denoiser.models()), denoiser.transformer.config)
         return
     more = {} if has_t5(args) else {"text_encoder_3": None, "tokenizer_3": None}
     if args.pretrained_vae_model_name_or_path:
@@ -591,6 +608,8 @@ def save_result(args, denoiser, schedule):
     )  # fmt: skip
     pipeline.scheduler.register_to_config(shift=schedule.shift)
     pipeline.save_pretrained(folder)
+    if args.single_file:
+        save_single_file(pipeline, folder / "model.safetensors")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -698,6 +717,8 @@ def main(args, scan, held_out=()):
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
+        if aside := train_utils.set_aside(output_dir, resume_from):
+            accelerator.print(f"Results of an earlier run are kept in {aside}")
         if args.push_to_hub:
             args.hub_model_id = hub_utils.check_access(
                 args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo
@@ -727,6 +748,8 @@ def main(args, scan, held_out=()):
         load_weights(resume_from, bare_denoiser, args)
         first_step = state.load(resume_from)
         accelerator.print(f"Resumed from {resume_from} at step {first_step}")
+        if first_step >= total_steps:
+            accelerator.print(f"--max_train_steps {total_steps} is reached already: the result is saved once more")
     reporter = report_utils.Reporter(args, accelerator, "sd3-lpl", train_utils.metric_names(args), first_step)
     metrics = reporter.metrics
 
@@ -739,6 +762,8 @@ def main(args, scan, held_out=()):
         return losses
 
     def validate(step):
+        if not held_out and not args.validation_prompt:
+            return
         with reporter.paused(), train_utils.averaged_weights(ema, parameters):
             if held_out:
                 reporter.log(step, measure_held_out())

@@ -38,8 +38,6 @@ def build_parser():
         "--pretrained_unet_model_name_or_path",
         help="another UNet: a folder or Hub name with its config.json, or with unet/",
     )
-    add("--single_file", action="store_true", help="save the trained model as one file, model.safetensors, too: for "
-        "ComfyUI and A1111")  # fmt: skip
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="default: the base model's")
     add("--snr_gamma", type=float, help="weight the diffusion loss by min(SNR, gamma); 5 is usual (default: off)")
     add("--timestep_bias_strategy", choices=("none", "earlier", "later", "range"), default="none",
@@ -59,8 +57,6 @@ def parse_args(argv=None):
     if args.embedded_default:
         print(f"No model and no data named: using the embedded examples, {EMBEDDED_DEFAULT.relative_to(REPOSITORY)}.")
     cli_utils.check_flags(args)
-    require(not (args.single_file and args.use_lora),
-            "--single_file is for whole models; a LoRA for other programs is --output_kohya_format")  # fmt: skip
     require(not args.single_file or args.prediction_type != "sample",
             "--single_file: other programs can't tell --prediction_type sample from epsilon")  # fmt: skip
     require(args.snr_gamma is None or args.snr_gamma > 0, f"--snr_gamma is {args.snr_gamma}; it must be above 0")
@@ -265,7 +261,7 @@ def build_denoiser(args, dtype, device):
     name, subfolder, revision, variant = denoiser_place(args)
     unet = UNet2DConditionModel.from_pretrained(
         name, subfolder=subfolder, revision=revision, variant=variant,
-        dtype=dtype if args.use_lora else torch.float32, **train_utils.quantization(args),
+        dtype=dtype if args.use_lora else torch.float32, **train_utils.quantization(args, dtype),
     )  # fmt: skip
     text_encoders = load_text_encoders(args, dtype, "cpu") if args.train_text_encoder else ()
     torch.manual_seed(args.seed)  # the LoRA's initial weights
@@ -363,9 +359,11 @@ def fill_caches(args, images, held_out, dtype, accelerator):
             return rows_of(tokenize(captions, tokenizers()))
         return encode_prompts(captions, tokenizers(), text_encoders())
 
-    return cache_utils.fill_caches(
-        args, images, held_out, accelerator, prompt_id, encode, lambda items: encode_images(items, vae(), args)
-    )
+    def encode_latents(items):
+        text_encoders.cache_clear()  # one model at a time
+        return encode_images(items, vae(), args)
+
+    return cache_utils.fill_caches(args, images, held_out, accelerator, prompt_id, encode, encode_latents)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -374,7 +372,7 @@ def fill_caches(args, images, held_out, dtype, accelerator):
 
 def conditioning(batch, recipe, dropout):
     """(prompt, time_ids) for `Denoiser`; a share `dropout` of the prompts is replaced by the unconditional one."""
-    return choose_prompts(batch, recipe, dropout), to_device(batch["time_ids"], recipe.device, recipe.dtype)
+    return choose_prompts(batch, recipe, dropout), to_device(batch["time_ids"], recipe.device)
 
 
 def denoise(denoiser, latents, noise, timesteps, conditions, recipe):
@@ -661,6 +659,8 @@ def main(args, scan, held_out=()):
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
+        if aside := train_utils.set_aside(output_dir, resume_from):
+            accelerator.print(f"Results of an earlier run are kept in {aside}")
         if args.push_to_hub:
             args.hub_model_id = hub_utils.check_access(
                 args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo
@@ -690,6 +690,8 @@ def main(args, scan, held_out=()):
         load_weights(resume_from, bare_denoiser, args)
         first_step = state.load(resume_from)
         accelerator.print(f"Resumed from {resume_from} at step {first_step}")
+        if first_step >= total_steps:
+            accelerator.print(f"--max_train_steps {total_steps} is reached already: the result is saved once more")
     reporter = report_utils.Reporter(args, accelerator, "sdxl-lpl", train_utils.metric_names(args), first_step)
     metrics = reporter.metrics
 
@@ -702,6 +704,8 @@ def main(args, scan, held_out=()):
         return losses
 
     def validate(step):
+        if not held_out and not args.validation_prompt:
+            return
         with reporter.paused(), train_utils.averaged_weights(ema, parameters):
             if held_out:
                 reporter.log(step, measure_held_out())

@@ -6,15 +6,17 @@ folder called checkpoint-N is always complete.
 
 import contextlib
 import json
+import math
 import os
 import re
 import shutil
 from dataclasses import dataclass
+from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import ProjectConfiguration
+from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from safetensors.torch import load_file, save_file
 from tqdm.auto import tqdm
 
@@ -33,6 +35,9 @@ from data_utils import (
 from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLGate, noise_to_signal
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
+SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer: a resumed run may change them
+OLD_RESULTS = ("checkpoint-*", "validation", "image_*.png", "pytorch_lora_weights*.safetensors", "model.safetensors",
+               "model_index.json", "README.md", "run.png")  # fmt: skip
 HELD_OUT_LEVELS = 10  # noise levels at which the held-out loss is measured
 HELD_OUT_SEED = 0  # of its noise: not --seed, so that runs with different seeds can be compared
 
@@ -94,6 +99,7 @@ def save_checkpoint(output_dir, step, state, save_model, limit=None):
     for path in [*temporary.rglob("*"), temporary]:
         sync_to_disk(path)
     final = output_dir / f"checkpoint-{step}"
+    shutil.rmtree(output_dir / f".old-checkpoint-{step}", ignore_errors=True)  # of a save that was killed
     if final.exists():  # an older run's: it stays complete until the new one is
         os.replace(final, output_dir / f".old-checkpoint-{step}")
     os.replace(temporary, final)
@@ -102,6 +108,30 @@ def save_checkpoint(output_dir, step, state, save_model, limit=None):
     for _, folder in list_checkpoints(output_dir)[:-limit] if limit else []:
         shutil.rmtree(folder)
     return final
+
+
+def set_aside(output_dir, resume_from):
+    """Move what an earlier run left in the output folder to `previous-1` and so on, so that it is not taken for ours.
+
+    On a fresh start these are its results and checkpoints; resuming, the checkpoints after the one resumed from.
+    Returns the folder, or None when there was nothing to move.
+    """
+    output_dir = Path(output_dir)
+    if resume_from is not None:
+        step = int(CHECKPOINT.match(resume_from.name)[1]) if CHECKPOINT.match(resume_from.name) else None
+        old = [folder for found, folder in list_checkpoints(output_dir) if step is not None and found > step]
+    elif (output_dir / "config.yaml").is_file():  # the mark of an earlier run
+        old = [path for pattern in OLD_RESULTS for path in output_dir.glob(pattern)]
+    else:
+        old = []
+    if not old:
+        return None
+    number = 1 + sum(1 for _ in output_dir.glob("previous-*"))
+    place = output_dir / f"previous-{number}"
+    place.mkdir()
+    for path in old:
+        os.replace(path, place / path.name)
+    return place
 
 
 class TrainingState:
@@ -142,8 +172,10 @@ class TrainingState:
         for name, value in tensors.items():
             kind, rest = name.split("/", 1)
             part.setdefault(kind, {})[rest] = value
+        settings = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
         load_optimizer(self.optimizer, part.get("optimizer", {}), info["optimizer"])
         self.lr_scheduler.load_state_dict(info["lr_scheduler"])
+        self._take_settings(settings)
         if self.scaler and info["scaler"]:
             self.scaler.load_state_dict(info["scaler"])
         if self.ema is not None:
@@ -153,6 +185,18 @@ class TrainingState:
         if self.auto_weight is not None and "auto_weight" in part:
             self.auto_weight.load_state_dict(part["auto_weight"])
         return info["step"]
+
+    def _take_settings(self, settings):
+        """What the flags say now counts, not what they said when the checkpoint was written."""
+        for index, (group, now) in enumerate(zip(self.optimizer.param_groups, settings, strict=True)):
+            for key, value in now.items():
+                before = tuple(group[key]) if isinstance(group[key], list) else group[key]
+                if before != value:
+                    print(f"{key} was {before} in the checkpoint, is {value} from now on")
+                    group[key] = value
+            rate = now["initial_lr"] * self.lr_scheduler.lr_lambdas[index](self.lr_scheduler.last_epoch)
+            if self.lr_scheduler.base_lrs[index] != now["initial_lr"]:
+                self.lr_scheduler.base_lrs[index], group["lr"] = now["initial_lr"], rate
 
 
 def is_plain(value):
@@ -196,32 +240,36 @@ def find_checkpoint(resume_from_checkpoint, output_dir):
 # Optimizer and schedule
 
 
-def quantization(args):
-    """Arguments of `from_pretrained` for --bnb_quantization_config_path."""
+def quantization(args, dtype):
+    """Arguments of `from_pretrained` for --bnb_quantization_config_path; 4-bit weights compute in `dtype`."""
     if not args.bnb_quantization_config_path:
         return {}
     from diffusers import BitsAndBytesConfig
 
-    return {"quantization_config": BitsAndBytesConfig(**read_json(args.bnb_quantization_config_path))}
+    settings = {"bnb_4bit_compute_dtype": str(dtype)[6:]} | read_json(args.bnb_quantization_config_path)
+    return {"quantization_config": BitsAndBytesConfig(**settings)}
 
 
 def build_optimizer(args, groups):
     """The optimizer of --optimizer and --use_8bit_adam; groups: [{"params", "lr"}]."""
     betas = (args.adam_beta1, args.adam_beta2)
+    rate = {"lr": args.learning_rate}  # also as the optimizer's default, which a polynomial schedule looks at
     if args.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
         return Prodigy(
-            groups, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon, use_bias_correction=True,
-            safeguard_warmup=True,
+            groups, **rate, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
+            use_bias_correction=True, safeguard_warmup=True,
         )  # fmt: skip
     if args.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 
         # with a learning rate of its own: neither the relative step nor the scaling by a tensor's size, which for
         # LoRA's zeros at the start would be next to nothing
-        return Adafactor(groups, weight_decay=args.adam_weight_decay, relative_step=False, scale_parameter=False)
-    settings = dict(betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
+        return Adafactor(
+            groups, **rate, weight_decay=args.adam_weight_decay, relative_step=False, scale_parameter=False
+        )
+    settings = dict(**rate, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
     if args.use_8bit_adam:
         import bitsandbytes
 
@@ -338,9 +386,10 @@ def metric_names(args):
 
 def to_device(tensor, device, dtype=None):
     """A CPU tensor on the device, by way of pinned memory where that keeps the host from waiting."""
+    tensor = tensor.to(dtype=dtype)  # before it is pinned: a copy that converts goes by unpinned memory
     if torch.device(device).type == "cuda" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
-    return tensor.to(device, dtype, non_blocking=True)
+    return tensor.to(device, non_blocking=True)
 
 
 def learning_rates(optimizer):
@@ -404,12 +453,21 @@ class Recipe:
 def start_accelerator(args):
     """The Accelerator, with trackers below the output folder."""
     logging_dir = Path(args.output_dir, args.logging_dir)
+    patience = timedelta(hours=12)  # other ranks wait while the first encodes and draws; NCCL's own is 10 minutes
     accelerator = Accelerator(
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logging_dir),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
     )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU, and none is here; use bf16 or no")
+    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
+        raise UserError(
+            f"accelerate is configured for {accelerator.distributed_type.value}, which is not supported yet; give "
+            "accelerate launch a configuration without it"
+        )
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
@@ -419,7 +477,7 @@ def sample_latents(batch, recipe):
     """z_0 (B, C, h, w) in model space, float32: a sample of the autoencoder's posterior."""
     if "pixel_values" in batch:
         with torch.no_grad():
-            pixels = batch["pixel_values"].to(recipe.device, torch.float32)
+            pixels = to_device(batch["pixel_values"], recipe.device)
             posterior = recipe.encoder.encode(pixels).latent_dist
         mean, std = posterior.mean, posterior.std
     else:
@@ -494,7 +552,7 @@ def batches(args, images, prompt_store, latent_store, accelerator, first_step, l
 
 def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics):
     """The optimizer step at the end of the accumulation: clip, step, schedule, average."""
-    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm)
+    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # 0: no clipping
     metrics.add("grad_norm", grad_norm)
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)

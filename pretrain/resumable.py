@@ -13,7 +13,8 @@ def save_state(folder, step, model, optimizer, ema):
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     temporary.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model/{name}": value.contiguous() for name, value in model.state_dict().items()}
+    # copies, since a file holds no tensor under two names and T5 has its embeddings twice
+    tensors = {f"model/{name}": value.clone().contiguous() for name, value in model.state_dict().items()}
     tensors |= {f"ema/{index}": value.contiguous() for index, value in enumerate(ema.shadow_params)}
     for index, entries in optimizer.state_dict()["state"].items():
         tensors |= {

@@ -40,17 +40,27 @@ def test_every_kind_of_command_is_covered():
     known = ("make demo", "make test", "python3 -m venv", "pip install", "accelerate launch", "python -m pytest",
              "python hub_utils.py")  # fmt: skip
     assert [line for line in BASH if line.strip() and not line.startswith(known)] == []
-    assert len(commands("accelerate launch")) == 3 and len(commands("python hub_utils.py")) == 1
+    assert len(commands("accelerate launch")) == 5 and len(commands("python hub_utils.py")) == 1
 
 
-def test_the_plain_command_runs_on_the_embedded_default(tmp_path):
-    """`accelerate launch train_sdxl_lpl.py --use_lpl`, shortened: no model, no data, no network."""
-    [words] = [words for words in commands("accelerate launch") if len(words) == 4]
+@pytest.mark.parametrize("script", ["train_sdxl_lpl.py", "train_sd3_lpl_flow.py"])
+def test_the_plain_command_runs_on_the_embedded_default(script, tmp_path):
+    """`accelerate launch SCRIPT --use_lpl`, shortened: no model, no data, no network."""
+    [words] = [words for words in commands("accelerate launch") if len(words) == 4 and script in words]
     said = launch(words, "--output_dir", tmp_path, "--max_train_steps", 12, "--validation_steps", 12,
                   "--num_validation_images", 1, "--cache_dir", tmp_path / "cache")  # fmt: skip
     assert "No model and no data named" in said and "96 images with 96 captions" in said
     assert str(tmp_path / "validation" / "step-12.png") in said
     assert (tmp_path / "run.png").is_file() and (tmp_path / "model_index.json").is_file()
+
+
+def test_the_sd3_lora_command(sd3_folder, pictures, tmp_path):
+    """With only model, pictures and size replaced."""
+    [words] = [words for words in commands("accelerate launch") if "my-sd3-lora" in words]
+    words = [str(pictures) if word == "my-pictures" else word for word in words]
+    launch(words, "--output_dir", tmp_path / "out", "--pretrained_model_name_or_path", sd3_folder, "--resolution", 64,
+           "--max_train_steps", 2, "--validation_steps", 2, "--cache_dir", tmp_path / "cache")  # fmt: skip
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
 
 
 def test_the_held_out_command(tmp_path):
@@ -86,7 +96,9 @@ def test_the_lora_command_the_snippet_that_loads_it_and_publishing(sdxl_folder, 
 
 
 def test_make_targets_stand_for_the_plain_commands():
-    for target, wanted in {"demo": "train_sdxl_lpl.py --use_lpl", "test": "python -m pytest"}.items():
+    wanted_by = {"demo": "train_sdxl_lpl.py --use_lpl", "demo-sd3": "train_sd3_lpl_flow.py --use_lpl",
+                 "test": "python -m pytest"}  # fmt: skip
+    for target, wanted in wanted_by.items():
         said = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
         assert wanted in said
 
@@ -114,6 +126,7 @@ ALLOWED = {
     "plan_utils": {"cli_utils", "lora_utils", "lpl_utils", "train_utils"},
     "report_utils": {"cli_utils", "hub_utils", "train_utils"},
     "train_sdxl_lpl": UTILS,
+    "train_sd3_lpl_flow": UTILS,
 }
 
 
@@ -132,8 +145,9 @@ def test_imports_point_one_way(name):
 
 
 def test_the_tiny_pipeline_is_small_and_the_pictures_are_captioned():
-    size = sum(path.stat().st_size for path in (ROOT / "examples" / "tiny-sdxl").rglob("*") if path.is_file())
-    assert size <= 15e6
+    for name in ("tiny-sdxl", "tiny-sd3"):
+        size = sum(path.stat().st_size for path in (ROOT / "examples" / name).rglob("*") if path.is_file())
+        assert size <= 15e6, name
     from data_utils import scan_folder
 
     assert len(scan_folder(ROOT / "examples" / "fluent-emoji").images) == 96

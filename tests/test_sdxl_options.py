@@ -215,7 +215,7 @@ def test_optimizers_train_and_resume_bit_for_bit(flags, tmp_path, optimizer):
     rows = [json.loads(line) for line in (tmp_path / "whole/logs/metrics.jsonl").read_text().splitlines()]
     assert ("lr/d*lr" in rows[-1]) == (optimizer == "prodigy")
     plain = tmp_path / "plain"
-    run(*flags, "--max_train_steps", 6, "--output_dir", plain)
+    run(*flags, "--use_lora", "--max_train_steps", 6, "--output_dir", plain)
     assert weights(plain) != weights(tmp_path / "whole")
 
 
@@ -351,6 +351,32 @@ def test_held_out_loss_is_what_it_says(flags, sdxl_folder, pictures, tmp_path):
     assert rows[0]["validation/lpl_loss"] > 0
 
 
+def test_held_out_loss_is_without_dropouts(flags, tmp_path):
+    """Neither captions nor a LoRA's inputs are dropped in it, whatever is dropped in training."""
+    flags = [*flags, "--use_lora", "--validation_split", 3, "--max_train_steps", 1, "--learning_rate", 0]
+    run(
+        *flags,
+        "--rank",
+        4,
+        "--lora_alpha",
+        64,
+        "--learning_rate",
+        0.05,
+        "--max_train_steps",
+        3,
+        "--output_dir",
+        tmp_path / "a",
+    )
+    flags = [flag for flag in flags if flag != "--use_lora"] + ["--use_lora", "--init_lora", tmp_path / "a"]
+    plain = run(*flags, "--output_dir", tmp_path / "b")
+    dropped = run(*flags, "--lora_dropout", 0.7, "--proportion_empty_prompts", 1, "--output_dir", tmp_path / "c")
+    assert validation_rows(plain)[0] == pytest.approx(validation_rows(dropped)[0], rel=1e-6)
+    losses = [[row["train_loss"] for row in rows if "train_loss" in row] for rows in (plain, dropped)]
+    assert losses[0] != losses[1], "while the loss in training feels both"
+    alone = run(*flags, "--lora_dropout", 0.7, "--output_dir", tmp_path / "d")
+    assert [row["train_loss"] for row in alone if "train_loss" in row] != losses[0], "a continued LoRA's dropout too"
+
+
 def test_held_out_images_are_not_trained_on(flags, pictures, tmp_path):
     images = scan_folder(pictures).images
     training, held_out = hold_out(images, 0.34)
@@ -367,6 +393,9 @@ def test_held_out_images_are_not_trained_on(flags, pictures, tmp_path):
     args = train_sdxl_lpl.parse_args([*flags, "--validation_split", "0.34"])
     scan, held = cli_utils.find_images(args)
     assert (len(scan.images), len(held)) == (4, 2)
+    args = train_sdxl_lpl.parse_args([*flags, "--validation_split", "5", "--max_validation_samples", "2"])
+    scan, held = cli_utils.find_images(args)
+    assert (len(scan.images), len(held)) == (4, 2), "no more are held out than are measured"
     for amount in ("0.01", "6", "99"):
         args = train_sdxl_lpl.parse_args([*flags, "--validation_split", amount])
         with pytest.raises(cli_utils.DataError, match="--validation_split"):

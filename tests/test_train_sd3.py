@@ -212,7 +212,7 @@ def test_what_training_sees_is_what_the_pipeline_encodes(kind, flags, sd3_folder
     if kind == "no-t5":
         folder = tmp_path / "model"
         sd3_pipeline(t5=False, sd35=True).save_pretrained(folder)
-    words = [*flags, "--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache"), "--random_flip"]
+    words = [*flags, "--output_dir", str(tmp_path / "out"), "--cache_dir", str(tmp_path / "cache"), "--random_flip"]
     words += ["--pretrained_model_name_or_path", str(folder), "--max_sequence_length", str(length)]
     args = train_sd3_lpl_flow.parse_args(words)
     AcceleratorState._reset_state(True)
@@ -341,6 +341,23 @@ def test_saving_leaves_the_live_model_as_it_was(flags, tmp_path):
     assert [row["train_loss"] for row in often] == [row["train_loss"] for row in never]
 
 
+def test_files_for_other_programs(flags, sd3_folder, tmp_path):
+    """A LoRA in kohya's names, and a whole model as one file that diffusers' converter reads back."""
+    from diffusers import SD3Transformer2DModel
+
+    run(*flags, *TEXT, "--output_kohya_format", "--max_train_steps", 1, "--output_dir", tmp_path / "lora")
+    names = load_file(tmp_path / "lora" / "pytorch_lora_weights_kohya.safetensors").keys()
+    assert "lora_unet_joint_blocks_0_x_block_attn_qkv.alpha" in names
+    assert any(name.startswith("lora_te2_text_model_") for name in names)
+    run(*flags, "--single_file", "--learning_rate", 0.01, "--max_train_steps", 1, "--output_dir", tmp_path / "full")
+    single = tmp_path / "full" / "model.safetensors"
+    read = SD3Transformer2DModel.from_single_file(single, config=str(sd3_folder), subfolder="transformer")
+    saved = SD3Transformer2DModel.from_pretrained(tmp_path / "full", subfolder="transformer")
+    for name, value in saved.state_dict().items():
+        if "pos_embed.pos_embed" not in name and "text_embedder.linear_1" not in name:  # CLIP-L's projection is in it
+            assert torch.allclose(value, read.state_dict()[name].float(), atol=2e-3), name
+
+
 def test_lora_layers_and_blocks(flags, tmp_path):
     run(*flags, "--use_lora", "--lora_layers", "attn.to_q,attn.to_k", "--lora_blocks", "0, 2", "--max_train_steps", 1,
         "--output_dir", tmp_path)  # fmt: skip
@@ -401,6 +418,23 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(flags, tmp_path):
     saved = [load_file(tmp_path / name / WEIGHTS) for name in ("one", "two")]
     for key, value in saved[0].items():
         assert torch.allclose(value, saved[1][key], atol=1e-6), key
+    rows = [[json.loads(line) for line in (tmp_path / name / "logs" / "metrics.jsonl").read_text().splitlines()]
+            for name in ("one", "two")]  # fmt: skip
+    held_out = [[row for row in run_ if "validation/diffusion_loss" in row] for run_ in rows]
+    assert len(held_out[0]) == 2
+    for a, b in zip(*held_out, strict=True):
+        assert a == pytest.approx(b, rel=1e-5)
+
+
+def test_validation_draws_with_the_shift_that_is_saved(flags, tmp_path):
+    """Full training with another shift: the last picture is what the saved pipeline draws."""
+    run(*flags, "--timestep_shift", 1.2, "--max_train_steps", 1, "--validation_prompt", "a red apple",
+        "--num_validation_images", 1, "--output_dir", tmp_path)  # fmt: skip
+    pipeline = StableDiffusion3Pipeline.from_pretrained(tmp_path)
+    image = pipeline("a red apple", generator=torch.Generator().manual_seed(3), num_inference_steps=28, height=64,
+                     width=64, max_sequence_length=77).images[0]  # fmt: skip
+    drawn = np.asarray(Image.open(tmp_path / "image_0.png"), dtype=np.int64)
+    assert np.abs(drawn - np.asarray(image, dtype=np.int64)).max() <= 1
 
 
 def test_held_out_losses_per_level(flags, tmp_path):
@@ -427,7 +461,7 @@ def edit_json(path, **changes):
 MISTAKES = [
     ("--pretrained_model_name_or_path {sdxl}", "is a StableDiffusionXLPipeline; this script trains StableDiffusion3"),
     ("--pretrained_model_name_or_path {gutted}", "transformer"),
-    ("--output_kohya_format --use_lora", "--output_kohya_format"),
+    ("--single_file --use_lora", "--single_file"),
     ("--weighting_scheme logitnormal", "--weighting_scheme"),
     ("--timestep_shift -1", "--timestep_shift"),
     ("--timestep_shift much", "--timestep_shift"),
@@ -435,7 +469,9 @@ MISTAKES = [
     ("--mode_scale 9", "--mode_scale is 9"),
     ("--lora_blocks 1", "--lora_blocks does nothing without --use_lora"),
     ("--use_lora --lora_blocks one", "--lora_blocks one"),
-    ("--use_lora --lora_blocks 99", "--lora_l"),
+    ("--use_lora --lora_blocks 0,99", "--lora_blocks 0,99: the transformer has blocks 0 to 2"),
+    ("--use_lora --lora_layers attn.to_q,attn.to_x", "the transformer has no layer called attn.to_x"),
+    ("--resolution 72", "--resolution is 72; it must be a multiple of 16"),
     ("--max_sequence_length 0", "--max_sequence_length"),
     ("--snr_gamma 5", "--snr_gamma"),
     ("--lpl_t_threshold 100 --lpl_sigma_threshold 3", "exclude each other"),

@@ -165,6 +165,41 @@ def test_resume_by_path_and_refusal_of_another_run(flags, tmp_path):
         run(*flags, "--max_train_steps", 6, "--resume_from_checkpoint", "checkpoint-99")
 
 
+def test_a_resumed_run_takes_the_flags_of_today(flags, tmp_path, capsys):
+    """Learning rate and weight decay may change at a resume, which is said; what did not change stays bit-exact."""
+    flags = [*flags, "--checkpointing_steps", 2, "--output_dir", tmp_path, "--lr_scheduler", "cosine"]
+    run(*flags, "--max_train_steps", 2)
+    rows = run(*flags, "--max_train_steps", 4, "--resume_from_checkpoint", "latest", "--learning_rate", 5e-5,
+               "--adam_weight_decay", 0.3)  # fmt: skip
+    said = capsys.readouterr().out
+    assert "initial_lr was 0.001 in the checkpoint, is 5e-05 from now on" in said and "weight_decay was 0.01" in said
+    assert rows[2]["lr"] == pytest.approx(5e-5 * 0.5 * (1 + math.cos(math.pi * 3 / 4)))
+
+
+def test_a_fresh_run_keeps_the_results_of_an_earlier_one_apart(flags, tmp_path):
+    """Its checkpoints are neither pruned by nor mistaken for the new run's; nor are those after a resumed step."""
+    flags = [
+        *flags,
+        "--use_lora",
+        "--checkpointing_steps",
+        2,
+        "--checkpoints_total_limit",
+        2,
+        "--output_dir",
+        tmp_path,
+    ]
+    run(*flags, "--max_train_steps", 8)
+    first = weights(tmp_path)
+    run(*flags, "--seed", 8, "--max_train_steps", 4)
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
+    kept = tmp_path / "previous-1"
+    assert {path.name for path in kept.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
+    assert weights(kept) == first != weights(tmp_path)
+    run(*flags, "--seed", 8, "--max_train_steps", 3, "--resume_from_checkpoint", "checkpoint-2")
+    assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2"}
+    assert (tmp_path / "previous-2" / "checkpoint-4").is_dir()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Caches
 
@@ -183,8 +218,9 @@ def test_a_second_run_encodes_nothing(flags, tmp_path, monkeypatch, capsys):
     second = run(*flags, "--output_dir", tmp_path / "b", "--adam_weight_decay", 0.5)
     assert "encoded 0 captions and 0 images" in capsys.readouterr().out
     assert second[0]["train_loss"] == first[0]["train_loss"]
-    with pytest.raises(AssertionError, match="an encoder was loaded"):  # another crop is another encoding
-        run(*flags, "--output_dir", tmp_path / "c", "--resolution", 32)
+    for more in (["--resolution", 32], ["--image_interpolation_mode", "nearest"]):  # another encoding each
+        with pytest.raises(AssertionError, match="an encoder was loaded"):
+            run(*flags, "--output_dir", tmp_path / "c", *more)
 
 
 def test_cached_latents_are_the_images(flags, sdxl_folder, pictures, tmp_path):
@@ -476,14 +512,14 @@ MISTAKES = [
     ("--lpl_threshold_resolution 256", "--lpl_sigma_threshold"),
     ("--rank 0 --use_lora", "--rank"),
     ("--lora_alpha 3", "without --use_lora"),
-    ("--lora_layers no_such_layer --use_lora", "--lora_layers no_such_layer"),
+    ("--lora_layers no_such_layer --use_lora", "has no layer called no_such_layer"),
     ("--train_batch_size 0", "--train_batch_size"),
     ("--snr_gamma 0", "--snr_gamma"),
     ("--timestep_bias_begin 500 --timestep_bias_end 100", "--timestep_bias_begin"),
     ("--dataset_name someone/something", "exclude each other"),
     ("--train_data_dir /no/such/folder", "/no/such/folder"),
     ("--train_data_dir {empty}", "no images"),
-    ("--train_data_dir {uncaptioned}", "caption"),
+    ("--train_data_dir {uncaptioned}", "1 of 1 images in"),
     ("--train_data_dir {listed} --caption_column prompt", "prompt"),
     ("--pretrained_model_name_or_path {sd15}", "StableDiffusionPipeline"),
     ("--pretrained_model_name_or_path {gutted}", "text_encoder_2"),
@@ -517,6 +553,15 @@ MISTAKES = [
     ("--pretrained_unet_model_name_or_path {empty}", "no config.json nor unet/config.json"),
     ("--pretrained_vae_model_name_or_path {sd15}/unet", "found UNet2DConditionModel, expected AutoencoderKL"),
     ("--push_to_hub", "no token for the Hub"),
+    ("--mixed_precision fp16", "--mixed_precision fp16 needs a GPU"),
+    ("--lpl_weight 3", "--lpl_weight does nothing without --use_lpl"),
+    ("--use_lpl --lpl_weight 3 --lpl_share 0.3", "--lpl_share does nothing beside a --lpl_weight"),
+    ("--adam_beta1 1", "--adam_beta1"),
+    ("--lr_scheduler polynomial --learning_rate 1e-8", "--lr_scheduler polynomial"),
+    ("--use_lora --lora_layers to_q,typo", "the unet has no layer called typo"),
+    ("--validation_data_dir {none}", "--validation_data_dir: there are no images"),
+    ("--config {list}", "learning_rate is [0.1, 0.2]; it takes one value"),
+    ("--use_lora --init_lora {inside}", "lies in --output_dir"),
 ]
 
 
@@ -533,7 +578,11 @@ def test_mistakes_are_told_before_weights_load(mistake, said, flags, wrong_model
     (listed / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "hello"}\n')
     recipe = tmp_path / "recipe.yaml"
     recipe.write_text("learning_rat: 1\n")
-    places = {**wrong_models, "uncaptioned": uncaptioned, "listed": listed, "recipe": recipe}
+    (tmp_path / "list.yaml").write_text("learning_rate: [0.1, 0.2]\n")
+    inside = tmp_path / "out" / "old"
+    inside.mkdir(parents=True)
+    places = {**wrong_models, "uncaptioned": uncaptioned, "listed": listed, "recipe": recipe, "none": empty,
+              "list": tmp_path / "list.yaml", "inside": inside}  # fmt: skip
     places |= {"empty": empty} if "train_data_dir" in mistake else {}
     loaded = []
     for name in ("build_denoiser", "load_vae", "load_text_encoders"):

@@ -19,7 +19,6 @@ OWN_FUNCTIONS = {
 OWN_FLAGS = {
     "snr_gamma", "prediction_type", "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_begin",
     "timestep_bias_end", "timestep_bias_portion",  # SDXL's discrete schedule
-    "single_file",  # SD3's original layout: not there yet
     "pretrained_unet_model_name_or_path", "pretrained_transformer_model_name_or_path",
     "max_sequence_length", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "precondition_outputs",
     "timestep_shift", "lora_blocks",
