@@ -84,6 +84,14 @@ def test_text_encoder_lr(flags, tmp_path):
     assert moved == {"unet"}
 
 
+def test_scaling_the_learning_rate_scales_both(flags, tmp_path):
+    """--scale_lr multiplies both rates by the images of a step, here 4."""
+    flags = [*flags, *TEXT, "--max_train_steps", 2]
+    run(*flags, "--scale_lr", "--text_encoder_lr", 0.0002, "--output_dir", tmp_path / "scaled")
+    run(*flags, "--learning_rate", 0.004, "--text_encoder_lr", 0.0008, "--output_dir", tmp_path / "given")
+    assert weights(tmp_path / "scaled") == weights(tmp_path / "given")
+
+
 def test_checkpointing_and_precision_with_text_encoders(flags, tmp_path):
     flags = [*flags, *TEXT, "--max_train_steps", 2]
     exact = run(*flags, "--output_dir", tmp_path / "a")
