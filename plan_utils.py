@@ -8,38 +8,8 @@ import torch
 import cli_utils
 from cli_utils import require
 from lora_utils import lora_config
-from lpl_utils import DecoderStages, LatentPerceptualLoss, LPLConfig, LPLGate
-from train_utils import HELD_OUT_LEVELS
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The perceptual loss, from flags
-
-
-def lpl_config(args):
-    """The loss' configuration; by default as many samples are decoded at a time as have the size of one of 1024 px."""
-    by_default = "stage" if args.gradient_checkpointing else "none"
-    return LPLConfig(
-        num_blocks=args.lpl_num_blocks,
-        norm_type=args.lpl_norm_type,
-        loss_type=args.lpl_loss_type,
-        pow_law=args.lpl_pow_law,
-        remove_outliers=args.lpl_remove_outliers,
-        checkpointing=args.lpl_checkpointing or by_default,
-        batch_size=args.lpl_batch_size or max(1, round((1024 / args.resolution) ** 2)),
-    )
-
-
-def lpl_gate(args, **by_default):
-    """Which samples get the loss; by_default: LPLGate's threshold when no flag gives one."""
-    if args.lpl_t_threshold is None and args.lpl_sigma_threshold is None:
-        return LPLGate(**by_default, resolution=args.resolution)
-    return LPLGate(args.lpl_t_threshold, args.lpl_sigma_threshold, args.lpl_threshold_resolution, args.resolution)
-
-
-def lpl_dtype(args, mixed_precision):
-    """The decoder's dtype in the loss."""
-    name = args.lpl_vae_dtype or ("bfloat16" if mixed_precision == "bf16" else "float32")
-    return getattr(torch, name)
+from lpl_utils import DecoderStages, LatentPerceptualLoss
+from train_utils import HELD_OUT_LEVELS, lpl_config
 
 
 def latent_side(args, vae):

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import os
 import time
 from pathlib import Path
 
@@ -154,8 +153,8 @@ class Gallery:
         return rows
 
 
-def model_card(args, kind, steps, images, gate):
-    """What the model card says of a run; kind: "sdxl" or "sd3", gate: the `LPLGate` (used with --use_lpl)."""
+def model_card(args, kind, steps, images_per_step, images, gate):
+    """What the model card says of a run; kind: "sdxl" or "sd3", images: trained on, gate: the `LPLGate`."""
     lpl = {}
     if args.use_lpl:
         threshold = "timesteps below" if gate.t_threshold is not None else "noise / signal up to"
@@ -172,9 +171,7 @@ def model_card(args, kind, steps, images, gate):
         }
     training = {
         "steps": steps,
-        "images per step": args.train_batch_size
-        * args.gradient_accumulation_steps
-        * int(os.environ.get("WORLD_SIZE", 1)),
+        "images per step": images_per_step,
         "resolution": args.resolution,
         "learning rate": args.learning_rate,
         "schedule": args.lr_scheduler,

@@ -84,6 +84,7 @@ from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 import cache_utils
+import checkpoint_utils
 import hub_utils
 import plan_utils
 import report_utils
@@ -91,16 +92,21 @@ import train_utils
 from cache_utils import encode_images, model_identity, prompt_key, rows_of
 from export_utils import save_kohya, save_single_file
 from lora_utils import adapters, add_adapters, load_lora, lora_layers, save_lora
-from lpl_utils import AutoWeight, DecoderStages, LatentPerceptualLoss, estimate_z0, lpl_noise_scale, noise_to_signal
-from plan_utils import lpl_config, lpl_dtype
+from lpl_utils import DecoderStages, estimate_z0, lpl_noise_scale, noise_to_signal
 from train_utils import (
-    Recipe,
+    build_recipe,
     choose_prompts,
+    load_part,
+    load_part_config,
+    load_vae,
+    lpl_dtype,
+    parameter_groups,
     sample_latents,
     sample_noise,
     sample_timesteps,
     seed_lora_dropout,
     to_device,
+    vae_config,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -177,32 +183,6 @@ class Schedule:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
-
-
-def load_part(args, cls, subfolder, **more):
-    """One component of the base pipeline."""
-    return cls.from_pretrained(args.pretrained_model_name_or_path, subfolder=subfolder, revision=args.revision, **more)
-
-
-def load_vae(args, dtype, device):
-    """The frozen autoencoder, evaluated in `dtype`, channels-last."""
-    if args.pretrained_vae_model_name_or_path:
-        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype)
-    else:
-        vae = load_part(args, AutoencoderKL, "vae", variant=args.variant, dtype=dtype)
-    return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
-
-
-def vae_config(args):
-    """The autoencoder's config.json as a dictionary, without loading weights."""
-    if args.pretrained_vae_model_name_or_path:
-        return AutoencoderKL.load_config(args.pretrained_vae_model_name_or_path)
-    return load_part_config(args, AutoencoderKL, "vae")
-
-
-def load_part_config(args, cls, subfolder):
-    """The config.json of one component."""
-    return cls.load_config(args.pretrained_model_name_or_path, subfolder=subfolder, revision=args.revision)
 
 
 def load_tokenizers(args):
@@ -291,20 +271,6 @@ def prepare_for_training(denoiser, args):
             if encoder is not None:
                 encoder.gradient_checkpointing_enable({"use_reentrant": False})
     return denoiser.train()
-
-
-def parameter_groups(denoiser, args):
-    """[{"params", "lr"}]: the UNet's trainable parameters, then the text encoders'."""
-    rates = {"unet": args.learning_rate}
-    text_rate = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
-    groups = [
-        {
-            "params": [parameter for parameter in model.parameters() if parameter.requires_grad],
-            "lr": rates.get(name, text_rate),
-        }
-        for name, model in denoiser.models().items()
-    ]
-    return [group for group in groups if group["params"]]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -447,9 +413,8 @@ def perceptual_loss(model_pred, noisy_latents, latents, timesteps, recipe):
 # Validation
 
 
-def held_out_step(batch, latents, noise, timesteps, with_lpl, denoiser, recipe):
+def held_out_step(conditions, latents, noise, timesteps, with_lpl, denoiser, recipe):
     """(diffusion losses (B,), LPL (B,) or None) of held-out images at given noise and timesteps."""
-    conditions = conditioning(batch, recipe, dropout=0)
     with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
         errors, model_pred, noisy_latents = denoise(denoiser, latents, noise, timesteps, conditions, recipe)
     if not with_lpl:
@@ -555,7 +520,7 @@ def save_result(args, denoiser, schedule):
 
 def lpl_gate(args):
     """Which samples get the loss; with no threshold given: t < 200, a fifth of uniform timesteps."""
-    return plan_utils.lpl_gate(args, t_threshold=200)
+    return train_utils.gate_from_flags(args, t_threshold=200)
 
 
 def build_on_meta(args, dtype, vae_dtype):
@@ -619,30 +584,14 @@ def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, tot
 
 def prepare_recipe(args, accelerator, schedule, dtype, prompt_store, encode_in_steps, measure_lpl):
     """(recipe, autoencoder or None): everything but the models that are trained, loaded."""
-    vae = None
-    if args.use_lpl or measure_lpl or args.validation_prompt:
-        vae = load_vae(args, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
-    index = cli_utils.read_json(
-        cli_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    )
-    empty_is_zero = index.get("force_zeros_for_empty_prompt", True)
+    index = cli_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
+    empty_is_zero = cli_utils.read_json(index).get("force_zeros_for_empty_prompt", True)
     empty = prompt_store.get(prompt_key(""))
     if empty_is_zero and not args.train_text_encoder:
         empty = {name: torch.zeros_like(value) for name, value in empty.items()}
-    samples_per_step = args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes
-    space = vae_config(args)
-    recipe = Recipe(
-        args, accelerator.device, schedule, dtype, samples_per_step, space["scaling_factor"],
-        space.get("shift_factor") or 0.0, empty, empty_is_zero,
-    )  # fmt: skip
-    if encode_in_steps:
-        recipe.encoder = load_vae(args, torch.float32, accelerator.device)
-    if args.use_lpl or measure_lpl:
-        recipe.lpl = LatentPerceptualLoss(vae, lpl_config(args))
-        recipe.gate = lpl_gate(args)
-    if args.use_lpl and args.lpl_weight == "auto":
-        recipe.auto_weight = AutoWeight(args.lpl_share).to(accelerator.device)
-    return recipe, vae
+    return build_recipe(
+        args, accelerator, schedule, dtype, empty, empty_is_zero, lpl_gate(args), encode_in_steps, measure_lpl
+    )
 
 
 def main(args, scan, held_out=()):
@@ -652,14 +601,14 @@ def main(args, scan, held_out=()):
     schedule = Schedule(args)
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     total_steps = args.max_train_steps or -(-args.num_train_epochs * len(scan.images) // batch_size)
-    resume_from = train_utils.checkpoint_to_resume(args)
+    resume_from = checkpoint_utils.checkpoint_to_resume(args)
     check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps)
     if args.dry_run:
         return
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     if accelerator.is_main_process:
-        if aside := train_utils.set_aside(output_dir, resume_from):
+        if aside := checkpoint_utils.set_aside(output_dir, resume_from):
             accelerator.print(f"Results of an earlier run are kept in {aside}")
         if args.push_to_hub:
             args.hub_model_id = hub_utils.check_access(
@@ -679,8 +628,8 @@ def main(args, scan, held_out=()):
     lr_scheduler = train_utils.build_lr_scheduler(args, optimizer, total_steps)
     ema = train_utils.build_ema(args, parameters)
     denoiser, optimizer = accelerator.prepare(bare_denoiser, optimizer)
-    state = train_utils.TrainingState(
-        optimizer, lr_scheduler, accelerator.scaler, ema, recipe.auto_weight, train_utils.run_identity(args)
+    state = checkpoint_utils.TrainingState(
+        optimizer, lr_scheduler, accelerator.scaler, ema, recipe.auto_weight, checkpoint_utils.run_identity(args)
     )
     gallery = report_utils.Gallery(args, lambda: draw(bare_denoiser, vae, prompt_store, recipe))
     if accelerator.is_main_process and args.validation_compare:
@@ -699,7 +648,8 @@ def main(args, scan, held_out=()):
         was_training = bare_denoiser.training
         bare_denoiser.eval()
         measure = functools.partial(held_out_step, denoiser=bare_denoiser, recipe=recipe)
-        losses = train_utils.held_out_losses(held_out, prompt_store, latent_store, recipe, accelerator, measure)
+        stores = prompt_store, latent_store
+        losses = train_utils.held_out_losses(held_out, *stores, recipe, accelerator, conditioning, measure)
         bare_denoiser.train(was_training)
         return losses
 
@@ -733,7 +683,7 @@ def main(args, scan, held_out=()):
         done = step + 1
         reporter.step(done, batch_size, train_utils.learning_rates(optimizer), bar, last=done == total_steps)
         if accelerator.is_main_process and done % args.checkpointing_steps == 0:
-            train_utils.save_checkpoint(
+            checkpoint_utils.save_checkpoint(
                 output_dir, done, state, lambda folder: save_weights(folder, bare_denoiser, args),
                 args.checkpoints_total_limit,
             )  # fmt: skip
@@ -743,7 +693,7 @@ def main(args, scan, held_out=()):
     if accelerator.is_main_process:
         with train_utils.averaged_weights(ema, parameters):
             save_result(args, bare_denoiser, schedule)
-        card = report_utils.model_card(args, "sdxl", total_steps, len(scan.images), lpl_gate(args))
+        card = report_utils.model_card(args, "sdxl", total_steps, batch_size, len(scan.images), lpl_gate(args))
         hub_utils.write_card(output_dir, card)
         reporter.finish(
             f"SDXL {'LoRA' if args.use_lora else 'full'} fine-tuning, {'with' if args.use_lpl else 'without'} LPL"

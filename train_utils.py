@@ -1,15 +1,7 @@
-"""What the recipes share and nobody would edit: checkpoints, optimizers, metrics, estimates.
-
-Checkpoints hold safetensors and JSON, never pickle. They are written to a temporary folder and renamed, so that a
-folder called checkpoint-N is always complete.
-"""
+"""What the recipes share and nobody would edit: models, optimizers, metrics, samples, the held-out loss."""
 
 import contextlib
-import json
 import math
-import os
-import re
-import shutil
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -17,7 +9,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
-from safetensors.torch import load_file, save_file
+from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from cache_utils import latent_key, prompt_key
@@ -30,210 +22,12 @@ from data_utils import (
     addressed_uniform,
     collate,
     stratified_uniform,
-    sync_to_disk,
 )
-from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLGate, noise_to_signal
+from lora_utils import is_text_encoder
+from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
 
-CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
-SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer: a resumed run may change them
-OLD_RESULTS = ("checkpoint-*", "validation", "image_*.png", "pytorch_lora_weights*.safetensors", "model.safetensors",
-               "model_index.json", "README.md", "run.png")  # fmt: skip
 HELD_OUT_LEVELS = 10  # noise levels at which the held-out loss is measured
 HELD_OUT_SEED = 0  # of its noise: not --seed, so that runs with different seeds can be compared
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Checkpoints
-
-
-def optimizer_to_tensors(optimizer):
-    """An optimizer's state as (tensors by path, JSON-able rest); bitsandbytes nests its entries in dictionaries."""
-    state = optimizer.state_dict()
-    tensors, rest, storages = {}, {"param_groups": state["param_groups"], "values": {}}, set()
-
-    def flatten(path, value):
-        if isinstance(value, dict):
-            for name, entry in value.items():
-                flatten(f"{path}/{name}", entry)
-        elif isinstance(value, torch.Tensor):
-            shared = value.untyped_storage().data_ptr() in storages  # safetensors refuses tensors that share memory
-            storages.add(value.untyped_storage().data_ptr())
-            tensors[path] = value.clone() if shared else value.contiguous()
-        else:
-            rest["values"][path] = value
-
-    for index, entries in state["state"].items():
-        flatten(str(index), entries)
-    return tensors, rest
-
-
-def load_optimizer(optimizer, tensors, rest):
-    """Put back what `optimizer_to_tensors` took."""
-    state = {}
-    for path, value in {**tensors, **rest["values"]}.items():
-        index, *names, last = path.split("/")
-        entries = state.setdefault(int(index), {})
-        for name in names:
-            entries = entries.setdefault(name, {})
-        entries[last] = value
-    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
-
-
-def list_checkpoints(output_dir):
-    """[(step, folder)] of the complete checkpoints of a run, oldest first."""
-    found = [(CHECKPOINT.match(path.name), path) for path in Path(output_dir).glob("checkpoint-*")]
-    return sorted((int(match[1]), path) for match, path in found if match and (path / "training_state.json").is_file())
-
-
-def save_checkpoint(output_dir, step, state, save_model, limit=None):
-    """Write checkpoint-`step`, and only then remove the oldest beyond `limit`.
-
-    state: a TrainingState; save_model: called with the folder, writes the trained weights in their usual layout.
-    """
-    output_dir = Path(output_dir)
-    temporary = output_dir / f".tmp-checkpoint-{step}"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    save_model(temporary)
-    state.save(temporary, step)
-    for path in [*temporary.rglob("*"), temporary]:
-        sync_to_disk(path)
-    final = output_dir / f"checkpoint-{step}"
-    shutil.rmtree(output_dir / f".old-checkpoint-{step}", ignore_errors=True)  # of a save that was killed
-    if final.exists():  # an older run's: it stays complete until the new one is
-        os.replace(final, output_dir / f".old-checkpoint-{step}")
-    os.replace(temporary, final)
-    sync_to_disk(output_dir)
-    shutil.rmtree(output_dir / f".old-checkpoint-{step}", ignore_errors=True)
-    for _, folder in list_checkpoints(output_dir)[:-limit] if limit else []:
-        shutil.rmtree(folder)
-    return final
-
-
-def set_aside(output_dir, resume_from):
-    """Move what an earlier run left in the output folder to `previous-1` and so on, so that it is not taken for ours.
-
-    On a fresh start these are its results and checkpoints; resuming, the checkpoints after the one resumed from.
-    Returns the folder, or None when there was nothing to move.
-    """
-    output_dir = Path(output_dir)
-    if resume_from is not None:
-        step = int(CHECKPOINT.match(resume_from.name)[1]) if CHECKPOINT.match(resume_from.name) else None
-        old = [folder for found, folder in list_checkpoints(output_dir) if step is not None and found > step]
-    elif (output_dir / "config.yaml").is_file():  # the mark of an earlier run
-        old = [path for pattern in OLD_RESULTS for path in output_dir.glob(pattern)]
-    else:
-        old = []
-    if not old:
-        return None
-    number = 1 + sum(1 for _ in output_dir.glob("previous-*"))
-    place = output_dir / f"previous-{number}"
-    place.mkdir()
-    for path in old:
-        os.replace(path, place / path.name)
-    return place
-
-
-class TrainingState:
-    """All of a run that is not weights: optimizer, LR schedule, scaler, EMA, LPL's running means, position.
-
-    Noise, timesteps and data order follow from the seed and the step, so no generator has a state to save.
-    """
-
-    def __init__(self, optimizer, lr_scheduler, scaler=None, ema=None, auto_weight=None, identity=None):
-        self.optimizer, self.lr_scheduler, self.scaler = optimizer, lr_scheduler, scaler
-        self.ema, self.auto_weight, self.identity = ema, auto_weight, identity or {}
-
-    def save(self, folder, step):
-        """Write training_state.safetensors and training_state.json into a folder."""
-        tensors, rest = optimizer_to_tensors(self.optimizer)
-        tensors = {f"optimizer/{name}": value for name, value in tensors.items()}
-        if self.ema is not None:
-            tensors |= {f"ema/{index}": value.contiguous() for index, value in enumerate(self.ema.shadow_params)}
-        if self.auto_weight is not None:
-            tensors |= {f"auto_weight/{name}": value for name, value in self.auto_weight.state_dict().items()}
-        schedule = {name: value for name, value in self.lr_scheduler.state_dict().items() if is_plain(value)}
-        info = {
-            "step": step,
-            "optimizer": rest,
-            "lr_scheduler": schedule,
-            "scaler": self.scaler.state_dict() if self.scaler else None,
-            "ema_step": self.ema.optimization_step if self.ema is not None else None,
-            "identity": self.identity,
-        }
-        save_file(tensors, Path(folder) / "training_state.safetensors")
-        (Path(folder) / "training_state.json").write_text(json.dumps(info, indent=1))
-
-    def load(self, folder):
-        """Restore from a checkpoint's folder; returns its step."""
-        info = json.loads((Path(folder) / "training_state.json").read_text())
-        tensors = load_file(Path(folder) / "training_state.safetensors")
-        part = {}
-        for name, value in tensors.items():
-            kind, rest = name.split("/", 1)
-            part.setdefault(kind, {})[rest] = value
-        settings = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
-        load_optimizer(self.optimizer, part.get("optimizer", {}), info["optimizer"])
-        self.lr_scheduler.load_state_dict(info["lr_scheduler"])
-        self._take_settings(settings)
-        if self.scaler and info["scaler"]:
-            self.scaler.load_state_dict(info["scaler"])
-        if self.ema is not None:
-            for index, shadow in enumerate(self.ema.shadow_params):
-                shadow.copy_(part["ema"][str(index)])
-            self.ema.optimization_step = info["ema_step"]
-        if self.auto_weight is not None and "auto_weight" in part:
-            self.auto_weight.load_state_dict(part["auto_weight"])
-        return info["step"]
-
-    def _take_settings(self, settings):
-        """What the flags say now counts, not what they said when the checkpoint was written."""
-        for index, (group, now) in enumerate(zip(self.optimizer.param_groups, settings, strict=True)):
-            for key, value in now.items():
-                before = tuple(group[key]) if isinstance(group[key], list) else group[key]
-                if before != value:
-                    print(f"{key} was {before} in the checkpoint, is {value} from now on")
-                    group[key] = value
-            rate = now["initial_lr"] * self.lr_scheduler.lr_lambdas[index](self.lr_scheduler.last_epoch)
-            if self.lr_scheduler.base_lrs[index] != now["initial_lr"]:
-                self.lr_scheduler.base_lrs[index], group["lr"] = now["initial_lr"], rate
-
-
-def is_plain(value):
-    """Whether JSON can hold it."""
-    if isinstance(value, (list, tuple)):
-        return all(is_plain(item) for item in value)
-    return isinstance(value, (int, float, str, bool, type(None)))
-
-
-def checkpoint_to_resume(args):
-    """The folder to resume from, or None for a fresh start. Raises UserError for none, or another run's."""
-    folder = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
-    if folder is not None:
-        found, wanted = json.loads((folder / "training_state.json").read_text())["identity"], run_identity(args)
-        different = [
-            f"{key} was {found.get(key)}, is {value}" for key, value in wanted.items() if found.get(key) != value
-        ]
-        if different:
-            flag = f"--resume_from_checkpoint {args.resume_from_checkpoint}"
-            raise UserError(f"{flag}: {folder} is of another run ({', '.join(different)})")
-    return folder
-
-
-def find_checkpoint(resume_from_checkpoint, output_dir):
-    """The folder that --resume_from_checkpoint means, or None."""
-    if not resume_from_checkpoint:
-        return None
-    if resume_from_checkpoint == "latest":
-        found = list_checkpoints(output_dir)
-        if not found:
-            print(f"--resume_from_checkpoint latest: no checkpoint in {output_dir} yet, starting fresh")
-        return found[-1][1] if found else None
-    # the diffusers scripts look for the name inside the output folder
-    for folder in (Path(resume_from_checkpoint), Path(output_dir) / Path(resume_from_checkpoint).name):
-        if (folder / "training_state.json").is_file():
-            return folder
-    raise UserError(f"--resume_from_checkpoint {resume_from_checkpoint}: no checkpoint there, nor in {output_dir}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -411,12 +205,78 @@ def validation_schedule(args, images, batch_size):
     return lambda step: step * batch_size // every > (step - 1) * batch_size // every
 
 
-def run_identity(args):
-    """What must be the same for a checkpoint to be resumed."""
-    names = ["use_lora", "seed", "use_ema", "optimizer", "use_8bit_adam", "timestep_sampling"]
-    if args.use_lora:
-        names += ["rank", "lora_alpha", "lora_layers", "use_dora", "train_text_encoder"]
-    return {name: getattr(args, name) for name in names}
+# ---------------------------------------------------------------------------------------------------------------------
+# Models of the base pipeline
+
+
+def load_part(args, cls, subfolder, **more):
+    """One component of the base pipeline."""
+    return cls.from_pretrained(args.pretrained_model_name_or_path, subfolder=subfolder, revision=args.revision, **more)
+
+
+def load_part_config(args, cls, subfolder):
+    """The config.json of one component."""
+    return cls.load_config(args.pretrained_model_name_or_path, subfolder=subfolder, revision=args.revision)
+
+
+def load_vae(args, dtype, device):
+    """The frozen autoencoder, evaluated in `dtype`, channels-last."""
+    if args.pretrained_vae_model_name_or_path:
+        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype)
+    else:
+        vae = load_part(args, AutoencoderKL, "vae", variant=args.variant, dtype=dtype)
+    return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+
+
+def vae_config(args):
+    """The autoencoder's config.json as a dictionary, without loading weights."""
+    if args.pretrained_vae_model_name_or_path:
+        return AutoencoderKL.load_config(args.pretrained_vae_model_name_or_path)
+    return load_part_config(args, AutoencoderKL, "vae")
+
+
+def parameter_groups(denoiser, args):
+    """[{"params", "lr"}]: the denoiser's trainable parameters, then the text encoders'."""
+    text_rate = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
+    groups = [
+        {
+            "params": [parameter for parameter in model.parameters() if parameter.requires_grad],
+            "lr": text_rate if is_text_encoder(name) else args.learning_rate,
+        }
+        for name, model in denoiser.models().items()
+    ]
+    return [group for group in groups if group["params"]]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The perceptual loss, from flags
+
+
+def lpl_config(args):
+    """The loss' configuration; by default as many samples are decoded at a time as have the size of one of 1024 px."""
+    by_default = "stage" if args.gradient_checkpointing else "none"
+    return LPLConfig(
+        num_blocks=args.lpl_num_blocks,
+        norm_type=args.lpl_norm_type,
+        loss_type=args.lpl_loss_type,
+        pow_law=args.lpl_pow_law,
+        remove_outliers=args.lpl_remove_outliers,
+        checkpointing=args.lpl_checkpointing or by_default,
+        batch_size=args.lpl_batch_size or max(1, round((1024 / args.resolution) ** 2)),
+    )
+
+
+def gate_from_flags(args, **by_default):
+    """Which samples get the loss; by_default: LPLGate's threshold when no flag gives one."""
+    if args.lpl_t_threshold is None and args.lpl_sigma_threshold is None:
+        return LPLGate(**by_default, resolution=args.resolution)
+    return LPLGate(args.lpl_t_threshold, args.lpl_sigma_threshold, args.lpl_threshold_resolution, args.resolution)
+
+
+def lpl_dtype(args, mixed_precision):
+    """The decoder's dtype in the loss."""
+    name = args.lpl_vae_dtype or ("bfloat16" if mixed_precision == "bf16" else "float32")
+    return getattr(torch, name)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -448,6 +308,31 @@ class Recipe:
     def to_model_space(self, latents):
         """The autoencoder's latents as the denoiser sees them."""
         return (latents - self.shift_factor) * self.scaling_factor
+
+
+def build_recipe(args, accelerator, schedule, dtype, empty_prompt, empty_is_zero, gate, encode_in_steps, measure_lpl):
+    """(Recipe, autoencoder or None). The autoencoder is there for the loss, for measuring it, and for drawing."""
+    vae, space = None, vae_config(args)
+    if args.use_lpl or measure_lpl or args.validation_prompt:
+        vae = load_vae(args, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
+    recipe = Recipe(
+        args=args,
+        device=accelerator.device,
+        schedule=schedule,
+        dtype=dtype,
+        samples_per_step=args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
+        scaling_factor=space["scaling_factor"],
+        shift_factor=space.get("shift_factor") or 0.0,
+        empty_prompt=empty_prompt,
+        empty_is_zero=empty_is_zero,
+    )
+    if encode_in_steps:
+        recipe.encoder = load_vae(args, torch.float32, accelerator.device)
+    if args.use_lpl or measure_lpl:
+        recipe.lpl, recipe.gate = LatentPerceptualLoss(vae, lpl_config(args)), gate
+    if args.use_lpl and args.lpl_weight == "auto":
+        recipe.auto_weight = AutoWeight(args.lpl_share).to(accelerator.device)
+    return recipe, vae
 
 
 def start_accelerator(args):
@@ -567,13 +452,14 @@ def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metric
 
 
 @torch.no_grad()
-def held_out_losses(images, prompt_store, latent_store, recipe, accelerator, measure):
+def held_out_losses(images, prompt_store, latent_store, recipe, accelerator, conditioning, measure):
     """{log key: loss} of the held-out images, at fixed noise levels and with fixed noise.
 
     `validation/diffusion_loss` is the mean over the levels, `validation/lpl_loss` over those that the gate takes; each
     level has its own entry too. Every rank takes its share of the images.
 
-    measure: function (batch, latents, noise, timesteps, whether to measure LPL) -> (diffusion losses (B,), LPL (B,)).
+    conditioning: function (batch, recipe, share of dropped prompts) -> the denoiser's conditions;
+    measure: function (conditions, latents, noise, timesteps, with LPL or not) -> (diffusion losses (B,), LPL (B,)).
     """
     schedule, metrics = recipe.schedule, Metrics(recipe.device)
     levels = schedule.held_out_timesteps(HELD_OUT_LEVELS)
@@ -588,10 +474,11 @@ def held_out_losses(images, prompt_store, latent_store, recipe, accelerator, mea
         batch = collate([latent | prompt for latent, prompt in zip(entries, prompts, strict=True)])
         batch["number"] = numbers
         latents = recipe.to_model_space(to_device(batch["mean"].float(), recipe.device))
+        conditions = conditioning(batch, recipe, 0)
         for level, timestep in enumerate(levels):
             addresses = [number * HELD_OUT_LEVELS + level for number in numbers]
             noise = to_device(addressed_normal(HELD_OUT_SEED, addresses, latents.shape[1:], "held_out"), recipe.device)
-            losses = measure(batch, latents, noise, timestep.repeat(len(numbers)), gated[level])
+            losses = measure(conditions, latents, noise, timestep.repeat(len(numbers)), gated[level])
             for name, values in zip(("diffusion_loss", "lpl_loss"), losses, strict=True):
                 if values is not None:
                     metrics.add(f"validation/{name}/t{timestep:g}", values.sum(), len(values))

@@ -49,7 +49,7 @@ def draw(pipeline_class, folder, lora=None, **more):
     return np.asarray(image, dtype=np.int64), pipeline
 
 
-def resumed_equals_whole(script, flags, folder, steps=6, at=3):
+def assert_resume_is_exact(script, flags, folder, steps=6, at=3):
     """Train `steps` in one go, and with a stop at `at`: the same weights and state to the last bit."""
     flags = [*flags, "--checkpointing_steps", at, "--output_dir"]
     run(script, *flags, folder / "whole", "--max_train_steps", steps)

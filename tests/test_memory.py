@@ -2,9 +2,12 @@
 
 import re
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
 
+import plan_utils
 from tests.runs import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -28,6 +31,19 @@ def test_rows_of_the_page_are_computed_anew(model, parameters):
     assert row(model, "LoRA, rank 16", 512)[:2] == pytest.approx(totals, abs=0.051)
     assert row(model, "all weights", 1024)[2] == pytest.approx(16 * parameters / 1e9, rel=0.005)
     assert row(model, "all, 8-bit Adam", 1024)[2] == pytest.approx(10 * parameters / 1e9, rel=0.005)
+
+
+def test_a_quantized_denoiser_is_counted_in_its_bits(tmp_path):
+    """Frozen linear weights in half a byte or one, everything else as it is."""
+    frozen, trained = torch.nn.Linear(8, 4).requires_grad_(False), torch.nn.Linear(8, 4)
+    models = {"unet": torch.nn.ModuleList([frozen, trained, torch.nn.LayerNorm(4)]), "text_encoder": frozen}
+    path = tmp_path / "config.json"
+    plain = 4 * (36 + 36 + 8 + 36)
+    for content, saved in (('{"load_in_4bit": true}', 32 * 3.5), ('{"load_in_8bit": true}', 32 * 3)):
+        path.write_text(content)
+        args = SimpleNamespace(bnb_quantization_config_path=path)
+        assert plan_utils.weight_bytes(args, models) == plain - saved
+    assert plan_utils.weight_bytes(SimpleNamespace(bnb_quantization_config_path=None), models) == plain
 
 
 def test_the_table_is_whole():

@@ -112,17 +112,18 @@ def test_linked_files_are_there():
                 assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
 
 
-UTILS = {"cli_utils", "cache_utils", "data_utils", "export_utils", "hub_utils", "lora_utils", "lpl_utils",
-         "plan_utils", "report_utils", "train_utils"}  # fmt: skip
+UTILS = {"cli_utils", "cache_utils", "checkpoint_utils", "data_utils", "export_utils", "hub_utils", "lora_utils",
+         "lpl_utils", "plan_utils", "report_utils", "train_utils"}  # fmt: skip
 ALLOWED = {
     "lpl_utils": set(),
     "data_utils": set(),
     "cli_utils": {"data_utils"},
     "hub_utils": {"cli_utils"},
     "cache_utils": {"cli_utils", "data_utils"},
+    "checkpoint_utils": {"cli_utils", "data_utils"},
     "lora_utils": {"cli_utils"},
     "export_utils": {"cli_utils", "lora_utils"},
-    "train_utils": {"cache_utils", "cli_utils", "data_utils", "lpl_utils"},
+    "train_utils": {"cache_utils", "cli_utils", "data_utils", "lora_utils", "lpl_utils"},
     "plan_utils": {"cli_utils", "lora_utils", "lpl_utils", "train_utils"},
     "report_utils": {"cli_utils", "hub_utils", "train_utils"},
     "train_sdxl_lpl": UTILS,

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from accelerate.state import AcceleratorState
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -21,7 +21,7 @@ import train_utils
 from cli_utils import UserError
 from data_utils import hold_out, scan_folder, stratified_uniform
 from lora_utils import WEIGHTS
-from tests.runs import resumed_equals_whole
+from tests.runs import assert_resume_is_exact
 from tests.sdxl import command, draw, run, weights
 
 TEXT = ["--use_lora", "--train_text_encoder"]
@@ -63,7 +63,7 @@ def test_text_encoders_are_trained_saved_and_loaded(flags, sdxl_folder, tmp_path
 
 def test_text_encoders_resume_bit_for_bit(flags, tmp_path):
     more = [*TEXT, "--use_ema", "--proportion_empty_prompts", 0.5, "--lora_dropout", 0.2, "--use_lpl"]
-    resumed_equals_whole(train_sdxl_lpl, [*flags, *more], tmp_path)
+    assert_resume_is_exact(train_sdxl_lpl, [*flags, *more], tmp_path)
 
 
 def test_frozen_text_encoders_give_the_cached_embeddings(flags, tmp_path):
@@ -109,7 +109,7 @@ def test_checkpointing_and_precision_with_text_encoders(flags, tmp_path):
 
 
 def test_dora_trains_resumes_and_loads(flags, sdxl_folder, tmp_path):
-    resumed_equals_whole(train_sdxl_lpl, [*flags, "--use_lora", "--use_dora", "--learning_rate", 0.02], tmp_path)
+    assert_resume_is_exact(train_sdxl_lpl, [*flags, "--use_lora", "--use_dora", "--learning_rate", 0.02], tmp_path)
     tensors = load_file(tmp_path / "whole" / WEIGHTS)
     assert any("lora_magnitude_vector" in name for name in tensors)
     before, _ = draw(sdxl_folder)
@@ -131,7 +131,7 @@ def test_a_lora_is_continued(flags, tmp_path):
     assert more.keys() == first.keys() and any(not torch.equal(first[key], more[key]) for key in first)
     pipeline = draw(flags[1], lora=tmp_path / "more")[1]
     assert (pipeline.unet.peft_config["default_0"].r, pipeline.unet.peft_config["default_0"].lora_alpha) == (3, 7)
-    resumed_equals_whole(train_sdxl_lpl, [*flags, "--init_lora", tmp_path / "first"], tmp_path)
+    assert_resume_is_exact(train_sdxl_lpl, [*flags, "--init_lora", tmp_path / "first"], tmp_path)
 
 
 def test_the_kohya_file_draws_the_same_and_can_be_continued(flags, sdxl_folder, tmp_path):
@@ -217,7 +217,7 @@ def test_another_unet(flags, sdxl_folder, tmp_path, subfolder):
 @pytest.mark.parametrize("optimizer", ["prodigy", "adafactor"])
 def test_optimizers_train_and_resume_bit_for_bit(flags, tmp_path, optimizer):
     rate = 1 if optimizer == "prodigy" else 0.01
-    resumed_equals_whole(
+    assert_resume_is_exact(
         train_sdxl_lpl, [*flags, "--use_lora", "--optimizer", optimizer, "--learning_rate", rate], tmp_path
     )
     rows = [json.loads(line) for line in (tmp_path / "whole/logs/metrics.jsonl").read_text().splitlines()]
@@ -241,6 +241,28 @@ def test_offloaded_and_foreach_averages_are_the_average(flags, tmp_path):
         assert any(not torch.allclose(saved["plain"][key], saved[other][key], atol=1e-6) for key in saved["plain"])
 
 
+def test_switches_reach_what_they_switch(flags, tmp_path, monkeypatch):
+    """What changes no number on a CPU: where the average lives, how it is computed, TF32, encoders' checkpointing."""
+    words = [*map(str, flags), "--use_lora", "--train_text_encoder", "--use_ema"]
+    for more in ([], ["--offload_ema", "--foreach_ema", "--gradient_checkpointing", "--allow_tf32"]):
+        args = train_sdxl_lpl.parse_args([*words, *more, "--output_dir", str(tmp_path)])
+        denoiser = train_sdxl_lpl.build_denoiser(args, torch.float32, "cpu")
+        assert denoiser.text_encoder.is_gradient_checkpointing == denoiser.text_encoder_2.is_gradient_checkpointing
+        assert denoiser.text_encoder.is_gradient_checkpointing == bool(more)
+        parameters = [torch.nn.Parameter(torch.ones(2))]
+        ema = train_utils.build_ema(args, parameters)
+        assert ema.foreach == bool(more)
+        moves = []
+        monkeypatch.setattr(ema, "to", lambda device, moves=moves, **kwargs: moves.append(str(device)))
+        train_utils.update_ema(ema, parameters, args.offload_ema)
+        assert moves == (["cpu", "cpu"] if more else []), "to the parameters' device for the step, and back"
+        AcceleratorState._reset_state(True)
+        torch.backends.cuda.matmul.allow_tf32 = False
+        train_utils.start_accelerator(args)
+        assert torch.backends.cuda.matmul.allow_tf32 == bool(more)
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def test_lr_cycles_and_power(flags, tmp_path):
     flags = [*flags, "--max_train_steps", 6]
     rates = {}
@@ -255,10 +277,16 @@ def test_lr_cycles_and_power(flags, tmp_path):
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on the CPU")
-def test_a_compiled_unet_trains_the_same(flags, tmp_path):
+def test_a_compiled_unet_trains_the_same(flags, tmp_path, monkeypatch):
     flags = [*flags, "--use_lora", "--max_train_steps", 2]
     plain = run(*flags, "--output_dir", tmp_path / "plain")
+    calls = []
+    original = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", lambda self, *args: (calls.append(type(self)), original(self, *args))
+    )
     compiled = run(*flags, "--torch_compile", "--output_dir", tmp_path / "compiled")
+    assert calls == [UNet2DConditionModel]
     for a, b in zip(plain, compiled, strict=True):
         assert a["train_loss"] == pytest.approx(b["train_loss"], rel=1e-4)
     assert load_file(tmp_path / "plain" / WEIGHTS).keys() == load_file(tmp_path / "compiled" / WEIGHTS).keys()

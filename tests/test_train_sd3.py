@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -25,7 +26,7 @@ import train_utils
 from cli_utils import UserError
 from lora_utils import WEIGHTS
 from lpl_utils import LPLGate, estimate_z0
-from tests.runs import resumed_equals_whole
+from tests.runs import assert_resume_is_exact
 from tests.sd3 import command, run, weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -223,7 +224,9 @@ def test_what_training_sees_is_what_the_pipeline_encodes(kind, flags, sd3_folder
     more = {"text_encoder_3": None, "tokenizer_3": None} if kind == "no-t5" else {}
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **more)
     seen = set()
-    for batch in train_utils.batches(args, scan.images, *stores, accelerator, 5, 9):  # from step 5, as after a resume
+    ranks = [SimpleNamespace(num_processes=2, process_index=rank, device=accelerator.device) for rank in (0, 1)]
+    loaders = [train_utils.batches(args, scan.images, *stores, rank, 5, 8) for rank in ranks]  # from step 5: a resume
+    for batch in (batch for loader in loaders for batch in loader):
         for row, index in enumerate(batch["index"]):
             image = scan.images[index]
             seen.add(image.name)
@@ -384,7 +387,7 @@ def test_lora_layers_and_blocks(flags, tmp_path):
     ids=["lora-text-ema", "full-8bit"],
 )
 def test_resume_is_bit_exact(kind, flags, tmp_path):
-    resumed_equals_whole(train_sd3_lpl_flow, [*flags, *kind, "--use_lpl"], tmp_path)
+    assert_resume_is_exact(train_sd3_lpl_flow, [*flags, *kind, "--use_lpl"], tmp_path)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(flags, tmp_path):

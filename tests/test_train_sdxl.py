@@ -214,7 +214,8 @@ def test_a_second_run_encodes_nothing(flags, tmp_path, monkeypatch, capsys):
         raise AssertionError("an encoder was loaded")
 
     monkeypatch.setattr(train_sdxl_lpl, "load_text_encoders", forbidden)
-    monkeypatch.setattr(train_sdxl_lpl, "load_vae", forbidden)
+    for module in (train_sdxl_lpl, train_utils):
+        monkeypatch.setattr(module, "load_vae", forbidden)
     second = run(*flags, "--output_dir", tmp_path / "b", "--adam_weight_decay", 0.5)
     assert "encoded 0 captions and 0 images" in capsys.readouterr().out
     assert second[0]["train_loss"] == first[0]["train_loss"]
@@ -587,6 +588,7 @@ def test_mistakes_are_told_before_weights_load(mistake, said, flags, wrong_model
     loaded = []
     for name in ("build_denoiser", "load_vae", "load_text_encoders"):
         monkeypatch.setattr(train_sdxl_lpl, name, lambda *args, _name=name: loaded.append(_name))
+    monkeypatch.setattr(train_utils, "load_vae", lambda *args: loaded.append("load_vae"))
     words = [*flags, *mistake.format(**places).split(), "--output_dir", tmp_path / "out", "--max_train_steps", 1]
     with pytest.raises(SystemExit) as stopped, train_sdxl_lpl.errors_for_people(False):
         run(*words)

@@ -63,26 +63,28 @@ def autoencoder(kind="sdxl", width=8, groups=4, seed=0, dtype=torch.float32):
     return vae.to(dtype).eval()
 
 
+def clip_config(tokenizer, width=16):
+    """A CLIP text encoder of two layers for a tokenizer."""
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=width,
+        intermediate_size=2 * width,
+        projection_dim=width,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        max_position_embeddings=77,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+
+
 def sdxl_pipeline(seed=0, prediction_type="epsilon", **scheduler):
     """A random `StableDiffusionXLPipeline` for 64 px with every part that the real one has."""
     torch.manual_seed(seed)
     tokenizers = build_tokenizers(WORDS, 600)
     width = 16
-    configs = [
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=width,
-            intermediate_size=32,
-            projection_dim=width,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=77,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-        for tokenizer in tokenizers
-    ]
+    configs = [clip_config(tokenizer, width) for tokenizer in tokenizers]
     unet = UNet2DConditionModel(
         sample_size=8,
         block_out_channels=(16, 32),
@@ -126,23 +128,7 @@ def sd3_pipeline(seed=0, t5=True, sd35=False, shift=3.0):
     torch.manual_seed(seed)
     tokenizers = build_tokenizers(WORDS, 600)
     width = 16
-    encoders = [
-        CLIPTextModelWithProjection(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=width,
-                intermediate_size=32,
-                projection_dim=width,
-                num_hidden_layers=2,
-                num_attention_heads=2,
-                max_position_embeddings=77,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-        for tokenizer in tokenizers
-    ]
+    encoders = [CLIPTextModelWithProjection(clip_config(tokenizer, width)) for tokenizer in tokenizers]
     third, tokenizer_3 = None, None
     if t5:
         tokenizer_3 = t5_tokenizer()
