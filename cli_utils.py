@@ -15,9 +15,12 @@ import warnings
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import yaml
 
-from data_utils import INTERPOLATIONS, DataError, hold_out, scan_dataset, scan_folder
+from data_utils import CaptionRules, Framing
+from image_utils import INTERPOLATIONS, DataError, assign_buckets, auto_buckets, parse_buckets
+from scan_utils import build_report, hold_out, scan_dataset, scan_folder, select, sizes_of
 
 REPOSITORY = Path(__file__).resolve().parent
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -218,19 +221,33 @@ def add_data_arguments(parser, resolution):
     """What it is trained on."""
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add(
-        "--train_data_dir", help="folder of images with metadata.jsonl, metadata.csv, or a .txt file beside each image"
-    )
+    add("--train_data_dir", help="folder of images, also in folders within it, with metadata.jsonl, .csv or .parquet "
+        "or a .txt file beside each image, or of WebDataset shards (*.tar)")  # fmt: skip
     add("--dataset_name", help="data set on the Hub, or a folder written by datasets' save_to_disk")
     add("--dataset_config_name", help="configuration of that data set")
     add("--instance_data_dir", help="the same as --train_data_dir, as the DreamBooth scripts call it")
     add("--instance_prompt", help="caption of all images that have none")
     add("--image_column", default="image", help="column with the image (default: %(default)s)")
     add("--caption_column", default="text", help="column with the caption (default: %(default)s)")
+    add("--caption_from_folder", action="store_true", help="the folder's name is the caption of images without one")
+    add("--caption_per_line", action="store_true", help="each line of a .txt file is a caption of its own; one is "
+        "drawn in each epoch")  # fmt: skip
+    add("--trigger_word", default="", help="stands before every caption that does not begin with it")
+    add("--shuffle_tags", action="store_true", help="shuffle what stands between the commas of a caption")
+    add("--keep_tags", type=int, default=0, help="so many tags stay in front (default: %(default)s)")
+    add("--tag_shuffles", type=int, default=8, help="orders of each caption that are encoded; one is drawn in each "
+        "epoch (default: %(default)s)")  # fmt: skip
+    add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do about images that can't be "
+        "used (default: %(default)s)")  # fmt: skip
+    add("--strict", action="store_true", help="stop at anything that the report on the data remarks upon")
     add("--max_train_samples", type=int, help="use the first so many images only")
     add("--cache_dir", help="folder of data sets and of encoded latents and prompts (default: the user's cache)")
     add("--resolution", type=int, default=resolution, help="training size in px (default: %(default)s)")
+    add("--aspect_ratio_buckets", help='train on several shapes: "h,w;h,w", or auto for those of constant area around '
+        "--resolution, multiples of 64")  # fmt: skip
     add("--center_crop", action="store_true", help="crop the middle instead of a random part")
+    add("--cache_variants", type=int, default=0, help="encode so many random crops of each image once, instead of "
+        "encoding a new one in every step (default: %(default)s)")  # fmt: skip
     add("--random_flip", action="store_true", help="flip half of the images left to right")
     add("--image_interpolation_mode", choices=INTERPOLATIONS, default="lanczos", help="default: %(default)s")
     add("--proportion_empty_prompts", type=float, default=0.0, help="share of captions dropped (default: %(default)s)")
@@ -366,11 +383,12 @@ POSITIVE = (
     "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples",
     "rank", "lora_alpha", "lr_num_cycles", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
     "validation_steps", "validation_epochs", "validation_split", "max_validation_samples", "lpl_batch_size",
-    "lpl_threshold_resolution", "lpl_sigma_threshold",
+    "lpl_threshold_resolution", "lpl_sigma_threshold", "tag_shuffles",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "learning_rate", "text_encoder_lr", "lr_warmup_steps", "lr_power", "adam_weight_decay", "max_grad_norm", "seed",
-    "ema_update_after_step", "dataloader_num_workers", "num_validation_images", "lpl_start",
+    "ema_update_after_step", "dataloader_num_workers", "num_validation_images", "lpl_start", "keep_tags",
+    "cache_variants",
 )  # fmt: skip
 SHARES = ("proportion_empty_prompts", "lora_dropout", "ema_decay")
 LORA_ONLY = (
@@ -402,6 +420,7 @@ def check_flags(args):
     require(not args.validation_compare or args.validation_prompt, "--validation_compare needs a --validation_prompt")
     if args.num_validation_images == 0:
         args.validation_prompt, args.validation_compare = None, False
+    check_data_flags(args)
     check_output_dir(args)
     check_lora_flags(args)
     check_quantization(args)
@@ -501,26 +520,109 @@ def check_lpl_flags(args):
     require(args.lpl_num_blocks >= 0, f"--lpl_num_blocks is {args.lpl_num_blocks}; it must be 0 or more")
 
 
+def check_data_flags(args):
+    """Contradictions among the flags about captions and crops."""
+    target_sizes(args)
+    require(not (args.center_crop and args.cache_variants),
+            "--cache_variants are random crops: it excludes --center_crop")  # fmt: skip
+    require(args.shuffle_tags or not args.keep_tags, "--keep_tags does nothing without --shuffle_tags")
+    require(args.shuffle_tags or args.tag_shuffles == 8, "--tag_shuffles does nothing without --shuffle_tags")
+    require(args.train_data_dir or not args.caption_from_folder, "--caption_from_folder needs a --train_data_dir")
+    require(args.train_data_dir or not args.caption_per_line, "--caption_per_line needs a --train_data_dir")
+    require(not (args.instance_prompt and args.caption_from_folder),
+            "--instance_prompt and --caption_from_folder exclude each other: give one")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The data, from flags
+
+
+def cache_folder(args):
+    """Where scans and encodings are kept: `lpl` in --cache_dir, or in the user's cache."""
+    return Path(args.cache_dir or os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lpl"
+
+
+def target_sizes(args):
+    """The shapes that images are cut to, ((height, width), ...)."""
+    if not args.aspect_ratio_buckets:
+        return ((args.resolution, args.resolution),)
+    if args.aspect_ratio_buckets == "auto":
+        return auto_buckets(args.resolution)
+    return parse_buckets(args.aspect_ratio_buckets)
+
+
+def largest_size(args):
+    """The target with the most pixels, (height, width)."""
+    return max(target_sizes(args), key=lambda size: size[0] * size[1])
+
+
+def framing(args, images, held_out=False):
+    """How images are cut; held-out ones always in the same way."""
+    sizes = target_sizes(args)
+    return Framing(
+        sizes,
+        assign_buckets(sizes_of(images), sizes) if images else np.zeros(0, np.int16),
+        center_crop=args.center_crop or held_out,
+        random_flip=args.random_flip and not held_out,
+        interpolation=args.image_interpolation_mode,
+        crops=0 if held_out else args.cache_variants,
+    )
+
+
+def caption_rules(args):
+    """What becomes of captions before they are encoded."""
+    return CaptionRules(args.trigger_word, args.shuffle_tags, args.keep_tags, args.tag_shuffles)
+
+
 def find_images(args):
     """(`Scan` of the images to train on, held-out images); a DataError names the file or column that is wrong."""
-    columns = {"image_column": args.image_column, "caption_column": args.caption_column}
-    columns["default_caption"] = args.instance_prompt
+    columns = {
+        "image_column": args.image_column,
+        "caption_column": args.caption_column,
+        "default_caption": args.instance_prompt,
+        "on_bad_image": args.on_bad_image,
+        "cache_dir": args.cache_dir,
+        "show": int(os.environ.get("RANK", "0")) == 0,
+    }
+    of_folders = {"caption_from_folder": args.caption_from_folder, "caption_per_line": args.caption_per_line}
     if args.train_data_dir:
-        scan = scan_folder(args.train_data_dir, **columns)
+        scan = scan_folder(args.train_data_dir, **columns, **of_folders)
     else:
-        scan = scan_dataset(args.dataset_name, args.dataset_config_name, **columns, cache_dir=args.cache_dir,
-                            max_samples=args.max_train_samples)  # fmt: skip
+        scan = scan_dataset(args.dataset_name, args.dataset_config_name, **columns, max_samples=args.max_train_samples)
     images, held_out = scan.images, []
     if args.validation_data_dir:
-        try:
-            held_out = scan_folder(args.validation_data_dir, **columns).images
-        except DataError as error:
-            raise DataError(str(error).replace("--train_data_dir", "--validation_data_dir")) from error
+        held_out = scan_folder(args.validation_data_dir, flag="--validation_data_dir", **columns, **of_folders).images
     elif args.validation_split:
         share = args.validation_split
         wanted = share if share >= 1 else share * len(images)
         images, held_out = hold_out(images, min(wanted, args.max_validation_samples) if wanted >= 1 else share)
-    return replace(scan, images=images[: args.max_train_samples]), held_out[: args.max_validation_samples]
+    return replace(scan, images=first_of(images, args.max_train_samples)), first_of(
+        held_out, args.max_validation_samples
+    )
+
+
+def first_of(images, count):
+    """The first images; all of them where count is None."""
+    if count is None or len(images) <= count:
+        return images
+    return select(images, np.arange(count))
+
+
+def data_report(args, scan, held_out):
+    """The report on the data of a run, `scan_utils.build_report`."""
+    sizes = target_sizes(args) if args.aspect_ratio_buckets else None
+    return build_report(scan, held_out, args.resolution, sizes, args.train_batch_size)
+
+
+def check_strict(args, report):
+    """Under --strict, everything that the report on the data remarks upon is an error."""
+    if args.strict and report["remarks"]:
+        raise DataError("--strict: " + "\n  ".join(["the report on the data remarks:", *report["remarks"]]))
+
+
+def save_report(report, path):
+    """Write the report on the data as JSON."""
+    Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def model_file(name_or_path, file, revision=None, subfolder=None):

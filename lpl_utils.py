@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -119,6 +119,10 @@ class LPLGate:
         if self.t_threshold is not None:
             return self.t_threshold
         return self.sigma_threshold * (self.resolution / self.threshold_resolution if self.threshold_resolution else 1)
+
+    def at(self, resolution):
+        """The gate for images of another resolution in px."""
+        return replace(self, resolution=resolution) if self.threshold_resolution else self
 
     def __call__(self, timesteps, noise_to_signal):
         """Bool (B,): whether the loss applies. Both arguments (B,); keep them on the CPU, so that nothing waits."""

@@ -1,30 +1,37 @@
 """What is said and checked before any weights load: the plan of a run, and an estimate of its memory."""
 
+import contextlib
+import hashlib
+import json
 from dataclasses import replace
 from itertools import pairwise
 
 import torch
 
 import cli_utils
+from cache_utils import in_chunks
 from cli_utils import require
 from lora_utils import lora_config
 from lpl_utils import DecoderStages, LatentPerceptualLoss
+from scan_utils import report_lines
+from store_utils import digest, write_whole
 from train_utils import HELD_OUT_LEVELS, lpl_config
 
 
-def latent_side(args, vae):
-    """Height and width of the latents."""
-    return args.resolution // 2 ** (len(vae.config.block_out_channels) - 1)
+def latent_size(args, vae):
+    """(height, width) of the latents; of the largest bucket."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return tuple(side // factor for side in cli_utils.largest_size(args))
 
 
 def lpl_bytes(args, vae):
     """Bytes that the loss keeps for its backward pass: of all stages, or of the largest when they are recomputed."""
-    config, side = lpl_config(args), latent_side(args, vae)
+    config, size = lpl_config(args), latent_size(args, vae)
     totals = [0]
     for blocks in range(1 + config.num_blocks):
         with torch.device("meta"), SavedBytes() as kept:
             batch = min(args.train_batch_size, config.batch_size)
-            pair = torch.randn(2, batch, vae.config.latent_channels, side, side)
+            pair = torch.randn(2, batch, vae.config.latent_channels, *size)
             LatentPerceptualLoss(vae, replace(config, num_blocks=blocks))(pair[0].requires_grad_(), pair[1])
         totals.append(kept.total)
     stages = [after - before for before, after in pairwise(totals)]
@@ -33,8 +40,8 @@ def lpl_bytes(args, vae):
 
 def stage_shapes(args, vae):
     """[(C, H, W)] of the features that the loss compares; `vae` on the meta device."""
-    side, stages = latent_side(args, vae), DecoderStages(vae)
-    x, shapes = torch.empty(1, vae.config.latent_channels, side, side, device="meta"), []
+    stages, shapes = DecoderStages(vae), []
+    x = torch.empty(1, vae.config.latent_channels, *latent_size(args, vae), device="meta")
     for index in range(1 + args.lpl_num_blocks):
         x = stages.run(index, x)
         shapes.append(tuple(x.shape[1:]))
@@ -104,19 +111,12 @@ def optimizer_state_bytes(args, weights, count):
     return {"adamw": 2 * weights, "prodigy": 4 * weights, "adafactor": 0}[args.optimizer]
 
 
-def warnings_about(args, images, held_out):
+def warnings_about(args):
     """Remarks on what is allowed and rarely meant."""
     remarks = []
     if args.optimizer == "prodigy" and args.learning_rate < 0.1:
         remarks.append(
             f"--optimizer prodigy multiplies its own step size by --learning_rate {args.learning_rate:g}; 1 is usual"
-        )
-    both = (
-        {image.content_hash() for image in held_out} & {image.content_hash() for image in images} if held_out else ()
-    )
-    if both:
-        remarks.append(
-            f"{len(both)} of the {len(held_out)} held-out images are trained on too: their loss proves nothing"
         )
     if args.hub_token:
         remarks.append(
@@ -134,13 +134,44 @@ def describe_lora(config):
 # The plan
 
 
-def truncated_captions(tokenizers, captions):
-    """How many different captions are longer than the tokenizers take."""
-    longest = [
-        max(len(tokenizer(caption).input_ids) - tokenizer.model_max_length for tokenizer in tokenizers)
-        for caption in set(captions)
-    ]
-    return sum(excess > 0 for excess in longest)
+def truncated_captions(tokenizers, captions, folder):
+    """{tokenizer's number: how many of the captions are longer than it takes}; counted once, then read from `folder`.
+
+    captions: function that gives an iterator over them.
+    """
+    content = hashlib.sha256()
+    for caption in captions():
+        content.update(caption.encode() + b"\0")
+    kinds = [[digest(vocabulary=tokenizer.get_vocab()), tokenizer.model_max_length] for tokenizer in tokenizers]
+    path = folder / f"truncated-{digest(captions=content.hexdigest(), tokenizers=kinds)[:32]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    counts = [0] * len(tokenizers)
+    for chunk in in_chunks(captions(), 1000):
+        for number, tokenizer in enumerate(tokenizers):
+            ids = tokenizer(chunk).input_ids
+            counts[number] += sum(len(row) > tokenizer.model_max_length for row in ids)
+    counts = {f"tokenizer_{number + 1}" if number else "tokenizer": count for number, count in enumerate(counts)}
+    with contextlib.suppress(OSError):  # a cache that can't be written
+        write_whole(path, json.dumps(counts).encode())
+    return counts
+
+
+def check_data(args, scan, held_out, tokenizers, accelerator):
+    """The report on the data with what the tokenizers cut off; a DataError under --strict if it has remarks."""
+    report, rules = cli_utils.data_report(args, scan, held_out), cli_utils.caption_rules(args)
+
+    def captions():
+        return (rules.text(caption) for image in scan.images for caption in image.captions)
+
+    with accelerator.main_process_first():
+        counts = truncated_captions(tokenizers, captions, cli_utils.cache_folder(args) / "scans")
+    report["truncated"] = counts
+    if any(counts.values()):
+        which = ", ".join(f"{count} of them by {name}" for name, count in counts.items() if count)
+        report["remarks"].append(f"Captions are longer than the tokenizers take, and cut off: {which}.")
+    cli_utils.check_strict(args, report)
+    return report
 
 
 def check_machine(args, vae):
@@ -154,27 +185,25 @@ def check_machine(args, vae):
             "--bnb_quantization_config_path: quantizing needs a CUDA GPU, and none is here")  # fmt: skip
 
 
-def print_plan(args, scan, held_out, accelerator, total_steps, tokenizers):
-    """Configuration, data, steps and validation."""
+def print_plan(args, report, accelerator, total_steps):
+    """Configuration, data, steps and validation. report: on the data, from `check_data`."""
     say = accelerator.print
     batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    captions = [image.caption for image in scan.images]
+    images, held_out = report["images"], report["held_out"]
     cli_utils.print_configuration(args, say)
-    for warning in scan.warnings + warnings_about(args, scan.images, held_out):
+    say("\n" + "\n".join(report_lines(report)) + "\n")
+    for warning in warnings_about(args):
         say(f"warning: {warning}")
-    say(f"Data: {len(captions)} images with {len(set(captions))} captions from {scan.source}; "
-        f"{truncated_captions(tokenizers, captions)} captions are longer than the tokenizers take"
-        + (f"; {len(held_out)} more are held out" if held_out else ""))  # fmt: skip
     say(f"Steps: {total_steps} of {batch} images ({args.train_batch_size} per device x {accelerator.num_processes} "
-        f"x {args.gradient_accumulation_steps} accumulated); {len(captions) / batch:.1f} steps an epoch, "
-        f"{total_steps * batch / len(captions):.1f} epochs")  # fmt: skip
+        f"x {args.gradient_accumulation_steps} accumulated); {images / batch:.1f} steps an epoch, "
+        f"{total_steps * batch / images:.1f} epochs")  # fmt: skip
     what = []
     if args.validation_prompt:
         what.append(f"{len(args.validation_prompt)} x {args.num_validation_images} images")
     if held_out:
-        what.append(f"the loss of {len(held_out)} held-out images at {HELD_OUT_LEVELS} noise levels")
+        what.append(f"the loss of {held_out} held-out images at {HELD_OUT_LEVELS} noise levels")
     if what:
-        every = args.validation_steps or args.validation_epochs * len(captions) / batch
+        every = args.validation_steps or args.validation_epochs * images / batch
         say(f"Validation: {' and '.join(what)} every {every:g} steps"
             + ("; --validation_steps sets another interval" if args.validation_steps is None else ""))  # fmt: skip
 

@@ -84,12 +84,22 @@ def parse_args(argv=None):
     blocks = cli_utils.read_json(config)["num_layers"] if config else 0
     wrong = [block for block in (args.lora_blocks or "").split(",") if block.strip() and int(block) >= blocks]
     require(not wrong, f"--lora_blocks {args.lora_blocks}: the transformer has blocks 0 to {blocks - 1}")
-    patch = 8 * (cli_utils.read_json(config)["patch_size"] if config else 2)
-    require(args.resolution % patch == 0,
-            f"--resolution is {args.resolution}; it must be a multiple of {patch}, the pixels of a token")  # fmt: skip
+    check_sizes(args, cli_utils.read_json(config) if config else {})
     cli_utils.check_part(args, "pretrained_transformer_model_name_or_path", "SD3Transformer2DModel", "transformer")
     cli_utils.check_part(args, "pretrained_vae_model_name_or_path", "AutoencoderKL")
     return args
+
+
+def check_sizes(args, config):
+    """Refuse images that do not fall into tokens, or into more than the positions that the transformer knows."""
+    patch, positions = 8 * config.get("patch_size", 2), config.get("pos_embed_max_size", 192)
+    flag = "--aspect_ratio_buckets" if args.aspect_ratio_buckets else "--resolution"
+    for size in cli_utils.target_sizes(args):
+        found = " x ".join(map(str, size)) if args.aspect_ratio_buckets else size[0]
+        require(not any(side % patch for side in size),
+                f"{flag} is {found}; it must be a multiple of {patch}, the pixels of a token")  # fmt: skip
+        require(max(size) <= patch * positions,
+                f"{flag} is {found}; this transformer knows positions up to {patch * positions} px")  # fmt: skip
 
 
 def shift_or_auto(text):
@@ -117,7 +127,7 @@ import hub_utils
 import plan_utils
 import report_utils
 import train_utils
-from cache_utils import encode_images, model_identity, prompt_key, rows_of
+from cache_utils import encode_images, model_identity, rows_of
 from export_utils import save_kohya, save_single_file
 from lora_utils import adapters, add_adapters, load_lora, lora_layers, save_lora
 from lpl_utils import DecoderStages, estimate_z0, lpl_noise_scale, noise_to_signal
@@ -153,13 +163,22 @@ class Schedule:
     def __init__(self, args):
         self.args = args
         scheduler = load_part(args, FlowMatchEulerDiscreteScheduler, "scheduler")
-        self.shift = args.timestep_shift
-        if self.shift is None or self.shift == "auto":
-            self.shift = scheduler.config.shift * (args.resolution / 1024 if args.timestep_shift else 1)
+        self.own_shift = scheduler.config.shift
+        self.shift = self.shift_at(args.resolution)
 
-    def draw_timesteps(self, uniform):
-        """(B,) timesteps, float32, for uniform numbers in [0, 1), by the inverse of the distribution."""
+    def shift_at(self, resolution):
+        """The shift of images of a resolution, in px, which --timestep_shift auto takes into account."""
+        if self.args.timestep_shift == "auto":
+            return self.own_shift * resolution / 1024
+        return self.own_shift if self.args.timestep_shift is None else self.args.timestep_shift
+
+    def draw_timesteps(self, uniform, resolution=None):
+        """(B,) timesteps, float32, for uniform numbers in [0, 1), by the inverse of the distribution.
+
+        resolution: of the images in px, sqrt(height * width); default: --resolution.
+        """
         args, uniform = self.args, torch.as_tensor(uniform, dtype=torch.float64)
+        shift = self.shift_at(resolution or args.resolution)
         if args.weighting_scheme == "logit_normal":
             u = torch.sigmoid(args.logit_mean + args.logit_std * torch.special.ndtri(uniform))
         elif args.weighting_scheme == "mode":
@@ -167,7 +186,7 @@ class Schedule:
         else:
             u = uniform
         sigmas = (1 - u).clamp(1e-3, 1)  # the scheduler's lowest level
-        return (1000 * self.shift * sigmas / (1 + (self.shift - 1) * sigmas)).float()
+        return (1000 * shift * sigmas / (1 + (shift - 1) * sigmas)).float()
 
     def held_out_timesteps(self, count):
         """(count,) the middles of as many equal parts of all timesteps."""
@@ -368,8 +387,16 @@ def encode_prompts(captions, tokenizers, encoders, t5, args):
     return rows_of({"prompt_embeds": prompt_embeds, "pooled_prompt_embeds": pooled.cpu()})
 
 
+def prompt_bytes(args, dtype):
+    """Bytes of an encoded prompt."""
+    config, length = load_part_config(args, SD3Transformer2DModel, "transformer"), args.max_sequence_length
+    if args.train_text_encoder:
+        return 2 * 77 * 8 + length * config["joint_attention_dim"] * dtype.itemsize
+    return ((77 + length) * config["joint_attention_dim"] + config["pooled_projection_dim"]) * dtype.itemsize
+
+
 def fill_caches(args, images, held_out, dtype, accelerator):
-    """(prompt store, latent store, whether the images are in it), with everything in them that was missing.
+    """The `RunData` of a run, with everything in its stores that was missing.
 
     Where the CLIP text encoders are trained, the prompts are stored as tokens, with T5's embeddings.
     """
@@ -390,12 +417,15 @@ def fill_caches(args, images, held_out, dtype, accelerator):
     def encode(captions):
         return encode_prompts(captions, tokenizers(), text_encoders(), t5(), args)
 
-    def encode_latents(items):
+    def encode_latents(cuts):
         text_encoders.cache_clear()  # one model at a time
         t5.cache_clear()
-        return encode_images(items, vae(), args)
+        return encode_images(cuts, vae())
 
-    return cache_utils.fill_caches(args, images, held_out, accelerator, prompt_id, encode, encode_latents)
+    return cache_utils.fill_caches(
+        args, images, held_out, accelerator, prompt_id, prompt_bytes(args, dtype), vae_config(args), encode,
+        encode_latents,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,7 +457,7 @@ def training_step(batch, denoiser, recipe, step, metrics):
     args, numbers = recipe.args, batch["number"]
     latents = sample_latents(batch, recipe)
     noise = sample_noise(numbers, latents.shape[1:], recipe)
-    timesteps = sample_timesteps(numbers, recipe)
+    timesteps = sample_timesteps(numbers, recipe.resolution(latents), recipe)
     conditions = conditioning(batch, recipe, args.proportion_empty_prompts)
     seed_lora_dropout(numbers, args)
 
@@ -449,8 +479,7 @@ def training_step(batch, denoiser, recipe, step, metrics):
 
 def perceptual_term(model_pred, noisy_latents, latents, timesteps, recipe, metrics):
     """(1 / B) * sum over gated samples of s_b * LPL_b: a scalar, divided by the batch and not by the gated samples."""
-    levels = recipe.schedule.levels(timesteps)
-    gated = recipe.gate(timesteps, noise_to_signal(*levels)).nonzero().flatten()
+    gated = recipe.gated(timesteps, latents).nonzero().flatten()
     metrics.add("lpl/num_samples", float(len(gated)))
     metrics.add("lpl/application_ratio", float(len(gated)), len(timesteps))
     if not len(gated):
@@ -465,7 +494,8 @@ def perceptual_term(model_pred, noisy_latents, latents, timesteps, recipe, metri
         metrics.add(f"lpl/features/layer_{layer}/outlier_ratio", outliers, len(values))
     per_sample = output.per_sample
     if recipe.args.lpl_scale:
-        per_sample = to_device(lpl_noise_scale(*levels)[gated], recipe.device) * per_sample
+        levels = recipe.schedule.levels(timesteps[gated])
+        per_sample = to_device(lpl_noise_scale(*levels), recipe.device) * per_sample
     lpl_term = per_sample.sum() / len(latents)
     metrics.add("lpl/loss", lpl_term)
     return lpl_term
@@ -492,7 +522,7 @@ def held_out_step(conditions, latents, noise, timesteps, with_lpl, denoiser, rec
 
 
 @torch.no_grad()
-def draw(denoiser, vae, prompt_store, recipe):
+def draw(denoiser, vae, data, recipe):
     """Draw every validation prompt, with the same seeds every time: [(prompt, [images])]."""
     args = recipe.args
     scheduler = load_part(args, FlowMatchEulerDiscreteScheduler, "scheduler")
@@ -513,7 +543,7 @@ def draw(denoiser, vae, prompt_store, recipe):
             generators = [torch.Generator(recipe.device).manual_seed(seed) for seed in seeds]
             with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
                 latents = pipeline(
-                    **pipeline_prompt([prompt] * len(seeds), denoiser, prompt_store, recipe), generator=generators,
+                    **pipeline_prompt([prompt] * len(seeds), denoiser, data, recipe), generator=generators,
                     num_inference_steps=28, height=args.resolution, width=args.resolution, output_type="latent",
                 ).images  # fmt: skip
             decoded = vae.decode(DecoderStages(vae).to_vae_space(latents)).sample  # without autocast: see LPL's dtype
@@ -522,14 +552,14 @@ def draw(denoiser, vae, prompt_store, recipe):
     return rows
 
 
-def pipeline_prompt(prompts, denoiser, prompt_store, recipe):
+def pipeline_prompt(prompts, denoiser, data, recipe):
     """Validation prompts' embeddings and the unconditional ones, as arguments of the pipeline."""
 
     def embeds(entries):
         batch = {name: torch.stack([entry[name] for entry in entries]).to(recipe.device) for name in entries[0]}
         return denoiser.embed(batch) if denoiser.text_encoder is not None else batch
 
-    positive = embeds([prompt_store.get(prompt_key(prompt)) for prompt in prompts])
+    positive = embeds([data.prompt(prompt) for prompt in prompts])
     negative = embeds([recipe.empty_prompt] * len(prompts))
     prompts = positive | {f"negative_{name}": value for name, value in negative.items()}
     return {name: value.to(recipe.dtype) for name, value in prompts.items()}
@@ -609,7 +639,7 @@ def memory_estimate(args, denoiser, vae, dtype):
     trained = [parameter for group in parameter_groups(denoiser, args) for parameter in group["params"]]
     trained = [torch.empty_like(parameter) for parameter in trained]  # of their own dtype, which changes now
     denoiser.to(dtype)  # what autocast would run in: the meta device has no autocast
-    side, length, width = plan_utils.latent_side(args, vae), args.max_sequence_length, config.joint_attention_dim
+    size, length, width = plan_utils.latent_size(args, vae), args.max_sequence_length, config.joint_attention_dim
     with torch.device("meta"), plan_utils.SavedBytes() as activations:
         if args.train_text_encoder:
             ids = torch.zeros(batch, 77, dtype=torch.long)
@@ -620,18 +650,19 @@ def memory_estimate(args, denoiser, vae, dtype):
                 "prompt_embeds": torch.randn(batch, 77 + length, width, dtype=dtype),
                 "pooled_prompt_embeds": torch.randn(batch, config.pooled_projection_dim, dtype=dtype),
             }
-        latents = torch.randn(batch, config.in_channels, side, side, dtype=dtype)
+        latents = torch.randn(batch, config.in_channels, *size, dtype=dtype)
         denoiser(latents, torch.zeros(batch), prompt)
     return plan_utils.memory_parts(args, weights, trained, activations.total, vae)
 
 
 def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps):
-    """Check what can be checked without weights, and say what will happen. Raises UserError."""
+    """Check what needs no weights, and say what will happen; returns the report on the data. Raises UserError."""
     say = accelerator.print
+    report = plan_utils.check_data(args, scan, held_out, load_tokenizers(args), accelerator)
     cli_utils.check_vae_dtype(args, vae_config(args))
     denoiser, vae = build_on_meta(args, dtype, lpl_dtype(args, accelerator.mixed_precision))
     plan_utils.check_machine(args, vae)
-    plan_utils.print_plan(args, scan, held_out, accelerator, total_steps, load_tokenizers(args))
+    plan_utils.print_plan(args, report, accelerator, total_steps)
     how = f"rectified flow, {args.weighting_scheme}, shift {schedule.shift:g}, {str(dtype)[6:]}"
     plan_utils.print_models(args, denoiser.models(), how, say)
     if args.use_lpl:
@@ -640,17 +671,17 @@ def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, tot
         hint = schedule.threshold_for(0.2, by_timestep=gate.t_threshold is not None)
         plan_utils.print_lpl_plan(args, gate, share, hint, vae, say)
     plan_utils.print_memory(memory_estimate(args, denoiser, vae, dtype), say)
+    return report
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
-def prepare_recipe(args, accelerator, schedule, dtype, prompt_store, encode_in_steps, measure_lpl):
+def prepare_recipe(args, accelerator, schedule, dtype, data):
     """(recipe, autoencoder or None): everything but the models that are trained, loaded."""
-    empty = prompt_store.get(prompt_key(""))  # SD3's unconditional embedding is that of the empty prompt
-    gate = lpl_gate(args)
-    return build_recipe(args, accelerator, schedule, dtype, empty, False, gate, encode_in_steps, measure_lpl)
+    empty = data.prompt("")  # SD3's unconditional embedding is that of the empty prompt
+    return build_recipe(args, accelerator, schedule, dtype, empty, False, lpl_gate(args), data)
 
 
 def main(args, scan, held_out=()):
@@ -661,7 +692,7 @@ def main(args, scan, held_out=()):
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     total_steps = args.max_train_steps or -(-args.num_train_epochs * len(scan.images) // batch_size)
     resume_from = checkpoint_utils.checkpoint_to_resume(args)
-    check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps)
+    report = check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps)
     if args.dry_run:
         return
     output_dir = Path(args.output_dir)
@@ -674,9 +705,10 @@ def main(args, scan, held_out=()):
                 args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo
             )
         cli_utils.save_recipe(args, output_dir / "config.yaml")
+        cli_utils.save_report(report, output_dir / "data_report.json")
 
-    prompt_store, latent_store, cached = fill_caches(args, scan.images, held_out, dtype, accelerator)
-    recipe, vae = prepare_recipe(args, accelerator, schedule, dtype, prompt_store, not cached, bool(held_out))
+    data = fill_caches(args, scan.images, held_out, dtype, accelerator)
+    recipe, vae = prepare_recipe(args, accelerator, schedule, dtype, data)
     bare_denoiser = build_denoiser(args, dtype, accelerator.device)
     if args.scale_lr:
         args.learning_rate *= batch_size
@@ -690,7 +722,7 @@ def main(args, scan, held_out=()):
     state = checkpoint_utils.TrainingState(
         optimizer, lr_scheduler, accelerator.scaler, ema, recipe.auto_weight, checkpoint_utils.run_identity(args)
     )
-    gallery = report_utils.Gallery(args, lambda: draw(bare_denoiser, vae, prompt_store, recipe))
+    gallery = report_utils.Gallery(args, lambda: draw(bare_denoiser, vae, data, recipe))
     if accelerator.is_main_process and args.validation_compare:
         gallery.draw_start()
     first_step = 0
@@ -707,8 +739,7 @@ def main(args, scan, held_out=()):
         was_training = bare_denoiser.training
         bare_denoiser.eval()
         measure = functools.partial(held_out_step, denoiser=bare_denoiser, recipe=recipe)
-        stores = prompt_store, latent_store
-        losses = train_utils.held_out_losses(held_out, *stores, recipe, accelerator, conditioning, measure)
+        losses = train_utils.held_out_losses(data, recipe, accelerator, conditioning, measure)
         bare_denoiser.train(was_training)
         return losses
 
@@ -722,8 +753,7 @@ def main(args, scan, held_out=()):
                 reporter.log_images(gallery.draw(step), step)
 
     validation_due = train_utils.validation_schedule(args, len(scan.images), batch_size)
-    train_images = latent_store if cached else None
-    loader = train_utils.batches(args, scan.images, prompt_store, train_images, accelerator, first_step, total_steps)
+    loader = train_utils.batches(args, data, accelerator, first_step, total_steps)
     if first_step == 0:
         validate(0)
     bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training",

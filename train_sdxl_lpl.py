@@ -89,7 +89,7 @@ import hub_utils
 import plan_utils
 import report_utils
 import train_utils
-from cache_utils import encode_images, model_identity, prompt_key, rows_of
+from cache_utils import encode_images, model_identity, rows_of
 from export_utils import save_kohya, save_single_file
 from lora_utils import adapters, add_adapters, load_lora, lora_layers, save_lora
 from lpl_utils import DecoderStages, estimate_z0, lpl_noise_scale, noise_to_signal
@@ -143,8 +143,8 @@ class Schedule:
         weights[where] *= args.timestep_bias_multiplier
         return weights / weights.sum()
 
-    def draw_timesteps(self, uniform):
-        """(B,) timesteps for uniform numbers in [0, 1), by the inverse of the distribution."""
+    def draw_timesteps(self, uniform, resolution=None):
+        """(B,) timesteps for uniform numbers in [0, 1), by the distribution's inverse; the same at any resolution."""
         uniform = torch.as_tensor(uniform)
         return torch.searchsorted(self.cumulative, uniform, right=True).clamp_max(len(self) - 1)
 
@@ -307,8 +307,17 @@ def encode_prompts(captions, tokenizers, encoders):
     return rows_of({name: value.cpu() for name, value in embeds.items()})
 
 
+def prompt_bytes(args, dtype):
+    """Bytes of an encoded prompt."""
+    if args.train_text_encoder:
+        return 2 * 77 * 8
+    config = load_part_config(args, UNet2DConditionModel, "unet")
+    pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
+    return (77 * config["cross_attention_dim"] + pooled) * dtype.itemsize
+
+
 def fill_caches(args, images, held_out, dtype, accelerator):
-    """(prompt store, latent store, whether the images are in it), with everything in them that was missing.
+    """The `RunData` of a run, with everything in its stores that was missing.
 
     Where the text encoders are trained, the prompts are stored as tokens.
     """
@@ -325,11 +334,14 @@ def fill_caches(args, images, held_out, dtype, accelerator):
             return rows_of(tokenize(captions, tokenizers()))
         return encode_prompts(captions, tokenizers(), text_encoders())
 
-    def encode_latents(items):
+    def encode_latents(cuts):
         text_encoders.cache_clear()  # one model at a time
-        return encode_images(items, vae(), args)
+        return encode_images(cuts, vae())
 
-    return cache_utils.fill_caches(args, images, held_out, accelerator, prompt_id, encode, encode_latents)
+    return cache_utils.fill_caches(
+        args, images, held_out, accelerator, prompt_id, prompt_bytes(args, dtype), vae_config(args), encode,
+        encode_latents,
+    )  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,7 +370,7 @@ def training_step(batch, denoiser, recipe, step, metrics):
     args, numbers = recipe.args, batch["number"]
     latents = sample_latents(batch, recipe)
     noise = sample_noise(numbers, latents.shape[1:], recipe)
-    timesteps = sample_timesteps(numbers, recipe)
+    timesteps = sample_timesteps(numbers, recipe.resolution(latents), recipe)
     conditions = conditioning(batch, recipe, args.proportion_empty_prompts)
     seed_lora_dropout(numbers, args)
 
@@ -380,8 +392,7 @@ def training_step(batch, denoiser, recipe, step, metrics):
 
 def perceptual_term(model_pred, noisy_latents, latents, timesteps, recipe, metrics):
     """(1 / B) * sum over gated samples of s_b * LPL_b: a scalar, divided by the batch and not by the gated samples."""
-    levels = recipe.schedule.levels(timesteps)
-    gated = recipe.gate(timesteps, noise_to_signal(*levels)).nonzero().flatten()
+    gated = recipe.gated(timesteps, latents).nonzero().flatten()
     metrics.add("lpl/num_samples", float(len(gated)))
     metrics.add("lpl/application_ratio", float(len(gated)), len(timesteps))
     if not len(gated):
@@ -396,7 +407,8 @@ def perceptual_term(model_pred, noisy_latents, latents, timesteps, recipe, metri
         metrics.add(f"lpl/features/layer_{layer}/outlier_ratio", outliers, len(values))
     per_sample = output.per_sample
     if recipe.args.lpl_scale:
-        per_sample = to_device(lpl_noise_scale(*levels)[gated], recipe.device) * per_sample
+        levels = recipe.schedule.levels(timesteps[gated])
+        per_sample = to_device(lpl_noise_scale(*levels), recipe.device) * per_sample
     lpl_term = per_sample.sum() / len(latents)
     metrics.add("lpl/loss", lpl_term)
     return lpl_term
@@ -423,7 +435,7 @@ def held_out_step(conditions, latents, noise, timesteps, with_lpl, denoiser, rec
 
 
 @torch.no_grad()
-def draw(denoiser, vae, prompt_store, recipe):
+def draw(denoiser, vae, data, recipe):
     """Draw every validation prompt, with the same seeds every time: [(prompt, [images])]."""
     import diffusers
 
@@ -448,7 +460,7 @@ def draw(denoiser, vae, prompt_store, recipe):
             generators = [torch.Generator(recipe.device).manual_seed(seed) for seed in seeds]
             with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
                 latents = pipeline(
-                    **pipeline_prompt([prompt] * len(seeds), denoiser, prompt_store, recipe), generator=generators,
+                    **pipeline_prompt([prompt] * len(seeds), denoiser, data, recipe), generator=generators,
                     num_inference_steps=25, height=args.resolution, width=args.resolution, output_type="latent",
                 ).images  # fmt: skip
             decoded = vae.decode(DecoderStages(vae).to_vae_space(latents)).sample  # without autocast: see LPL's dtype
@@ -457,14 +469,14 @@ def draw(denoiser, vae, prompt_store, recipe):
     return rows
 
 
-def pipeline_prompt(prompts, denoiser, prompt_store, recipe):
+def pipeline_prompt(prompts, denoiser, data, recipe):
     """Validation prompts' embeddings and the unconditional ones, as arguments of the pipeline."""
 
     def embeds(entries):
         batch = {name: torch.stack([entry[name] for entry in entries]).to(recipe.device) for name in entries[0]}
         return denoiser.embed(batch) if denoiser.text_encoder is not None else batch
 
-    positive = embeds([prompt_store.get(prompt_key(prompt)) for prompt in prompts])
+    positive = embeds([data.prompt(prompt) for prompt in prompts])
     negative = embeds([recipe.empty_prompt] * len(prompts))
     if recipe.empty_is_zero:
         negative = {name: torch.zeros_like(value) for name, value in negative.items()}
@@ -546,7 +558,7 @@ def memory_estimate(args, denoiser, vae, dtype):
     trained = [parameter for group in parameter_groups(denoiser, args) for parameter in group["params"]]
     trained = [torch.empty_like(parameter) for parameter in trained]  # of their own dtype, which changes now
     denoiser.to(dtype)  # what autocast would run in: the meta device has no autocast
-    side, width = plan_utils.latent_side(args, vae), unet.config.projection_class_embeddings_input_dim
+    size, width = plan_utils.latent_size(args, vae), unet.config.projection_class_embeddings_input_dim
     with torch.device("meta"), plan_utils.SavedBytes() as activations:
         if args.train_text_encoder:
             ids = torch.zeros(batch, 77, dtype=torch.long)
@@ -557,18 +569,19 @@ def memory_estimate(args, denoiser, vae, dtype):
                 "prompt_embeds": torch.randn(batch, 77, unet.config.cross_attention_dim, dtype=dtype),
                 "pooled_prompt_embeds": torch.randn(batch, pooled, dtype=dtype),
             }
-        latents = torch.randn(batch, unet.config.in_channels, side, side, dtype=dtype)
+        latents = torch.randn(batch, unet.config.in_channels, *size, dtype=dtype)
         denoiser(latents, torch.zeros(batch, dtype=torch.long), prompt, torch.randn(batch, 6, dtype=dtype))
     return plan_utils.memory_parts(args, weights, trained, activations.total, vae)
 
 
 def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps):
-    """Check what can be checked without weights, and say what will happen. Raises UserError."""
+    """Check what needs no weights, and say what will happen; returns the report on the data. Raises UserError."""
     say = accelerator.print
+    report = plan_utils.check_data(args, scan, held_out, load_tokenizers(args), accelerator)
     cli_utils.check_vae_dtype(args, vae_config(args))
     denoiser, vae = build_on_meta(args, dtype, lpl_dtype(args, accelerator.mixed_precision))
     plan_utils.check_machine(args, vae)
-    plan_utils.print_plan(args, scan, held_out, accelerator, total_steps, load_tokenizers(args))
+    plan_utils.print_plan(args, report, accelerator, total_steps)
     how = f"{schedule.prediction_type} prediction, {str(dtype)[6:]}"
     plan_utils.print_models(args, denoiser.models(), how, say)
     if args.use_lpl:
@@ -576,22 +589,21 @@ def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, tot
         share = schedule.gated_share(gate)
         plan_utils.print_lpl_plan(args, gate, share, "--lpl_t_threshold 200", vae, say)
     plan_utils.print_memory(memory_estimate(args, denoiser, vae, dtype), say)
+    return report
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The run
 
 
-def prepare_recipe(args, accelerator, schedule, dtype, prompt_store, encode_in_steps, measure_lpl):
+def prepare_recipe(args, accelerator, schedule, dtype, data):
     """(recipe, autoencoder or None): everything but the models that are trained, loaded."""
     index = cli_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
     empty_is_zero = cli_utils.read_json(index).get("force_zeros_for_empty_prompt", True)
-    empty = prompt_store.get(prompt_key(""))
+    empty = data.prompt("")
     if empty_is_zero and not args.train_text_encoder:
         empty = {name: torch.zeros_like(value) for name, value in empty.items()}
-    return build_recipe(
-        args, accelerator, schedule, dtype, empty, empty_is_zero, lpl_gate(args), encode_in_steps, measure_lpl
-    )
+    return build_recipe(args, accelerator, schedule, dtype, empty, empty_is_zero, lpl_gate(args), data)
 
 
 def main(args, scan, held_out=()):
@@ -602,7 +614,7 @@ def main(args, scan, held_out=()):
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     total_steps = args.max_train_steps or -(-args.num_train_epochs * len(scan.images) // batch_size)
     resume_from = checkpoint_utils.checkpoint_to_resume(args)
-    check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps)
+    report = check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps)
     if args.dry_run:
         return
     output_dir = Path(args.output_dir)
@@ -615,9 +627,10 @@ def main(args, scan, held_out=()):
                 args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo
             )
         cli_utils.save_recipe(args, output_dir / "config.yaml")
+        cli_utils.save_report(report, output_dir / "data_report.json")
 
-    prompt_store, latent_store, cached = fill_caches(args, scan.images, held_out, dtype, accelerator)
-    recipe, vae = prepare_recipe(args, accelerator, schedule, dtype, prompt_store, not cached, bool(held_out))
+    data = fill_caches(args, scan.images, held_out, dtype, accelerator)
+    recipe, vae = prepare_recipe(args, accelerator, schedule, dtype, data)
     bare_denoiser = build_denoiser(args, dtype, accelerator.device)
     if args.scale_lr:
         args.learning_rate *= batch_size
@@ -631,7 +644,7 @@ def main(args, scan, held_out=()):
     state = checkpoint_utils.TrainingState(
         optimizer, lr_scheduler, accelerator.scaler, ema, recipe.auto_weight, checkpoint_utils.run_identity(args)
     )
-    gallery = report_utils.Gallery(args, lambda: draw(bare_denoiser, vae, prompt_store, recipe))
+    gallery = report_utils.Gallery(args, lambda: draw(bare_denoiser, vae, data, recipe))
     if accelerator.is_main_process and args.validation_compare:
         gallery.draw_start()
     first_step = 0
@@ -648,8 +661,7 @@ def main(args, scan, held_out=()):
         was_training = bare_denoiser.training
         bare_denoiser.eval()
         measure = functools.partial(held_out_step, denoiser=bare_denoiser, recipe=recipe)
-        stores = prompt_store, latent_store
-        losses = train_utils.held_out_losses(held_out, *stores, recipe, accelerator, conditioning, measure)
+        losses = train_utils.held_out_losses(data, recipe, accelerator, conditioning, measure)
         bare_denoiser.train(was_training)
         return losses
 
@@ -663,8 +675,7 @@ def main(args, scan, held_out=()):
                 reporter.log_images(gallery.draw(step), step)
 
     validation_due = train_utils.validation_schedule(args, len(scan.images), batch_size)
-    train_images = latent_store if cached else None
-    loader = train_utils.batches(args, scan.images, prompt_store, train_images, accelerator, first_step, total_steps)
+    loader = train_utils.batches(args, data, accelerator, first_step, total_steps)
     if first_step == 0:
         validate(0)
     bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training",

@@ -6,16 +6,18 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
+import numpy as np
 import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
-from cache_utils import latent_key, prompt_key
-from cli_utils import UserError, read_json
+from cache_utils import prompt_key
+from cli_utils import UserError, largest_size, read_json
 from data_utils import (
     AddressedBatches,
+    SampleOrder,
     TrainingSet,
     addressed_normal,
     addressed_rng,
@@ -262,7 +264,7 @@ def lpl_config(args):
         pow_law=args.lpl_pow_law,
         remove_outliers=args.lpl_remove_outliers,
         checkpointing=args.lpl_checkpointing or by_default,
-        batch_size=args.lpl_batch_size or max(1, round((1024 / args.resolution) ** 2)),
+        batch_size=args.lpl_batch_size or max(1, round(1024**2 / math.prod(largest_size(args)))),
     )
 
 
@@ -294,6 +296,7 @@ class Recipe:
     samples_per_step: int  # of an optimizer step, over micro-steps and ranks
     scaling_factor: float  # z_model = (z_vae - shift_factor) * scaling_factor
     shift_factor: float
+    pixels: int  # of an image on a side of one of its latents
     empty_prompt: dict  # the entry of "" in the prompt store; zeros where those are the pipeline's unconditional
     empty_is_zero: bool = False  # whether the pipeline's unconditional embedding is zero
     encoder: object = None  # the autoencoder, where images are encoded in every step
@@ -305,13 +308,23 @@ class Recipe:
         """The weight of the LPL term, a number or a scalar tensor on the device."""
         return self.auto_weight() if self.auto_weight is not None else float(self.args.lpl_weight)
 
+    def resolution(self, latents):
+        """Of the images of a batch of latents: the side in px of a square of the same area."""
+        return self.pixels * math.sqrt(latents.shape[-2] * latents.shape[-1])
+
+    def gated(self, timesteps, latents):
+        """Bool (B,) on the CPU: which samples get the loss, at their resolution."""
+        gate = self.gate.at(self.resolution(latents))
+        return gate(timesteps, noise_to_signal(*self.schedule.levels(timesteps)))
+
     def to_model_space(self, latents):
         """The autoencoder's latents as the denoiser sees them."""
         return (latents - self.shift_factor) * self.scaling_factor
 
 
-def build_recipe(args, accelerator, schedule, dtype, empty_prompt, empty_is_zero, gate, encode_in_steps, measure_lpl):
+def build_recipe(args, accelerator, schedule, dtype, empty_prompt, empty_is_zero, gate, data):
     """(Recipe, autoencoder or None). The autoencoder is there for the loss, for measuring it, and for drawing."""
+    measure_lpl = bool(len(data.held_out))
     vae, space = None, vae_config(args)
     if args.use_lpl or measure_lpl or args.validation_prompt:
         vae = load_vae(args, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
@@ -323,10 +336,11 @@ def build_recipe(args, accelerator, schedule, dtype, empty_prompt, empty_is_zero
         samples_per_step=args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
         scaling_factor=space["scaling_factor"],
         shift_factor=space.get("shift_factor") or 0.0,
+        pixels=2 ** (len(space["block_out_channels"]) - 1),
         empty_prompt=empty_prompt,
         empty_is_zero=empty_is_zero,
     )
-    if encode_in_steps:
+    if not data.cached:
         recipe.encoder = load_vae(args, torch.float32, accelerator.device)
     if args.use_lpl or measure_lpl:
         recipe.lpl, recipe.gate = LatentPerceptualLoss(vae, lpl_config(args)), gate
@@ -380,14 +394,14 @@ def sample_noise(numbers, shape, recipe):
     return to_device(noise, recipe.device)
 
 
-def sample_timesteps(numbers, recipe):
-    """(B,) timesteps of the samples with these numbers, on the CPU."""
+def sample_timesteps(numbers, resolution, recipe):
+    """(B,) timesteps of the samples with these numbers and this resolution, on the CPU."""
     args = recipe.args
     if args.timestep_sampling == "stratified":
         uniform = stratified_uniform(args.seed, numbers, args.train_batch_size, recipe.samples_per_step)
     else:
         uniform = addressed_uniform(args.seed, numbers, "timestep")
-    return recipe.schedule.draw_timesteps(torch.from_numpy(uniform))
+    return recipe.schedule.draw_timesteps(torch.from_numpy(uniform), resolution)
 
 
 def choose_prompts(batch, recipe, dropout):
@@ -414,19 +428,25 @@ def seed_lora_dropout(numbers, args):
         torch.manual_seed(int(addressed_rng(args.seed, int(numbers[0]), "lora_dropout").integers(2**32)))
 
 
-def batches(args, images, prompt_store, latent_store, accelerator, first_step, last_step):
-    """Iterator over the micro-batches of this rank from `first_step` on."""
-    data = TrainingSet(
-        images, args.seed, args.resolution, args.center_crop, args.random_flip, args.image_interpolation_mode,
-        latents=latent_store, prompts=prompt_store, latent_key=latent_key, prompt_key=prompt_key,
-    )  # fmt: skip
+def batches(args, data, accelerator, first_step, last_step):
+    """Iterator over the micro-batches of this rank from `first_step` on; data: the `RunData`."""
+    order = SampleOrder(args.seed, args.train_batch_size, data.framing.buckets)
+    samples = TrainingSet(
+        data.images,
+        order,
+        data.framing,
+        data.captions,
+        data.latents if data.cached else None,
+        data.prompts,
+        prompt_key,
+    )
     numbers = AddressedBatches(
         first_step, last_step, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes,
         accelerator.process_index,
     )  # fmt: skip
     return iter(
         torch.utils.data.DataLoader(
-            data,
+            samples,
             batch_sampler=numbers,
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
@@ -452,7 +472,7 @@ def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metric
 
 
 @torch.no_grad()
-def held_out_losses(images, prompt_store, latent_store, recipe, accelerator, conditioning, measure):
+def held_out_losses(data, recipe, accelerator, conditioning, measure):
     """{log key: loss} of the held-out images, at fixed noise levels and with fixed noise.
 
     `validation/diffusion_loss` is the mean over the levels, `validation/lpl_loss` over those that the gate takes; each
@@ -461,19 +481,13 @@ def held_out_losses(images, prompt_store, latent_store, recipe, accelerator, con
     conditioning: function (batch, recipe, share of dropped prompts) -> the denoiser's conditions;
     measure: function (conditions, latents, noise, timesteps, with LPL or not) -> (diffusion losses (B,), LPL (B,)).
     """
-    schedule, metrics = recipe.schedule, Metrics(recipe.device)
-    levels = schedule.held_out_timesteps(HELD_OUT_LEVELS)
-    gated = recipe.gate(levels, noise_to_signal(*schedule.levels(levels))).tolist()
-    mine = range(accelerator.process_index, len(images), accelerator.num_processes)
-    size = recipe.args.train_batch_size
-    for first in tqdm(range(0, len(mine), size), desc="held-out loss", leave=False,
-                      disable=not accelerator.is_local_main_process):  # fmt: skip
-        numbers = mine[first : first + size]
-        entries = [latent_store.get(latent_key(images[number].content_hash(), False)) for number in numbers]
-        prompts = [prompt_store.get(prompt_key(images[number].caption)) for number in numbers]
-        batch = collate([latent | prompt for latent, prompt in zip(entries, prompts, strict=True)])
+    metrics, levels = Metrics(recipe.device), recipe.schedule.held_out_timesteps(HELD_OUT_LEVELS)
+    mine = held_out_batches(data, recipe.args.train_batch_size)[accelerator.process_index :: accelerator.num_processes]
+    for numbers in tqdm(mine, desc="held-out loss", leave=False, disable=not accelerator.is_local_main_process):
+        batch = collate([latent | prompt for latent, prompt in map(data.held_out_entry, numbers)])
         batch["number"] = numbers
         latents = recipe.to_model_space(to_device(batch["mean"].float(), recipe.device))
+        gated = recipe.gated(levels, latents).tolist()
         conditions = conditioning(batch, recipe, 0)
         for level, timestep in enumerate(levels):
             addresses = [number * HELD_OUT_LEVELS + level for number in numbers]
@@ -482,9 +496,15 @@ def held_out_losses(images, prompt_store, latent_store, recipe, accelerator, con
             for name, values in zip(("diffusion_loss", "lpl_loss"), losses, strict=True):
                 if values is not None:
                     metrics.add(f"validation/{name}/t{timestep:g}", values.sum(), len(values))
-    names = [f"validation/diffusion_loss/t{timestep:g}" for timestep in levels]
-    names += [f"validation/lpl_loss/t{timestep:g}" for timestep, chosen in zip(levels, gated, strict=True) if chosen]
+    names = [f"validation/{loss}_loss/t{timestep:g}" for loss in ("diffusion", "lpl") for timestep in levels]
     return with_means(metrics.read(accelerator, names))
+
+
+def held_out_batches(data, size):
+    """Lists of numbers of held-out images, each of one shape and at most `size` long."""
+    buckets = data.held_out_framing.buckets
+    groups = [np.flatnonzero(buckets == bucket).tolist() for bucket in np.unique(buckets)]
+    return [group[first : first + size] for group in groups for first in range(0, len(group), size)]
 
 
 def with_means(losses):

@@ -49,7 +49,7 @@ def test_the_plain_command_runs_on_the_embedded_default(script, tmp_path):
     [words] = [words for words in commands("accelerate launch") if len(words) == 4 and script in words]
     said = launch(words, "--output_dir", tmp_path, "--max_train_steps", 12, "--validation_steps", 12,
                   "--num_validation_images", 1, "--cache_dir", tmp_path / "cache")  # fmt: skip
-    assert "No model and no data named" in said and "96 images with 96 captions" in said
+    assert "No model and no data named" in said and "96, 96 different" in said
     assert str(tmp_path / "validation" / "step-12.png") in said
     assert (tmp_path / "run.png").is_file() and (tmp_path / "model_index.json").is_file()
 
@@ -68,7 +68,7 @@ def test_the_held_out_command(tmp_path):
     [words] = [words for words in commands("accelerate launch") if "--validation_split" in words]
     said = launch(words, "--output_dir", tmp_path, "--max_train_steps", 4, "--validation_steps", 4,
                   "--num_validation_images", 1, "--cache_dir", tmp_path / "cache")  # fmt: skip
-    assert "12 more are held out" in said and "Held-out diffusion loss:" in said
+    assert "84, held out: 12" in said and "Held-out diffusion loss:" in said
     assert len(list((tmp_path / "validation" / "before").glob("*.png"))) == 6
 
 
@@ -112,19 +112,26 @@ def test_linked_files_are_there():
                 assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
 
 
-UTILS = {"cli_utils", "cache_utils", "checkpoint_utils", "data_utils", "export_utils", "hub_utils", "lora_utils",
-         "lpl_utils", "plan_utils", "report_utils", "train_utils"}  # fmt: skip
+UTILS = {"cli_utils", "cache_utils", "checkpoint_utils", "data_utils", "export_utils", "guard_utils", "hub_utils",
+         "image_utils", "lora_utils", "lpl_utils", "plan_utils", "report_utils", "scan_utils", "store_utils",
+         "train_utils"}  # fmt: skip
+DATA = {"data_utils", "image_utils", "scan_utils", "store_utils"}
 ALLOWED = {
     "lpl_utils": set(),
-    "data_utils": set(),
-    "cli_utils": {"data_utils"},
+    "image_utils": set(),
+    "scan_utils": {"image_utils"},
+    "store_utils": {"image_utils"},
+    "data_utils": DATA | {"preview_utils"},
+    "cli_utils": DATA,
+    "preview_utils": DATA | {"cli_utils", "report_utils"},
     "hub_utils": {"cli_utils"},
-    "cache_utils": {"cli_utils", "data_utils"},
-    "checkpoint_utils": {"cli_utils", "data_utils"},
+    "cache_utils": DATA | {"cli_utils"},
+    "checkpoint_utils": {"cli_utils", "store_utils"},
+    "guard_utils": {"cli_utils"},
     "lora_utils": {"cli_utils"},
     "export_utils": {"cli_utils", "lora_utils"},
-    "train_utils": {"cache_utils", "cli_utils", "data_utils", "lora_utils", "lpl_utils"},
-    "plan_utils": {"cli_utils", "lora_utils", "lpl_utils", "train_utils"},
+    "train_utils": DATA | {"cache_utils", "cli_utils", "lora_utils", "lpl_utils"},
+    "plan_utils": {"cache_utils", "cli_utils", "lora_utils", "lpl_utils", "scan_utils", "store_utils", "train_utils"},
     "report_utils": {"cli_utils", "hub_utils", "train_utils"},
     "train_sdxl_lpl": UTILS,
     "train_sd3_lpl_flow": UTILS,
@@ -149,6 +156,6 @@ def test_the_tiny_pipeline_is_small_and_the_pictures_are_captioned():
     for name in ("tiny-sdxl", "tiny-sd3"):
         size = sum(path.stat().st_size for path in (ROOT / "examples" / name).rglob("*") if path.is_file())
         assert size <= 15e6, name
-    from data_utils import scan_folder
+    from scan_utils import scan_folder
 
     assert len(scan_folder(ROOT / "examples" / "fluent-emoji").images) == 96

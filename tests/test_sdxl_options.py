@@ -19,8 +19,9 @@ import plan_utils
 import train_sdxl_lpl
 import train_utils
 from cli_utils import UserError
-from data_utils import hold_out, scan_folder, stratified_uniform
+from data_utils import stratified_uniform
 from lora_utils import WEIGHTS
+from scan_utils import hold_out, scan_folder
 from tests.runs import assert_resume_is_exact
 from tests.sdxl import command, draw, run, weights
 
@@ -335,8 +336,8 @@ def test_stratified_timesteps_in_training(flags, tmp_path):
          "--timestep_bias_multiplier", "5"]
     )  # fmt: skip
     schedule = train_sdxl_lpl.Schedule(args)
-    recipe = train_utils.Recipe(args, torch.device("cpu"), schedule, torch.float32, 8, 1.0, 0.0, {}, True)
-    drawn = train_utils.sample_timesteps(range(24000), recipe)
+    recipe = train_utils.Recipe(args, torch.device("cpu"), schedule, torch.float32, 8, 1.0, 0.0, 8, {}, True)
+    drawn = train_utils.sample_timesteps(range(24000), 64, recipe)
     empirical = torch.bincount(drawn, minlength=1000).cumsum(0) / 24000
     assert (empirical - schedule.probabilities.cumsum(0)).abs().max() < 0.012
 
@@ -364,12 +365,12 @@ def test_held_out_loss_is_what_it_says(flags, sdxl_folder, pictures, tmp_path):
     from data_utils import addressed_normal
 
     pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_folder).to(dtype=torch.float64)
-    images = scan_folder(pictures).images[:3]
+    images = list(scan_folder(pictures).images)[:3]
     level, timestep = 3, 350
     abar = pipeline.scheduler.alphas_cumprod[timestep].double()
     errors = []
     for index, image in enumerate(images):
-        pixels = torch.from_numpy(np.array(Image.open(image.path).convert("RGB"))).permute(2, 0, 1)[None] / 127.5 - 1
+        pixels = torch.from_numpy(np.array(Image.open(image.file).convert("RGB"))).permute(2, 0, 1)[None] / 127.5 - 1
         with torch.no_grad():
             latents = pipeline.vae.encode(pixels.double()).latent_dist.mean * pipeline.vae.config.scaling_factor
             embeds, _, pooled, _ = pipeline.encode_prompt(image.caption)
@@ -414,7 +415,7 @@ def test_held_out_loss_is_without_dropouts(flags, tmp_path):
 
 
 def test_held_out_images_are_not_trained_on(flags, pictures, tmp_path):
-    images = scan_folder(pictures).images
+    images = list(scan_folder(pictures).images)
     training, held_out = hold_out(images, 0.34)
     assert len(held_out) == 2 and not {i.name for i in held_out} & {i.name for i in training}
     assert sorted([*training, *held_out], key=lambda image: image.name) == images
@@ -422,10 +423,10 @@ def test_held_out_images_are_not_trained_on(flags, pictures, tmp_path):
     folder = tmp_path / "copies"
     shutil.copytree(pictures, folder)
     for image in images:
-        shutil.copy(image.path, folder / f"copy-{image.name}")
+        shutil.copy(image.file, folder / f"copy-{image.name}")
         (folder / f"copy-{image.name}").with_suffix(".txt").write_text("another caption")
     training, held_out = hold_out(scan_folder(folder).images, 4)
-    assert not {i.content_hash() for i in training} & {i.content_hash() for i in held_out}, "copies stay together"
+    assert not {i.content for i in training} & {i.content for i in held_out}, "copies stay together"
     args = train_sdxl_lpl.parse_args([*flags, "--validation_split", "0.34"])
     scan, held = cli_utils.find_images(args)
     assert (len(scan.images), len(held)) == (4, 2)
@@ -448,9 +449,9 @@ def test_held_out_loss_under_random_crops_and_ema(flags, pictures, tmp_path, cap
     held = ["--validation_data_dir", pictures]
     rows = validation_rows(run(*flags, "--train_data_dir", wide, *held, "--output_dir", tmp_path / "a"))
     assert rows[-1]["validation/diffusion_loss"] != rows[0]["validation/diffusion_loss"]
-    assert "are trained on too" not in capsys.readouterr().out
+    assert "trained on too" not in capsys.readouterr().out
     average = validation_rows(run(*flags, *held, "--use_ema", "--ema_decay", 0.999, "--output_dir", tmp_path / "b"))
-    assert "6 of the 6 held-out images are trained on too" in capsys.readouterr().out
+    assert "6 images to validate with are trained on too" in capsys.readouterr().out
     saved = tmp_path / "b"
     again = run(
         *flags, *held, "--pretrained_model_name_or_path", saved, "--learning_rate", 0, "--output_dir", tmp_path / "c"
@@ -537,7 +538,7 @@ def test_plan_names_what_is_trained(flags, tmp_path, capsys):
     )  # fmt: skip
     train_sdxl_lpl.main(args, *cli_utils.find_images(args))
     said = capsys.readouterr().out
-    for part in ("of the text_encoder_2 (DoRA of rank 8, alpha 8)", "2 more are held out",
+    for part in ("of the text_encoder_2 (DoRA of rank 8, alpha 8)", "4, held out: 2",
                  "--optimizer prodigy multiplies",
                  "the loss of 2 held-out images at 10 noise levels"):  # fmt: skip
         assert part in said, part

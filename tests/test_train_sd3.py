@@ -112,8 +112,8 @@ def test_addressed_draws_follow_the_distribution(flags, schedule):
     for sampling in ("independent", "stratified"):
         args = train_sd3_lpl_flow.parse_args([*flags, "--timestep_sampling", sampling])
         law = train_sd3_lpl_flow.Schedule(args)
-        recipe = train_utils.Recipe(args, torch.device("cpu"), law, torch.float32, 8, 1.0, 0.0, {})
-        drawn = train_utils.sample_timesteps(range(16000), recipe).sort().values
+        recipe = train_utils.Recipe(args, torch.device("cpu"), law, torch.float32, 8, 1.0, 0.0, 8, {})
+        drawn = train_utils.sample_timesteps(range(16000), 64, recipe).sort().values
         distance = (drawn - law.draw_timesteps((torch.arange(16000) + 0.5) / 16000).sort().values).abs()
         assert distance.quantile(0.99) < 25 and drawn.dtype == torch.float32, sampling
 
@@ -219,18 +219,18 @@ def test_what_training_sees_is_what_the_pipeline_encodes(kind, flags, sd3_folder
     AcceleratorState._reset_state(True)
     accelerator = train_utils.start_accelerator(args)
     scan, _ = cli_utils.find_images(args)
-    *stores, cached = train_sd3_lpl_flow.fill_caches(args, scan.images, [], torch.float32, accelerator)
-    assert cached
+    data = train_sd3_lpl_flow.fill_caches(args, scan.images, [], torch.float32, accelerator)
+    assert data.cached
     more = {"text_encoder_3": None, "tokenizer_3": None} if kind == "no-t5" else {}
     pipeline = StableDiffusion3Pipeline.from_pretrained(folder, **more)
     seen = set()
     ranks = [SimpleNamespace(num_processes=2, process_index=rank, device=accelerator.device) for rank in (0, 1)]
-    loaders = [train_utils.batches(args, scan.images, *stores, rank, 5, 8) for rank in ranks]  # from step 5: a resume
+    loaders = [train_utils.batches(args, data, rank, 5, 8) for rank in ranks]  # from step 5: a resume
     for batch in (batch for loader in loaders for batch in loader):
         for row, index in enumerate(batch["index"]):
             image = scan.images[index]
             seen.add(image.name)
-            pixels = torch.from_numpy(np.array(Image.open(image.path).convert("RGB"))).permute(2, 0, 1)[None] / 127.5
+            pixels = torch.from_numpy(np.array(Image.open(image.file).convert("RGB"))).permute(2, 0, 1)[None] / 127.5
             with torch.no_grad():
                 sides = [pipeline.vae.encode(side - 1).latent_dist.mean[0] for side in (pixels, pixels.flip(-1))]
                 embeds, _, pooled, _ = pipeline.encode_prompt(
@@ -249,7 +249,7 @@ def test_latents_are_shifted_and_scaled(flags, sd3_folder):
     config = train_sd3_lpl_flow.vae_config(args)
     assert config["shift_factor"] and config["scaling_factor"] != 1
     recipe = train_utils.Recipe(
-        args, torch.device("cpu"), None, torch.float32, 4, config["scaling_factor"], config["shift_factor"], {}
+        args, torch.device("cpu"), None, torch.float32, 4, config["scaling_factor"], config["shift_factor"], 8, {}
     )
     mean = torch.randn(2, 16, 8, 8)
     batch = {"mean": mean, "std": torch.zeros_like(mean), "number": [0, 1]}
@@ -263,9 +263,9 @@ def test_caption_dropout_is_the_empty_prompt(flags, sd3_folder, tmp_path):
     AcceleratorState._reset_state(True)
     accelerator = train_utils.start_accelerator(args)
     scan, _ = cli_utils.find_images(args)
-    store, _, cached = train_sd3_lpl_flow.fill_caches(args, scan.images, [], torch.float32, accelerator)
+    data = train_sd3_lpl_flow.fill_caches(args, scan.images, [], torch.float32, accelerator)
     law = train_sd3_lpl_flow.Schedule(args)
-    recipe, _ = train_sd3_lpl_flow.prepare_recipe(args, accelerator, law, torch.float32, store, not cached, False)
+    recipe, _ = train_sd3_lpl_flow.prepare_recipe(args, accelerator, law, torch.float32, data)
     pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
     with torch.no_grad():
         embeds, _, pooled, _ = pipeline.encode_prompt(

@@ -151,7 +151,9 @@ def test_checkpoints_are_limited_complete_and_free_of_pickle(flags, tmp_path):
         "--output_dir", tmp_path)  # fmt: skip
     assert sorted(path.name for path in tmp_path.glob("*checkpoint*")) == ["checkpoint-4", "checkpoint-6"]
     names = {path.name for path in (tmp_path / "checkpoint-6").iterdir()}
-    assert names == {"pytorch_lora_weights.safetensors", "training_state.safetensors", "training_state.json"}
+    assert names == {
+        "pytorch_lora_weights.safetensors", "training_state.safetensors", "training_state.json", "manifest.json",
+    }  # fmt: skip
 
 
 def test_resume_by_path_and_refusal_of_another_run(flags, tmp_path):
@@ -208,7 +210,8 @@ def test_a_second_run_encodes_nothing(flags, tmp_path, monkeypatch, capsys):
     """Another learning rate, another output folder: neither the encoder nor the text encoders are loaded."""
     flags = [*flags, "--max_train_steps", 1, "--cache_dir", tmp_path / "cache"]
     first = run(*flags, "--output_dir", tmp_path / "a")
-    assert "encoded 6 captions and 6 images" in capsys.readouterr().out, "five captions and the empty one"
+    out = capsys.readouterr().out
+    assert "to be encoded are 6 captions" in out and " 6 images" in out, "five captions and the empty one"
 
     def forbidden(*args):
         raise AssertionError("an encoder was loaded")
@@ -217,7 +220,7 @@ def test_a_second_run_encodes_nothing(flags, tmp_path, monkeypatch, capsys):
     for module in (train_sdxl_lpl, train_utils):
         monkeypatch.setattr(module, "load_vae", forbidden)
     second = run(*flags, "--output_dir", tmp_path / "b", "--adam_weight_decay", 0.5)
-    assert "encoded 0 captions and 0 images" in capsys.readouterr().out
+    assert "to be encoded are 0 captions (0.0 MB) and 0 images (0.0 MB)" in capsys.readouterr().out
     assert second[0]["train_loss"] == first[0]["train_loss"]
     for more in (["--resolution", 32], ["--image_interpolation_mode", "nearest"]):  # another encoding each
         with pytest.raises(AssertionError, match="an encoder was loaded"):
@@ -230,9 +233,9 @@ def test_cached_latents_are_the_images(flags, sdxl_folder, pictures, tmp_path):
     AcceleratorState._reset_state(True)
     accelerator = train_utils.start_accelerator(args)
     scan, _ = cli_utils.find_images(args)
-    *stores, cached = train_sdxl_lpl.fill_caches(args, scan.images, [], torch.float32, accelerator)
-    assert cached
-    loader = train_utils.batches(args, scan.images, *stores, accelerator, 0, 3)
+    data = train_sdxl_lpl.fill_caches(args, scan.images, [], torch.float32, accelerator)
+    assert data.cached
+    loader = train_utils.batches(args, data, accelerator, 0, 3)
     pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_folder)
     seen = set()
     for batch in loader:
@@ -240,7 +243,7 @@ def test_cached_latents_are_the_images(flags, sdxl_folder, pictures, tmp_path):
             image = scan.images[index]
             seen.add(image.name)
             pixels = (
-                torch.from_numpy(np.asarray(Image.open(image.path).convert("RGB"))).permute(2, 0, 1)[None] / 127.5 - 1
+                torch.from_numpy(np.asarray(Image.open(image.file).convert("RGB"))).permute(2, 0, 1)[None] / 127.5 - 1
             )
             with torch.no_grad():
                 posterior = pipeline.vae.encode(pixels).latent_dist
@@ -375,7 +378,7 @@ def test_training_options_reach_the_run(flags, tmp_path):
 def test_a_dropped_caption_is_what_the_pipeline_calls_unconditional(flags, tmp_path):
     args = train_sdxl_lpl.parse_args([*flags, "--proportion_empty_prompts", "0.3", "--output_dir", str(tmp_path)])
     empty = {"prompt_embeds": torch.full((7, 4), -1.0), "pooled_prompt_embeds": torch.full((3,), -2.0)}
-    recipe = train_utils.Recipe(args, torch.device("cpu"), None, torch.float32, 4, 1.0, 0.0, empty, True)
+    recipe = train_utils.Recipe(args, torch.device("cpu"), None, torch.float32, 4, 1.0, 0.0, 8, empty, True)
     count = 2000
     batch = {"number": np.arange(count), "prompt_embeds": torch.ones(count, 7, 4), "time_ids": torch.zeros(count, 6)}
     batch["pooled_prompt_embeds"] = torch.ones(count, 3)
@@ -614,7 +617,7 @@ def test_dry_run_prints_the_plan_and_stops(flags, tmp_path, monkeypatch, capsys)
     args = train_sdxl_lpl.parse_args([*flags, "--use_lpl", "--dry_run", "--output_dir", str(tmp_path)])
     train_sdxl_lpl.main(args, *cli_utils.find_images(args))
     said = capsys.readouterr().out
-    for part in ["learning_rate=0.001", "6 images with 5 captions", "0 captions are longer", "1.5 steps an epoch",
+    for part in ["learning_rate=0.001", "images        6, held out: 0", "6, 5 different", "1.5 steps an epoch",
                  "261,684 of 261,684", "20.0 % of samples", "16x8x8, 16x16x16, 16x32x32, 16x64x64, 8x64x64",
                  "Memory, estimated"]:  # fmt: skip
         assert part in said, part
