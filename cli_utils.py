@@ -279,6 +279,8 @@ def add_training_arguments(parser, train_batch_size, num_train_epochs, adam_weig
     add("--adam_beta2", type=float, default=0.999, help="default: %(default)s")
     add("--adam_weight_decay", type=float, default=adam_weight_decay, help="default: %(default)s")
     add("--adam_epsilon", type=float, default=1e-8, help="default: %(default)s")
+    add("--max_nonfinite_steps", type=int, default=10, help="stop after so many steps in a row whose loss or gradient "
+        "is not finite; each of them is skipped (default: %(default)s)")  # fmt: skip
     add("--max_grad_norm", type=float, default=1.0, help="default: %(default)s")
     add("--use_ema", action="store_true", help="average the weights; the average is what is saved and validated")
     add("--ema_decay", type=float, default=0.9999, help="reached gradually (default: %(default)s)")
@@ -334,6 +336,7 @@ def add_run_arguments(parser, validation_epochs):
     group = parser.add_argument_group("checkpoints")
     add = group.add_argument
     add("--checkpointing_steps", type=int, default=500, help="optimizer steps between them (default: %(default)s)")
+    add("--checkpointing_minutes", type=float, help="minutes between them, besides the steps")
     add("--checkpoints_total_limit", type=int, help="keep so many; the oldest goes after the newest is safe")
     add("--resume_from_checkpoint", help="a checkpoint folder, or latest")
     group = parser.add_argument_group("validation")
@@ -381,7 +384,8 @@ def require(condition, message):
 
 POSITIVE = (
     "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples",
-    "rank", "lora_alpha", "lr_num_cycles", "checkpointing_steps", "checkpoints_total_limit", "logging_steps",
+    "rank", "lora_alpha", "lr_num_cycles", "checkpointing_steps", "checkpointing_minutes",
+    "checkpoints_total_limit", "max_nonfinite_steps", "logging_steps",
     "validation_steps", "validation_epochs", "validation_split", "max_validation_samples", "lpl_batch_size",
     "lpl_threshold_resolution", "lpl_sigma_threshold", "tag_shuffles",
 )  # fmt: skip

@@ -147,8 +147,12 @@ class AutoWeight(torch.nn.Module):
 
     @torch.no_grad()
     def update(self, diffusion, lpl):
-        """Take in the detached diffusion loss and LPL term (each a scalar tensor) of one optimizer step."""
+        """Take in the detached diffusion loss and LPL term (each a scalar tensor) of one optimizer step.
+
+        Values that are not finite leave the means as they are.
+        """
         values = torch.stack([diffusion, lpl]).to(self.means)
+        values = torch.where(values.isfinite().all(), values, self.unbiased_means)
         self.means.lerp_(values, 1 - self.decay)
         self.mass.lerp_(torch.ones_like(self.mass), 1 - self.decay)
 

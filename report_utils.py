@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from cli_utils import SECRETS, UserError
+from cli_utils import SECRETS
 from hub_utils import Card
 from train_utils import Metrics
 
@@ -69,11 +69,6 @@ class Reporter:
         now = time.perf_counter()
         values |= rates | {"samples_per_second": self.samples / (now - self.since)}
         self.samples, self.since = 0, now
-        if not math.isfinite(values["train_loss"]):
-            raise UserError(
-                f"the loss became {values['train_loss']} before step {step} (diffusion {values['diffusion_loss']}, "
-                f"LPL {values.get('lpl/loss')}); lower --learning_rate and go on with --resume_from_checkpoint latest"
-            )
         if "lpl/weighted_loss" in values:
             values["lpl/share"] = values["lpl/weighted_loss"] / max(values["train_loss"], 1e-12)
         if self.main:
@@ -87,6 +82,8 @@ class Reporter:
 
     def _pass_on(self, step, values, bar):
         self.log(step, values)
+        if "diffusion_loss" not in values:  # no step since the last row was finite
+            return
         shown = {"diffusion": f"{values['diffusion_loss']:.4f}", "lr": f"{values['lr']:.1e}"}
         if "lpl/loss" in values:
             shown |= {"LPL": f"{values['lpl/loss']:.4f}", "share": f"{100 * values.get('lpl/share', 0):.0f} %"}

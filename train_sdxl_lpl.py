@@ -91,6 +91,7 @@ import report_utils
 import train_utils
 from cache_utils import encode_images, model_identity, rows_of
 from export_utils import save_kohya, save_single_file
+from guard_utils import StopSignals
 from lora_utils import adapters, add_adapters, load_lora, lora_layers, save_lora
 from lpl_utils import DecoderStages, estimate_z0, lpl_noise_scale, noise_to_signal
 from train_utils import (
@@ -375,13 +376,14 @@ def training_step(batch, denoiser, recipe, step, metrics):
     seed_lora_dropout(numbers, args)
 
     errors, model_pred, noisy_latents = denoise(denoiser, latents, noise, timesteps, conditions, recipe)
+    recipe.guard.watch("diffusion loss", errors, batch["index"])
     if args.snr_gamma is not None:
         errors = to_device(recipe.schedule.loss_weights(timesteps), recipe.device) * errors
     diffusion_loss = errors.mean()
     metrics.add("diffusion_loss", diffusion_loss)
     loss, lpl_term = diffusion_loss, torch.zeros_like(diffusion_loss)
     if args.use_lpl and step >= args.lpl_start:
-        lpl_term = perceptual_term(model_pred, noisy_latents, latents, timesteps, recipe, metrics)
+        lpl_term = perceptual_term(model_pred, noisy_latents, latents, timesteps, batch["index"], recipe, metrics)
         weight = recipe.lpl_weight()
         loss = diffusion_loss + weight * lpl_term
         metrics.add("lpl/weight", weight)
@@ -390,8 +392,11 @@ def training_step(batch, denoiser, recipe, step, metrics):
     return loss, torch.stack([diffusion_loss, lpl_term]).detach()
 
 
-def perceptual_term(model_pred, noisy_latents, latents, timesteps, recipe, metrics):
-    """(1 / B) * sum over gated samples of s_b * LPL_b: a scalar, divided by the batch and not by the gated samples."""
+def perceptual_term(model_pred, noisy_latents, latents, timesteps, images, recipe, metrics):
+    """(1 / B) * sum over gated samples of s_b * LPL_b: a scalar, divided by the batch and not by the gated samples.
+
+    images: (B,) their numbers.
+    """
     gated = recipe.gated(timesteps, latents).nonzero().flatten()
     metrics.add("lpl/num_samples", float(len(gated)))
     metrics.add("lpl/application_ratio", float(len(gated)), len(timesteps))
@@ -402,6 +407,7 @@ def perceptual_term(model_pred, noisy_latents, latents, timesteps, recipe, metri
     output = perceptual_loss(*(x.index_select(0, index) for x in (model_pred, noisy_latents, latents)),
                              timesteps[gated], recipe)  # fmt: skip
     for layer, values in enumerate(output.per_layer):
+        recipe.guard.watch(f"LPL of layer {layer}", values, images[gated.numpy()])
         metrics.add(f"lpl/features/layer_{layer}/loss", values.sum(), len(values))
         outliers = (1 - output.inlier_fraction[layer]) * len(values)
         metrics.add(f"lpl/features/layer_{layer}/outlier_ratio", outliers, len(values))
@@ -654,6 +660,8 @@ def main(args, scan, held_out=()):
         accelerator.print(f"Resumed from {resume_from} at step {first_step}")
         if first_step >= total_steps:
             accelerator.print(f"--max_train_steps {total_steps} is reached already: the result is saved once more")
+    guard, signals = recipe.guard, StopSignals()
+    clock = checkpoint_utils.CheckpointClock(args.checkpointing_steps, args.checkpointing_minutes)
     reporter = report_utils.Reporter(args, accelerator, "sdxl-lpl", train_utils.metric_names(args), first_step)
     metrics = reporter.metrics
 
@@ -680,26 +688,39 @@ def main(args, scan, held_out=()):
         validate(0)
     bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training",
                disable=not accelerator.is_local_main_process)  # fmt: skip
-    for step in bar:
-        parts = torch.zeros(2, device=accelerator.device)  # diffusion loss and LPL term, for the auto weight
-        for micro_step in range(args.gradient_accumulation_steps):
-            last = micro_step + 1 == args.gradient_accumulation_steps
-            with train_utils.sync_gradients(accelerator, denoiser, last):
-                loss, micro_parts = training_step(next(loader), denoiser, recipe, step, metrics)
-                accelerator.backward(loss)
-            parts += micro_parts / args.gradient_accumulation_steps
-        train_utils.optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics)
-        if recipe.auto_weight is not None and step >= args.lpl_start:
-            recipe.auto_weight.update(*accelerator.reduce(parts, "mean"))
-        done = step + 1
-        reporter.step(done, batch_size, train_utils.learning_rates(optimizer), bar, last=done == total_steps)
-        if accelerator.is_main_process and done % args.checkpointing_steps == 0:
-            checkpoint_utils.save_checkpoint(
-                output_dir, done, state, lambda folder: save_weights(folder, bare_denoiser, args),
-                args.checkpoints_total_limit,
-            )  # fmt: skip
-        if validation_due(done) or done == total_steps:
-            validate(done)
+    with signals:
+        for step in bar:
+            signals.step_began()
+            before = metrics.snapshot()
+            parts = torch.zeros(2, device=accelerator.device)  # diffusion loss and LPL term, for the auto weight
+            for micro_step in range(args.gradient_accumulation_steps):
+                last = micro_step + 1 == args.gradient_accumulation_steps
+                with train_utils.sync_gradients(accelerator, denoiser, last):
+                    loss, micro_parts = training_step(next(loader), denoiser, recipe, step, metrics)
+                    accelerator.backward(loss)
+                parts += micro_parts / args.gradient_accumulation_steps
+            done, asked = step + 1, signals.requested is not None
+            finite, stop = train_utils.optimize(
+                args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics, guard, done, asked
+            )
+            if not finite:
+                metrics.restore(before)
+            elif recipe.auto_weight is not None and step >= args.lpl_start:
+                recipe.auto_weight.update(*accelerator.reduce(parts, "mean"))
+            rates = train_utils.learning_rates(optimizer) | guard.counts()
+            reporter.step(done, batch_size, rates, bar, last=stop or done == total_steps)
+            if stop:
+                signals.reached()
+            if accelerator.is_main_process and (clock.due(done) or (stop and done < total_steps)):
+                checkpoint_utils.save_checkpoint(
+                    output_dir, done, state, lambda folder: save_weights(folder, bare_denoiser, args),
+                    args.checkpoints_total_limit,
+                )  # fmt: skip
+                clock.saved()
+            if stop and done < total_steps:
+                return train_utils.stopped(accelerator, done)
+            if validation_due(done) or done == total_steps:
+                validate(done)
     accelerator.wait_for_everyone()
     if accelerator.is_main_process:
         with train_utils.averaged_weights(ema, parameters):

@@ -25,6 +25,7 @@ from data_utils import (
     collate,
     stratified_uniform,
 )
+from guard_utils import Guard, ignore_signals
 from lora_utils import is_text_encoder
 from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
 
@@ -144,6 +145,14 @@ class Metrics:
     def clear(self):
         """Start the next interval."""
         self.sums, self.counts = {}, {}
+
+    def snapshot(self):
+        """All that was added so far, for `restore`."""
+        return dict(self.sums), dict(self.counts)
+
+    def restore(self, snapshot):
+        """Forget what was added since."""
+        self.sums, self.counts = snapshot
 
     def add(self, name, value, count=1):
         """Take in the sum of `count` items."""
@@ -303,6 +312,7 @@ class Recipe:
     lpl: LatentPerceptualLoss | None = None
     gate: LPLGate | None = None
     auto_weight: AutoWeight | None = None
+    guard: Guard | None = None
 
     def lpl_weight(self):
         """The weight of the LPL term, a number or a scalar tensor on the device."""
@@ -346,6 +356,7 @@ def build_recipe(args, accelerator, schedule, dtype, empty_prompt, empty_is_zero
         recipe.lpl, recipe.gate = LatentPerceptualLoss(vae, lpl_config(args)), gate
     if args.use_lpl and args.lpl_weight == "auto":
         recipe.auto_weight = AutoWeight(args.lpl_share).to(accelerator.device)
+    recipe.guard = Guard(accelerator, args.max_nonfinite_steps, lambda index: data.images[index].name)
     return recipe, vae
 
 
@@ -451,20 +462,39 @@ def batches(args, data, accelerator, first_step, last_step):
             collate_fn=collate,
             num_workers=args.dataloader_num_workers,
             pin_memory=accelerator.device.type == "cuda",
+            worker_init_fn=ignore_signals,
         )
     )
 
 
-def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics):
-    """The optimizer step at the end of the accumulation: clip, step, schedule, average."""
+def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics, guard, step, stop):
+    """The optimizer step at the end of the accumulation: clip, look, step, schedule, average.
+
+    A step that is not finite is skipped and leaves everything as it was. Returns (whether it was made, whether the run
+    is to stop); stop: whether this rank was asked to.
+    """
     grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # 0: no clipping
-    metrics.add("grad_norm", grad_norm)
-    optimizer.step()
+    finite, faults, stop = guard.read(grad_norm, stop)
+    guard.judge(faults, step, under_scaler=accelerator.scaler is not None)
+    if finite:
+        metrics.add("grad_norm", grad_norm)
+    if finite or accelerator.scaler is not None:  # which skips the step itself, and lowers its scale
+        optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    if not accelerator.optimizer_step_was_skipped:  # fp16: the scaler skips a step whose gradients overflow
+    if finite and not accelerator.optimizer_step_was_skipped:
         lr_scheduler.step()
         if ema is not None:
             update_ema(ema, parameters, args.offload_ema)
+    return finite, stop
+
+
+def stopped(accelerator, step):
+    """The end of a run that was asked to stop: its checkpoint is written."""
+    accelerator.wait_for_everyone()
+    accelerator.print(
+        f"\nStopped after step {step}, which is saved; --resume_from_checkpoint latest goes on from there"
+    )
+    accelerator.end_training()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,170 @@
+"""What keeps a run from being lost while it trains: steps that are not finite, signals to stop, and a watchdog.
+
+Both are settled once per optimizer step, in one packed read: `Guard.read` is the only place where the loop waits for
+the device.
+"""
+
+import faulthandler
+import math
+import os
+import signal
+import sys
+import threading
+import time
+from dataclasses import dataclass
+
+import torch
+
+from cli_utils import UserError
+
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PATIENCE = 15.0  # seconds that a stopped run has for its step, besides the time that its slowest step took
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps that are not finite
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A term of the loss that was not finite, and the numbers of its images."""
+
+    term: str
+    images: tuple[int, ...]
+
+
+class Guard:
+    """Collects what has to be finite in a step, and the wish to stop; reads all of it at once.
+
+    `watch` takes values of each sample while the step is built, `read` packs them with the gradients' norm.
+    """
+
+    def __init__(self, accelerator, limit, name_of):
+        """limit: so many in a row end the run; name_of: function from an image's number to its name."""
+        self.accelerator, self.limit, self.name_of = accelerator, limit, name_of
+        self.in_a_row = self.total = 0
+        self.watched = []
+
+    def watch(self, term, values, images):
+        """Values (n,) of one term, detached here; images: (n,) the numbers of their images."""
+        self.watched.append((term, values.detach().float(), images))
+
+    def read(self, grad_norm, stop=False):
+        """(whether the step is finite, faults, whether to stop), in one transfer from the device.
+
+        grad_norm: scalar tensor, the same on every rank, which therefore all decide alike; stop: this rank's wish,
+        which all ranks learn of. The faults are this rank's.
+        """
+        watched, self.watched = self.watched, []
+        wish = torch.tensor([float(stop)], device=self.accelerator.device)
+        if self.accelerator.num_processes > 1:
+            wish = self.accelerator.reduce(wish, "sum")
+        packed = [grad_norm.detach().float().reshape(1), wish, *(values for _, values, _ in watched)]
+        norm, stop, *values = torch.cat(packed).tolist()
+        if math.isfinite(norm):
+            return True, [], bool(stop)
+        faults = []
+        for term, tensor, images in watched:
+            found, values = values[: len(tensor)], values[len(tensor) :]
+            bad = tuple(int(image) for image, value in zip(images, found, strict=True) if not math.isfinite(value))
+            if bad:
+                faults.append(Fault(term, bad))
+        if not faults:
+            everything = dict.fromkeys(int(image) for _, _, images in watched for image in images)
+            faults.append(Fault("gradient", tuple(everything)))
+        return False, faults, bool(stop)
+
+    def judge(self, faults, step, under_scaler=False):
+        """Count a step that was not finite, and say which term and images that was; none end a row of them.
+
+        under_scaler: fp16, where gradients overflow now and then, which the scaler sees to itself: those do not count.
+
+        Raises:
+            UserError: --max_nonfinite_steps steps in a row were not finite.
+        """
+        if not faults:
+            self.in_a_row = 0
+            return
+        if under_scaler and all(fault.term == "gradient" for fault in faults):
+            return
+        self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
+        told = "; ".join(self.describe(fault) for fault in faults)
+        rank = f" on rank {self.accelerator.process_index}" if self.accelerator.num_processes > 1 else ""
+        print(f"warning: step {step} is skipped{rank}, not finite: {told}", file=sys.stderr, flush=True)
+        if self.in_a_row >= self.limit:
+            raise UserError(
+                f"{self.in_a_row} steps in a row were not finite (--max_nonfinite_steps), the last with {told}. The "
+                "checkpoints are sound: look at these images, lower --learning_rate, or use --mixed_precision bf16 or "
+                "no, and go on with --resume_from_checkpoint latest"
+            )
+
+    def counts(self):
+        """{log key: steps that were skipped so far}, when there are any."""
+        return {"nonfinite_steps": self.total} if self.total else {}
+
+    def describe(self, fault):
+        """A fault in words."""
+        names = [self.name_of(image) for image in fault.images]
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        return f"the {fault.term} of {shown}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+class StopSignals:
+    """Context in which SIGTERM, SIGINT and SIGUSR1 ask the loop to stop after its step; a second one stops at once.
+
+    `requested` tells. From the first signal on a watchdog counts: where the step does not end, because another rank is
+    gone and will never answer, the process ends itself with the signal's usual status. `reached` calls it off.
+    """
+
+    def __init__(self):
+        self.requested, self.slowest, self.began = None, 0.0, None
+        self._before, self._reached = {}, threading.Event()
+
+    def __enter__(self):
+        if threading.current_thread() is threading.main_thread():
+            for number in STOP_SIGNALS:
+                self._before[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *exception):
+        self._reached.set()
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def step_began(self):
+        """To be called at the start of every step: how long one takes decides how long the watchdog waits."""
+        now = time.monotonic()
+        if self.began is not None:
+            self.slowest = max(self.slowest, now - self.began)
+        self.began = now
+
+    def reached(self):
+        """The loop has seen the request and saves: no more hurry."""
+        self._reached.set()
+
+    def _handle(self, number, frame):
+        if self.requested is not None:
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
+        self.requested = number
+        name = signal.Signals(number).name
+        os.write(2, f"\n{name}: the run stops after this step and saves; a second signal stops it at once\n".encode())
+        threading.Thread(target=self._watch, args=(number,), daemon=True).start()
+
+    def _watch(self, number):
+        if not self._reached.wait(PATIENCE + 2 * self.slowest):
+            os.write(2, b"the step does not end: is another rank gone? giving up; the last checkpoint is sound\n")
+            if "--debug" in sys.argv:
+                faulthandler.dump_traceback()
+            os._exit(128 + number)
+
+
+def ignore_signals(worker=None):
+    """For the data loader's processes, which end with the run: Ctrl-C goes to the whole group."""
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
