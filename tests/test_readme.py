@@ -130,7 +130,7 @@ ALLOWED = {
     "guard_utils": {"cli_utils"},
     "lora_utils": {"cli_utils"},
     "export_utils": {"cli_utils", "lora_utils"},
-    "train_utils": DATA | {"cache_utils", "cli_utils", "lora_utils", "lpl_utils"},
+    "train_utils": DATA | {"cache_utils", "cli_utils", "guard_utils", "lora_utils", "lpl_utils"},
     "plan_utils": {"cache_utils", "cli_utils", "lora_utils", "lpl_utils", "scan_utils", "store_utils", "train_utils"},
     "report_utils": {"cli_utils", "hub_utils", "train_utils"},
     "train_sdxl_lpl": UTILS,
