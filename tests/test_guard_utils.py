@@ -1,0 +1,177 @@
+"""Steps that are not finite, and signals: real runs of both recipes, poisoned or asked to stop."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import cli_utils
+import train_sd3_lpl_flow
+import train_sdxl_lpl
+from tests import runs
+from tests.runs import command, weights
+
+SCRIPTS = {"sdxl": train_sdxl_lpl, "sd3": train_sd3_lpl_flow}
+
+
+@pytest.fixture(params=["sdxl", "sd3"])
+def recipe(request, pictures, cache_dir):
+    """(script, flags of a LoRA with the loss)."""
+    model = request.getfixturevalue(f"{request.param}_folder")
+    flags = (
+        f"--pretrained_model_name_or_path {model} --train_data_dir {pictures} --cache_dir {cache_dir} --resolution 64 "
+        "--train_batch_size 2 --lr_warmup_steps 0 --learning_rate 1e-3 --report_to none --seed 3 --logging_steps 1 "
+        "--mixed_precision no --use_lora --use_lpl --lpl_t_threshold 900"
+    ).split()
+    return SCRIPTS[request.param], flags
+
+
+def poison(monkeypatch, script, term, calls):
+    """Make one term of the loss NaN for the first image of a batch, in the given calls of the training step."""
+    count = [0]
+    original = script.training_step
+
+    def counted(*args):
+        count[0] += 1
+        return original(*args)
+
+    def spoil(values):
+        if count[0] not in calls:
+            return values
+        return torch.cat([values[:1] * math.nan, values[1:]])
+
+    monkeypatch.setattr(script, "training_step", counted)
+    if term == "diffusion loss":
+        denoise = script.denoise
+
+        def spoilt(*args):
+            errors, *rest = denoise(*args)
+            return spoil(errors), *rest
+
+        monkeypatch.setattr(script, "denoise", spoilt)
+    elif term == "gradient":
+        forward = script.denoise
+
+        def hooked(*args):
+            errors, model_pred, noisy_latents = forward(*args)
+            if count[0] in calls:
+                errors.register_hook(lambda grad: grad * math.inf)
+            return errors, model_pred, noisy_latents
+
+        monkeypatch.setattr(script, "denoise", hooked)
+    else:
+        loss = script.perceptual_loss
+
+        def spoilt_loss(*args):
+            output = loss(*args)
+            output.per_layer[1][:1] *= math.nan if count[0] in calls else 1
+            return (
+                output._replace(per_sample=spoil(output.per_sample))
+                if hasattr(output, "_replace")
+                else (type(output)(**{**vars(output), "per_sample": spoil(output.per_sample)}))
+            )
+
+        monkeypatch.setattr(script, "perceptual_loss", spoilt_loss)
+
+
+@pytest.mark.parametrize("term", ["diffusion loss", "LPL of layer 1", "gradient"])
+def test_a_step_that_is_not_finite_is_skipped_and_named(recipe, tmp_path, monkeypatch, capsys, term):
+    script, flags = recipe
+    poison(monkeypatch, script, term, {3})
+    rows = runs.run(script, *flags, "--max_train_steps", 5, "--checkpointing_steps", 1, "--use_ema",
+                    "--output_dir", tmp_path)  # fmt: skip
+    said = capsys.readouterr().err
+    assert f"warning: step 3 is skipped, not finite: the {term} of " in said and ".png" in said
+    assert said.count(".png") == (2 if term == "gradient" else 1), (
+        "the image that it was, or all where none is to blame"
+    )
+    assert [row.get("nonfinite_steps") for row in rows] == [None, None, 1, 1, 1]
+    assert "train_loss" not in rows[2] and all(math.isfinite(rows[step]["train_loss"]) for step in (0, 1, 3, 4))
+    states = [load_file(tmp_path / f"checkpoint-{step}" / "training_state.safetensors") for step in (2, 3, 4)]
+    for key, value in states[0].items():
+        assert torch.equal(value, states[1][key]), f"{key} changed in the skipped step"
+    assert any(not torch.equal(value, states[2][key]) for key, value in states[0].items()), "and goes on after it"
+    assert weights(tmp_path / "checkpoint-2") == weights(tmp_path / "checkpoint-3")
+
+
+def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(recipe, tmp_path, monkeypatch):
+    script, flags = recipe
+    flags = [*flags, "--max_train_steps", 9, "--checkpointing_steps", 2, "--output_dir", tmp_path]
+    with monkeypatch.context() as patch:
+        poison(patch, script, "diffusion loss", {2, 4, 5, 6, 7, 8, 9})
+        with pytest.raises(cli_utils.UserError, match=r"3 steps in a row were not finite.*\.png.*latest"):
+            runs.run(script, *flags, "--max_nonfinite_steps", 3)
+    assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    rows = runs.run(script, *flags, "--resume_from_checkpoint", "latest")
+    assert all(math.isfinite(row["train_loss"]) for row in rows if row["step"] > 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals
+
+
+def started(words, folder):
+    """A run in a process group of its own, once its third step is logged."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
+                               start_new_session=True)  # fmt: skip
+    log, end = Path(folder, "logs", "metrics.jsonl"), time.monotonic() + 120
+    while not (log.is_file() and log.read_text().count("\n") >= 3):
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    return process
+
+
+def steps_of(folder):
+    return sorted(int(path.name.split("-")[1]) for path in Path(folder).glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_the_next_start_goes_on_to_the_same_end(request, recipe, tmp_path, number):
+    script, flags = recipe
+    if script is train_sd3_lpl_flow and number != signal.SIGTERM:
+        pytest.skip("the loops are the same: one signal is enough")
+    flags = [*flags, "--dataloader_num_workers", 2, "--checkpointing_steps", 1000]
+    process = started(command(script, *flags, "--max_train_steps", 3000, "--output_dir", tmp_path), tmp_path)
+    os.killpg(process.pid, number)  # the group: Ctrl-C reaches the loader's processes too
+    assert process.wait(timeout=60) == 0, process.stderr.read()[-2000:]
+    [step] = steps_of(tmp_path)
+    whole = [*flags, "--max_train_steps", step + 2]
+    runs.run(script, *whole, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest")
+    runs.run(script, *whole, "--output_dir", tmp_path / "whole")
+    assert weights(tmp_path) == weights(tmp_path / "whole")
+
+
+def test_one_of_two_ranks_is_asked_and_both_stop(recipe, tmp_path):
+    script, flags = recipe
+    words = command(script, *flags, "--max_train_steps", 3000, "--output_dir", tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *words[1:]]
+    process = started(launch, tmp_path)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    ranks = [int(pid) for pid in found if f"{script.__name__}.py" in Path("/proc", pid, "cmdline").read_text()]
+    assert len(ranks) == 2
+    os.kill(ranks[1], signal.SIGTERM)
+    assert process.wait(timeout=60) == 0, process.stderr.read()[-2000:]
+    assert len(steps_of(tmp_path)) == 1
+
+
+def test_a_rank_that_dies_takes_the_other_along(recipe, tmp_path):
+    script, flags = recipe
+    words = command(script, *flags, "--max_train_steps", 3000, "--output_dir", tmp_path)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *words[1:]]
+    process = started(launch, tmp_path)
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    ranks = [int(pid) for pid in found if f"{script.__name__}.py" in Path("/proc", pid, "cmdline").read_text()]
+    os.kill(ranks[0], signal.SIGKILL)
+    killed = time.monotonic()
+    assert process.wait(timeout=60) != 0
+    assert time.monotonic() - killed < 30
+    assert not any(Path("/proc", str(pid)).exists() for pid in ranks)
