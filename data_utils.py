@@ -405,9 +405,10 @@ class TrainingSet:
         return {name: entry[name].float() for name in ("mean", "std", "time_ids")}
 
     def _entry(self, store: TensorStore, key: str, image: CaptionedImage) -> dict[str, "torch.Tensor"]:
-        if key not in store:
-            raise KeyError(f"{image.name} is not in the cache {store.folder}; it must be encoded first.")
-        return store.get(key)
+        try:
+            return store.get(key)
+        except KeyError as error:
+            raise KeyError(f"{image.name} is not in the cache {store.folder}; it must be encoded first.") from error
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:

@@ -60,7 +60,7 @@ WIDE = (ROOM - 3 * TILE_GAP) // 4  # width of a picture at most
 LINE, SMALL_LINE = 18, 15  # heights of a caption's lines and of those below
 
 CAPTION_LINES, DETAIL_LINES = 3, 5
-TITLE, HEADING, TEXT, SMALL = 26, 16, 14, 12  # font sizes
+TITLE, HEADING, TEXT, SMALL = 26, 17, 14, 12  # font sizes
 INK, GREY, PALE, LIGHT = "#1f2430", "#6b7280", "#a0a5b0", "#d7dae0"
 COLOURS = ("#2563eb", "#c2410c", "#15803d", "#7c3aed", "#be185d", "#0e7490", "#a16207", "#4b5563")  # of buckets
 MOST_BARS = 14

@@ -1,6 +1,6 @@
 """What the data side costs: scanning, memory, waiting for batches, encoding. No GPU, no download; Linux.
 
-    python benchmarks/bench_data.py                                    # everything; about a quarter of an hour
+    python benchmarks/bench_data.py                                    # everything; about eleven minutes
     python benchmarks/bench_data.py scan --counts 1000                 # one part, on another number of pictures
     python benchmarks/bench_data.py memory loader --output bench.json
 

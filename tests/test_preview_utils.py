@@ -122,19 +122,19 @@ def test_the_sheet_shows_the_first_samples_of_training_in_their_order(sheet_of, 
     assert all(place in few for place, few in zip(together, found, strict=True))
 
 
-def test_flips_are_shown_and_told(sheet_of, photos):
-    args, sheet = sheet_of("--resolution", 128, "--random_flip", "--center_crop", "--preview_images", 7)
-    facts = facts_of(args)
-    assert 0 < sum(fact.flipped for fact in facts) < 7
-    for fact in facts:
+def test_flips_are_shown_and_told_in_every_epoch(sheet_of, photos, texts):
+    args, sheet = sheet_of("--resolution", 128, "--random_flip", "--center_crop", "--preview_images", 21)
+    images = cli_utils.find_images(args)[0].images
+    told = set()
+    for fact, pixels, _ in preview_utils.training_samples(args, images, cli_utils.framing(args, images)):
         image = open_image((photos / fact.name).read_bytes(), fact.name)
-        upright, flipped = (
-            prepare_image(picture, (128, 128), center_crop=True, flip=False)[0]
-            for picture in (image, ImageOps.mirror(image))
-        )
-        shown, hidden = (flipped, upright) if fact.flipped else (upright, flipped)
-        assert len(places(sheet, shown)) == 1 and not places(sheet, hidden)
+        image = ImageOps.mirror(image) if fact.flipped else image
+        assert np.array_equal(pixels, prepare_image(image, (128, 128), center_crop=True, flip=False)[0])
+        assert places(sheet, pixels)
         assert ("flipped" in crop_shown(fact)) == fact.flipped
+        told.add((fact.epoch, fact.flipped))
+    assert len(told) == 6
+    assert sum("flipped" in text for text, _ in texts if text != "flipped") > 3
 
 
 def test_small_pictures_are_enlarged_by_a_whole_factor_and_large_ones_shrunk(sheet_of):
@@ -155,19 +155,19 @@ def test_every_shape_fits_its_place(size):
     assert max(height, width) > 100
 
 
-def test_batches_are_labelled_and_never_wider_than_the_sheet(sheet_of, texts):
-    args, sheet = sheet_of(
-        "--aspect_ratio_buckets", BUCKETS, "--train_batch_size", 12, "--preview_images", 30, "--max_train_samples", 7
-    )
-    facts = facts_of(args)
-    headings = [text for text, _ in texts if text.startswith("batch")]
-    for batch in range(3):
-        size = facts[12 * batch].crop.target_size
-        assert headings[batch].startswith(f"batch {batch + 1}: {size[0]} x {size[1]}, epoch")
-    assert len(headings) == 3 and sheet.shape[1] <= preview_utils.WIDTH
-    assert all(fact.crop.target_size == facts[12 * (n // 12)].crop.target_size for n, fact in enumerate(facts))
-    epochs = [fact.epoch + 1 for fact in facts[:12]]
-    assert headings[0].endswith(f"epochs {min(epochs)} to {max(epochs)}")
+@pytest.mark.parametrize("batch_size", [1, 2, 12])
+def test_batches_are_labelled_and_never_wider_than_the_sheet(sheet_of, texts, batch_size):
+    flags = ["--aspect_ratio_buckets", BUCKETS, "--train_batch_size", batch_size, "--preview_images", 30]
+    args, sheet = sheet_of(*flags)
+    facts, expected = facts_of(args), []
+    for first in range(0, 30, batch_size):
+        batch = facts[first : first + batch_size]
+        [size] = {fact.crop.target_size for fact in batch}
+        epochs = sorted({fact.epoch + 1 for fact in batch})
+        when = f"epoch {epochs[0]}" if len(epochs) == 1 else f"epochs {epochs[0]} to {epochs[-1]}"
+        expected.append(f"batch {first // batch_size + 1}: {size[0]} x {size[1]}, {when}")
+    assert [text for text, _ in texts if text.startswith("batch")] == expected
+    assert sheet.shape[1] <= preview_utils.WIDTH
 
 
 def test_only_what_is_drawn_is_opened(photos, sheet_of, monkeypatch):
