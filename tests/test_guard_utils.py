@@ -1,6 +1,7 @@
 """Steps that are not finite, and signals: real runs of both recipes, poisoned or asked to stop."""
 
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 import cli_utils
+import guard_utils
 import train_sd3_lpl_flow
 import train_sdxl_lpl
 from tests import runs
@@ -148,6 +150,48 @@ def test_a_signal_saves_and_the_next_start_goes_on_to_the_same_end(request, reci
     runs.run(script, *whole, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest")
     runs.run(script, *whole, "--output_dir", tmp_path / "whole")
     assert weights(tmp_path) == weights(tmp_path / "whole")
+
+
+def test_a_run_that_fails_takes_its_loading_processes_along(recipe, tmp_path):
+    """They ignore what others send them, but not the run's own end."""
+    script, flags = recipe
+    flags = [*flags, "--learning_rate", "1e25", "--max_nonfinite_steps", 2, "--dataloader_num_workers", 2]
+    words = command(script, *flags, "--max_train_steps", 3000, "--output_dir", tmp_path)
+    process = subprocess.Popen(words, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 2 and "2 steps in a row were not finite" in said, said[-2000:]
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_the_loading_processes_end_with_the_loop(recipe, tmp_path):
+    script, flags = recipe
+    flags = [*flags, "--max_train_steps", 2, "--dataloader_num_workers", 2]
+    runs.run(script, *flags, "--output_dir", tmp_path)
+    assert not multiprocessing.active_children()
+
+
+def test_a_loading_process_that_is_told_to_end_by_the_run_ends():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def work():
+        guard_utils.leave_signals_to_the_run()
+        ready.set()
+        while True:
+            time.sleep(0.1)
+
+    process = context.Process(target=work, daemon=True)
+    process.start()
+    ready.wait(10)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        subprocess.run(["kill", f"-{number}", str(process.pid)], check=True)  # not from its parent
+    process.join(0.5)
+    assert process.is_alive()
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == 0
 
 
 def test_one_of_two_ranks_is_asked_and_both_stop(recipe, tmp_path):
