@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint_utils
 import cli_utils
 import guard_utils
 import train_sd3_lpl_flow
@@ -137,7 +138,7 @@ def steps_of(folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_next_start_goes_on_to_the_same_end(request, recipe, tmp_path, number):
+def test_a_signal_saves_and_the_next_start_goes_on_to_the_same_end(recipe, tmp_path, number):
     script, flags = recipe
     if script is train_sd3_lpl_flow and number != signal.SIGTERM:
         pytest.skip("the loops are the same: one signal is enough")
@@ -150,6 +151,72 @@ def test_a_signal_saves_and_the_next_start_goes_on_to_the_same_end(request, reci
     runs.run(script, *whole, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest")
     runs.run(script, *whole, "--output_dir", tmp_path / "whole")
     assert weights(tmp_path) == weights(tmp_path / "whole")
+
+
+def ranks_of(process, script):
+    """Process numbers of the ranks that a launcher has started."""
+    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    ranks = [int(pid) for pid in found if f"{script.__name__}.py" in Path("/proc", pid, "cmdline").read_text()]
+    assert len(ranks) == 2
+    return ranks
+
+
+def two_ranks(script, flags, folder):
+    """The command line of a long run on two ranks."""
+    words = command(script, *flags, "--max_train_steps", 3000, "--output_dir", folder)
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *words[1:]]
+
+
+STEP_WITHOUT_END = """
+import os, guard_utils
+guard_utils.PATIENCE = 1.0
+with guard_utils.StopSignals() as signals:
+    signals.step_began()
+    os.write(1, b"ready")
+    lock = __import__("threading").Lock()
+    lock.acquire()
+    lock.acquire()  # another rank will never answer
+"""
+
+
+def in_a_step_without_end():
+    process = subprocess.Popen([sys.executable, "-c", STEP_WITHOUT_END], cwd=runs.ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout.read(5) == b"ready"
+    process.send_signal(signal.SIGTERM)
+    assert b"SIGTERM: the run stops after this step and saves" in process.stderr.readline() + process.stderr.readline()
+    return process
+
+
+def test_a_second_signal_stops_at_once():
+    process = in_a_step_without_end()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=0.9) == -signal.SIGTERM, "before the watchdog would"
+
+
+def test_the_watchdog_ends_a_run_whose_step_does_not_end():
+    process = in_a_step_without_end()
+    asked = time.monotonic()
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    assert time.monotonic() - asked > 0.5 and b"giving up; the last checkpoint is sound" in process.stderr.read()
+
+
+def test_a_rank_that_hangs_does_not_keep_the_other_from_ending(recipe, tmp_path):
+    script, flags = recipe
+    if script is train_sd3_lpl_flow:
+        pytest.skip("the loops are the same")
+    process = started(two_ranks(script, [*flags, "--checkpointing_steps", 1], tmp_path), tmp_path)
+    ranks = ranks_of(process, script)
+    os.kill(ranks[1], signal.SIGSTOP)
+    os.kill(ranks[0], signal.SIGTERM)
+    asked = time.monotonic()
+    while Path("/proc", str(ranks[0])).exists():
+        assert time.monotonic() - asked < 45
+        time.sleep(0.1)
+    assert time.monotonic() - asked > 10, "it had time for its step"
+    os.kill(ranks[1], signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert checkpoint_utils.latest_checkpoint(tmp_path) is not None
 
 
 def test_a_run_that_fails_takes_its_loading_processes_along(recipe, tmp_path):
@@ -196,24 +263,16 @@ def test_a_loading_process_that_is_told_to_end_by_the_run_ends():
 
 def test_one_of_two_ranks_is_asked_and_both_stop(recipe, tmp_path):
     script, flags = recipe
-    words = command(script, *flags, "--max_train_steps", 3000, "--output_dir", tmp_path)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *words[1:]]
-    process = started(launch, tmp_path)
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    ranks = [int(pid) for pid in found if f"{script.__name__}.py" in Path("/proc", pid, "cmdline").read_text()]
-    assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGTERM)
+    process = started(two_ranks(script, flags, tmp_path), tmp_path)
+    os.kill(ranks_of(process, script)[1], signal.SIGTERM)
     assert process.wait(timeout=60) == 0, process.stderr.read()[-2000:]
     assert len(steps_of(tmp_path)) == 1
 
 
 def test_a_rank_that_dies_takes_the_other_along(recipe, tmp_path):
     script, flags = recipe
-    words = command(script, *flags, "--max_train_steps", 3000, "--output_dir", tmp_path)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *words[1:]]
-    process = started(launch, tmp_path)
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    ranks = [int(pid) for pid in found if f"{script.__name__}.py" in Path("/proc", pid, "cmdline").read_text()]
+    process = started(two_ranks(script, flags, tmp_path), tmp_path)
+    ranks = ranks_of(process, script)
     os.kill(ranks[0], signal.SIGKILL)
     killed = time.monotonic()
     assert process.wait(timeout=60) != 0
