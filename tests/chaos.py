@@ -74,9 +74,10 @@ def flags_of(cell, models, pictures, cache_dir):
     """The flags of a combination, but for the output folder."""
     flags = (
         f"--pretrained_model_name_or_path {models[cell['recipe']]} --train_data_dir {pictures} "
-        f"--cache_dir {cache_dir} --resolution 64 --train_batch_size 2 --lr_warmup_steps 2 --lr_scheduler cosine "
-        f"--learning_rate 1e-3 --report_to none --seed 3 --logging_steps 1 --mixed_precision no --max_train_steps {STEPS} --random_flip "
-        "--center_crop --proportion_empty_prompts 0.2 --checkpointing_steps 1 --checkpoints_total_limit 2 "
+        f"--cache_dir {cache_dir} --resolution 64 --random_flip --center_crop --proportion_empty_prompts 0.2 "
+        f"--train_batch_size 2 --max_train_steps {STEPS} --learning_rate 1e-3 --lr_scheduler cosine "
+        "--lr_warmup_steps 2 --report_to none --seed 3 --logging_steps 1 --mixed_precision no "
+        "--checkpointing_steps 1 --checkpoints_total_limit 2 "
         f"--gradient_accumulation_steps {cell['accumulation']} --dataloader_num_workers {cell['workers']}"
     ).split()
     flags += ["--use_lora", "--lora_dropout", "0.1"] if cell["kind"] == "lora" else []
