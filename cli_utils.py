@@ -199,6 +199,8 @@ def add_model_arguments(parser):
     add("--pretrained_model_name_or_path", help="Hub name or folder of the base pipeline (diffusers layout)")
     add("--revision", help="revision of the base model on the Hub")
     add("--variant", help="file variant of the base model, e.g. fp16")
+    add("--allow_pickle", action="store_true", help="load weights that are there as pickles (.bin) only, which can "
+        "run programs; without it safetensors only")  # fmt: skip
     add("--pretrained_vae_model_name_or_path", help="another autoencoder, e.g. madebyollin/sdxl-vae-fp16-fix")
     add("--single_file", action="store_true", help="save a whole model as one file too, model.safetensors for ComfyUI "
         "and A1111")  # fmt: skip

@@ -226,7 +226,9 @@ def load_vae(name: str) -> "torch.nn.Module":
 
     in_pipeline = cli_utils.model_file(name, "config.json", subfolder="vae")
     try:
-        vae = AutoencoderKL.from_pretrained(name, subfolder="vae" if in_pipeline else None, dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(
+            name, subfolder="vae" if in_pipeline else None, dtype=torch.float32, use_safetensors=True
+        )
     except Exception as error:  # files that are missing, cut short or of another model, or no network
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"--vae {name}: the autoencoder can't be loaded: {reason}") from error
