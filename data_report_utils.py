@@ -25,6 +25,7 @@ from table_utils import (
     SEPARATOR,
     CaptionedImage,
     ImageTable,
+    be,
     contents_of,
     counted,
     first_names,
@@ -235,7 +236,8 @@ def _remark_on_copies(found: dict[str, Any]) -> list[str]:
     if not found["groups"]:
         return []
     names = "; ".join(" = ".join(group) for group in found["first"])
-    return [f"{found['copies']} images are copies of others: {names}."]
+    are_copies = "is a copy of another" if found["copies"] == 1 else "are copies of others"
+    return [f"{counted(found['copies'], 'image')} {are_copies}: {names}."]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -256,9 +258,11 @@ def report_lines(report: dict[str, Any]) -> list[str]:
     captions = report["captions"]
     rows.append(("captions", f"{captions['count']}, {captions['different']} different"))
     if captions["images_with_several"]:
-        rows[-1] = ("captions", f"{rows[-1][1]}, {captions['images_with_several']} images have several")
+        several = captions["images_with_several"]
+        have = "has" if several == 1 else "have"
+        rows[-1] = ("captions", f"{rows[-1][1]}, {counted(several, 'image')} {have} several")
     if captions["default"]:
-        rows.append(("", f"{captions['default']} are the default caption"))
+        rows.append(("", f"{captions['default']} {be(captions['default'])} the default caption"))
     if captions["length"]:
         low, middle, high = captions["length"]
         rows.append(("length", f"{low:g} to {high:g} characters, median {middle:g}"))

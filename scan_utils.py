@@ -50,6 +50,7 @@ from table_utils import (
     DatasetImage,
     Facts,
     ImageTable,
+    be,
     because,
     brief,
     counted,
@@ -561,7 +562,7 @@ def _scan_dataset(task: _Task, dataset: Any) -> Scan:
 
     task.add_entries(entries())
     if num_empty:
-        task.warnings.append(f"{num_empty} of {len(dataset)} captions of {asked.place} are empty.")
+        task.warnings.append(f"{num_empty} of {len(dataset)} captions of {asked.place} {be(num_empty)} empty.")
     return task.result(asked.place)
 
 
@@ -650,9 +651,9 @@ def _reason(error: str) -> str:
 
 def _refuse_all_bad(task: _Task) -> None:
     bad = task.bad + [(name, "listed, but not there") for name in task.missing]
-    raise DataError(
-        f"{task.asked.flag}: none of the {len(bad)} images in {task.asked.place} can be used:{_listed(bad)}"
-    )
+    none = "the only image" if len(bad) == 1 else f"none of the {len(bad)} images"
+    can = "can't" if len(bad) == 1 else "can"
+    raise DataError(f"{task.asked.flag}: {none} in {task.asked.place} {can} be used:{_listed(bad)}")
 
 
 def _listed(bad: list[tuple[str, str]]) -> str:

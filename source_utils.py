@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from image_utils import IMAGE_EXTENSIONS, DataError
-from table_utils import ROWS_AT_ONCE, SEPARATOR, because, brief, counted, first_names, read_bytes, shown
+from table_utils import ROWS_AT_ONCE, SEPARATOR, be, because, brief, counted, first_names, read_bytes, shown
 
 CAPTION_EXTENSIONS = (".txt", ".caption")  # the first one found beside an image is read
 LISTING_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
@@ -162,9 +162,11 @@ class FolderWalk:
             were = "is a link to a folder and was" if len(self._links) == 1 else "are links to folders and were"
             names = first_names([os.path.join(self.root, link) for link in sorted(self._links)])
             remarks.append(f"{names} {were} not entered.")
-        if self._others:
+        if count := len(self._others):
             names = first_names(sorted(self._others))
-            remarks.append(f"{len(self._others)} pictures in {self.root} are of a kind that is not read: {names}.")
+            remarks.append(
+                f"{counted(count, 'picture')} in {self.root} {be(count)} of a kind that is not read: {names}."
+            )
         return remarks
 
 
@@ -472,12 +474,18 @@ def shard_images(path: Path, remarks: list[str]) -> Iterator[ShardImage]:
             name, text = texts.get(kind, ("", None))
             for offset, length, image in images:
                 yield ShardImage(offset, length, image, name, text, int(kind == "json"))
-    for names, what in (
-        (odd, "have more than one dot in their names, so they are no images to webdataset, and are not used"),
-        (alone, "are captions without an image, and are not used"),
-    ):
-        if names:
-            remarks.append(f"{len(names)} members of {shown(str(path))} {what}: {first_names(names)}.")
+    if odd:
+        has = "has more than one dot in its name, so it is no image to webdataset, and is not used"
+        have = "have more than one dot in their names, so they are no images to webdataset, and are not used"
+        remarks.append(_remark_on_members(path, odd, has, have))
+    if alone:
+        alone_is, alone_are = "is a caption without an image, and is", "are captions without an image, and are"
+        remarks.append(_remark_on_members(path, alone, f"{alone_is} not used", f"{alone_are} not used"))
+
+
+def _remark_on_members(path: Path, names: list[str], one: str, many: str) -> str:
+    what = one if len(names) == 1 else many
+    return f"{counted(len(names), 'member')} of {shown(str(path))} {what}: {first_names(names)}."
 
 
 def _sample(path: Path, members: Iterable[_Member], odd: list[str]) -> tuple[list[tuple], dict[str, tuple[str, str]]]:

@@ -577,6 +577,11 @@ def counted(number: int, unit: str) -> str:
     return f"{number} {unit}{'s' * (number != 1)}"
 
 
+def be(number: int) -> str:
+    """ "is" or "are"."""
+    return "is" if number == 1 else "are"
+
+
 def first_names(names: Sequence[str], total: int | None = None) -> str:
     """The first few of many names; `total` where there are more than these."""
     names, total = list(names[:FIRST_NAMES]), len(names) if total is None else total

@@ -52,7 +52,7 @@ def test_the_report_counts_what_is_there(tmp_path):
     for text in (
         "zero.png",
         "film.gif",
-        "a.png = twin.png",
+        "1 image is a copy of another: a.png = twin.png",
         "trained on too",
         "enlarged to reach its size: b.png",
         "4:1: c.png",
@@ -79,7 +79,9 @@ def test_the_report_on_a_list_and_on_a_clean_set(tmp_path):
 def test_groups_of_copies_are_told_apart(tmp_path):
     for index, color in enumerate("rrrbbgwwk"):
         picture(tmp_path / f"set/{index}.png", color=(ord(color), 0, 0), caption="x")
-    duplicates = build_report(scan_folder(tmp_path / "set"), [], 4)["duplicates"]
+    report = build_report(scan_folder(tmp_path / "set"), [], 4)
+    duplicates = report["duplicates"]
+    assert "4 images are copies of others: 0.png = 1.png = 2.png; 3.png" in "".join(report["remarks"])
     assert duplicates["groups"] == 3 and duplicates["copies"] == 4
     assert duplicates["first"] == [["0.png", "1.png", "2.png"], ["3.png", "4.png"], ["6.png", "7.png"]]
 
@@ -96,6 +98,7 @@ def test_the_report_fits_on_a_page(tmp_path):
     report = build_report(scan, [], 64, buckets, batch_size=4)
     report["remarks"] *= 20
     text = report_lines(report)
+    assert "captions      7, 6 different, 1 image has several" in text
     assert len(text) <= 40 and any(line.endswith("#" * 30) for line in text) and "more remarks" in text[-1]
     columns = [line for line in text if line[:2].isdigit() and " x " in line]
     assert len(columns) > 2 and len({line.index("%") for line in columns}) == 1
