@@ -646,7 +646,7 @@ def _judge_bad(task: _Task) -> None:
 def _reason(error: str) -> str:
     """An error of `image_utils` without its advice, which is given once for all."""
     reason = error.removeprefix("can't be used as an image: ")
-    return re.sub(r" (Replace or remove|Make the image smaller|Remove the row)[^.]*\.?$", "", reason).rstrip(".")
+    return re.sub(r" (Replace or remove|Make it smaller|Remove the row)[^.]*\.?$", "", reason).rstrip(".")
 
 
 def _refuse_all_bad(task: _Task) -> None:

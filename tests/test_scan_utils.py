@@ -4,12 +4,15 @@ Kills are real kills of a real process.
 """
 
 import os
+import re
 import shutil
 import signal
 import sqlite3
+import struct
 import subprocess
 import sys
 import time
+import zlib
 
 import pytest
 
@@ -61,6 +64,23 @@ def test_bad_images_are_refused_together_or_left_out(tmp_path):
     assert "none of the 14 images" in refusal(folder, on_bad_image="skip")
     with pytest.raises(DataError, match=r"--on_bad_image.*'drop'"):
         scan_folder(folder, on_bad_image="drop")
+
+
+def test_the_advice_on_bad_images_is_given_once(tmp_path):
+    """Every kind of reason, without an advice of its own."""
+    folder = captioned(tmp_path / "set", 4)
+    huge = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)),
+        (b"IDAT", b""),
+        (b"IEND", b""),
+    ):
+        huge += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    for name, data in (("0000", huge), ("0001", b""), ("0002", b"<html>"), ("0003", image_bytes()[:50])):
+        (folder / f"{name}.png").write_bytes(data)
+    for line in refusal(folder).splitlines()[1:-1]:
+        assert not re.search(r"remove|smaller|Replace|\.$", line), line
+    assert "60000 x 60000 px are 3600 megapixels; at most 179 are read\n" in refusal(folder)
 
 
 def test_missing_and_odd_files_are_left_out_when_asked_to(tmp_path):
