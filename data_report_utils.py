@@ -68,6 +68,7 @@ def build_report(
         "missing": list(scan.missing),
         "unlisted": scan.unlisted,
         "repeated": scan.repeated,
+        "unused_captions": scan.unused_captions,
         **_formats_and_notes(images),
         "sizes": _size_statistics(sizes),
         "captions": {**_caption_statistics(images), "default": scan.defaulted},

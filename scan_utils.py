@@ -31,6 +31,7 @@ from source_utils import (
     caption_lines,
     cells_of,
     files_of_rows,
+    is_about,
     join_captions,
     json_object,
     listed_name,
@@ -79,7 +80,8 @@ class Scan:
     `images` are sorted by (name, captions). `warnings` are sentences for the user. `source` tells where the captions
     came from. `bad` are the images that were left out, with their reasons; `missing` are the entries of listings
     without a file, left out too. `unlisted` and `repeated` count the images in no listing, or listed more than once,
-    with their first names. `defaulted` counts the captions that are a prompt or a folder's name.
+    with their first names; `unused_captions` does so for caption files without an image, or beside a listed one.
+    `defaulted` counts the captions that are a prompt or a folder's name.
     """
 
     images: Sequence[CaptionedImage]
@@ -89,6 +91,7 @@ class Scan:
     missing: list[str] = field(default_factory=list)
     unlisted: Named = field(default_factory=_nothing)
     repeated: Named = field(default_factory=_nothing)
+    unused_captions: Named = field(default_factory=_nothing)
     defaulted: int = 0
 
     @property
@@ -293,7 +296,7 @@ class _Task:
 
 def _scan_folder(task: _Task) -> Scan:
     asked, found, sources = task.asked, {}, []
-    listings = _find_files(task)
+    walk, listings = _find_files(task)
     if listings:
         refuse_two_listings(listings, asked.root, asked.flag)
         for listing in listings:
@@ -304,6 +307,7 @@ def _scan_folder(task: _Task) -> Scan:
     elif task.has("pictures"):
         _read_sidecars(task)
         _add_pictures(task)
+        found = {"unused_captions": _remark_on_lone_captions(task, walk)}
         sources.append("caption files beside the images")
     if task.has("shards"):
         _list_shards(task)
@@ -334,8 +338,8 @@ def _refuse_nothing(task: _Task, listings: list[str], source: str) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def _find_files(task: _Task) -> list[str]:
-    """Fill `pictures`, `sidecars` and `shards`; returns the sorted listings."""
+def _find_files(task: _Task) -> tuple[FolderWalk, list[str]]:
+    """Fill `pictures`, `sidecars` and `shards`; returns the walk over the folder and the sorted listings."""
     walk, listings, pictures, sidecars, shards = FolderWalk(task.asked.root, task.asked.flag), [], [], [], []
     for file in walk.files():
         if os.path.basename(file.path) in LISTING_NAMES:
@@ -354,7 +358,7 @@ def _find_files(task: _Task) -> list[str]:
     task.facts.insert("INSERT INTO shards VALUES (?, ?, ?)", shards)
     task.bad += walk.bad
     task.warnings += walk.remarks()
-    return sorted(listings)
+    return walk, sorted(listings)
 
 
 def _store_files(facts: Facts, pictures: list[tuple], sidecars: list[tuple]) -> None:
@@ -418,6 +422,21 @@ def _add_pictures(task: _Task) -> None:
         )
 
 
+def _remark_on_lone_captions(task: _Task, walk: FolderWalk) -> Named:
+    """The caption files that stand beside nothing: no image, also none that can't be read, and no shard."""
+    lone = "FROM sidecars s WHERE NOT EXISTS (SELECT 1 FROM pictures p WHERE p.stem = s.stem)"
+    shards = {os.path.splitext(path)[0] for (path,) in task.db.execute("SELECT path FROM shards")}
+    found = _nothing()
+    for stem, path in task.db.execute(f"SELECT s.stem, s.path {lone} ORDER BY s.path"):
+        if stem in walk.unread_stems or stem in shards or is_about(path):
+            continue
+        found["count"] += 1
+        if len(found["first"]) < FIRST_NAMES:
+            found["first"].append(shown(path))
+    task.remark(found, "caption file", "has no image and is not used", "have no images and are not used")
+    return found
+
+
 # Listings -----------------------------------------------------------------------------------------------------------
 
 
@@ -468,7 +487,7 @@ def _check_listed(task: _Task) -> None:
 
 
 def _remark_on_listed(task: _Task) -> dict[str, Named]:
-    """What is in no listing, and what is listed more than once."""
+    """What is in no listing, what is listed more than once, and which caption files the listings take the place of."""
     unlisted = task.named(
         "SELECT p.path FROM pictures p LEFT JOIN (SELECT DISTINCT path FROM entries) e ON e.path = p.path "
         "WHERE e.path IS NULL ORDER BY p.path"
@@ -477,9 +496,15 @@ def _remark_on_listed(task: _Task) -> dict[str, Named]:
     unlisted = {"count": unlisted["count"] + len(names), "first": (unlisted["first"] + names)[:FIRST_NAMES]}
     task.bad = []
     repeated = task.named("SELECT name FROM entries GROUP BY name HAVING count(*) > 1 ORDER BY name")
+    beside = task.named(
+        "SELECT path FROM sidecars WHERE stem IN (SELECT p.stem FROM pictures p JOIN entries e ON e.path = p.path) "
+        "ORDER BY path"
+    )
     task.remark(unlisted, "image", "is in no listing and not used", "are in no listing and not used")
     task.remark(repeated, "image", "is listed more than once", "are listed more than once")
-    return {"unlisted": unlisted, "repeated": repeated}
+    task.remark(beside, "caption file", "is not used, since its image is listed",
+                "are not used, since their images are listed")  # fmt: skip
+    return {"unlisted": unlisted, "repeated": repeated, "unused_captions": beside}
 
 
 # Shards -------------------------------------------------------------------------------------------------------------

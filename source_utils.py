@@ -43,6 +43,11 @@ MAX_CAPTION = 100_000  # characters; a longer text is no caption
 _KNOWN = {*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS, ".tar"}
 _OTHER_PICTURES = (".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".svg", ".tga")  # told of, not read
 _PACKED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4?|z))$", re.IGNORECASE)
+_ABOUT = re.compile(  # texts that lie beside pictures and are no captions, such as README.txt and LICENSE-MIT.txt
+    r"(read[-_]?me|licen[cs]e|copying|copyright|notice|credits|authors|attributions?|sources|citation|changelog|terms"
+    r"|requirements)([-_.].*)?\.txt",
+    re.IGNORECASE,
+)
 _MAX_JSON = 2**24  # bytes of a `.json` in a shard
 
 
@@ -68,7 +73,8 @@ class FoundFile(NamedTuple):
 class FolderWalk:
     """One walk over the visible files below a folder: images, caption files, listings and tars.
 
-    When `files` has ended, `bad` has the images that can't be read, with reasons.
+    When `files` has ended, `bad` has the images that can't be read, with reasons, and `unread_stems` the stems of
+    these and of pictures of other kinds.
     """
 
     def __init__(self, root: Path, flag: str):
@@ -79,6 +85,7 @@ class FolderWalk:
         """
         self.root, self.flag = root, flag
         self.bad: list[tuple[str, str]] = []
+        self.unread_stems: set[str] = set()
         self._real_root = os.path.realpath(root)
         self._links, self._outside, self._packed, self._others = [], [], [], []
 
@@ -117,12 +124,13 @@ class FolderWalk:
                 self._packed.append(path)
             elif suffix in _OTHER_PICTURES:
                 self._others.append(path)
+                self.unread_stems.add(path[: -len(suffix)])
         elif entry.is_symlink() and not _is_inside(os.path.realpath(entry.path), self._real_root):
             self._outside.append(path)
         elif is_utf8(path):
             return self._with_status(path, suffix, entry)
         elif suffix in IMAGE_EXTENSIONS:
-            self.bad.append((shown(path), "the name is not UTF-8; rename the file or its folder"))
+            self._add_bad(path, suffix, "the name is not UTF-8; rename the file or its folder")
         elif suffix not in CAPTION_EXTENSIONS:
             raise DataError(f"{self.root}: the name {shown(path)} is not UTF-8. Rename the file or its folder.")
         return None
@@ -137,8 +145,12 @@ class FolderWalk:
             reason = f"{'a broken link' if entry.is_symlink() else 'can not be read'} ({because(error)})"
         if suffix not in IMAGE_EXTENSIONS:
             raise DataError(f"{shown(os.path.join(self.root, path))}: {reason}. Replace or remove it.")
-        self.bad.append((shown(path), reason))
+        self._add_bad(path, suffix, reason)
         return None
+
+    def _add_bad(self, path: str, suffix: str, reason: str) -> None:
+        self.bad.append((shown(path), reason))
+        self.unread_stems.add(path[: -len(suffix)])
 
     def remarks(self) -> list[str]:
         """Sentences about what was not used.
@@ -234,6 +246,11 @@ def read_caption_file(path: Path, size: int) -> str:
     """The text of a caption file of so many bytes."""
     _refuse_long(size, str(path))
     return _decode(read_bytes(path), path)
+
+
+def is_about(path: str) -> bool:
+    """Whether a file is one of those that are about a folder of pictures, README.txt and the like, and no caption."""
+    return _ABOUT.fullmatch(os.path.basename(path)) is not None
 
 
 def _refuse_long(size: int, place: str, limit: int = 4 * MAX_CAPTION) -> None:

@@ -174,6 +174,50 @@ def test_the_first_caption_file_counts(tmp_path):
     assert captions(scan_folder(tmp_path / "set")) == [("a.png", "caption")]
 
 
+def test_caption_files_without_an_image_are_remarked_upon(tmp_path):
+    folder = captioned(tmp_path / "set", 2)
+    for name in ("README.txt", "LICENSE-MIT.txt", "sub/Credits.txt", "0000.caption", "s.txt", "phone.txt"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("not a caption of its own")
+    tar(folder / "s.tar", ("a.png", image_bytes()), ("a.txt", b"a"))
+    (folder / "phone.heic").write_bytes(b"")
+    scan = scan_folder(folder)
+    assert scan.unused_captions == {"count": 0, "first": []} and len(scan.warnings) == 1
+    assert "1 picture in" in scan.warnings[0] and "is of a kind that is not read: phone.heic" in scan.warnings[0]
+    for name in ("moved.txt", "readme.caption", "license plate.txt"):
+        (folder / name).write_text("a caption")
+    scan = scan_folder(folder)
+    assert scan.unused_captions == {"count": 3, "first": ["license plate.txt", "moved.txt", "readme.caption"]}
+    assert scan.warnings[1].startswith(f"3 caption files in {folder} have no images and are not used: license plate")
+    for name in ("readme.caption", "license plate.txt"):
+        (folder / name).unlink()
+    assert "1 caption file in" in (text := scan_folder(folder).warnings[1]) and "has no image and is not used" in text
+
+
+def test_caption_files_of_images_that_can_not_be_read_are_not_alone(tmp_path):
+    folder = captioned(tmp_path / "set", 2)
+    (folder / "0001.png").unlink()
+    (folder / "0001.png").symlink_to("nowhere.png")
+    scan = scan_folder(folder, on_bad_image="skip")
+    assert scan.unused_captions["count"] == 0 and len(scan.bad) == len(scan.warnings) == 1
+
+
+def test_caption_files_beside_listed_images_are_remarked_upon(tmp_path):
+    folder = captioned(tmp_path / "set", 2)
+    (folder / "alone.txt").write_text("of no image")
+    listing(folder, {"file_name": "0000.png", "text": "listed"})
+    scan = scan_folder(folder)
+    assert captions(scan) == [("0000.png", "listed")] and scan.unused_captions == {"count": 1, "first": ["0000.txt"]}
+    assert [text.split(" in ")[0] for text in scan.warnings] == ["1 image", "1 caption file"]
+    assert "is not used, since its image is listed: 0000.txt." in scan.warnings[1]
+
+
+def test_texts_beside_shards_are_no_captions(tmp_path):
+    tar(tmp_path / "set/s.tar", ("a.png", image_bytes()), ("a.txt", b"a"))
+    (tmp_path / "set/list.txt").write_text("s.tar")
+    assert scan_folder(tmp_path / "set").warnings == []
+
+
 def test_not_utf8_in_listings_names_line_and_byte(tmp_path):
     picture(tmp_path / "set/a.png")
     for name, head in (
