@@ -9,8 +9,9 @@ What this file holds, in order:
 5. words that messages about images are made of.
 
 Two kinds of SQLite files lie in `<cache folder>/lpl/scans`. `images-<digest>.sqlite` is a table that a run trains on:
-it is named by its rows and never changes. `files-<digest>.sqlite` has the facts about one folder or data set: it may
-be deleted at any time, and the images are read again then.
+it is named by its rows and never changes, and is removed when nobody has opened it for a month.
+`files-<digest>.sqlite` has the facts about one folder or data set: it may be deleted at any time, and the images are
+read again then.
 
 Importing this file imports neither torch nor datasets. Sizes are (height, width) in pixels; N counts images.
 """
@@ -40,6 +41,7 @@ SEPARATOR = "\0"  # between the captions of one image in a table; sorts before e
 ROWS_AT_ONCE = 1000
 FIRST_NAMES = 5  # of many, in a message
 COMMIT_SECONDS = 2.0  # what is lost at most when a scan is killed
+OLD_SECONDS = 30 * 24 * 3600  # a table that was not opened for so long is removed
 
 Result = TypeVar("Result")
 
@@ -194,6 +196,8 @@ class ImageTable(Sequence[CaptionedImage]):
                 self._connection = sqlite3.connect(address, uri=True, check_same_thread=False)
             except sqlite3.Error as error:
                 raise DataError(f"{self.path}: can't be opened ({error}). Start again to have it made.") from error
+            with contextlib.suppress(OSError):
+                os.utime(self.path)  # in use: see `_remove_old`
             self._connection.execute("PRAGMA cache_size = -1024")  # KiB
             self._pid = os.getpid()
         return self._connection.execute(query, values)
@@ -264,7 +268,7 @@ class ImageTable(Sequence[CaptionedImage]):
 def store_table(
     facts: "Facts", query: str, root: Path | None = None, dataset: Any = None, column: str = ""
 ) -> ImageTable:
-    """The table of the rows of a query, written unless a scan has written the same one.
+    """The table of the rows of a query, written unless a scan has written the same one. Old tables are removed.
 
     Args:
         facts: the database that the query asks; the table lies in the same folder.
@@ -285,6 +289,7 @@ def store_table(
     except DataError:  # not there, or damaged
         _write_table(db, path, total)
         table = ImageTable(path, os.path.abspath(root) if root else "", dataset, column)
+    _remove_old(facts.folder, path)
     return table
 
 
@@ -311,6 +316,20 @@ def _write_table(db: sqlite3.Connection, path: Path, total: int) -> None:
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _remove_old(scans: Path, used: Path) -> None:
+    """Remove the tables that nobody has opened for long, and what killed scans left.
+
+    A process that has one open can go on reading it. The time of a file is that of its last opening or, where the disk
+    keeps it, its last reading.
+    """
+    limit = time.time() - OLD_SECONDS
+    for path in (*scans.glob("images-*.sqlite"), *scans.glob(".tmp-*")):
+        with contextlib.suppress(OSError):  # another scan was faster, or it belongs to somebody else
+            status = path.stat()
+            if path != used and max(status.st_atime, status.st_mtime) < limit:
+                path.unlink()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

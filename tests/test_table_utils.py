@@ -3,6 +3,7 @@
 import hashlib
 import multiprocessing
 import os
+import pickle
 import shutil
 import sqlite3
 import subprocess
@@ -262,3 +263,28 @@ def test_nothing_but_what_is_meant_lies_in_the_cache(tmp_path, own_cache):
     assert [name for name in names if name != "files.lock"] == ["files.sqlite", "images.sqlite"]
     assert list(scan_folder(tmp_path / "set", cache_dir=tmp_path / "other").images)
     assert (tmp_path / "other/lpl/scans").is_dir()
+
+
+def test_tables_that_nobody_has_opened_for_a_month_are_removed(tmp_path, own_cache):
+    folder = captioned(tmp_path / "set", 2)
+    first = scan_folder(folder).images
+    (own_cache / ".tmp-killed").write_bytes(b"")
+    (own_cache / "notes.txt").write_text("somebody's")
+    for age, there in ((29, True), (31, False)):
+        (folder / "0000.txt").write_text(f"other {age}")  # so that another table is made and used
+        scan_folder(folder)
+        for path in own_cache.iterdir():
+            os.utime(path, (time.time() - age * 24 * 3600,) * 2)
+        used = scan_folder(folder).images
+        assert first.path.exists() is (own_cache / ".tmp-killed").exists() is there
+    assert [*own_cache.glob("images-*")] == [used.path] and used.path.stat().st_mtime > time.time() - 60
+    assert (own_cache / "notes.txt").exists() and [*own_cache.glob("files-*.sqlite")]
+    assert [image.caption for image in first] == ["picture 0", "picture 1"]  # still open here
+
+
+def test_a_table_is_in_use_when_it_is_opened(tmp_path, own_cache):
+    table = scan_folder(captioned(tmp_path / "set", 2)).images
+    os.utime(table.path, (1, 1))
+    pickle.loads(pickle.dumps(table))[0]  # as a worker does it
+    scan_folder(captioned(tmp_path / "other", 3))
+    assert table.path.exists()
