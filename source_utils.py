@@ -451,6 +451,7 @@ def require_column(column: str, columns: Iterable[str], place: str, flag: str) -
 _CAPTION_KINDS = ("txt", "caption", "json")  # the first one found beside an image is read
 _KIND = re.compile(r"(?:.*/|)[^.]+[.]([^/]*)", re.DOTALL)  # what follows the first dot of the base name
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own
+_HERE = re.compile(r"(\./+)*")  # `tar -C folder .` writes ./a.png
 
 
 class ShardImage(NamedTuple):
@@ -528,7 +529,7 @@ def _members(path: Path) -> Iterator[_Member]:
     with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         while (info := tar.next()) is not None:
             tar.members.clear()  # or all of them would be held
-            name = info.name
+            name = info.name[_HERE.match(info.name).end() :]
             match = _KIND.fullmatch(name)
             if info.isreg() and match and not _META.match(name):
                 if info.issparse():

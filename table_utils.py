@@ -397,8 +397,8 @@ _FACTS_LAYOUT = (  # of images, caption files, shards and their members; each wi
     "CREATE TABLE members (path TEXT, offset INTEGER, length INTEGER, name TEXT, caption_name TEXT, text TEXT, "
     "is_json INTEGER, PRIMARY KEY (path, offset)) WITHOUT ROWID",
 )
-# Another layout, or another Pillow with other verdicts, and everything is read anew.
-FACTS_VERSION = int(hashlib.sha256(f"1 {PIL.__version__} {_FACTS_LAYOUT}".encode()).hexdigest()[:7], 16)
+# Another layout or other names, or another Pillow with other verdicts, and everything is read anew.
+FACTS_VERSION = int(hashlib.sha256(f"2 {PIL.__version__} {_FACTS_LAYOUT}".encode()).hexdigest()[:7], 16)
 
 
 class Facts:

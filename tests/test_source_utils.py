@@ -7,6 +7,7 @@ Broken files are really broken, and shards are written by webdataset itself. The
 import json
 import os
 import pickle
+import subprocess
 import tarfile
 from pathlib import Path
 
@@ -469,6 +470,20 @@ def test_shards_and_loose_images_are_both_used(tmp_path):
     assert scan_folder(tmp_path / "set").warnings == scan.warnings
     listing(tmp_path / "set", {"file_name": "0000.png", "text": "listed"})
     assert captions(scan_folder(tmp_path / "set"))[0] == ("0000.png", "listed")
+
+
+def test_a_shard_that_was_packed_from_within_a_folder(tmp_path):
+    """As docs/data.md does it: the members are named ./b.png."""
+    captioned(tmp_path / "pictures/deep", 1)
+    picture(tmp_path / "pictures/b.png", caption="b")
+    (tmp_path / "set").mkdir()
+    subprocess.run(["tar", "--sort=name", "-cf", tmp_path / "set/s.tar", "-C", tmp_path / "pictures", "."], check=True)
+    scan = scan_folder(tmp_path / "set")
+    assert captions(scan) == [("s.tar/b.png", "b"), ("s.tar/deep/0000.png", "picture 0")]
+    assert scan.images[1].place.endswith("s.tar (member deep/0000.png)")
+    (tmp_path / "pictures/deep/0000.txt").write_bytes(b"gr\xfcn")
+    subprocess.run(["tar", "--sort=name", "-cf", tmp_path / "set/s.tar", "-C", tmp_path / "pictures", "."], check=True)
+    assert "s.tar: deep/0000.txt: not UTF-8" in refusal(tmp_path / "set")
 
 
 def test_a_changed_shard_is_listed_anew(tmp_path):
