@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from data_report_utils import build_report
 from data_utils import CaptionRules, Framing
 from image_utils import INTERPOLATIONS, DataError, assign_buckets, auto_buckets, parse_buckets
-from scan_utils import build_report, hold_out, scan_dataset, scan_folder, select, sizes_of
+from scan_utils import scan_dataset, scan_folder
+from table_utils import hold_out, select, sizes_of
 
 REPOSITORY = Path(__file__).resolve().parent
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -615,7 +617,7 @@ def first_of(images, count):
 
 
 def data_report(args, scan, held_out):
-    """The report on the data of a run, `scan_utils.build_report`."""
+    """The report on the data of a run, `data_report_utils.build_report`."""
     sizes = target_sizes(args) if args.aspect_ratio_buckets else None
     return build_report(scan, held_out, args.resolution, sizes, args.train_batch_size)
 

@@ -40,9 +40,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 import cli_utils
 from cli_utils import UserError, require
+from data_report_utils import report_lines
 from data_utils import Framing, SampleOrder, TrainingSet, addressed_normal, addressed_uniform
 from image_utils import Crop, from_pixel_values, lost_share, resized_size
-from scan_utils import CaptionedImage, report_lines, shown
+from table_utils import CaptionedImage, shown
 
 if TYPE_CHECKING:
     import torch

@@ -125,7 +125,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(recipe
 
 @pytest.fixture
 def fp16(monkeypatch):
-    """Function scale -> fp16 training on the CPU, where accelerate offers none: autocast and gradient scaler are real."""
+    """Function scale -> fp16 on the CPU, where accelerate offers none: autocast and gradient scaler are real."""
 
     def switch_on(scale):
         start = train_utils.start_accelerator
