@@ -599,7 +599,10 @@ def find_images(args):
         scan = scan_dataset(args.dataset_name, args.dataset_config_name, **columns, max_samples=args.max_train_samples)
     images, held_out = scan.images, []
     if args.validation_data_dir:
-        held_out = scan_folder(args.validation_data_dir, flag="--validation_data_dir", **columns, **of_folders).images
+        held = scan_folder(args.validation_data_dir, flag="--validation_data_dir", **columns, **of_folders)
+        remarks = held.warnings + [f"{held.skipped} of the images are left out."] * bool(held.skipped)
+        scan = replace(scan, warnings=scan.warnings + [f"--validation_data_dir: {remark}" for remark in remarks])
+        held_out = held.images
     elif args.validation_split:
         share = args.validation_split
         wanted = share if share >= 1 else share * len(images)
