@@ -113,8 +113,8 @@ def test_linked_files_are_there():
 
 
 UTILS = {"cli_utils", "cache_utils", "checkpoint_utils", "data_utils", "export_utils", "guard_utils", "hub_utils",
-         "image_utils", "lora_utils", "lpl_utils", "plan_utils", "report_utils", "scan_utils", "store_utils",
-         "train_utils"}  # fmt: skip
+         "image_utils", "lora_utils", "lpl_utils", "plan_utils", "report_utils", "scan_utils", "shard_utils",
+         "store_utils", "train_utils"}  # fmt: skip
 DATA = {"data_utils", "image_utils", "scan_utils", "store_utils"}
 ALLOWED = {
     "lpl_utils": set(),
@@ -126,11 +126,12 @@ ALLOWED = {
     "preview_utils": DATA | {"cli_utils", "report_utils"},
     "hub_utils": {"cli_utils"},
     "cache_utils": DATA | {"cli_utils"},
-    "checkpoint_utils": {"cli_utils", "store_utils"},
+    "checkpoint_utils": {"cli_utils", "shard_utils", "store_utils"},
     "guard_utils": {"cli_utils"},
+    "shard_utils": {"cli_utils"},
     "lora_utils": {"cli_utils"},
     "export_utils": {"cli_utils", "lora_utils"},
-    "train_utils": DATA | {"cache_utils", "cli_utils", "guard_utils", "lora_utils", "lpl_utils"},
+    "train_utils": DATA | {"cache_utils", "cli_utils", "guard_utils", "lora_utils", "lpl_utils", "shard_utils"},
     "plan_utils": {"cache_utils", "cli_utils", "lora_utils", "lpl_utils", "scan_utils", "store_utils", "train_utils"},
     "report_utils": {"cli_utils", "hub_utils", "train_utils"},
     "train_sdxl_lpl": UTILS,
