@@ -545,8 +545,8 @@ def checkpoint_to_resume(args, accelerator=None):
     if problems:
         raise UserError(
             f"--resume_from_checkpoint {args.resume_from_checkpoint}: the first rank goes on from {folder}, but not "
-            f"all machines have it ({'; '.join(dict.fromkeys(problems))}). --output_dir must lie on a disk that all of "
-            "them share, or the folder be copied to each"
+            f"all machines have it ({'; '.join(dict.fromkeys(problems))}). --output_dir must lie on a disk that all "
+            "of them share, or the folder be copied to each"
         )
     return folder
 

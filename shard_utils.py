@@ -15,7 +15,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from cli_utils import UserError, require
+from cli_utils import require
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What can be sharded
@@ -32,7 +32,7 @@ def wants(name):
 
 
 def check_launch():
-    """Raises UserError for what accelerate is configured for and this program does not do; before it starts anything."""
+    """Raises UserError for what accelerate is configured for and this program does not do."""
     require(
         not wants("DEEPSPEED"),
         "accelerate is configured for DeepSpeed, which is not supported: it clips and steps inside its engine, out of "

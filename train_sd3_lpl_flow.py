@@ -552,9 +552,7 @@ def draw(denoiser, vae, data, recipe):
                         **pipeline_prompt([prompt] * len(seeds), denoiser, data, recipe), generator=generators,
                         num_inference_steps=28, height=args.resolution, width=args.resolution, output_type="latent",
                     ).images  # fmt: skip
-                decoded = vae.decode(
-                    DecoderStages(vae).to_vae_space(latents)
-                ).sample  # without autocast: see LPL's dtype
+                decoded = vae.decode(DecoderStages(vae).to_vae_space(latents)).sample  # no autocast: see LPL's dtype
                 images += pipeline.image_processor.postprocess(decoded.float())
     return rows
 
