@@ -58,6 +58,11 @@ def check_sharding(args, accelerator):
     require(not args.torch_compile, "--torch_compile is not supported under FSDP")
     require(plugin.cpu_offload is None or type(plugin.cpu_offload).__name__ == "OffloadPolicy",
             "fsdp_offload_params is not supported: more GPUs make every part smaller")  # fmt: skip
+    require(
+        getattr(plugin.auto_wrap_policy, "__name__", None) == "transformer_auto_wrap_policy",
+        "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP: without a policy the whole model is gathered at once, and "
+        "by size FSDP meets lists of layers that it refuses",
+    )
     require(not plugin.activation_checkpointing,
             "fsdp_activation_checkpointing: use --gradient_checkpointing instead")  # fmt: skip
     # weights are gathered and gradients reduced in float32, and autocast casts: the same arithmetic as without FSDP

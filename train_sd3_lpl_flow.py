@@ -675,7 +675,7 @@ def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, tot
         share = schedule.gated_share(gate)
         hint = schedule.threshold_for(0.2, by_timestep=gate.t_threshold is not None)
         plan_utils.print_lpl_plan(args, gate, share, hint, vae, say)
-    plan_utils.print_memory(memory_estimate(args, denoiser, vae, dtype), say)
+    plan_utils.print_memory(memory_estimate(args, denoiser, vae, dtype), denoiser, accelerator)
     return report
 
 

@@ -593,7 +593,7 @@ def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, tot
         gate = lpl_gate(args)
         share = schedule.gated_share(gate)
         plan_utils.print_lpl_plan(args, gate, share, "--lpl_t_threshold 200", vae, say)
-    plan_utils.print_memory(memory_estimate(args, denoiser, vae, dtype), say)
+    plan_utils.print_memory(memory_estimate(args, denoiser, vae, dtype), denoiser, accelerator)
     return report
 
 

@@ -1,7 +1,7 @@
 """Accelerate's own FSDP2 on CPUs, for tests: python -m torch.distributed.run ... tests/fsdp_on_cpu.py SCRIPT FLAGS
 
-Accelerate shards on accelerators only. Here it takes two processes on the CPU, joined by gloo, for two GPUs; all else
-is what runs on those.
+Accelerate shards over accelerators only. Here it takes processes on the CPU, joined by gloo, for GPUs; all else is what
+runs on those, set up as configs/fsdp2.yaml says.
 """
 
 import os
@@ -11,15 +11,22 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 
+
+def launch_environment(config):
+    """The environment variables by which `accelerate launch` tells its processes what a configuration file says."""
+    from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    args = launch_command_parser().parse_args(["--config_file", str(config), "train_sdxl_lpl.py"])
+    args, _, _ = _validate_launch_command(args)
+    names = ("ACCELERATE_", "FSDP_")
+    return {name: value for name, value in prepare_multi_gpu_env(args).items() if name.startswith(names)}
+
+
 if __name__ == "__main__":
-    os.environ |= {"ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_FSDP": "true"}
-    for name, value in {
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_RESHARD_AFTER_FORWARD": "true",
-        "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
-    }.items():
-        os.environ.setdefault(name, value)
+    settings = launch_environment(ROOT / "configs" / "fsdp2.yaml")
+    os.environ |= settings | {name: value for name, value in os.environ.items() if name in settings}
+    os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
     from accelerate.state import PartialState
     from accelerate.utils import DistributedType
 
