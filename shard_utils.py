@@ -60,8 +60,8 @@ def check_sharding(args, accelerator):
             "fsdp_offload_params is not supported: more GPUs make every part smaller")  # fmt: skip
     require(
         getattr(plugin.auto_wrap_policy, "__name__", None) == "transformer_auto_wrap_policy",
-        "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP: without a policy the whole model is gathered at once, and "
-        "by size FSDP meets lists of layers that it refuses",
+        "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP: without a policy the whole model is gathered at once, "
+        "and by size FSDP meets lists of layers that it refuses",
     )
     require(not plugin.activation_checkpointing,
             "fsdp_activation_checkpointing: use --gradient_checkpointing instead")  # fmt: skip

@@ -1,7 +1,7 @@
 """Accelerate's own FSDP2 on CPUs, for tests: python -m torch.distributed.run ... tests/fsdp_on_cpu.py SCRIPT FLAGS
 
-Accelerate shards over accelerators only. Here it takes processes on the CPU, joined by gloo, for GPUs; all else is what
-runs on those, set up as configs/fsdp2.yaml says.
+Accelerate shards over accelerators only. Here it takes processes on the CPU, joined by gloo, for GPUs; all else is
+what runs on those, set up as configs/fsdp2.yaml says.
 """
 
 import os

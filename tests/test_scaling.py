@@ -1,5 +1,6 @@
 """Several ranks: configurations, FSDP2 end to end on a CPU, what is refused, and one decision on resuming for all."""
 
+import contextlib
 import json
 import os
 import re
@@ -27,7 +28,7 @@ from checkpoint_utils import TrainingState, save_checkpoint
 from cli_utils import UserError
 from tests import runs
 from tests.fsdp_on_cpu import launch_environment
-from tests.runs import ROOT, command
+from tests.runs import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory
@@ -120,18 +121,37 @@ def test_deepspeed_and_fsdp_without_gpus_are_refused(name, said, flags, tmp_path
 # FSDP2 end to end
 
 
-def on_ranks(count, *words):
-    """Start a script with FSDP2 on the CPU, in a process group of its own."""
+@contextlib.contextmanager
+def on_ranks(count, log, *words):
+    """Start a script with FSDP2 on the CPU; at the end of the context nothing of it is left."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
-    return subprocess.Popen([*launch, str(ROOT / "tests" / "fsdp_on_cpu.py"), *map(str, words)], env=environment,
-                            stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, cwd=ROOT,
-                            start_new_session=True)  # fmt: skip
+    with open(log, "a") as file:
+        process = subprocess.Popen([*launch, str(ROOT / "tests" / "fsdp_on_cpu.py"), *map(str, words)],
+                                   env=environment, stdout=file, stderr=file, cwd=ROOT)  # fmt: skip
+    found = []
+    try:
+        yield process, found
+    finally:
+        for pid in [*found, process.pid]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
 
 
-def finished(process):
-    said = process.communicate(timeout=200)[1]
-    assert process.returncode == 0, said[-3000:]
+def wait_for(condition, process, log, found):
+    """Until a running script has come so far; then `found` has the process ids of its ranks."""
+    end = time.monotonic() + 120
+    while not condition():
+        assert process.poll() is None and time.monotonic() < end, Path(log).read_text()[-3000:]
+        time.sleep(0.02)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
+    found += [int(pid) for pid in children if "fsdp_on_cpu" in Path("/proc", pid, "cmdline").read_text()]
+
+
+def run_on_ranks(count, log, *words):
+    with on_ranks(count, log, *words) as (process, _):
+        assert process.wait(timeout=150) == 0, Path(log).read_text()[-3000:]
 
 
 def trained(folder):
@@ -175,21 +195,18 @@ def test_sdxl_is_trained_killed_resumed_and_saved(sdxl_folder, pictures, cache_d
     runs.run(train_sdxl_lpl, *wide, "--checkpointing_steps", 2, "--max_train_steps", 4, "--output_dir",
              tmp_path / "one")  # fmt: skip
     script = ["train_sdxl_lpl.py", *flags, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "two"]
-    process = on_ranks(2, *script, "--max_train_steps", 3000, "--checkpointing_steps", 1000,
-                       "--checkpointing_minutes", 1e-9)  # fmt: skip
-    end = time.monotonic() + 120
-    while not (tmp_path / "two" / "checkpoint-2").is_dir():
-        assert process.poll() is None and time.monotonic() < end, process.stderr.read()[-3000:]
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+    log = tmp_path / "log"
+    with on_ranks(2, log, *script, "--max_train_steps", 3000, "--checkpointing_steps", 1000,
+                  "--checkpointing_minutes", 1e-9) as (process, found):  # fmt: skip
+        wait_for((tmp_path / "two" / "checkpoint-2").is_dir, process, log, found)
+        assert len(found) == 2
     for path in (tmp_path / "two").glob("checkpoint-*"):
         if path.name not in ("checkpoint-1", "checkpoint-2"):
             shutil.rmtree(path)
     assert_same(tmp_path / "one" / "checkpoint-2", tmp_path / "two" / "checkpoint-2", 1e-5)
     shutil.copytree(tmp_path / "two", tmp_path / "other")
-    finished(on_ranks(2, *script, "--max_train_steps", 4, "--checkpointing_steps", 2,
-                      "--resume_from_checkpoint", "latest"))  # fmt: skip
+    run_on_ranks(2, log, *script, "--max_train_steps", 4, "--checkpointing_steps", 2,
+                 "--resume_from_checkpoint", "latest")  # fmt: skip
     runs.run(train_sdxl_lpl, *wide, "--max_train_steps", 4, "--checkpointing_steps", 2, "--output_dir",
              tmp_path / "other", "--resume_from_checkpoint", "latest")  # fmt: skip
     for folder in ("", "checkpoint-4"):
@@ -211,14 +228,13 @@ def test_sd3_goes_on_sharded_where_one_process_stopped(sd3_folder, pictures, cac
     flags = scaling_flags(sd3_folder, pictures, cache_dir, ["--checkpointing_steps", 2])
     wide = [*flags, "--gradient_accumulation_steps", 3]
     runs.run(train_sd3_lpl_flow, *wide, "--max_train_steps", 2, "--output_dir", tmp_path / "two")
-    process = on_ranks(3, "train_sd3_lpl_flow.py", *flags, "--max_train_steps", 3000, "--output_dir", tmp_path / "two",
-                       "--resume_from_checkpoint", "latest", "--checkpointing_steps", 1000)  # fmt: skip
-    end = time.monotonic() + 120
-    while len(rows(tmp_path / "two")) < 5:
-        assert process.poll() is None and time.monotonic() < end, process.stderr.read()[-3000:]
-        time.sleep(0.02)
-    os.killpg(process.pid, signal.SIGTERM)
-    finished(process)
+    log = tmp_path / "log"
+    with on_ranks(3, log, "train_sd3_lpl_flow.py", *flags, "--max_train_steps", 3000, "--output_dir", tmp_path / "two",
+                  "--resume_from_checkpoint", "latest",
+                  "--checkpointing_steps", 1000) as (process, found):  # fmt: skip
+        wait_for(lambda: len(rows(tmp_path / "two")) >= 4, process, log, found)
+        os.kill(found[1], signal.SIGTERM)
+        assert process.wait(timeout=60) == 0, log.read_text()[-3000:]
     [_, last] = sorted(int(path.name.split("-")[1]) for path in (tmp_path / "two").glob("checkpoint-*"))
     end = ["--max_train_steps", last + 1, "--checkpointing_steps", 1000]
     runs.run(train_sd3_lpl_flow, *wide, *end, "--output_dir", tmp_path / "two", "--resume_from_checkpoint", "latest")
@@ -244,7 +260,7 @@ def checkpoint(folder, step, content=b"weights"):
 
 
 def test_the_first_rank_decides_and_the_others_look(tmp_path):
-    """Two machines with disks of their own: every rank resumes the same checkpoint, or all of them are told why not."""
+    """Two machines with disks of their own: all ranks resume the same checkpoint, or are told why not."""
     first, second = tmp_path / "machine-0", tmp_path / "machine-1"
     for name in ("shared", "newer-elsewhere", "damaged", "other", "cut"):
         checkpoint(first / name, 10)
