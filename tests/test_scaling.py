@@ -189,7 +189,7 @@ def test_sdxl_is_trained_killed_resumed_and_saved(sdxl_folder, pictures, cache_d
     by all ranks, checkpoints by the first one's clock.
     """
     more = ["--gradient_checkpointing", "--validation_split", 3, "--validation_prompt", "apple", "--lpl_t_threshold",
-            600, "--validation_compare", "--num_validation_images", 1, "--validation_steps", 2]  # fmt: skip
+            600, "--validation_compare", "--num_validation_images", 1, "--validation_steps", 4]  # fmt: skip
     flags = scaling_flags(sdxl_folder, pictures, cache_dir, more)
     wide = [*flags, "--gradient_accumulation_steps", 4]
     runs.run(train_sdxl_lpl, *wide, "--checkpointing_steps", 2, "--max_train_steps", 4, "--output_dir",
@@ -214,7 +214,7 @@ def test_sdxl_is_trained_killed_resumed_and_saved(sdxl_folder, pictures, cache_d
         assert_same(tmp_path / "other" / folder, tmp_path / "two" / folder, 1e-6)
     losses = [[row["validation/diffusion_loss"] for row in rows(tmp_path / name)
                if "validation/diffusion_loss" in row] for name in ("one", "two")]  # fmt: skip
-    assert len(losses[0]) == 3 and losses[0] == pytest.approx(losses[1], rel=1e-4)
+    assert [losses[1][0], losses[1][-1]] == pytest.approx([losses[0][0], losses[0][-1]], rel=1e-4)
     for place in ("validation/step-0.png", "validation/before/0-0.png", "image_0.png", "run.png"):
         assert (tmp_path / "two" / place).is_file()
     start = [(tmp_path / name / "validation" / "step-0.png").read_bytes() for name in ("one", "two")]
@@ -224,12 +224,12 @@ def test_sdxl_is_trained_killed_resumed_and_saved(sdxl_folder, pictures, cache_d
 
 
 def test_sd3_goes_on_sharded_where_one_process_stopped(sd3_folder, pictures, cache_dir, tmp_path):
-    """A checkpoint of one process is resumed by three with a part each, asked to stop, and ended by one."""
+    """A checkpoint of one process is resumed by two with a part each, asked to stop, and ended by one."""
     flags = scaling_flags(sd3_folder, pictures, cache_dir, ["--checkpointing_steps", 2])
-    wide = [*flags, "--gradient_accumulation_steps", 3]
+    wide = [*flags, "--gradient_accumulation_steps", 2]
     runs.run(train_sd3_lpl_flow, *wide, "--max_train_steps", 2, "--output_dir", tmp_path / "two")
     log = tmp_path / "log"
-    with on_ranks(3, log, "train_sd3_lpl_flow.py", *flags, "--max_train_steps", 3000, "--output_dir", tmp_path / "two",
+    with on_ranks(2, log, "train_sd3_lpl_flow.py", *flags, "--max_train_steps", 3000, "--output_dir", tmp_path / "two",
                   "--resume_from_checkpoint", "latest",
                   "--checkpointing_steps", 1000) as (process, found):  # fmt: skip
         wait_for(lambda: len(rows(tmp_path / "two")) >= 4, process, log, found)
