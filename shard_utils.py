@@ -83,6 +83,7 @@ def prepare(accelerator, denoiser, optimizer):
         return accelerator.prepare(denoiser, optimizer)
     [model] = denoiser.models().values()
     _, optimizer = accelerator.prepare(model, optimizer)
+    torch.set_autocast_cache_enabled(False)  # it would keep a copy of every weight that FSDP lets go of
     forward = denoiser.forward
 
     def in_autocast(*args, **kwargs):  # which `prepare` does itself for models that it doesn't shard
