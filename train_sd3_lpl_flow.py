@@ -15,6 +15,7 @@ the same order.
 """
 
 # ruff: noqa: E402  (flags and data are checked before the slow imports)
+import contextlib
 import functools
 import math
 import os
@@ -23,9 +24,12 @@ from pathlib import Path
 
 import cli_utils
 from cli_utils import REPOSITORY, errors_for_people, require
+from safety_utils import check_weights, loading
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sd3" / "train.yaml"
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")
+WEIGHTS = ("vae", "text_encoder", "text_encoder_2", "transformer")  # and the third text encoder, where there is one
+REPLACED = {"vae": "pretrained_vae_model_name_or_path", "transformer": "pretrained_transformer_model_name_or_path"}
 LORA_TARGETS = (
     "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_k", "attn.to_out.0",
     "attn.to_q", "attn.to_v",
@@ -87,7 +91,14 @@ def parse_args(argv=None):
     check_sizes(args, cli_utils.read_json(config) if config else {})
     cli_utils.check_part(args, "pretrained_transformer_model_name_or_path", "SD3Transformer2DModel", "transformer")
     cli_utils.check_part(args, "pretrained_vae_model_name_or_path", "AutoencoderKL")
+    check_weights(args, [*WEIGHTS, *["text_encoder_3"] * has_t5(args)], REPLACED)
     return args
+
+
+def has_t5(args):
+    """Whether the base pipeline brings its third text encoder, which is optional."""
+    index = cli_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
+    return bool((cli_utils.read_json(index).get("text_encoder_3") or [None])[0])
 
 
 def check_sizes(args, config):
@@ -233,12 +244,6 @@ class Schedule:
 # Models
 
 
-def has_t5(args):
-    """Whether the base pipeline brings its third text encoder, which is optional."""
-    index = cli_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    return bool((cli_utils.read_json(index).get("text_encoder_3") or [None])[0])
-
-
 def load_tokenizers(args):
     """Two CLIP tokenizers, and T5's where the pipeline has it."""
     names = ["tokenizer", "tokenizer_2"] + ["tokenizer_3"] * has_t5(args)
@@ -253,7 +258,8 @@ TEXT_ENCODERS = {"text_encoder": CLIPTextModelWithProjection, "text_encoder_2": 
 
 def load_text_encoders(args, dtype, device):
     """Both CLIP text encoders, frozen."""
-    encoders = [load_part(args, cls, name, variant=args.variant, dtype=dtype) for name, cls in TEXT_ENCODERS.items()]
+    encoders = [load_part(args, cls, name, variant=args.variant, dtype=dtype, **loading(args))
+                for name, cls in TEXT_ENCODERS.items()]  # fmt: skip
     return [encoder.requires_grad_(False).eval().to(device) for encoder in encoders]
 
 
@@ -261,7 +267,7 @@ def load_t5(args, dtype, device):
     """The third text encoder, frozen; None where the pipeline has none."""
     if not has_t5(args):
         return None
-    t5 = load_part(args, T5EncoderModel, "text_encoder_3", variant=args.variant, dtype=dtype)
+    t5 = load_part(args, T5EncoderModel, "text_encoder_3", variant=args.variant, dtype=dtype, **loading(args))
     return t5.requires_grad_(False).eval().to(device)
 
 
@@ -307,6 +313,7 @@ def build_denoiser(args, dtype, device):
     transformer = SD3Transformer2DModel.from_pretrained(
         name, subfolder=subfolder, revision=revision, variant=variant,
         dtype=dtype if args.use_lora else torch.float32, **train_utils.quantization(args, dtype),
+        **loading(args),
     )  # fmt: skip
     text_encoders = load_text_encoders(args, dtype, "cpu") if args.train_text_encoder else ()
     torch.manual_seed(args.seed)  # the LoRA's initial weights
@@ -587,7 +594,7 @@ def load_weights(folder, denoiser, args):
     if args.use_lora:
         load_lora(folder, denoiser.models())
     else:
-        saved = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+        saved = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", use_safetensors=True)
         shard_utils.load_state(denoiser.transformer, saved.state_dict())
 
 
@@ -601,10 +608,10 @@ def save_result(args, denoiser, schedule):
         return
     more = {} if has_t5(args) else {"text_encoder_3": None, "tokenizer_3": None}
     if args.pretrained_vae_model_name_or_path:
-        more["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path)
+        more["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **loading(args))
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         args.pretrained_model_name_or_path, transformer=denoiser.transformer, revision=args.revision,
-        variant=args.variant, dtype=torch.float32, **more,
+        variant=args.variant, dtype=torch.float32, **loading(args), **more,
     )  # fmt: skip
     pipeline.scheduler.register_to_config(shift=schedule.shift)
     pipeline.save_pretrained(folder)
@@ -767,12 +774,12 @@ def main(args, scan, held_out=()):
         clock.saved()
 
     validation_due = train_utils.validation_schedule(args, len(scan.images), batch_size)
-    loader = train_utils.batches(args, data, accelerator, first_step, total_steps)
+    loader = contextlib.closing(train_utils.batches(args, data, accelerator, first_step, total_steps))
     if first_step == 0:
         validate(0)
     bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training",
                disable=not accelerator.is_local_main_process)  # fmt: skip
-    with signals:
+    with signals, loader as micro_batches:
         for step in bar:
             signals.step_began()
             before = metrics.snapshot()
@@ -780,7 +787,7 @@ def main(args, scan, held_out=()):
             for micro_step in range(args.gradient_accumulation_steps):
                 last = micro_step + 1 == args.gradient_accumulation_steps
                 with train_utils.sync_gradients(accelerator, denoiser, last):
-                    loss, micro_parts = training_step(next(loader), denoiser, recipe, step, metrics)
+                    loss, micro_parts = training_step(next(micro_batches), denoiser, recipe, step, metrics)
                     accelerator.backward(loss)
                 parts += micro_parts / args.gradient_accumulation_steps
             done, asked = step + 1, signals.requested is not None

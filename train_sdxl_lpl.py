@@ -13,6 +13,7 @@ paper, `main` is the loop. Symbols: z_0 clean latents as the UNet sees them, z_t
 """
 
 # ruff: noqa: E402  (flags and data are checked before the slow imports)
+import contextlib
 import functools
 import os
 import sys
@@ -20,9 +21,12 @@ from pathlib import Path
 
 import cli_utils
 from cli_utils import REPOSITORY, errors_for_people, require
+from safety_utils import check_weights, loading
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sdxl" / "train.yaml"
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+WEIGHTS = ("vae", "text_encoder", "text_encoder_2", "unet")
+REPLACED = {"vae": "pretrained_vae_model_name_or_path", "unet": "pretrained_unet_model_name_or_path"}
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -68,6 +72,7 @@ def parse_args(argv=None):
     cli_utils.check_base_model(args, "StableDiffusionXL", COMPONENTS)
     cli_utils.check_part(args, "pretrained_unet_model_name_or_path", "UNet2DConditionModel", "unet")
     cli_utils.check_part(args, "pretrained_vae_model_name_or_path", "AutoencoderKL")
+    check_weights(args, WEIGHTS, REPLACED)
     return args
 
 
@@ -197,7 +202,8 @@ TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelW
 
 def load_text_encoders(args, dtype, device):
     """Both text encoders, frozen."""
-    encoders = [load_part(args, cls, name, variant=args.variant, dtype=dtype) for name, cls in TEXT_ENCODERS.items()]
+    encoders = [load_part(args, cls, name, variant=args.variant, dtype=dtype, **loading(args))
+                for name, cls in TEXT_ENCODERS.items()]  # fmt: skip
     return [encoder.requires_grad_(False).eval().to(device) for encoder in encoders]
 
 
@@ -244,6 +250,7 @@ def build_denoiser(args, dtype, device):
     unet = UNet2DConditionModel.from_pretrained(
         name, subfolder=subfolder, revision=revision, variant=variant,
         dtype=dtype if args.use_lora else torch.float32, **train_utils.quantization(args, dtype),
+        **loading(args),
     )  # fmt: skip
     text_encoders = load_text_encoders(args, dtype, "cpu") if args.train_text_encoder else ()
     torch.manual_seed(args.seed)  # the LoRA's initial weights
@@ -506,7 +513,7 @@ def load_weights(folder, denoiser, args):
     if args.use_lora:
         load_lora(folder, denoiser.models())
     else:
-        saved = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        saved = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
         shard_utils.load_state(denoiser.unet, saved.state_dict())
 
 
@@ -520,10 +527,10 @@ def save_result(args, denoiser, schedule):
         return
     more = {}
     if args.pretrained_vae_model_name_or_path:
-        more["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path)
+        more["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **loading(args))
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         args.pretrained_model_name_or_path, unet=denoiser.unet, revision=args.revision, variant=args.variant,
-        dtype=torch.float32, **more,
+        dtype=torch.float32, **loading(args), **more,
     )  # fmt: skip
     pipeline.scheduler.register_to_config(prediction_type=schedule.prediction_type)
     pipeline.save_pretrained(folder)
@@ -689,12 +696,12 @@ def main(args, scan, held_out=()):
         clock.saved()
 
     validation_due = train_utils.validation_schedule(args, len(scan.images), batch_size)
-    loader = train_utils.batches(args, data, accelerator, first_step, total_steps)
+    loader = contextlib.closing(train_utils.batches(args, data, accelerator, first_step, total_steps))
     if first_step == 0:
         validate(0)
     bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training",
                disable=not accelerator.is_local_main_process)  # fmt: skip
-    with signals:
+    with signals, loader as micro_batches:
         for step in bar:
             signals.step_began()
             before = metrics.snapshot()
@@ -702,7 +709,7 @@ def main(args, scan, held_out=()):
             for micro_step in range(args.gradient_accumulation_steps):
                 last = micro_step + 1 == args.gradient_accumulation_steps
                 with train_utils.sync_gradients(accelerator, denoiser, last):
-                    loss, micro_parts = training_step(next(loader), denoiser, recipe, step, metrics)
+                    loss, micro_parts = training_step(next(micro_batches), denoiser, recipe, step, metrics)
                     accelerator.backward(loss)
                 parts += micro_parts / args.gradient_accumulation_steps
             done, asked = step + 1, signals.requested is not None

@@ -25,9 +25,10 @@ from data_utils import (
     collate,
     stratified_uniform,
 )
-from guard_utils import Guard, ignore_signals
+from guard_utils import Guard, leave_signals_to_the_run
 from lora_utils import is_text_encoder
 from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
+from safety_utils import loading
 from shard_utils import check_launch, check_sharding, is_sharded, local_part, whole
 
 HELD_OUT_LEVELS = 10  # noise levels at which the held-out loss is measured
@@ -238,9 +239,9 @@ def load_part_config(args, cls, subfolder):
 def load_vae(args, dtype, device):
     """The frozen autoencoder, evaluated in `dtype`, channels-last."""
     if args.pretrained_vae_model_name_or_path:
-        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype, **loading(args))
     else:
-        vae = load_part(args, AutoencoderKL, "vae", variant=args.variant, dtype=dtype)
+        vae = load_part(args, AutoencoderKL, "vae", variant=args.variant, dtype=dtype, **loading(args))
     return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 
 
@@ -444,7 +445,10 @@ def seed_lora_dropout(numbers, args):
 
 
 def batches(args, data, accelerator, first_step, last_step):
-    """Iterator over the micro-batches of this rank from `first_step` on; data: the `RunData`."""
+    """Generator of the micro-batches of this rank from `first_step` on; data: the `RunData`.
+
+    To be closed, which ends the loader's processes.
+    """
     order = SampleOrder(args.seed, args.train_batch_size, data.framing.buckets)
     samples = TrainingSet(
         data.images,
@@ -459,15 +463,13 @@ def batches(args, data, accelerator, first_step, last_step):
         first_step, last_step, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes,
         accelerator.process_index,
     )  # fmt: skip
-    return iter(
-        torch.utils.data.DataLoader(
-            samples,
-            batch_sampler=numbers,
-            collate_fn=collate,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=ignore_signals,
-        )
+    yield from torch.utils.data.DataLoader(
+        samples,
+        batch_sampler=numbers,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_run,
     )
 
 

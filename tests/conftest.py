@@ -3,6 +3,7 @@
 import os
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ["OMP_NUM_THREADS"] = "1"  # the last bits of a sum follow from it; and the tests fill the cores themselves
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
@@ -40,6 +41,13 @@ def pictures(tmp_path_factory):
 def cache_dir(tmp_path_factory):
     """One cache for all runs of a session, so that most of them encode nothing."""
     return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """The folder of scans in a cache of the test's own, outside its data."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/lpl/scans"
 
 
 @pytest.fixture
