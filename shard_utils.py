@@ -49,8 +49,8 @@ def check_sharding(args, accelerator):
     plugin = accelerator.state.fsdp_plugin
     require(accelerator.is_fsdp2, "accelerate is configured for the first FSDP; give it fsdp_version: 2, as in "
             "configs/fsdp2.yaml")  # fmt: skip
-    require(not args.use_lora, "--use_lora: a LoRA's own state is small, and FSDP has nothing to gain; train it on "
-            "several GPUs with configs/ddp.yaml")  # fmt: skip
+    require(not args.use_lora, "--use_lora is not supported under FSDP: a LoRA's own state is small; train it with "
+            "configs/ddp.yaml, a large model in 4 bits with --bnb_quantization_config_path")  # fmt: skip
     require(args.optimizer == "adamw" and not args.use_8bit_adam,
             f"{'--use_8bit_adam' if args.use_8bit_adam else f'--optimizer {args.optimizer}'} works on whole tensors; "
             "under FSDP leave it away: AdamW's state is sharded anyway")  # fmt: skip
