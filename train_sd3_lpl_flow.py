@@ -777,6 +777,7 @@ def main(args, scan, held_out=()):
     loader = contextlib.closing(train_utils.batches(args, data, accelerator, first_step, total_steps))
     if first_step == 0:
         validate(0)
+    done = first_step
     bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training",
                disable=not accelerator.is_local_main_process)  # fmt: skip
     with signals, loader as micro_batches:
@@ -805,9 +806,12 @@ def main(args, scan, held_out=()):
             if clock.due(done) or (stop and done < total_steps):
                 save(done)
             if stop and done < total_steps:
-                return train_utils.stopped(accelerator, done)
+                break
             if validation_due(done) or done == total_steps:
                 validate(done)
+    del denoiser
+    if done < total_steps:
+        return train_utils.stopped(accelerator, done)
     accelerator.wait_for_everyone()
     with train_utils.averaged_weights(ema, parameters):
         trained = shard_utils.gathered(bare_denoiser, accelerator.is_main_process)
@@ -819,7 +823,7 @@ def main(args, scan, held_out=()):
         reporter.finish(
             f"SD3 {'LoRA' if args.use_lora else 'full'} fine-tuning, {'with' if args.use_lpl else 'without'} LPL"
         )
-    accelerator.end_training()
+    train_utils.end(accelerator)
     if args.push_to_hub and accelerator.is_main_process:
         hub_utils.publish_or_exit(output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
 

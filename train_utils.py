@@ -500,6 +500,16 @@ def stopped(accelerator, step):
     accelerator.print(
         f"\nStopped after step {step}, which is saved; --resume_from_checkpoint latest goes on from there"
     )
+    end(accelerator)
+
+
+def end(accelerator):
+    """Close the trackers and part from the other ranks. The caller no longer holds the prepared model.
+
+    That has to go before the ranks' process group: if it is the last to hold the group, PyTorch waits, with the
+    interpreter's lock, for a thread of the group that waits for this lock.
+    """
+    accelerator.free_memory()
     accelerator.end_training()
 
 
