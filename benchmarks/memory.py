@@ -63,10 +63,11 @@ WAYS = {"LoRA, rank 16": ["--use_lora", "--rank", "16"], "all weights": [], "all
 
 
 def write_configurations(folder, pipeline_class, denoiser, denoiser_config, vae_config):
-    """A pipeline's folder with nothing but configurations."""
+    """A pipeline's folder with nothing but configurations; its files of weights are empty."""
     parts = ["vae", denoiser, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
     for part in parts:
         (folder / part).mkdir()
+        (folder / part / "model.safetensors").touch()
     (folder / denoiser / "config.json").write_text(json.dumps(denoiser_config))
     (folder / "vae" / "config.json").write_text(json.dumps(vae_config))
     index = {"_class_name": pipeline_class} | {part: ["diffusers", part] for part in parts}
