@@ -225,14 +225,15 @@ def chaos(cell, kills, launcher, flags, folder, rng, tick=lambda: None):
         kill(processes)
         outcome.problems.append("the run in peace failed:\n" + tail(folder / "whole.log"))
         return outcome
-    step_time = (time.monotonic() - began) / STEPS  # with its share of the start
+    duration = time.monotonic() - began
     flags = [*flags, "--output_dir", str(killed), "--resume_from_checkpoint", "latest"]
     while (to_come := kills - sum(outcome.kills.values())) > 0:
         reached = max(saved(killed), default=0)
         outcome.resumes += reached > 0
         target = reached + rng.integers(0, 2 + (STEPS - reached) // to_come)  # 0 further: it is killed while it starts
         processes = launcher.start(cell, flags, folder / "killed.log")
-        ended = await_step(processes, killed, target) or finish(processes, rng.uniform(0, 2 * step_time))
+        moment = rng.uniform(0, duration / 2 if target == reached else duration / STEPS / 2)
+        ended = await_step(processes, killed, target) or finish(processes, moment)
         failed = [process.exitcode for process in processes if process.exitcode]
         kill(processes, first=int(rng.integers(len(processes))))
         if failed:
