@@ -1,0 +1,280 @@
+"""What the small files of a model tell before anything is loaded: is it all there, and do its parts fit together?
+
+Nothing here imports torch. Of weights only the headers are read, so a whole model takes some milliseconds; of a model
+on the Hub its config.json files are fetched, which loading needs anyway.
+"""
+
+import functools
+import json
+from pathlib import Path
+
+from cli_utils import UserError, check_part, check_vae_dtype, hub_like, hub_problem, model_file, read_object, require
+
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of weight files: diffusers', transformers'
+LFS_POINTER = b"version https://git-lfs"
+AGAIN = "download the model again"
+LYCORIS = ("hada_w1", "lokr_w1", "oft_blocks")  # marks of other adapters than LoRA
+
+
+def check_model(args, denoiser, scheduler):
+    """The configurations and weights of all parts that a run loads; returns {part: config.json's content}.
+
+    denoiser: (part's name, class, flag that names another one); scheduler: (whether its class must begin with one of
+    these names or must not, the names).
+    """
+    part, class_name, other_flag = denoiser
+    other = {
+        part: check_part(args, other_flag, class_name, part),
+        "vae": check_part(args, "pretrained_vae_model_name_or_path", "AutoencoderKL"),
+    }
+    flags = {part: other_flag, "vae": "pretrained_vae_model_name_or_path"}
+    classes = {part: class_name, "vae": "AutoencoderKL"}
+    base = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    index = read_object(model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision))
+    parts = [part, "vae", *(name for name in index if name.startswith("text_encoder") and (index[name] or [None])[0])]
+    configs, dry = {}, args.dry_run and without_weights(args.pretrained_model_name_or_path)
+    for name in parts:
+        place = other.get(name)
+        flag = f"--{flags[name]} {getattr(args, flags[name])}" if place else base
+        path = place or model_file(args.pretrained_model_name_or_path, "config.json", args.revision, name)
+        require(path, f"{flag}: {name}/config.json is missing; {AGAIN}")
+        configs[name] = read_object(path)
+        found, wanted = configs[name].get("_class_name"), classes.get(name)
+        require(not wanted or found == wanted,
+                f"{flag}: {name}/config.json is of a {found}; this script needs {wanted}" + (
+                    "; give one as --pretrained_vae_model_name_or_path" if name == "vae" else ""))  # fmt: skip
+        where = getattr(args, flags[name]) if place else args.pretrained_model_name_or_path
+        if Path(where).is_dir() and not dry:
+            folder = Path(path).parent
+            names = sorted(file.name for file in folder.iterdir() if file.is_file())
+            for file in weight_names(
+                flag, name, names, lambda file, at=folder: at / file, None if place else args.variant
+            ):
+                problem = weight_problem(folder / file)
+                require(not problem, f"{flag}: {name}/{file} {problem}")
+        elif not place and not dry:
+            names = [
+                file.removeprefix(f"{name}/")
+                for file in hub_names(where, args.revision)
+                if file.startswith(name + "/")
+            ]
+            fetch = functools.partial(model_file, where, revision=args.revision, subfolder=name)
+            _ = names and weight_names(flag, name, names, fetch, args.variant)
+    check_small_parts(args, base, index, scheduler)
+    check_autoencoder(args, configs["vae"])
+    return configs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def without_weights(folder):
+    """Whether a folder on disk holds configurations only, which are enough for a plan."""
+    return Path(folder).is_dir() and not any(
+        path.suffix in (".safetensors", ".bin") for path in Path(folder).rglob("*")
+    )
+
+
+@functools.cache
+def hub_names(name, revision):
+    """Names of a model's files on the Hub; none where it can't be asked."""
+    if hub_problem():
+        return []
+    from huggingface_hub import list_repo_files
+
+    try:
+        return list_repo_files(name, revision=revision)
+    except Exception:  # what was read until now came from the cache: loading will tell
+        return []
+
+
+def weight_names(flag, part, names, place_of, variant):
+    """The names of a part's weight files; UserError unless all of them are there.
+
+    names: of the files in its folder; place_of: function that gives the path of one of them.
+    """
+    middle = f".{variant}" if variant else ""
+    for stem in STEMS:
+        for suffix in (".safetensors", ".bin"):
+            if (single := f"{stem}{middle}{suffix}") in names:
+                return [single]
+            if (listing := f"{stem}{suffix}.index{middle}.json") in names:
+                shards = sorted(set(read_object(place_of(listing)).get("weight_map", {}).values()))
+                gone = [shard for shard in shards if shard not in names]
+                require(
+                    shards and not gone,
+                    f"{flag}: {part}/{listing} names {len(shards)} files, missing are {', '.join(gone[:3])}; {AGAIN}",
+                )
+                return shards
+    others = [name for name in names if name.startswith(STEMS) and name.endswith((".safetensors", ".bin"))]
+    if variant:
+        advice = f"only {others[0]}: leave --variant out" if others else f"and no others; {AGAIN}"
+        raise UserError(f"{flag}: {part}/ has no weights of --variant {variant}, {advice}")
+    variants = [name.split(".")[1] for name in others if name.count(".") > 1]
+    advice = f"only {others[0]}: add --variant {variants[0].split('-')[0]}" if variants else AGAIN
+    raise UserError(f"{flag}: {part}/ has no weights (.safetensors); {advice}")
+
+
+def weight_problem(path):
+    """What is wrong with a weight file, and what to do; None when nothing is."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        return "is only a pointer of Git LFS; run `git lfs pull` in the model's folder"
+    if not size:
+        return f"is empty (0 bytes); {AGAIN}"
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        header, begins = tensors_of(path)
+    except ValueError as error:
+        return f"can't be read as safetensors: {error}; {AGAIN}"
+    wanted = begins + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if size < wanted:
+        return f"is cut short: {size:,} of {wanted:,} bytes; {AGAIN}"
+    return None
+
+
+def tensors_of(path):
+    """({name: {"dtype", "shape", "data_offsets"}}, where the data begin) from a safetensors file's header.
+
+    Raises ValueError for another file.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(100_000_000, path.stat().st_size):
+            raise ValueError("its header is longer than the file")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise ValueError("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def check_small_parts(args, base, index, scheduler):
+    """The scheduler's configuration, and on disk the tokenizers' files."""
+    path = model_file(args.pretrained_model_name_or_path, "scheduler_config.json", args.revision, "scheduler")
+    require(path, f"{base}: scheduler/scheduler_config.json is missing; {AGAIN}")
+    kind = read_object(path).get("_class_name") or ""
+    only, names = scheduler
+    require(kind.startswith(names) == only, f"{base}: its scheduler is a {kind}, whose noise levels this script does "
+            "not train; give another base model")  # fmt: skip
+    folder = Path(args.pretrained_model_name_or_path)
+    if not folder.is_dir():
+        return
+    for name in index:
+        if name.startswith("tokenizer") and (index[name] or [None])[0]:
+            there = {path.name for path in (folder / name).glob("*")}
+            whole = "tokenizer.json" in there or {"vocab.json", "merges.txt"} <= there or "spiece.model" in there
+            require(whole, f"{base}: {name}/ has neither tokenizer.json nor vocab.json and merges.txt; {AGAIN}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must fit together
+
+
+def check_autoencoder(args, config):
+    """The flags that depend on the autoencoder, and its scale."""
+    given = args.pretrained_vae_model_name_or_path
+    flag = f"--pretrained_vae_model_name_or_path {given}" if given else "the base model's autoencoder"
+    blocks = len(config.get("block_out_channels", (64,)))
+    require(blocks == 4, f"{flag} makes latents {2 ** (blocks - 1)} times smaller than images; 8 is needed: give "
+            "another --pretrained_vae_model_name_or_path")  # fmt: skip
+    require(args.lpl_num_blocks <= blocks,
+            f"--lpl_num_blocks is {args.lpl_num_blocks}; this decoder has {blocks} up blocks: give {blocks} or "
+            "less")  # fmt: skip
+    check_vae_dtype(args, config)
+
+
+def check_channels(args, part, channels, vae):
+    """Refuse a denoiser for other latents than the autoencoder's."""
+    latents = vae.get("latent_channels", 4)
+    special = {
+        9: ": it is made for inpainting",
+        8: ": it is made for InstructPix2Pix",
+        33: ": it is made for inpainting",
+    }
+    given = args.pretrained_vae_model_name_or_path
+    advice = "another --pretrained_vae_model_name_or_path" if given else "a plain text-to-image model"
+    require(channels == latents, f"the {part} takes {channels} channels, the autoencoder makes {latents}"
+            + ("" if given else special.get(channels, "")) + f"; give {advice}")  # fmt: skip
+
+
+def check_sdxl(args, configs):
+    """SDXL: latents, text and micro-conditioning must have the sizes that the UNet takes."""
+    unet, first, second = (configs[name] for name in ("unet", "text_encoder", "text_encoder_2"))
+    check_channels(args, "unet", unet.get("in_channels", 4), configs["vae"])
+    which = args.pretrained_unet_model_name_or_path
+    which = f"--pretrained_unet_model_name_or_path {which}" if which else "the base model's unet"
+    kind = unet.get("addition_embed_type")
+    require(
+        kind == "text_time", f"{which} is not SDXL's: addition_embed_type is {kind}, not text_time; give an SDXL UNet"
+    )
+    widths = [config.get("hidden_size") for config in (first, second)]
+    width = unet.get("cross_attention_dim")
+    require(None in widths or not isinstance(width, int) or width == sum(widths),
+            f"{which} takes text of width {width}, the text encoders give {' + '.join(map(str, widths))}; give a UNet "
+            "and a base model that belong together")  # fmt: skip
+    pooled, size = second.get("projection_dim"), unet.get("projection_class_embeddings_input_dim")
+    each = unet.get("addition_time_embed_dim") or 256
+    require(not pooled or not size or size == pooled + 6 * each,
+            f"{which} takes a pooled prompt and {(size or 0) - (pooled or 0)} numbers of micro-conditioning, SDXL has "
+            f"{6 * each}; the refiner can't be trained here, give a base model's UNet")  # fmt: skip
+
+
+def check_sd3(args, configs):
+    """SD3: latents and text must have the sizes that the transformer takes."""
+    config = configs["transformer"]
+    check_channels(args, "transformer", config.get("in_channels", 16), configs["vae"])
+    which = args.pretrained_transformer_model_name_or_path
+    which = f"--pretrained_transformer_model_name_or_path {which}" if which else "the base model's transformer"
+    belong = "give a transformer and a base model that belong together"
+    clip = [configs[name] for name in ("text_encoder", "text_encoder_2")]
+    pooled, size = [config.get("projection_dim") for config in clip], config.get("pooled_projection_dim")
+    require(None in pooled or not size or size == sum(pooled),
+            f"{which} takes a pooled prompt of {size} numbers, the text encoders give "
+            f"{' + '.join(map(str, pooled))}; {belong}")  # fmt: skip
+    width, widths = config.get("joint_attention_dim"), [config.get("hidden_size") for config in clip]
+    t5 = configs.get("text_encoder_3", {}).get("d_model")
+    require(not width or ((None in widths or sum(widths) <= width) and t5 in (None, width)),
+            f"{which} takes text of width {width}, the text encoders give {' + '.join(map(str, widths))}"
+            f"{f' and {t5}' if t5 else ''}; {belong}")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A LoRA to go on from
+
+
+def check_init_lora(args):
+    """Refuse an --init_lora that can't be one, before a model is looked at."""
+    name = args.init_lora
+    if not name:
+        return
+    flag, path = f"--init_lora {name}", Path(name)
+    if not path.exists():
+        require(name.count("/") == 1 and hub_like(name),
+                f"{flag}: there is no such file or folder, and Hub names have the form owner/name")  # fmt: skip
+        problem = hub_problem()
+        require(not problem, f"{flag}: no file or folder here, and {problem}; give a file, or connect")
+        return
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        found = sorted(file.name for file in path.iterdir())[:3]
+        require(files, f"{flag}: no .safetensors there, only {', '.join(found) or 'nothing'}; give the folder or file "
+                "of a LoRA")  # fmt: skip
+        path = next((file for file in files if file.name == "pytorch_lora_weights.safetensors"), files[0])
+    require(path.suffix == ".safetensors", f"{flag}: {path.suffix or 'a file without an ending'} is not read, only "
+            ".safetensors; save the LoRA in that format")  # fmt: skip
+    problem = weight_problem(path)
+    require(not problem, f"{flag}: no LoRA could be read there: {path.name} {problem}")
+    names = list(tensors_of(path)[0])
+    lycoris = next((mark for mark in LYCORIS if any(mark in name for name in names)), None)
+    require(not lycoris, f"{flag}: it is a LyCORIS adapter ({lycoris}), not a LoRA; give a LoRA")
+    require(any("lora" in name.lower() for name in names), f"{flag}: no LoRA could be read there: {path.name} holds "
+            f"{names[0] if names else 'no tensors'} and no layers of a LoRA; a whole model is "
+            "--pretrained_model_name_or_path")  # fmt: skip
