@@ -956,6 +956,8 @@ def check_part(args, flag, class_name, subfolder=None):
         return None
     require(not Path(name).is_file(), f"--{flag} {name} is a single file; a folder in diffusers' layout is needed: "
             f"load the file with {class_name}.from_single_file and save it with save_pretrained")  # fmt: skip
+    require(Path(name).is_dir() or (name.count("/") == 1 and hub_like(name)),
+            f"--{flag} {name}: there is no such folder, and Hub names have the form owner/name")  # fmt: skip
     try:
         config = subfolder and model_file(name, "config.json", subfolder=subfolder)
         config = config or model_file(name, "config.json")

@@ -82,8 +82,8 @@ def estimate(model, way, resolution, lpl):
         write_configurations(Path(folder), *configurations)
         args = script.parse_args([
             "--pretrained_model_name_or_path", folder, "--train_data_dir", folder, "--resolution", str(resolution),
-            "--train_batch_size", "1", "--gradient_checkpointing", "--mixed_precision", "bf16", "--dry_run", *WAYS[way],
-            *(["--use_lpl"] if lpl else []),
+            "--train_batch_size", "1", "--gradient_checkpointing", "--mixed_precision", "bf16", "--dry_run",
+            *WAYS[way], *(["--use_lpl"] if lpl else []),
         ])  # fmt: skip
         models = script.build_on_meta(args, torch.bfloat16, torch.bfloat16)
         return dict(script.memory_estimate(args, *models, torch.bfloat16))
