@@ -18,7 +18,7 @@ LAUNCH = OMP_WAIT_POLICY=PASSIVE $(BIN)/accelerate launch --quiet --num_processe
 	--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sd3 test quality format bench clean
+.PHONY: help demo demo-sd3 test chaos quality format bench clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
@@ -34,7 +34,10 @@ demo-sd3: .venv/.requirements ## the same with the tiny Stable Diffusion 3; pict
 	$(LAUNCH) train_sd3_lpl_flow.py --use_lpl --output_dir runs/demo-sd3 $(ARGS)
 
 test: .venv/.requirements-dev ## run all tests
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+
+chaos: .venv/.requirements-dev ## kill training runs 200 times at random moments, and see that nothing is lost
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.chaos $(ARGS)
 
 quality: .venv/.requirements-dev ## check style and formatting with ruff
 	$(BIN)/python -m ruff check .

@@ -164,7 +164,21 @@ class StopSignals:
             os._exit(128 + number)
 
 
-def ignore_signals(worker=None):
-    """For the data loader's processes, which end with the run: Ctrl-C goes to the whole group."""
-    for number in STOP_SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def leave_signals_to_the_run(worker=None):
+    """For the data loader's processes, which end when the run says so: Ctrl-C goes to the whole group.
+
+    The run ends them with a SIGTERM of its own, which is told from others by its sender.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS can't tell
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        return
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    threading.Thread(target=_await_parent, daemon=True).start()
+
+
+def _await_parent():
+    """Take the signals that come; end the process when its parent sends SIGTERM."""
+    while True:
+        received = signal.sigwaitinfo(STOP_SIGNALS)
+        if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
+            os._exit(0)

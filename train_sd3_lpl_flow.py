@@ -16,6 +16,7 @@ the same order.
 
 # ruff: noqa: E402  (flags and data are checked before the slow imports)
 import argparse
+import contextlib
 import functools
 import math
 import os
@@ -763,12 +764,12 @@ def main(args, scan, held_out=()):
                 reporter.log_images(gallery.draw(step), step)
 
     validation_due = train_utils.validation_schedule(args, len(scan.images), batch_size)
-    loader = train_utils.batches(args, data, accelerator, first_step, total_steps)
+    loader = contextlib.closing(train_utils.batches(args, data, accelerator, first_step, total_steps))
     if first_step == 0:
         validate(0)
     bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training",
                disable=not accelerator.is_local_main_process)  # fmt: skip
-    with signals:
+    with signals, loader as micro_batches:
         for step in bar:
             signals.step_began()
             before = metrics.snapshot()
@@ -776,7 +777,7 @@ def main(args, scan, held_out=()):
             for micro_step in range(args.gradient_accumulation_steps):
                 last = micro_step + 1 == args.gradient_accumulation_steps
                 with train_utils.sync_gradients(accelerator, denoiser, last):
-                    loss, micro_parts = training_step(next(loader), denoiser, recipe, step, metrics)
+                    loss, micro_parts = training_step(next(micro_batches), denoiser, recipe, step, metrics)
                     accelerator.backward(loss)
                 parts += micro_parts / args.gradient_accumulation_steps
             done, asked = step + 1, signals.requested is not None

@@ -25,7 +25,7 @@ from data_utils import (
     collate,
     stratified_uniform,
 )
-from guard_utils import Guard, ignore_signals
+from guard_utils import Guard, leave_signals_to_the_run
 from lora_utils import is_text_encoder
 from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
 
@@ -440,7 +440,10 @@ def seed_lora_dropout(numbers, args):
 
 
 def batches(args, data, accelerator, first_step, last_step):
-    """Iterator over the micro-batches of this rank from `first_step` on; data: the `RunData`."""
+    """Generator of the micro-batches of this rank from `first_step` on; data: the `RunData`.
+
+    To be closed, which ends the loader's processes.
+    """
     order = SampleOrder(args.seed, args.train_batch_size, data.framing.buckets)
     samples = TrainingSet(
         data.images,
@@ -455,15 +458,13 @@ def batches(args, data, accelerator, first_step, last_step):
         first_step, last_step, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes,
         accelerator.process_index,
     )  # fmt: skip
-    return iter(
-        torch.utils.data.DataLoader(
-            samples,
-            batch_sampler=numbers,
-            collate_fn=collate,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=accelerator.device.type == "cuda",
-            worker_init_fn=ignore_signals,
-        )
+    yield from torch.utils.data.DataLoader(
+        samples,
+        batch_sampler=numbers,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_run,
     )
 
 

@@ -200,6 +200,9 @@ class Watched:
         self.notes["VmRSS"] = resident()  # of the last step but for its end
         return batch
 
+    def close(self):
+        self.batches.close()
+
 
 def child(file, started, *flags):
     """The script as it would run by itself, but for its loader, which is watched; notes go to a JSON file."""

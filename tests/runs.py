@@ -34,8 +34,12 @@ def weights(folder):
     """sha256 of every trained tensor of a result, by name."""
     places = [Path(folder, name) for name in (".", "unet", "transformer")]
     files = next(files for place in places if (files := sorted(place.glob("*.safetensors"))))
-    tensors = {name: value for file in files for name, value in load_file(file).items()}
-    return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in tensors.items()}
+    return {name: value for file in files for name, value in tensors_of(file).items()}
+
+
+def tensors_of(file):
+    """sha256 of every tensor of a safetensors file, by name: the bytes of its header are not always the same."""
+    return {name: hashlib.sha256(value.numpy().tobytes()).hexdigest() for name, value in load_file(file).items()}
 
 
 def draw(pipeline_class, folder, lora=None, **more):

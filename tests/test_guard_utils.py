@@ -1,6 +1,7 @@
 """Steps that are not finite, and signals: real runs of both recipes, poisoned or asked to stop."""
 
 import math
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -12,7 +13,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+import checkpoint_utils
 import cli_utils
+import guard_utils
 import train_sd3_lpl_flow
 import train_sdxl_lpl
 from tests import runs
@@ -135,7 +138,7 @@ def steps_of(folder):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
-def test_a_signal_saves_and_the_next_start_goes_on_to_the_same_end(request, recipe, tmp_path, number):
+def test_a_signal_saves_and_the_next_start_goes_on_to_the_same_end(recipe, tmp_path, number):
     script, flags = recipe
     if script is train_sd3_lpl_flow and number != signal.SIGTERM:
         pytest.skip("the loops are the same: one signal is enough")
@@ -150,26 +153,126 @@ def test_a_signal_saves_and_the_next_start_goes_on_to_the_same_end(request, reci
     assert weights(tmp_path) == weights(tmp_path / "whole")
 
 
-def test_one_of_two_ranks_is_asked_and_both_stop(recipe, tmp_path):
-    script, flags = recipe
-    words = command(script, *flags, "--max_train_steps", 3000, "--output_dir", tmp_path)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *words[1:]]
-    process = started(launch, tmp_path)
+def ranks_of(process, script):
+    """Process numbers of the ranks that a launcher has started."""
     found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
     ranks = [int(pid) for pid in found if f"{script.__name__}.py" in Path("/proc", pid, "cmdline").read_text()]
     assert len(ranks) == 2
-    os.kill(ranks[1], signal.SIGTERM)
+    return ranks
+
+
+def two_ranks(script, flags, folder):
+    """The command line of a long run on two ranks."""
+    words = command(script, *flags, "--max_train_steps", 3000, "--output_dir", folder)
+    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *words[1:]]
+
+
+STEP_WITHOUT_END = """
+import os, guard_utils
+guard_utils.PATIENCE = 1.0
+with guard_utils.StopSignals() as signals:
+    signals.step_began()
+    os.write(1, b"ready")
+    lock = __import__("threading").Lock()
+    lock.acquire()
+    lock.acquire()  # another rank will never answer
+"""
+
+
+def in_a_step_without_end():
+    process = subprocess.Popen([sys.executable, "-c", STEP_WITHOUT_END], cwd=runs.ROOT, stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE)  # fmt: skip
+    assert process.stdout.read(5) == b"ready"
+    process.send_signal(signal.SIGTERM)
+    assert b"SIGTERM: the run stops after this step and saves" in process.stderr.readline() + process.stderr.readline()
+    return process
+
+
+def test_a_second_signal_stops_at_once():
+    process = in_a_step_without_end()
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=0.9) == -signal.SIGTERM, "before the watchdog would"
+
+
+def test_the_watchdog_ends_a_run_whose_step_does_not_end():
+    process = in_a_step_without_end()
+    asked = time.monotonic()
+    assert process.wait(timeout=20) == 128 + signal.SIGTERM
+    assert time.monotonic() - asked > 0.5 and b"giving up; the last checkpoint is sound" in process.stderr.read()
+
+
+def test_a_rank_that_hangs_does_not_keep_the_other_from_ending(recipe, tmp_path):
+    script, flags = recipe
+    if script is train_sd3_lpl_flow:
+        pytest.skip("the loops are the same")
+    process = started(two_ranks(script, [*flags, "--checkpointing_steps", 1], tmp_path), tmp_path)
+    ranks = ranks_of(process, script)
+    os.kill(ranks[1], signal.SIGSTOP)
+    os.kill(ranks[0], signal.SIGTERM)
+    asked = time.monotonic()
+    while Path("/proc", str(ranks[0])).exists():
+        assert time.monotonic() - asked < 45
+        time.sleep(0.1)
+    assert time.monotonic() - asked > 10, "it had time for its step"
+    os.kill(ranks[1], signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert checkpoint_utils.latest_checkpoint(tmp_path) is not None
+
+
+def test_a_run_that_fails_takes_its_loading_processes_along(recipe, tmp_path):
+    """They ignore what others send them, but not the run's own end."""
+    script, flags = recipe
+    flags = [*flags, "--learning_rate", "1e25", "--max_nonfinite_steps", 2, "--dataloader_num_workers", 2]
+    words = command(script, *flags, "--max_train_steps", 3000, "--output_dir", tmp_path)
+    process = subprocess.Popen(words, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, stdout=subprocess.DEVNULL,
+                               stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    said = process.communicate(timeout=240)[1]
+    assert process.returncode == 2 and "2 steps in a row were not finite" in said, said[-2000:]
+    with pytest.raises(ProcessLookupError):
+        os.killpg(process.pid, 0)
+
+
+def test_the_loading_processes_end_with_the_loop(recipe, tmp_path):
+    script, flags = recipe
+    flags = [*flags, "--max_train_steps", 2, "--dataloader_num_workers", 2]
+    runs.run(script, *flags, "--output_dir", tmp_path)
+    assert not multiprocessing.active_children()
+
+
+def test_a_loading_process_that_is_told_to_end_by_the_run_ends():
+    context = multiprocessing.get_context("fork")
+    ready = context.Event()
+
+    def work():
+        guard_utils.leave_signals_to_the_run()
+        ready.set()
+        while True:
+            time.sleep(0.1)
+
+    process = context.Process(target=work, daemon=True)
+    process.start()
+    ready.wait(10)
+    for number in (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        subprocess.run(["kill", f"-{number}", str(process.pid)], check=True)  # not from its parent
+    process.join(0.5)
+    assert process.is_alive()
+    process.terminate()
+    process.join(10)
+    assert process.exitcode == 0
+
+
+def test_one_of_two_ranks_is_asked_and_both_stop(recipe, tmp_path):
+    script, flags = recipe
+    process = started(two_ranks(script, flags, tmp_path), tmp_path)
+    os.kill(ranks_of(process, script)[1], signal.SIGTERM)
     assert process.wait(timeout=60) == 0, process.stderr.read()[-2000:]
     assert len(steps_of(tmp_path)) == 1
 
 
 def test_a_rank_that_dies_takes_the_other_along(recipe, tmp_path):
     script, flags = recipe
-    words = command(script, *flags, "--max_train_steps", 3000, "--output_dir", tmp_path)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *words[1:]]
-    process = started(launch, tmp_path)
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    ranks = [int(pid) for pid in found if f"{script.__name__}.py" in Path("/proc", pid, "cmdline").read_text()]
+    process = started(two_ranks(script, flags, tmp_path), tmp_path)
+    ranks = ranks_of(process, script)
     os.kill(ranks[0], signal.SIGKILL)
     killed = time.monotonic()
     assert process.wait(timeout=60) != 0
