@@ -149,8 +149,10 @@ class FlagParser(argparse.ArgumentParser):
         try:
             value = action.type(text) if action.type else text
         except (ValueError, argparse.ArgumentTypeError) as error:
-            expected = {int: "it must be a whole number", float: "it must be a number"}.get(action.type, error)
-            raise UserError(f"{place} is {text!r}; {expected}") from None
+            kind = {int: "whole number", float: "number"}.get(action.type)
+            if kind:
+                raise UserError(f"{place} is {text!r}; it must be a {kind}") from None
+            raise UserError(f"{place} is {text!r}; {error}") from None
         if action.choices and value not in action.choices:
             near = difflib.get_close_matches(str(value), map(str, action.choices), n=1)
             meant = f"did you mean {near[0]}? " if near else ""
@@ -622,7 +624,8 @@ def check_lora_flags(args):
     for name in ("rank", "lora_alpha", "lora_layers", "use_dora"):
         require(not (args.init_lora and getattr(args, name)), f"--init_lora brings its own --{name}: leave that out")
     require(not (args.use_dora and args.output_kohya_format),
-            "--use_dora and --output_kohya_format exclude each other: kohya's format can't hold DoRA")  # fmt: skip
+            "--use_dora and --output_kohya_format exclude each other: kohya's format can't hold DoRA; "
+            "leave one out")  # fmt: skip
     require(args.text_encoder_lr is None or args.train_text_encoder,
             "--text_encoder_lr does nothing without --train_text_encoder")  # fmt: skip
 
@@ -650,7 +653,7 @@ def check_quantization(args):
 def check_optimizer_flags(args):
     """Contradictions among the optimizers' and EMA's flags."""
     require(args.optimizer == "adamw" or not args.use_8bit_adam,
-            f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other")  # fmt: skip
+            f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other: leave one out")  # fmt: skip
     require(args.optimizer != "prodigy" or args.text_encoder_lr in (None, args.learning_rate),
             "--optimizer prodigy has one step size for all: leave --text_encoder_lr out")  # fmt: skip
     for name in ("adam_beta1", "adam_beta2"):
@@ -688,13 +691,16 @@ def check_lpl_flags(args):
     """Ranges and contradictions of the loss' flags."""
     for name, default in {"lpl_weight": "auto", "lpl_share": 0.2, "lpl_scale": False, "lpl_start": 0}.items():
         require(args.use_lpl or getattr(args, name) == default, f"--{name} does nothing without --use_lpl")
-    require(args.lpl_weight == "auto" or args.lpl_share == 0.2, "--lpl_share does nothing beside a --lpl_weight")
+    require(
+        args.lpl_weight == "auto" or args.lpl_share == 0.2,
+        "--lpl_share does nothing beside a --lpl_weight: leave one out",
+    )
     exclude(args, "lpl_t_threshold", "lpl_sigma_threshold")
     if args.lpl_t_threshold is not None:
         require(0 < args.lpl_t_threshold <= 1000,
-                f"--lpl_t_threshold is {args.lpl_t_threshold}; timesteps go from 0 to 1000")  # fmt: skip
+                f"--lpl_t_threshold is {args.lpl_t_threshold}; give a timestep above 0 and up to 1000")  # fmt: skip
     require(args.lpl_threshold_resolution is None or args.lpl_sigma_threshold is not None,
-            "--lpl_threshold_resolution scales --lpl_sigma_threshold, which is not given")  # fmt: skip
+            "--lpl_threshold_resolution scales --lpl_sigma_threshold: give both")  # fmt: skip
     require(not args.lpl_start or not args.max_train_steps or args.lpl_start < args.max_train_steps,
             f"--lpl_start is {args.lpl_start}, but the run ends at --max_train_steps {args.max_train_steps}: the loss "
             "would never be used; give a lower --lpl_start")  # fmt: skip
@@ -706,7 +712,7 @@ def check_data_flags(args):
     """Contradictions among the flags about captions and crops."""
     target_sizes(args)
     require(not (args.center_crop and args.cache_variants),
-            "--cache_variants are random crops: it excludes --center_crop")  # fmt: skip
+            "--cache_variants are random crops: leave it or --center_crop out")  # fmt: skip
     require(args.shuffle_tags or not args.keep_tags, "--keep_tags does nothing without --shuffle_tags")
     require(args.shuffle_tags or args.tag_shuffles == 8, "--tag_shuffles does nothing without --shuffle_tags")
     require(args.train_data_dir or not args.caption_from_folder, "--caption_from_folder needs a --train_data_dir")
@@ -943,7 +949,9 @@ def instead_of_pipeline(folder):
         return "it is one part of a pipeline; give the whole pipeline's folder"
     if files:
         return f"it holds single files ({files[0]}): load one with from_single_file and save it with save_pretrained"
-    return "it is empty" if not any(folder.iterdir()) else "a whole pipeline in diffusers' layout is needed"
+    if not any(folder.iterdir()):
+        return "it is empty; give the folder of a whole pipeline"
+    return "a whole pipeline in diffusers' layout is needed"
 
 
 def check_part(args, flag, class_name, subfolder=None):

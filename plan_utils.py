@@ -177,9 +177,11 @@ def check_data(args, scan, held_out, tokenizers, accelerator):
 def check_machine(args):
     """Raises UserError for what this machine can't do."""
     require(not args.enable_xformers_memory_efficient_attention or torch.cuda.is_available(),
-            "--enable_xformers_memory_efficient_attention: xformers needs a CUDA GPU, and none is here")  # fmt: skip
+            "--enable_xformers_memory_efficient_attention: xformers needs a CUDA GPU, and none is here: leave it "
+            "out")  # fmt: skip
     require(not args.bnb_quantization_config_path or torch.cuda.is_available(),
-            "--bnb_quantization_config_path: quantizing needs a CUDA GPU, and none is here")  # fmt: skip
+            "--bnb_quantization_config_path: quantizing needs a CUDA GPU, and none is here: leave it "
+            "out")  # fmt: skip
 
 
 def print_plan(args, report, accelerator, total_steps):

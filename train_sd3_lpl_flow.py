@@ -89,7 +89,9 @@ def parse_args(argv=None):
     preflight_utils.check_init_lora(args)
     blocks = configs["transformer"].get("num_layers", 18)
     wrong = [block for block in (args.lora_blocks or "").split(",") if block.strip() and int(block) >= blocks]
-    require(not wrong, f"--lora_blocks {args.lora_blocks}: the transformer has blocks 0 to {blocks - 1}")
+    require(
+        not wrong, f"--lora_blocks {args.lora_blocks}: the transformer has blocks 0 to {blocks - 1}: name some of them"
+    )
     check_sizes(args, configs["transformer"])
     return args
 
@@ -103,7 +105,8 @@ def check_sizes(args, config):
         require(not any(side % patch for side in size),
                 f"{flag} is {found}; it must be a multiple of {patch}, the pixels of a token")  # fmt: skip
         require(max(size) <= patch * positions,
-                f"{flag} is {found}; this transformer knows positions up to {patch * positions} px")  # fmt: skip
+                f"{flag} is {found}; this transformer knows positions up to {patch * positions} px: "
+                "give less")  # fmt: skip
 
 
 def shift_or_auto(text):

@@ -448,7 +448,7 @@ FLAGS = """
 --use_lora --use_dora --output_kohya_format | --use_dora and --output_kohya_format | can't hold DoRA | exclude
 --use_lora --single_file | --single_file | is for whole models | --output_kohya_format
 --use_lpl --lpl_t_threshold 100 --lpl_sigma_threshold 3 | --lpl_t_threshold and | --lpl_sigma_threshold | give one
---use_lpl --lpl_t_threshold 2000 | --lpl_t_threshold | is 2000 | timesteps go from 0 to 1000
+--use_lpl --lpl_t_threshold 2000 | --lpl_t_threshold | is 2000 | up to 1000
 --use_lpl --lpl_weight much | --lpl_weight | is 'much' | auto or a number
 --use_lpl --lpl_weight -1 | --lpl_weight | is '-1' | auto or a number, 0 or more
 --use_lpl --lpl_share 1.5 | --lpl_share | is 1.5 | between 0 and 1
@@ -465,7 +465,7 @@ FLAGS = """
 --lr_scheduler cosinus | --lr_scheduler | is 'cosinus' | did you mean cosine?
 --mixed_precision fp8 | --mixed_precision | is 'fp8' | choose from no, fp16, bf16
 --aspect_ratio_buckets 512x512 | --aspect_ratio_buckets | '512x512' is no size | "h,w;h,w"
---center_crop --cache_variants 2 | --cache_variants | are random crops | excludes --center_crop
+--center_crop --cache_variants 2 | --cache_variants | are random crops | --center_crop out
 --keep_tags 2 | --keep_tags | does nothing | without --shuffle_tags
 --validation_compare | --validation_compare | needs a | --validation_prompt
 --validation_split 2 --validation_data_dir {pictures} | --validation_split and | --validation_data_dir | give one
