@@ -542,7 +542,6 @@ def check_flags(args):
     check_optimizer_flags(args)
     check_installed(args)
     check_lpl_flags(args)
-    check_publishing(args)
 
 
 def check_data_folder(name, folder):
@@ -578,17 +577,6 @@ def check_resume(args):
     there = any(place.is_dir() or place.with_name(f".old-{place.name}").is_dir() for place in places)
     require(there, f"--resume_from_checkpoint {given}: no checkpoint there, nor in {output_dir}; give a folder "
             "checkpoint-N, or latest")  # fmt: skip
-
-
-def check_publishing(args):
-    """What can be known about --push_to_hub without asking the Hub."""
-    for name in ("hub_model_id", "hub_private_repo"):
-        require(args.push_to_hub or not getattr(args, name), f"--{name} does nothing without --push_to_hub")
-    if args.push_to_hub:
-        import hub_utils
-
-        hub_utils.check_name(args.hub_model_id or Path(args.output_dir).resolve().name)
-        hub_utils.find_token(args.hub_token)
 
 
 def check_output_dir(args):

@@ -8,6 +8,7 @@ import functools
 import json
 from pathlib import Path
 
+import hub_utils
 from cli_utils import UserError, check_part, check_vae_dtype, hub_like, hub_problem, model_file, read_object, require
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of weight files: diffusers', transformers'
@@ -247,7 +248,7 @@ def check_sd3(args, configs):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# A LoRA to go on from
+# A LoRA to go on from, publishing
 
 
 def check_init_lora(args):
@@ -278,3 +279,12 @@ def check_init_lora(args):
     require(any("lora" in name.lower() for name in names), f"{flag}: no LoRA could be read there: {path.name} holds "
             f"{names[0] if names else 'no tensors'} and no layers of a LoRA; a whole model is "
             "--pretrained_model_name_or_path")  # fmt: skip
+
+
+def check_publishing(args):
+    """What can be known about --push_to_hub without asking the Hub."""
+    for name in ("hub_model_id", "hub_private_repo"):
+        require(args.push_to_hub or not getattr(args, name), f"--{name} does nothing without --push_to_hub")
+    if args.push_to_hub:
+        hub_utils.check_name(args.hub_model_id or Path(args.output_dir).resolve().name)
+        hub_utils.find_token(args.hub_token)

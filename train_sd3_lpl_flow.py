@@ -82,6 +82,7 @@ def parse_args(argv=None):
     require(not (args.lora_blocks and args.init_lora), "--init_lora brings its own --lora_blocks: leave that out")
     require(not args.lora_blocks or all(word.strip().isdigit() for word in args.lora_blocks.split(",")),
             f"--lora_blocks {args.lora_blocks}: expected numbers such as 0,1,12")  # fmt: skip
+    preflight_utils.check_publishing(args)
     cli_utils.check_base_model(args, "StableDiffusion3", COMPONENTS)
     transformer = ("transformer", "SD3Transformer2DModel", "pretrained_transformer_model_name_or_path")
     configs = preflight_utils.check_model(args, transformer, scheduler=(True, ("FlowMatch",)))

@@ -69,6 +69,7 @@ def parse_args(argv=None):
             f"--timestep_bias_multiplier is {args.timestep_bias_multiplier}; it must be above 0")  # fmt: skip
     require(0 < args.timestep_bias_portion <= 1,
             f"--timestep_bias_portion is {args.timestep_bias_portion}; it must be above 0 and at most 1")  # fmt: skip
+    preflight_utils.check_publishing(args)
     cli_utils.check_base_model(args, "StableDiffusionXL", COMPONENTS)
     unet = ("unet", "UNet2DConditionModel", "pretrained_unet_model_name_or_path")
     configs = preflight_utils.check_model(args, unet, scheduler=(False, ("EDM", "FlowMatch")))

@@ -113,8 +113,8 @@ def test_linked_files_are_there():
 
 
 UTILS = {"cli_utils", "cache_utils", "checkpoint_utils", "data_utils", "export_utils", "guard_utils", "hub_utils",
-         "image_utils", "lora_utils", "lpl_utils", "plan_utils", "report_utils", "scan_utils", "store_utils",
-         "train_utils"}  # fmt: skip
+         "image_utils", "lora_utils", "lpl_utils", "plan_utils", "preflight_utils", "report_utils", "scan_utils",
+         "store_utils", "train_utils"}  # fmt: skip
 DATA = {"data_utils", "image_utils", "scan_utils", "store_utils"}
 ALLOWED = {
     "lpl_utils": set(),
@@ -125,6 +125,7 @@ ALLOWED = {
     "cli_utils": DATA,
     "preview_utils": DATA | {"cli_utils", "report_utils"},
     "hub_utils": {"cli_utils"},
+    "preflight_utils": {"cli_utils", "hub_utils"},
     "cache_utils": DATA | {"cli_utils"},
     "checkpoint_utils": {"cli_utils", "store_utils"},
     "guard_utils": {"cli_utils"},
