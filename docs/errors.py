@@ -15,14 +15,9 @@ PAGE = ROOT / "docs" / "errors.md"
 RAISED = {"UserError", "DataError", "PublishError", "ArgumentTypeError", "Damaged"}
 # Functions that give a part of a message, or a whole one, as a text.
 TELLING = {
-    "_unknown",
-    "instead_of_pipeline",
-    "unreadable",
-    "weight_problem",
-    "write_error",
-    "_advice",
-    "warnings_about",
-}
+    "_unknown", "instead_of_pipeline", "unreadable", "weight_problem", "_advice", "warnings_about", "_why",
+    "hub_problem", "_hub_problem",
+}  # fmt: skip
 # Names that say nothing about what stands in a message.
 DULL = {
     "join", "args", "str", "map", "len", "sorted", "getattr", "self", "max", "min", "Path", "int", "split", "type",
@@ -131,7 +126,7 @@ def messages():
             text = " ".join(pattern(node, known | local).split())
             if id(node) in printed and not text.startswith("warning: "):
                 continue
-            if len(re.sub(r"\{[^{}]*\}|^warning|\W", "", text)) > 5 and text not in told:
+            if len(re.sub(r"\{[^{}| ]*\}|^warning|\W", "", text)) > 5 and text not in told:
                 told.add(text)
                 found.setdefault(text, path.name)
     return found
