@@ -54,6 +54,11 @@ def errors_for_people(debug):
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except PermissionError as error:
+        if debug:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; give one that you may use", file=sys.stderr)
+        sys.exit(2)
 
 
 def quiet_libraries(debug):
@@ -584,7 +589,7 @@ def check_output_dir(args):
     for name in ("output_dir", "cache_dir"):
         if getattr(args, name):
             folder = Path(getattr(args, name))
-            there = next(place for place in (folder.absolute(), *folder.absolute().parents) if place.exists())
+            there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
             require(there.is_dir(), f"--{name} {folder}: {there} is a file; name a folder")
             require(os.access(there, os.W_OK | os.X_OK),
                     f"--{name} {folder}: no permission to write in {there}; name another folder")  # fmt: skip

@@ -42,7 +42,7 @@ def test_entries_say_something():
 
 
 def test_the_collector_finds_messages_of_every_kind():
-    """Raised, required, returned as parts, of argparse's types, printed as warnings; constants and choices in words."""
+    """Raised, required, returned as parts, of types, printed as warnings; constants and choices in words."""
     for message in (
         "--seed is {seed}; it must be less than 2**64",
         "it must be auto or a number, 0 or more",
@@ -67,7 +67,8 @@ def test_new_and_vanished_messages_change_the_page():
 
 def test_real_messages_are_found_on_the_page():
     """What a process prints matches one of the page's messages, read as a pattern."""
-    patterns = [re.escape(re.sub(r"\{[^{}]*\}", "\0", message)).replace("\0", ".*") for message in LISTED]
+    names = re.compile(r"\{[^{}]*\}")
+    patterns = [".*".join(map(re.escape, names.split(message))) for message in LISTED]
     for flags in (["--resolution", "100"], ["--lpl_wieght", "1"], ["--push_to_hub", "--hub_model_id", "a/b/c"],
                   ["--pretrained_model_name_or_path", "docs", "--train_data_dir", "docs"]):  # fmt: skip
         words = [sys.executable, "train_sdxl_lpl.py", *flags]

@@ -577,6 +577,16 @@ def test_without_a_network_nobody_waits(flag, places):
     told(message, (mistake.removeprefix("--use_lora "), "reach", advice), places)
 
 
+def test_what_may_not_be_read(capsys):
+    """As root nothing is forbidden, so the error is raised here."""
+    from cli_utils import errors_for_people
+
+    with pytest.raises(SystemExit) as stopped, errors_for_people(False):
+        raise PermissionError(13, "Permission denied", "/root/model")
+    assert stopped.value.code == 2
+    assert capsys.readouterr().err == "error: /root/model: Permission denied; give one that you may use\n"
+
+
 def test_the_detector_detects(places):
     """Whoever imports torch is found out, and who does not is not."""
     for line, expected in {"import torch": True, "import numpy, yaml, PIL.Image, huggingface_hub": False}.items():
