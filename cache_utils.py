@@ -18,8 +18,8 @@ import torch
 import cli_utils
 from data_utils import CaptionRules, Framing
 from image_utils import to_pixel_values
-from scan_utils import CaptionedImage
 from store_utils import TensorStore, check_free_space, digest, encode_missing, fingerprint
+from table_utils import CaptionedImage
 
 ROW_BYTES = 24  # what a store keeps of an entry besides its tensors
 

@@ -21,9 +21,11 @@ from pathlib import Path
 import numpy as np
 import yaml
 
+from data_report_utils import build_report
 from data_utils import CaptionRules, Framing
 from image_utils import INTERPOLATIONS, DataError, assign_buckets, auto_buckets, parse_buckets
-from scan_utils import build_report, hold_out, scan_dataset, scan_folder, select, sizes_of
+from scan_utils import scan_dataset, scan_folder
+from table_utils import hold_out, select, sizes_of
 
 REPOSITORY = Path(__file__).resolve().parent
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -304,6 +306,8 @@ def add_model_arguments(parser):
     add("--pretrained_model_name_or_path", help="Hub name or folder of the base pipeline (diffusers layout)")
     add("--revision", help="revision of the base model on the Hub")
     add("--variant", help="file variant of the base model, e.g. fp16")
+    add("--allow_pickle", action="store_true", help="load weights that are there as pickles (.bin) only, which can "
+        "run programs; without it safetensors only")  # fmt: skip
     add("--pretrained_vae_model_name_or_path", help="another autoencoder, e.g. madebyollin/sdxl-vae-fp16-fix")
     add("--single_file", action="store_true", help="save a whole model as one file too, model.safetensors for ComfyUI "
         "and A1111")  # fmt: skip
@@ -776,7 +780,10 @@ def find_images(args):
             )
     images, held_out = scan.images, []
     if args.validation_data_dir:
-        held_out = scan_folder(args.validation_data_dir, flag="--validation_data_dir", **columns, **of_folders).images
+        held = scan_folder(args.validation_data_dir, flag="--validation_data_dir", **columns, **of_folders)
+        remarks = held.warnings + [f"{held.skipped} of the images are left out."] * bool(held.skipped)
+        scan = replace(scan, warnings=scan.warnings + [f"--validation_data_dir: {remark}" for remark in remarks])
+        held_out = held.images
     elif args.validation_split:
         share = args.validation_split
         wanted = share if share >= 1 else share * len(images)
@@ -794,7 +801,7 @@ def first_of(images, count):
 
 
 def data_report(args, scan, held_out):
-    """The report on the data of a run, `scan_utils.build_report`."""
+    """The report on the data of a run, `data_report_utils.build_report`."""
     sizes = target_sizes(args) if args.aspect_ratio_buckets else None
     return build_report(scan, held_out, args.resolution, sizes, args.train_batch_size)
 

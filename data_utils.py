@@ -9,8 +9,9 @@ What this file holds, in order:
 5. the training set, and the batches of sample numbers that each rank works on;
 6. `python data_utils.py FOLDER`: a report on a folder of pictures, and a contact sheet of what the model will see.
 
-Images are found by `scan_utils`, opened and cut by `image_utils`, and their encodings kept by `store_utils`. Importing
-this file imports neither torch nor datasets, so that a script can check its data before the slow imports.
+Images are found by `scan_utils`, kept in tables by `table_utils`, opened and cut by `image_utils`, and their encodings
+kept by `store_utils`. Importing this file imports neither torch nor datasets, so that a script can check its data
+before the slow imports.
 
 Shape suffixes: B samples in a batch, C channels, H height, W width; h, w the same in latent pixels, N images.
 Sizes are (height, width) and positions are (top, left), in pixels, wherever nothing else is said.
@@ -24,8 +25,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from image_utils import DataError, crop_is_forced, open_image, prepare_image, to_pixel_values
-from scan_utils import CaptionedImage, sizes_of
 from store_utils import TensorStore, digest
+from table_utils import CaptionedImage, sizes_of
 
 if TYPE_CHECKING:
     import torch

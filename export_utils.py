@@ -360,7 +360,7 @@ def save_single_file(pipeline, path, dtype=torch.float16):
     SD3: as many heads, of width 64, as blocks, a timestep shift of 3, 1.5305 and 0.0609 as scale and shift.
     """
     if not isinstance(pipeline, DiffusionPipeline):
-        pipeline = DiffusionPipeline.from_pretrained(pipeline, dtype=dtype)
+        pipeline = DiffusionPipeline.from_pretrained(pipeline, dtype=dtype, use_safetensors=True)
     require(type(pipeline) in LAYOUTS, f"{type(pipeline).__name__}: single files are there for SDXL and SD3")
     components, layout = LAYOUTS[type(pipeline)]
     schedule, models = pipeline.scheduler.config, [getattr(pipeline, name) for name in components]

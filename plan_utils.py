@@ -11,9 +11,9 @@ import torch
 import cli_utils
 from cache_utils import in_chunks
 from cli_utils import require
+from data_report_utils import report_lines
 from lora_utils import lora_config
 from lpl_utils import DecoderStages, LatentPerceptualLoss
-from scan_utils import report_lines
 from store_utils import digest, write_whole
 from train_utils import HELD_OUT_LEVELS, lpl_config
 

@@ -4,12 +4,11 @@ Nothing here imports torch. Of weights only the headers are read, so a whole mod
 on the Hub its config.json files are fetched, which loading needs anyway.
 """
 
-import functools
 import json
 from pathlib import Path
 
 import hub_utils
-from cli_utils import UserError, check_part, check_vae_dtype, hub_like, hub_problem, model_file, read_object, require
+from cli_utils import check_part, check_vae_dtype, hub_like, hub_problem, model_file, read_object, require
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of weight files: diffusers', transformers'
 LFS_POINTER = b"version https://git-lfs"
@@ -33,7 +32,7 @@ def check_model(args, denoiser, scheduler):
     base = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
     index = read_object(model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision))
     parts = [part, "vae", *(name for name in index if name.startswith("text_encoder") and (index[name] or [None])[0])]
-    configs, dry = {}, args.dry_run and without_weights(args.pretrained_model_name_or_path)
+    configs = {}
     for name in parts:
         place = other.get(name)
         flag = f"--{flags[name]} {getattr(args, flags[name])}" if place else base
@@ -44,23 +43,6 @@ def check_model(args, denoiser, scheduler):
         require(not wanted or found == wanted,
                 f"{flag}: {name}/config.json is of a {found}; this script needs {wanted}" + (
                     "; give one as --pretrained_vae_model_name_or_path" if name == "vae" else ""))  # fmt: skip
-        where = getattr(args, flags[name]) if place else args.pretrained_model_name_or_path
-        if Path(where).is_dir() and not dry:
-            folder = Path(path).parent
-            names = sorted(file.name for file in folder.iterdir() if file.is_file())
-            for file in weight_names(
-                flag, name, names, lambda file, at=folder: at / file, None if place else args.variant
-            ):
-                problem = weight_problem(folder / file)
-                require(not problem, f"{flag}: {name}/{file} {problem}")
-        elif not place and not dry:
-            names = [
-                file.removeprefix(f"{name}/")
-                for file in hub_names(where, args.revision)
-                if file.startswith(name + "/")
-            ]
-            fetch = functools.partial(model_file, where, revision=args.revision, subfolder=name)
-            _ = names and weight_names(flag, name, names, fetch, args.variant)
     check_small_parts(args, base, index, scheduler)
     check_autoencoder(args, configs["vae"])
     return configs
@@ -70,51 +52,49 @@ def check_model(args, denoiser, scheduler):
 # Files
 
 
-def without_weights(folder):
-    """Whether a folder on disk holds configurations only, which are enough for a plan."""
-    return Path(folder).is_dir() and not any(
-        path.suffix in (".safetensors", ".bin") for path in Path(folder).rglob("*")
-    )
+def is_plan_only(args):
+    """Whether a folder on disk holds configurations only, which are enough for --dry_run up to the tokenizers."""
+    folder = Path(args.pretrained_model_name_or_path)
+    weights = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin"))
+    return args.dry_run and folder.is_dir() and next(weights, None) is None
 
 
-@functools.cache
-def hub_names(name, revision):
-    """Names of a model's files on the Hub; none where it can't be asked."""
-    if hub_problem():
-        return []
-    from huggingface_hub import list_repo_files
+def check_files(args, components, replaced):
+    """Refuse weights on disk that are not all there, cut short, or only Git LFS' pointers.
 
-    try:
-        return list_repo_files(name, revision=revision)
-    except Exception:  # what was read until now came from the cache: loading will tell
-        return []
-
-
-def weight_names(flag, part, names, place_of, variant):
-    """The names of a part's weight files; UserError unless all of them are there.
-
-    names: of the files in its folder; place_of: function that gives the path of one of them.
+    components, replaced: see `safety_utils.check_weights`, which has looked at their names before.
     """
+    for component in components:
+        other = replaced.get(component) and getattr(args, replaced[component])
+        name = other or args.pretrained_model_name_or_path
+        flag = f"--{replaced[component] if other else 'pretrained_model_name_or_path'} {name}"
+        folder = Path(name, component)
+        if other and (component == "vae" or not (folder / "config.json").is_file()):
+            folder = Path(name)
+        if not folder.is_dir():  # on the Hub
+            continue
+        for path in weight_files(flag, folder, None if other else args.variant):
+            problem = weight_problem(path)
+            require(not problem, f"{flag}: {component}/{path.name} {problem}")
+
+
+def weight_files(flag, folder, variant):
+    """The files of a folder that would be loaded; UserError where an index names more than are there."""
     middle = f".{variant}" if variant else ""
-    for stem in STEMS:
-        for suffix in (".safetensors", ".bin"):
-            if (single := f"{stem}{middle}{suffix}") in names:
+    for suffix in (".safetensors", ".bin"):
+        for stem in STEMS:
+            if (single := folder / f"{stem}{middle}{suffix}").is_file():
                 return [single]
-            if (listing := f"{stem}{suffix}.index{middle}.json") in names:
-                shards = sorted(set(read_object(place_of(listing)).get("weight_map", {}).values()))
-                gone = [shard for shard in shards if shard not in names]
+            if (listing := folder / f"{stem}{suffix}.index{middle}.json").is_file():
+                shards = sorted(set(read_object(listing).get("weight_map", {}).values()))
+                gone = [shard for shard in shards if not (folder / shard).is_file()]
                 require(
                     shards and not gone,
-                    f"{flag}: {part}/{listing} names {len(shards)} files, missing are {', '.join(gone[:3])}; {AGAIN}",
+                    f"{flag}: {folder.name}/{listing.name} names {len(shards)} files, missing are "
+                    f"{', '.join(gone[:3])}; {AGAIN}",
                 )
-                return shards
-    others = [name for name in names if name.startswith(STEMS) and name.endswith((".safetensors", ".bin"))]
-    if variant:
-        advice = f"only {others[0]}: leave --variant out" if others else f"and no others; {AGAIN}"
-        raise UserError(f"{flag}: {part}/ has no weights of --variant {variant}, {advice}")
-    variants = [name.split(".")[1] for name in others if name.count(".") > 1]
-    advice = f"only {others[0]}: add --variant {variants[0].split('-')[0]}" if variants else AGAIN
-    raise UserError(f"{flag}: {part}/ has no weights (.safetensors); {advice}")
+                return [folder / shard for shard in shards]
+    return []
 
 
 def weight_problem(path):

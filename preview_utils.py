@@ -40,9 +40,10 @@ from PIL import Image, ImageDraw, ImageFont
 
 import cli_utils
 from cli_utils import UserError, require
+from data_report_utils import report_lines
 from data_utils import Framing, SampleOrder, TrainingSet, addressed_normal, addressed_uniform
 from image_utils import Crop, from_pixel_values, lost_share, resized_size
-from scan_utils import CaptionedImage, report_lines, shown
+from table_utils import CaptionedImage, shown
 
 if TYPE_CHECKING:
     import torch
@@ -226,7 +227,9 @@ def load_vae(name: str) -> "torch.nn.Module":
 
     in_pipeline = cli_utils.model_file(name, "config.json", subfolder="vae")
     try:
-        vae = AutoencoderKL.from_pretrained(name, subfolder="vae" if in_pipeline else None, dtype=torch.float32)
+        vae = AutoencoderKL.from_pretrained(
+            name, subfolder="vae" if in_pipeline else None, dtype=torch.float32, use_safetensors=True
+        )
     except Exception as error:  # files that are missing, cut short or of another model, or no network
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"--vae {name}: the autoencoder can't be loaded: {reason}") from error

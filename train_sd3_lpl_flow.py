@@ -26,9 +26,12 @@ from pathlib import Path
 import cli_utils
 import preflight_utils
 from cli_utils import REPOSITORY, errors_for_people, require
+from safety_utils import check_weights, loading
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sd3" / "train.yaml"
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")
+WEIGHTS = ("vae", "text_encoder", "text_encoder_2", "transformer")  # and the third text encoder, where there is one
+REPLACED = {"vae": "pretrained_vae_model_name_or_path", "transformer": "pretrained_transformer_model_name_or_path"}
 LORA_TARGETS = (
     "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_k", "attn.to_out.0",
     "attn.to_q", "attn.to_v",
@@ -86,6 +89,10 @@ def parse_args(argv=None):
     cli_utils.check_base_model(args, "StableDiffusion3", COMPONENTS)
     transformer = ("transformer", "SD3Transformer2DModel", "pretrained_transformer_model_name_or_path")
     configs = preflight_utils.check_model(args, transformer, scheduler=(True, ("FlowMatch",)))
+    if not preflight_utils.is_plan_only(args):
+        weights = [*WEIGHTS, *["text_encoder_3"] * has_t5(args)]
+        check_weights(args, weights, REPLACED)
+        preflight_utils.check_files(args, weights, REPLACED)
     preflight_utils.check_sd3(args, configs)
     preflight_utils.check_init_lora(args)
     blocks = configs["transformer"].get("num_layers", 18)
@@ -95,6 +102,12 @@ def parse_args(argv=None):
     )
     check_sizes(args, configs["transformer"])
     return args
+
+
+def has_t5(args):
+    """Whether the base pipeline brings its third text encoder, which is optional."""
+    index = cli_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
+    return bool((cli_utils.read_json(index).get("text_encoder_3") or [None])[0])
 
 
 def check_sizes(args, config):
@@ -240,12 +253,6 @@ class Schedule:
 # Models
 
 
-def has_t5(args):
-    """Whether the base pipeline brings its third text encoder, which is optional."""
-    index = cli_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    return bool((cli_utils.read_json(index).get("text_encoder_3") or [None])[0])
-
-
 def load_tokenizers(args):
     """Two CLIP tokenizers, and T5's where the pipeline has it."""
     names = ["tokenizer", "tokenizer_2"] + ["tokenizer_3"] * has_t5(args)
@@ -260,7 +267,8 @@ TEXT_ENCODERS = {"text_encoder": CLIPTextModelWithProjection, "text_encoder_2": 
 
 def load_text_encoders(args, dtype, device):
     """Both CLIP text encoders, frozen."""
-    encoders = [load_part(args, cls, name, variant=args.variant, dtype=dtype) for name, cls in TEXT_ENCODERS.items()]
+    encoders = [load_part(args, cls, name, variant=args.variant, dtype=dtype, **loading(args))
+                for name, cls in TEXT_ENCODERS.items()]  # fmt: skip
     return [encoder.requires_grad_(False).eval().to(device) for encoder in encoders]
 
 
@@ -268,7 +276,7 @@ def load_t5(args, dtype, device):
     """The third text encoder, frozen; None where the pipeline has none."""
     if not has_t5(args):
         return None
-    t5 = load_part(args, T5EncoderModel, "text_encoder_3", variant=args.variant, dtype=dtype)
+    t5 = load_part(args, T5EncoderModel, "text_encoder_3", variant=args.variant, dtype=dtype, **loading(args))
     return t5.requires_grad_(False).eval().to(device)
 
 
@@ -314,6 +322,7 @@ def build_denoiser(args, dtype, device):
     transformer = SD3Transformer2DModel.from_pretrained(
         name, subfolder=subfolder, revision=revision, variant=variant,
         dtype=dtype if args.use_lora else torch.float32, **train_utils.quantization(args, dtype),
+        **loading(args),
     )  # fmt: skip
     text_encoders = load_text_encoders(args, dtype, "cpu") if args.train_text_encoder else ()
     torch.manual_seed(args.seed)  # the LoRA's initial weights
@@ -596,7 +605,7 @@ def load_weights(folder, denoiser, args):
     if args.use_lora:
         load_lora(folder, denoiser.models())
     else:
-        saved = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer")
+        saved = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", use_safetensors=True)
         denoiser.transformer.load_state_dict(saved.state_dict())
 
 
@@ -610,10 +619,10 @@ def save_result(args, denoiser, schedule):
         return
     more = {} if has_t5(args) else {"text_encoder_3": None, "tokenizer_3": None}
     if args.pretrained_vae_model_name_or_path:
-        more["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path)
+        more["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **loading(args))
     pipeline = StableDiffusion3Pipeline.from_pretrained(
         args.pretrained_model_name_or_path, transformer=denoiser.transformer, revision=args.revision,
-        variant=args.variant, dtype=torch.float32, **more,
+        variant=args.variant, dtype=torch.float32, **loading(args), **more,
     )  # fmt: skip
     pipeline.scheduler.register_to_config(shift=schedule.shift)
     pipeline.save_pretrained(folder)

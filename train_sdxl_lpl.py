@@ -22,9 +22,12 @@ from pathlib import Path
 import cli_utils
 import preflight_utils
 from cli_utils import REPOSITORY, errors_for_people, require
+from safety_utils import check_weights, loading
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sdxl" / "train.yaml"
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
+WEIGHTS = ("vae", "text_encoder", "text_encoder_2", "unet")
+REPLACED = {"vae": "pretrained_vae_model_name_or_path", "unet": "pretrained_unet_model_name_or_path"}
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -73,6 +76,9 @@ def parse_args(argv=None):
     cli_utils.check_base_model(args, "StableDiffusionXL", COMPONENTS)
     unet = ("unet", "UNet2DConditionModel", "pretrained_unet_model_name_or_path")
     configs = preflight_utils.check_model(args, unet, scheduler=(False, ("EDM", "FlowMatch")))
+    if not preflight_utils.is_plan_only(args):
+        check_weights(args, WEIGHTS, REPLACED)
+        preflight_utils.check_files(args, WEIGHTS, REPLACED)
     preflight_utils.check_sdxl(args, configs)
     preflight_utils.check_init_lora(args)
     return args
@@ -203,7 +209,8 @@ TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelW
 
 def load_text_encoders(args, dtype, device):
     """Both text encoders, frozen."""
-    encoders = [load_part(args, cls, name, variant=args.variant, dtype=dtype) for name, cls in TEXT_ENCODERS.items()]
+    encoders = [load_part(args, cls, name, variant=args.variant, dtype=dtype, **loading(args))
+                for name, cls in TEXT_ENCODERS.items()]  # fmt: skip
     return [encoder.requires_grad_(False).eval().to(device) for encoder in encoders]
 
 
@@ -250,6 +257,7 @@ def build_denoiser(args, dtype, device):
     unet = UNet2DConditionModel.from_pretrained(
         name, subfolder=subfolder, revision=revision, variant=variant,
         dtype=dtype if args.use_lora else torch.float32, **train_utils.quantization(args, dtype),
+        **loading(args),
     )  # fmt: skip
     text_encoders = load_text_encoders(args, dtype, "cpu") if args.train_text_encoder else ()
     torch.manual_seed(args.seed)  # the LoRA's initial weights
@@ -514,7 +522,7 @@ def load_weights(folder, denoiser, args):
     if args.use_lora:
         load_lora(folder, denoiser.models())
     else:
-        saved = UNet2DConditionModel.from_pretrained(folder, subfolder="unet")
+        saved = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
         denoiser.unet.load_state_dict(saved.state_dict())
 
 
@@ -528,10 +536,10 @@ def save_result(args, denoiser, schedule):
         return
     more = {}
     if args.pretrained_vae_model_name_or_path:
-        more["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path)
+        more["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **loading(args))
     pipeline = StableDiffusionXLPipeline.from_pretrained(
         args.pretrained_model_name_or_path, unet=denoiser.unet, revision=args.revision, variant=args.variant,
-        dtype=torch.float32, **more,
+        dtype=torch.float32, **loading(args), **more,
     )  # fmt: skip
     pipeline.scheduler.register_to_config(prediction_type=schedule.prediction_type)
     pipeline.save_pretrained(folder)

@@ -28,6 +28,7 @@ from data_utils import (
 from guard_utils import Guard, leave_signals_to_the_run
 from lora_utils import is_text_encoder
 from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
+from safety_utils import loading
 
 HELD_OUT_LEVELS = 10  # noise levels at which the held-out loss is measured
 HELD_OUT_SEED = 0  # of its noise: not --seed, so that runs with different seeds can be compared
@@ -233,9 +234,9 @@ def load_part_config(args, cls, subfolder):
 def load_vae(args, dtype, device):
     """The frozen autoencoder, evaluated in `dtype`, channels-last."""
     if args.pretrained_vae_model_name_or_path:
-        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype)
+        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype, **loading(args))
     else:
-        vae = load_part(args, AutoencoderKL, "vae", variant=args.variant, dtype=dtype)
+        vae = load_part(args, AutoencoderKL, "vae", variant=args.variant, dtype=dtype, **loading(args))
     return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 
 

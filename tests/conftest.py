@@ -44,6 +44,13 @@ def cache_dir(tmp_path_factory):
 
 
 @pytest.fixture
+def own_cache(tmp_path, monkeypatch):
+    """The folder of scans in a cache of the test's own, outside its data."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache/lpl/scans"
+
+
+@pytest.fixture
 def flags(sdxl_folder, pictures, cache_dir):
     """The flags that every run of the SDXL recipe shares."""
     return (

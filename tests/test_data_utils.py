@@ -30,8 +30,8 @@ from data_utils import (
     epoch_order,
 )
 from image_utils import DataError, open_image, to_pixel_values
-from scan_utils import CaptionedImage
 from store_utils import TensorStore, encode_missing
+from table_utils import CaptionedImage
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Addressed randomness

@@ -1,8 +1,10 @@
 """Steps that are not finite, and signals: real runs of both recipes, poisoned or asked to stop."""
 
+import json
 import math
 import multiprocessing
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +20,7 @@ import cli_utils
 import guard_utils
 import train_sd3_lpl_flow
 import train_sdxl_lpl
+import train_utils
 from tests import runs
 from tests.runs import command, weights
 
@@ -114,6 +117,56 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(recipe
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     rows = runs.run(script, *flags, "--resume_from_checkpoint", "latest")
     assert all(math.isfinite(row["train_loss"]) for row in rows if row["step"] > 4)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# fp16
+
+
+@pytest.fixture
+def fp16(monkeypatch):
+    """Function scale -> fp16 on the CPU, where accelerate offers none: autocast and gradient scaler are real."""
+
+    def switch_on(scale):
+        start = train_utils.start_accelerator
+
+        def patched(args):
+            accelerator = start(args)
+            accelerator.state._mixed_precision, accelerator.native_amp = "fp16", True
+            accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+            return accelerator
+
+        monkeypatch.setattr(train_utils, "start_accelerator", patched)
+
+    return switch_on
+
+
+def test_overflows_that_the_scaler_sees_to_do_not_count(recipe, tmp_path, capsys, fp16):
+    script, flags = recipe
+    fp16(2.0**24)
+    steps = 12
+    rows = runs.run(script, *flags, "--max_train_steps", steps, "--max_nonfinite_steps", 1, "--checkpointing_steps", 1,
+                    "--use_ema", "--output_dir", tmp_path)  # fmt: skip
+    said = capsys.readouterr().err
+    assert "not finite" not in said and not any("nonfinite_steps" in row for row in rows)
+    states = [json.loads((tmp_path / f"checkpoint-{step}" / "training_state.json").read_text()) for step in (1, steps)]
+    assert states[0]["scaler"]["scale"] < 2.0**24, "the first step overflowed"
+    assert states[0]["ema_step"] == 0 and states[0]["lr_scheduler"]["_step_count"] == 1, "and counts nowhere"
+    assert states[1]["ema_step"] > 0
+    whole = weights(tmp_path)
+    shutil.rmtree(tmp_path / f"checkpoint-{steps}")
+    [shutil.rmtree(tmp_path / f"checkpoint-{step}") for step in range(4, steps)]
+    runs.run(script, *flags, "--max_train_steps", steps, "--max_nonfinite_steps", 1, "--checkpointing_steps", 1,
+             "--use_ema", "--output_dir", tmp_path, "--resume_from_checkpoint", "latest")  # fmt: skip
+    assert weights(tmp_path) == whole, "the scale is a part of the state"
+
+
+def test_under_fp16_a_loss_that_is_not_finite_counts(recipe, tmp_path, monkeypatch, capsys, fp16):
+    script, flags = recipe
+    fp16(1.0)
+    poison(monkeypatch, script, "diffusion loss", {2})
+    runs.run(script, *flags, "--max_train_steps", 3, "--output_dir", tmp_path)
+    assert "warning: step 2 is skipped, not finite: the diffusion loss of " in capsys.readouterr().err
 
 
 # ---------------------------------------------------------------------------------------------------------------------

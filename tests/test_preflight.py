@@ -334,14 +334,14 @@ MODELS = f"""
 {BASE} {{header}} | unet/diffusion_pytorch_model.safetensors | longer than the file | download the model again
 {BASE} {{html}} | unet/diffusion_pytorch_model.safetensors | can't be read as safetensors | download the model again
 {BASE} {{lfs}} | unet/diffusion_pytorch_model.safetensors | a pointer of Git LFS | git lfs pull
-{BASE} {{noweights}} | unet/ | has no weights | download the model again
+{BASE} {{noweights}} | unet/ | has no weights without a variant | download the model again
 {BASE} {{noconfig}} | vae/config.json | is missing | download the model again
 {BASE} {{badconfig}} | unet/config.json | not valid JSON | repair it
 {BASE} {{noscheduler}} | scheduler/scheduler_config.json | is missing | download the model again
 {BASE} {{notokenizer}} | tokenizer_2/ | has neither tokenizer.json | download the model again
 {BASE} {{sharded}} | index.json names 2 files | diffusion_pytorch_model-00002-of-00002.safetensors | download
-{BASE} {{halfprecision}} | unet/ | only diffusion_pytorch_model.fp16.safetensors | add --variant fp16
-{BASE} {{sdxl}} --variant fp16 | no weights of --variant fp16 | only diffusion_pytorch_model | leave --variant out
+{BASE} {{halfprecision}} | vae/ | has no weights without a variant | it has those of --variant fp16
+{BASE} {{sdxl}} --variant fp16 | no weights of --variant fp16 | it has others | leave --variant out
 {BASE} {{widths}} | the base model's unet takes text of width 768 | the text encoders give 64 + 64 | belong together
 {BASE} {{micro}} | micro-conditioning | 160 numbers | give a base model's UNet
 {BASE} {{sd15unet}} | the base model's unet is not SDXL's | addition_embed_type is None | give an SDXL UNet
@@ -394,7 +394,7 @@ MODELS_SD3 = f"""
 {BASE} {{sd3channels}} | transformer takes 33 channels | made for inpainting | give a plain text-to-image model
 {BASE} {{sd3not5}} | text_encoder_3/config.json | is missing | download the model again
 {BASE} {{sd3noweights}} | transformer/ | has no weights | download the model again
-{BASE} {{sd3}} --variant fp16 | --variant fp16 | only diffusion_pytorch_model.safetensors | leave --variant out
+{BASE} {{sd3}} --variant fp16 | --variant fp16 | it has others | leave --variant out
 {BASE} {{lora}} | {BASE} | it is a LoRA | the LoRA as --init_lora
 {VAE} {{sdxl}}/vae | transformer takes 16 channels | the autoencoder makes 4 | give another {VAE}
 {TRANSFORMER} {{sdxl}}/unet | {TRANSFORMER} | found UNet2DConditionModel | expected SD3Transformer2DModel
@@ -556,7 +556,7 @@ def test_a_mistake_is_answered_in_seconds_without_torch(script, mistake, parts, 
 HUB_CASES = {
     "gated/model": ("is gated", "accept its licence", "hf auth login"),
     "no-one/nothing": ("no model on the Hub", "no folder here", "check the name"),
-    "our/half": ("unet/ has no weights", "only diffusion_pytorch_model.fp16.safetensors", "add --variant fp16"),
+    "our/half": ("vae/ has no weights", "without a variant", "it has those of --variant fp16"),
     "our/half --revision old": ("no such --revision", "its revisions are at", "tree/main"),
 }
 

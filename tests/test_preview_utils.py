@@ -17,7 +17,7 @@ import train_utils
 from data_utils import SampleOrder, TrainingSet
 from image_utils import Crop, from_pixel_values, open_image, prepare_image
 from preview_utils import UNKNOWN, SampleFacts, caption_shown, crop_shown, legible, shorten, small_font, wrap
-from scan_utils import CaptionedImage
+from table_utils import CaptionedImage
 from tests.tiny_models import autoencoder
 
 ROOT = Path(__file__).resolve().parent.parent

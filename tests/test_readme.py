@@ -112,16 +112,19 @@ def test_linked_files_are_there():
                 assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
 
 
-UTILS = {"cli_utils", "cache_utils", "checkpoint_utils", "data_utils", "export_utils", "guard_utils", "hub_utils",
-         "image_utils", "lora_utils", "lpl_utils", "plan_utils", "preflight_utils", "report_utils", "scan_utils",
-         "store_utils", "train_utils"}  # fmt: skip
-DATA = {"data_utils", "image_utils", "scan_utils", "store_utils"}
+DATA = {"data_report_utils", "data_utils", "image_utils", "scan_utils", "store_utils", "table_utils"}
+UTILS = DATA | {"cli_utils", "cache_utils", "checkpoint_utils", "export_utils", "guard_utils", "hub_utils",
+                "lora_utils", "lpl_utils", "plan_utils", "preflight_utils", "report_utils", "safety_utils",
+                "train_utils"}  # fmt: skip
 ALLOWED = {
     "lpl_utils": set(),
     "image_utils": set(),
-    "scan_utils": {"image_utils"},
+    "table_utils": {"image_utils"},
+    "source_utils": {"image_utils", "table_utils"},
+    "scan_utils": {"image_utils", "source_utils", "table_utils"},
+    "data_report_utils": {"image_utils", "scan_utils", "table_utils"},
     "store_utils": {"image_utils"},
-    "data_utils": DATA | {"preview_utils"},
+    "data_utils": {"image_utils", "preview_utils", "store_utils", "table_utils"},
     "cli_utils": DATA,
     "preview_utils": DATA | {"cli_utils", "report_utils"},
     "hub_utils": {"cli_utils"},
@@ -131,8 +134,9 @@ ALLOWED = {
     "guard_utils": {"cli_utils"},
     "lora_utils": {"cli_utils"},
     "export_utils": {"cli_utils", "lora_utils"},
-    "train_utils": DATA | {"cache_utils", "cli_utils", "guard_utils", "lora_utils", "lpl_utils"},
-    "plan_utils": {"cache_utils", "cli_utils", "lora_utils", "lpl_utils", "scan_utils", "store_utils", "train_utils"},
+    "safety_utils": {"cli_utils"},
+    "train_utils": DATA | {"cache_utils", "cli_utils", "guard_utils", "lora_utils", "lpl_utils", "safety_utils"},
+    "plan_utils": DATA | {"cache_utils", "cli_utils", "lora_utils", "lpl_utils", "train_utils"},
     "report_utils": {"cli_utils", "hub_utils", "train_utils"},
     "train_sdxl_lpl": UTILS,
     "train_sd3_lpl_flow": UTILS,

@@ -336,3 +336,18 @@ def test_tags_and_trigger_words_reach_the_model(recipe, mixed, tmp_path):
     drawn = {text for batch in train_utils.batches(args, data, accelerator, 0, 30) for text in batch["caption"]}
     assert drawn == set(data.captions.texts(["dog, red, blue, sea, sun"])) and len(drawn) > 2
     assert all(text.startswith("sks, dog, ") for text in drawn)
+
+
+def test_remarks_on_held_out_images_are_heard(request, pictures, tmp_path):
+    model = request.getfixturevalue("sdxl_folder")
+    held_out = shutil.copytree(pictures, tmp_path / "held-out")
+    (held_out / "01.png").write_bytes(b"")
+    flags = ["--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--cache_dir", tmp_path / "cache",
+             "--resolution", 64, "--validation_data_dir", held_out, "--on_bad_image", "skip"]  # fmt: skip
+    args = train_sdxl_lpl.parse_args([str(flag) for flag in [*flags, "--strict"]])
+    scan, images = cli_utils.find_images(args)
+    remarks = cli_utils.data_report(args, scan, images)["remarks"]
+    assert len(images) == 5
+    assert "--validation_data_dir: 1 of the images are left out." in remarks
+    with pytest.raises(cli_utils.DataError, match="--strict"):
+        cli_utils.check_strict(args, cli_utils.data_report(args, scan, images))

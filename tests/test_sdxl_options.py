@@ -21,7 +21,8 @@ import train_utils
 from cli_utils import UserError
 from data_utils import stratified_uniform
 from lora_utils import WEIGHTS
-from scan_utils import hold_out, scan_folder
+from scan_utils import scan_folder
+from table_utils import hold_out
 from tests.runs import assert_resume_is_exact
 from tests.sdxl import command, draw, run, weights
 

@@ -1,0 +1,632 @@
+"""Where images and captions come from: folders, caption files, listings, WebDataset shards, Hugging Face data sets.
+
+What this file holds, in order:
+
+1. folders: the files below one, and what lies there that can't be used;
+2. captions: texts as they stand in files and cells;
+3. listings: the rows of `metadata.jsonl`, `.csv` and `.parquet`;
+4. shards: the images in a tar with their captions;
+5. data sets: their images and captions.
+
+Everything is read here with the place of every mistake, and nothing is kept: `scan_utils` does that. Importing this
+file imports neither torch nor datasets: Parquet listings import pyarrow, and data sets import datasets, when they are
+met.
+
+Names are paths relative to the folder, with `/`. A place is where something stands, for messages; a `DataError`
+begins with it.
+"""
+
+import contextlib
+import csv
+import difflib
+import json
+import os
+import re
+import stat
+import tarfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from io import TextIOWrapper
+from itertools import groupby
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from image_utils import IMAGE_EXTENSIONS, DataError
+from table_utils import ROWS_AT_ONCE, SEPARATOR, be, because, brief, counted, first_names, read_bytes, shown
+
+CAPTION_EXTENSIONS = (".txt", ".caption")  # the first one found beside an image is read
+LISTING_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+MAX_CAPTION = 100_000  # characters; a longer text is no caption
+
+_KNOWN = {*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS, ".tar"}
+_OTHER_PICTURES = (".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".svg", ".tga")  # told of, not read
+_PACKED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4?|z))$", re.IGNORECASE)
+_ABOUT = re.compile(  # texts that lie beside pictures and are no captions, such as README.txt and LICENSE-MIT.txt
+    r"(read[-_]?me|licen[cs]e|copying|copyright|notice|credits|authors|attributions?|sources|citation|changelog|terms"
+    r"|requirements)([-_.].*)?\.txt",
+    re.IGNORECASE,
+)
+_MAX_JSON = 2**24  # bytes of a `.json` in a shard
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Folders
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class FoundFile(NamedTuple):
+    """A file below the folder; `suffix` is in lower case."""
+
+    path: str
+    suffix: str
+    size: int
+    mtime_ns: int
+
+    @property
+    def stem(self) -> str:
+        """The path without its suffix, which an image and its caption file have in common."""
+        return self.path[: -len(self.suffix)]
+
+
+class FolderWalk:
+    """One walk over the visible files below a folder: images, caption files, listings and tars.
+
+    When `files` has ended, `bad` has the images that can't be read, with reasons, and `unread_stems` the stems of
+    these and of pictures of other kinds.
+    """
+
+    def __init__(self, root: Path, flag: str):
+        """
+        Args:
+            root: the folder.
+            flag: that named it, for messages.
+        """
+        self.root, self.flag = root, flag
+        self.bad: list[tuple[str, str]] = []
+        self.unread_stems: set[str] = set()
+        self._real_root = os.path.realpath(root)
+        self._links, self._outside, self._packed, self._others = [], [], [], []
+
+    def files(self) -> Iterator[FoundFile]:
+        """The files that may be used, in no order.
+
+        Raises:
+            DataError: a folder or a file that is no image can't be read.
+        """
+        folders = [""]
+        while folders:
+            folder = folders.pop()
+            for entry in self._entries(folder):
+                path = f"{folder}{entry.name}"
+                if not _is_folder(entry):
+                    if (found := self._file(path, entry)) is not None:
+                        yield found
+                elif entry.is_symlink():
+                    self._links.append(path)
+                else:
+                    folders.append(f"{path}/")
+
+    def _entries(self, folder: str) -> Iterator[os.DirEntry]:
+        # A folder that can't be read must not be passed over: its images would silently be missing.
+        try:
+            with os.scandir(os.path.join(self.root, folder)) as entries:
+                yield from (entry for entry in entries if not entry.name.startswith("."))
+        except OSError as error:
+            place = shown(os.path.join(self.root, folder))
+            raise DataError(f"{self.flag}: {place} can't be read: {because(error)}.") from error
+
+    def _file(self, path: str, entry: os.DirEntry) -> FoundFile | None:
+        suffix = os.path.splitext(entry.name)[1].lower()
+        if suffix not in _KNOWN and entry.name not in LISTING_NAMES:
+            if _PACKED_TAR.search(entry.name):
+                self._packed.append(path)
+            elif suffix in _OTHER_PICTURES:
+                self._others.append(path)
+                self.unread_stems.add(path[: -len(suffix)])
+        elif entry.is_symlink() and not _is_inside(os.path.realpath(entry.path), self._real_root):
+            self._outside.append(path)
+        elif is_utf8(path):
+            return self._with_status(path, suffix, entry)
+        elif suffix in IMAGE_EXTENSIONS:
+            self._add_bad(path, suffix, "the name is not UTF-8; rename the file or its folder")
+        elif suffix not in CAPTION_EXTENSIONS:
+            raise DataError(f"{self.root}: the name {shown(path)} is not UTF-8. Rename the file or its folder.")
+        return None
+
+    def _with_status(self, path: str, suffix: str, entry: os.DirEntry) -> FoundFile | None:
+        try:
+            status = entry.stat()
+            if stat.S_ISREG(status.st_mode):
+                return FoundFile(path, suffix, status.st_size, status.st_mtime_ns)
+            reason = "not a file that could be read (a pipe, socket or device)"
+        except OSError as error:
+            reason = f"{'a broken link' if entry.is_symlink() else 'can not be read'} ({because(error)})"
+        if suffix not in IMAGE_EXTENSIONS:
+            raise DataError(f"{shown(os.path.join(self.root, path))}: {reason}. Replace or remove it.")
+        self._add_bad(path, suffix, reason)
+        return None
+
+    def _add_bad(self, path: str, suffix: str, reason: str) -> None:
+        self.bad.append((shown(path), reason))
+        self.unread_stems.add(path[: -len(suffix)])
+
+    def remarks(self) -> list[str]:
+        """Sentences about what was not used.
+
+        Raises:
+            DataError: links lead out of the folder, or shards are compressed.
+        """
+        if self._outside:
+            lead = "is a link that leads" if len(self._outside) == 1 else "are links that lead"
+            raise DataError(
+                f"{self.flag}: {counted(len(self._outside), 'file')} in {self.root} {lead} out of the folder: "
+                f"{first_names(sorted(self._outside))}. Copy what is meant into the folder."
+            )
+        if self._packed:
+            raise DataError(
+                f"{self.flag}: compressed shards can't be read at random: {first_names(sorted(self._packed))} in "
+                f"{self.root}. Unpack them (gunzip a.tar.gz gives a.tar); the images in them hardly compress."
+            )
+        remarks = []
+        if self._links:
+            were = "is a link to a folder and was" if len(self._links) == 1 else "are links to folders and were"
+            names = first_names([os.path.join(self.root, link) for link in sorted(self._links)])
+            remarks.append(f"{names} {were} not entered.")
+        if count := len(self._others):
+            names = first_names(sorted(self._others))
+            remarks.append(
+                f"{counted(count, 'picture')} in {self.root} {be(count)} of a kind that is not read: {names}."
+            )
+        return remarks
+
+
+def _is_folder(entry: os.DirEntry) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link in a loop
+        return False
+
+
+def _is_inside(path: str, root: str) -> bool:
+    """Whether a path is the root or below it; both are absolute and normal."""
+    return path == root or path.startswith(root.rstrip("/") + "/")
+
+
+def is_utf8(text: str) -> bool:
+    """Whether a text can be written as UTF-8, which the names of files need not be."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Captions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def join_captions(
+    cell: Any, place: str, what: str, unit: str, default: str | None, empty_allowed: bool = False
+) -> str | None:
+    """The captions in a cell (a text or a list of texts), stripped, joined by `SEPARATOR`.
+
+    None where the default caption takes their place, because all are empty or there are none. An empty one is refused
+    where there is no default caption, unless it is allowed.
+
+    Raises:
+        DataError: "{place}: {what} must be text", and the like; a caption that is not to be had goes with its {unit}.
+    """
+    texts = list(cell) if isinstance(cell, (list, tuple)) else [cell]
+    if default is not None:
+        texts = [text for text in texts if text is not None]
+    for text in texts:
+        if not isinstance(text, str):
+            raise DataError(f"{place}: {what} must be text, not {brief(text)}. Correct it, or name another column.")
+        if len(text) > MAX_CAPTION:
+            raise DataError(f"{place}: not a caption: {len(text)} characters. At most {MAX_CAPTION} are read.")
+        if SEPARATOR in text:
+            raise DataError(f"{place}: {what} holds a zero byte ({brief(text)}). Is it UTF-16? Save it as UTF-8.")
+        if not is_utf8(text):
+            raise DataError(f"{place}: {what} holds half a character ({brief(text)}). Write it anew.")
+    kept = [text.strip() for text in texts if text.strip()]
+    if (not kept or len(kept) < len(texts)) and default is None and not empty_allowed:
+        raise DataError(f"{place}: {what} is empty. Write one, or remove the {unit}.")
+    return SEPARATOR.join(kept) if kept or default is None else None
+
+
+def caption_lines(text: str) -> list[str] | str:
+    """The lines of a caption file that has a caption in each; an empty caption where there are none."""
+    return [line for line in text.splitlines() if line.strip()] or ""
+
+
+def read_caption_file(path: Path, size: int) -> str:
+    """The text of a caption file of so many bytes."""
+    _refuse_long(size, str(path))
+    return _decode(read_bytes(path), path)
+
+
+def is_about(path: str) -> bool:
+    """Whether a file is one of those that are about a folder of pictures, README.txt and the like, and no caption."""
+    return _ABOUT.fullmatch(os.path.basename(path)) is not None
+
+
+def _refuse_long(size: int, place: str, limit: int = 4 * MAX_CAPTION) -> None:
+    """A file of more bytes than a caption can have is not even read."""
+    if size > limit:
+        raise DataError(f"{shown(place)}: not a caption: {size} bytes. At most {MAX_CAPTION} characters are read.")
+
+
+def _decode(data: bytes, place: str | os.PathLike) -> str:
+    """The text of a caption file, without the byte order mark that some editors write."""
+    try:
+        text = data.decode("utf-8-sig")
+        if (at := data.find(b"\0")) >= 0:
+            raise DataError(f"{shown(str(place))}: byte {at} is zero. Is it UTF-16? Save the file as UTF-8.")
+    except UnicodeDecodeError as error:
+        raise _not_utf8(place, error.start) from error
+    return text
+
+
+def _not_utf8(place: str | os.PathLike, byte: int) -> DataError:
+    return DataError(f"{shown(str(place))}: not UTF-8 (byte {byte}). Save the file as UTF-8.")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Listings
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def refuse_two_listings(listings: Sequence[str], root: Path, flag: str) -> None:
+    """Raise a DataError where two listings lie in one folder."""
+    parents = Counter(os.path.dirname(path) for path in listings)
+    for parent, count in parents.items():
+        if count > 1:
+            names = [os.path.basename(path) for path in listings if os.path.dirname(path) == parent]
+            raise DataError(
+                f"{flag}: {' and '.join(names)} are in {os.path.join(root, parent)}; "
+                "which one counts is not clear. Remove all but one."
+            )
+
+
+def listing_rows(
+    listing: Path, image_column: str, caption_column: str, caption_needed: bool
+) -> Iterator[tuple[str, dict]]:
+    """(place, row) of each row of a listing, of whatever kind. Of Parquet only the columns that matter are read."""
+    if listing.suffix == ".jsonl":
+        return _json_rows(listing)
+    if listing.suffix == ".csv":
+        return _csv_rows(listing)
+    return _parquet_rows(listing, image_column, caption_column, caption_needed)
+
+
+def _json_rows(listing: Path) -> Iterator[tuple[str, dict]]:
+    # Binary, since text would also be split at U+2028 and the like inside a string.
+    start = 0
+    for number, line in enumerate(_lines(listing), start=1):
+        try:
+            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            raise _not_utf8(f"{listing}:{number}", start + error.start) from error
+        start += len(line)
+        if text.strip():
+            yield f"{listing}:{number}", json_object(text, f"{listing}:{number}")
+
+
+def _lines(listing: Path) -> Iterator[bytes]:
+    try:
+        with open(listing, "rb") as file:
+            yield from file
+    except OSError as error:
+        raise DataError(f"{shown(str(listing))}: can't be read: {because(error)}.") from error
+
+
+def json_object(text: str, place: str) -> dict:
+    """The object that a line of JSON is, or a DataError."""
+    try:
+        row = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place}: not JSON ({error}). Each line must be one object.") from error
+    if not isinstance(row, dict):
+        raise DataError(f'{place}: must be an object like {{"file_name": "…", "text": "…"}}, not {brief(row)}.')
+    return row
+
+
+def _csv_rows(listing: Path) -> Iterator[tuple[str, dict]]:
+    try:
+        # newline="" leaves line breaks, also those inside quotes, to csv.
+        with open(listing, "rb") as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
+            reader = csv.DictReader(text, strict=True)
+            try:
+                for row in reader:
+                    place = f"{listing}:{reader.line_num}"
+                    if None in row:
+                        raise DataError(f"{place}: more fields than columns. Put a caption with a comma into quotes.")
+                    yield place, row
+            except csv.Error as error:
+                # Counted up to the row before: an open quote is noticed only at the end of the file.
+                place = f"{listing}:{reader.line_num + 1}"
+                raise DataError(f"{place}: not CSV ({error}). Is a quote left open?") from error
+    except UnicodeDecodeError:
+        # It is counted from the start of what was read last, so the place is looked for again.
+        _refuse_not_utf8(listing)
+        raise
+    except OSError as error:
+        raise DataError(f"{shown(str(listing))}: can't be read: {because(error)}.") from error
+
+
+def _refuse_not_utf8(listing: Path) -> None:
+    """Raise an error for the first line that is not UTF-8."""
+    start = 0
+    for number, line in enumerate(_lines(listing), start=1):
+        try:
+            line.decode()
+        except UnicodeDecodeError as error:
+            raise _not_utf8(f"{listing}:{number}", start + error.start) from error
+        start += len(line)
+
+
+def _parquet_rows(
+    listing: Path, image_column: str, caption_column: str, caption_needed: bool
+) -> Iterator[tuple[str, dict]]:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with parquet.ParquetFile(listing) as file:
+            names = file.schema_arrow.names
+            wanted = [name for name in (image_column, "file_name", caption_column) if name in names]
+            if image_column not in names and "file_name" not in names:
+                require_column("file_name", names, str(listing), "--image_column")
+            if caption_needed:
+                require_column(caption_column, names, str(listing), "--caption_column")
+            number = 0
+            for batch in file.iter_batches(batch_size=ROWS_AT_ONCE, columns=list(dict.fromkeys(wanted))):
+                for row in batch.to_pylist():
+                    yield f"{listing}: row {number} (counted from 0)", row
+                    number += 1
+    except (OSError, pyarrow.ArrowException) as error:
+        raise DataError(f"{shown(str(listing))}: can't be read as Parquet: {because(error)}") from error
+
+
+def listed_name(cell: Any, column: str, parent: str, root: str, place: str) -> str:
+    """The path, relative to the root, of a file in a listing. It leads nowhere else: listings come from strangers.
+
+    Args:
+        cell: what stands in the listing.
+        column: its column, for messages.
+        parent: the folder of the listing, relative to the root.
+        root: the folder, absolute and without links.
+        place: the listing with the line.
+    """
+    if not isinstance(cell, str) or not cell.strip():
+        raise DataError(f"{place}: {column!r} must be the name of a file, not {brief(cell)}.")
+    if "\0" in cell or not is_utf8(cell):
+        raise DataError(f"{place}: {brief(cell)} is no usable file name. Correct it.")
+    absolute = PurePosixPath(cell).is_absolute() or PureWindowsPath(cell).is_absolute()
+    path = os.path.normpath(os.path.join(root, parent, cell))
+    if absolute or not _is_inside(path, root):
+        raise DataError(f"{place}: {brief(cell)} leads out of the folder {root}. Copy the file into the folder.")
+    return os.path.relpath(path, root)
+
+
+def listed_status(path: str, root: str, place: str) -> tuple[tuple[int, int] | None, str]:
+    """((size, mtime_ns), "") of a listed file, or (None, why there is none). `root` is as in `listed_name`.
+
+    Raises:
+        DataError: a link on the way leads out of the folder.
+    """
+    try:
+        real = os.path.realpath(os.path.join(root, path))
+        if not _is_inside(real, root):
+            raise DataError(f"{place}: {brief(path)} leads out of the folder {root}. Copy the file into it.")
+        status = os.stat(real)
+    except DataError:
+        raise
+    except FileNotFoundError:
+        return None, "there is no such file"
+    except (OSError, ValueError) as error:
+        return None, because(error)
+    if not stat.S_ISREG(status.st_mode):
+        return None, "it is no file"
+    return (status.st_size, status.st_mtime_ns), ""
+
+
+def require_column(column: str, columns: Iterable[str], place: str, flag: str) -> None:
+    """Raise a DataError, with the nearest name, unless the column is among the columns."""
+    columns = list(columns)
+    if column in columns:
+        return
+    near = difflib.get_close_matches(column, [str(name) for name in columns], n=1, cutoff=0.0)
+    advice = f"Did you mean {flag} {near[0]}?" if near else f"Name the right one with {flag}."
+    raise DataError(f"{place}: there is no column {column!r} ({flag}); the columns are {columns}. {advice}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Shards
+# ---------------------------------------------------------------------------------------------------------------------
+
+_CAPTION_KINDS = ("txt", "caption", "json")  # the first one found beside an image is read
+_KIND = re.compile(r"(?:.*/|)[^.]+[.]([^/]*)", re.DOTALL)  # what follows the first dot of the base name
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset's own
+_HERE = re.compile(r"(\./+)*")  # `tar -C folder .` writes ./a.png
+
+
+class ShardImage(NamedTuple):
+    """An image in a shard; `text` is that of its caption's member, None where there is none."""
+
+    offset: int
+    length: int
+    name: str
+    caption_name: str
+    text: str | None
+    is_json: int
+
+
+class _Member(NamedTuple):
+    name: str
+    stem: str
+    kind: str  # in lower case, without the dot
+    info: tarfile.TarInfo
+    tar: tarfile.TarFile
+
+
+def shard_images(path: Path, remarks: list[str]) -> Iterator[ShardImage]:
+    """The images in a shard; what is not used is remarked upon at the end.
+
+    Members are grouped as webdataset does it: neighbours with the same path up to the first dot of the base name
+    belong together, and the rest of the name, in lower case, tells what they are.
+
+    Raises:
+        DataError: the tar is damaged, cut short or compressed, or a caption can't be read.
+    """
+    odd, alone = [], []
+    with _tar_errors(path):
+        for stem, members in groupby(_members(path), key=lambda member: member.stem):
+            images, texts = _sample(path, members, odd)
+            if texts and not images:
+                alone.append(stem)
+            kind = next((kind for kind in _CAPTION_KINDS if kind in texts), None)
+            name, text = texts.get(kind, ("", None))
+            for offset, length, image in images:
+                yield ShardImage(offset, length, image, name, text, int(kind == "json"))
+    if odd:
+        has = "has more than one dot in its name, so it is no image to webdataset, and is not used"
+        have = "have more than one dot in their names, so they are no images to webdataset, and are not used"
+        remarks.append(_remark_on_members(path, odd, has, have))
+    if alone:
+        alone_is, alone_are = "is a caption without an image, and is", "are captions without an image, and are"
+        remarks.append(_remark_on_members(path, alone, f"{alone_is} not used", f"{alone_are} not used"))
+
+
+def _remark_on_members(path: Path, names: list[str], one: str, many: str) -> str:
+    what = one if len(names) == 1 else many
+    return f"{counted(len(names), 'member')} of {shown(str(path))} {what}: {first_names(names)}."
+
+
+def _sample(path: Path, members: Iterable[_Member], odd: list[str]) -> tuple[list[tuple], dict[str, tuple[str, str]]]:
+    """([(offset, length, name) of an image], {kind: (name, text) of a caption}) among members that belong together."""
+    images, texts, kinds = [], {}, set()
+    for name, _, kind, info, tar in members:
+        place = f"{shown(str(path))}: {shown(name)}"
+        if kind in kinds:
+            raise DataError(f"{place}: there are two members of this kind with one name. Rename one.")
+        kinds.add(kind)
+        if f".{kind}" in IMAGE_EXTENSIONS:
+            images.append((info.offset_data, info.size, _printable(name)))
+        elif kind in _CAPTION_KINDS:
+            _refuse_long(info.size, place, *([_MAX_JSON] if kind == "json" else []))
+            texts[kind] = (_printable(name), _decode(tar.extractfile(info).read(), place))
+        elif f".{kind.rpartition('.')[2]}" in IMAGE_EXTENSIONS:
+            odd.append(name)
+    return images, texts
+
+
+def _members(path: Path) -> Iterator[_Member]:
+    """The files in a tar, once each; sure to reach the end of it. Raises whatever tarfile raises."""
+    with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
+        while (info := tar.next()) is not None:
+            tar.members.clear()  # or all of them would be held
+            name = info.name[_HERE.match(info.name).end() :]
+            match = _KIND.fullmatch(name)
+            if info.isreg() and match and not _META.match(name):
+                if info.issparse():
+                    raise tarfile.ReadError(f"{shown(name)} is stored with holes; pack it without --sparse")
+                yield _Member(name, name[: match.start(1) - 1], match[1].lower(), info, tar)
+        # tarfile takes a cut or a broken header for the end. The real one is a block of zeros.
+        file.seek(tar.offset)
+        end = file.read(tarfile.RECORDSIZE + tarfile.BLOCKSIZE)
+        if len(end) < tarfile.BLOCKSIZE or any(end[: tarfile.BLOCKSIZE]):
+            raise tarfile.ReadError("it ends before its end mark")
+        if any(end):
+            raise tarfile.ReadError("there is more after its end, as if two were joined")
+
+
+@contextlib.contextmanager
+def _tar_errors(path: Path) -> Iterator[None]:
+    """Turn the many errors of damaged tars into one that names the file."""
+    try:
+        yield
+    except DataError:
+        raise
+    except (tarfile.TarError, OSError, EOFError, ValueError) as error:
+        with contextlib.suppress(OSError), open(path, "rb") as file:
+            if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5"):
+                message = f"{shown(str(path))}: a compressed tar. Uncompress it; only plain ones are read."
+                raise DataError(message) from error
+        raise DataError(
+            f"{shown(str(path))}: the tar is damaged or cut short ({because(error)}). Copy or pack it again."
+        ) from error
+
+
+def _printable(name: str) -> str:
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Data sets
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def load_dataset(name: str, config: str | None, split: str, cache_dir: str | os.PathLike | None) -> Any:
+    """`datasets.load_dataset`, or `load_from_disk` for a folder that `save_to_disk` wrote."""
+    import datasets
+
+    folder = Path(name)
+    try:
+        if (folder / "dataset_dict.json").is_file() or (folder / "state.json").is_file():
+            dataset = datasets.load_from_disk(name)
+            if not isinstance(dataset, datasets.DatasetDict):
+                return dataset
+            if split not in dataset:
+                raise DataError(f"--dataset_name {name}: there is no split {split!r}, only {sorted(dataset)}.")
+            return dataset[split]
+        return datasets.load_dataset(name, config, split=split, cache_dir=cache_dir)
+    except DataError:
+        raise
+    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
+        config_text = f" --dataset_config_name {config}" if config else ""
+        raise DataError(
+            f"--dataset_name {name}{config_text}: the split {split!r} can't be loaded: {error} "
+            "Check its name and the network; a folder with images is --train_data_dir."
+        ) from error
+
+
+def undecoded_images(dataset: Any, column: str, place: str) -> Any:
+    """The data set with nothing but its images, undecoded. One column only: reading a row decodes every column."""
+    import datasets
+
+    try:
+        return dataset.select_columns([column]).cast_column(column, datasets.Image(decode=False))
+    except (TypeError, ValueError, NotImplementedError) as error:  # pyarrow's are among these
+        raise DataError(
+            f"--image_column {column!r} of {place} holds {dataset.features[column]}, not images."
+        ) from error
+
+
+def cells_of(dataset: Any, column: str) -> Iterator[Any]:
+    """The cells of a column; None for each row where the data set has no such column."""
+    if column not in dataset.column_names:
+        yield from [None] * len(dataset)
+        return
+    for batch in dataset.select_columns([column]).iter(batch_size=ROWS_AT_ONCE):
+        yield from batch[column]
+
+
+def files_of_rows(images: Any, column: str) -> dict[int, tuple[int, int]]:
+    """(size, mtime_ns) for the rows that hold no bytes but the path of a file, which may change under the data set."""
+    import pyarrow.compute as compute
+
+    files, start = {}, 0
+    for batch in images.with_format("arrow").iter(batch_size=ROWS_AT_ONCE):
+        cells = batch.column(column).combine_chunks()
+        without = compute.is_null(compute.struct_field(cells, "bytes"))
+        for index in np.flatnonzero(without.to_numpy(zero_copy_only=False)):
+            path = compute.struct_field(cells, "path")[int(index)].as_py()
+            with contextlib.suppress(OSError, TypeError, ValueError):
+                status = os.stat(path)
+                files[start + int(index)] = (status.st_size, status.st_mtime_ns)
+        start += len(cells)
+    return files
