@@ -21,7 +21,8 @@ TELLING = {
 # Names that say nothing about what stands in a message.
 DULL = {
     "join", "args", "str", "map", "len", "sorted", "getattr", "self", "max", "min", "Path", "int", "split", "type",
-    "shown", "_because", "_first", "_count", "_brief", "_readable", "megabytes", "name_or_path", "root",
+    "shown", "because", "first", "first_names", "count", "counted", "brief", "readable",
+    "megabytes", "name_or_path",
 }  # fmt: skip
 TO_BE_WRITTEN = "(to be written)"
 NEW = "To be sorted in"
@@ -46,7 +47,7 @@ def placeholder(node):
             names.append(part.attr)
         elif isinstance(part, ast.Name):
             names.append(part.id)
-    names = [name.strip("_") for name in names if name not in DULL]
+    names = [name.strip("_") for name in names if name.strip("_") not in DULL]
     return "{" + (names[0] if names else "…") + "}"
 
 
@@ -161,11 +162,21 @@ def render(head, subjects):
     return "".join(parts)
 
 
+def blank(message):
+    """A message without the names in its placeholders."""
+    return re.sub(r"\{[^{}]*\}", "{}", message)
+
+
 def updated(page, found):
     """The page with the messages that are found in the source, and no others."""
     head, subjects = parse(page)
+    listed = {line for _, _, entries in subjects for told, _ in entries for line in told}
+    # one that differs in its placeholders only was written otherwise in the source, and is the same to a reader
+    renamed = {blank(message): message for message in found if message not in listed}
     kept, known = [], set()
     for title, introduction, entries in subjects:
+        entries = [([line if line in found else renamed.pop(blank(line), line) for line in told], text)
+                   for told, text in entries]  # fmt: skip
         entries = [([line for line in told if line in found], text) for told, text in entries]
         entries = [(told, text) for told, text in entries if told]
         known |= {line for told, _ in entries for line in told}
