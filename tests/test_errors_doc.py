@@ -63,6 +63,10 @@ def test_new_and_vanished_messages_change_the_page():
     assert errors.updated(page, MESSAGES).count(errors.TO_BE_WRITTEN) == 1, (
         "the vanished one is new when it comes back"
     )
+    renamed = "--seed is {number}; it must be less than 2**64"
+    found = {message.replace("{seed}; it must be less", "{number}; it must be less"): "" for message in MESSAGES}
+    page = errors.updated(PAGE, found)
+    assert renamed in page and errors.TO_BE_WRITTEN not in page, "another name in a placeholder changes nothing else"
 
 
 def test_real_messages_are_found_on_the_page():
