@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import time
@@ -21,6 +22,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from cli_utils import UserError
+from shard_utils import distributed_like, from_all_ranks, from_first_rank, gather, is_part, local_part, sharded_like
 from store_utils import sync_to_disk
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
@@ -255,16 +257,17 @@ def newer_than(resume_from, output_dir):
 class CheckpointClock:
     """When a checkpoint is due: every `steps` steps, or once `minutes` (None: never) went by since the last.
 
-    Saving is the main process' work, so its clock alone decides. now: a clock that counts seconds.
+    The main process' clock decides. now: a clock that counts seconds; agree: function from this rank's wish to that of
+    all, where all of them take part in saving.
     """
 
-    def __init__(self, steps, minutes=None, now=time.monotonic):
-        self.steps, self.minutes, self.now = steps, minutes, now
+    def __init__(self, steps, minutes=None, now=time.monotonic, agree=bool):
+        self.steps, self.minutes, self.now, self.agree = steps, minutes, now, agree
         self.last = now()
 
     def due(self, step):
         """Whether to save after `step` optimizer steps."""
-        late = self.minutes is not None and self.now() - self.last >= 60 * self.minutes
+        late = self.minutes is not None and self.agree(self.now() - self.last >= 60 * self.minutes)
         return step % self.steps == 0 or late
 
     def saved(self):
@@ -285,7 +288,7 @@ def checkpoint_bytes(state, parameters=()):
             return sum(map(size, value.values()))
         return sum(map(size, value)) if isinstance(value, (list, tuple)) else 0
 
-    averaged = state.ema.shadow_params if state.ema is not None else []
+    averaged = parameters_of(state.optimizer) if state.ema is not None else []
     means = state.auto_weight.state_dict() if state.auto_weight is not None else {}
     return sum(map(size, [state.optimizer.state_dict()["state"], averaged, means, list(parameters)]))
 
@@ -294,7 +297,7 @@ def bytes_needed(output_dir, state):
     """About the size of the next checkpoint: the last one's, or the tensors' when there is none."""
     if found := list_checkpoints(output_dir):
         return sum(entry["size"] for entry in read_manifest(found[-1][1])["files"].values())
-    return checkpoint_bytes(state, [value for group in state.optimizer.param_groups for value in group["params"]])
+    return checkpoint_bytes(state, parameters_of(state.optimizer))
 
 
 def check_free_space(output_dir, needed):
@@ -334,12 +337,16 @@ def write_error(error, final):
     return UserError(f"can't save {final} ({error}): {kept}")
 
 
-def save_checkpoint(output_dir, step, state, save_model, limit=None):
+def save_checkpoint(output_dir, step, state, save_model, limit=None, is_main=True):
     """Write checkpoint-`step`, and only then remove the oldest beyond `limit`. Returns its folder.
 
-    state: a TrainingState; save_model: called with the folder, writes the trained weights in their usual layout.
+    state: a TrainingState; save_model: called with the folder, writes the trained weights in their usual layout;
+    is_main: the other ranks only give their parts of what is sharded.
     Raises UserError when the disk is too small or a write fails: then the last checkpoint is as it was.
     """
+    collected = state.collect(is_main)
+    if not is_main:
+        return None
     output_dir = Path(output_dir)
     final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".tmp-checkpoint-{step}"
     try:
@@ -348,7 +355,7 @@ def save_checkpoint(output_dir, step, state, save_model, limit=None):
         check_free_space(output_dir, bytes_needed(output_dir, state))
         temporary.mkdir()
         save_model(temporary)
-        state.save(temporary, step)
+        state.save(temporary, step, collected)
         write_manifest(temporary, step)
         put_in_place(temporary, final)
     except BaseException as error:  # Ctrl-C too leaves no half
@@ -384,6 +391,11 @@ def prune(output_dir, newest, limit):
 # The state of a run
 
 
+def parameters_of(optimizer):
+    """All parameters, in the order of its state."""
+    return [value for group in optimizer.param_groups for value in group["params"]]
+
+
 def optimizer_to_tensors(optimizer):
     """An optimizer's state as (tensors by path, JSON-able rest); bitsandbytes nests its entries in dictionaries."""
     state = optimizer.state_dict()
@@ -394,9 +406,7 @@ def optimizer_to_tensors(optimizer):
             for name, entry in value.items():
                 flatten(f"{path}/{name}", entry)
         elif isinstance(value, torch.Tensor):
-            shared = value.untyped_storage().data_ptr() in storages  # safetensors refuses tensors that share memory
-            storages.add(value.untyped_storage().data_ptr())
-            tensors[path] = value.clone() if shared else value.contiguous()
+            tensors[path] = value if is_part(value) else apart(value, storages)
         else:
             rest["values"][path] = value
 
@@ -405,15 +415,24 @@ def optimizer_to_tensors(optimizer):
     return tensors, rest
 
 
+def apart(tensor, storages):
+    """A contiguous tensor that shares no memory with those seen before, which safetensors would refuse."""
+    storage = tensor.untyped_storage().data_ptr()
+    if storage in storages:
+        return tensor.clone()
+    storages.add(storage)
+    return tensor.contiguous()
+
+
 def load_optimizer(optimizer, tensors, rest):
-    """Put back what `optimizer_to_tensors` took."""
-    state = {}
+    """Put back what `optimizer_to_tensors` took, made whole; each rank keeps its part where that is sharded."""
+    parameters, state = parameters_of(optimizer), {}
     for path, value in {**tensors, **rest["values"]}.items():
         index, *names, last = path.split("/")
         entries = state.setdefault(int(index), {})
         for name in names:
             entries = entries.setdefault(name, {})
-        entries[last] = value
+        entries[last] = distributed_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
 
 
@@ -427,14 +446,20 @@ class TrainingState:
         self.optimizer, self.lr_scheduler, self.scaler = optimizer, lr_scheduler, scaler
         self.ema, self.auto_weight, self.identity = ema, auto_weight, identity or {}
 
-    def save(self, folder, step):
-        """Write training_state.safetensors and training_state.json into a folder."""
+    def collect(self, keep=True):
+        """(all tensors by name, what else the optimizer has), whole; ranks that don't `keep` them give their parts."""
         tensors, rest = optimizer_to_tensors(self.optimizer)
         tensors = {f"optimizer/{name}": value for name, value in tensors.items()}
         if self.ema is not None:
-            tensors |= {f"ema/{index}": value.contiguous() for index, value in enumerate(self.ema.shadow_params)}
+            pairs = zip(self.ema.shadow_params, parameters_of(self.optimizer), strict=True)
+            tensors |= {f"ema/{index}": sharded_like(*pair).contiguous() for index, pair in enumerate(pairs)}
         if self.auto_weight is not None:
             tensors |= {f"auto_weight/{name}": value for name, value in self.auto_weight.state_dict().items()}
+        return gather(tensors, keep), rest
+
+    def save(self, folder, step, collected=None):
+        """Write training_state.safetensors and training_state.json into a folder. collected: by `collect`."""
+        tensors, rest = collected or self.collect()
         schedule = {name: value for name, value in self.lr_scheduler.state_dict().items() if is_plain(value)}
         info = {
             "step": step,
@@ -462,8 +487,9 @@ class TrainingState:
         if self.scaler and info["scaler"]:
             self.scaler.load_state_dict(info["scaler"])
         if self.ema is not None:
-            for index, shadow in enumerate(self.ema.shadow_params):
-                shadow.copy_(part["ema"][str(index)])
+            pairs = zip(self.ema.shadow_params, parameters_of(self.optimizer), strict=True)
+            for index, (shadow, parameter) in enumerate(pairs):
+                shadow.copy_(local_part(distributed_like(part["ema"][str(index)], parameter)))
             self.ema.optimization_step = info["ema_step"]
         if self.auto_weight is not None and "auto_weight" in part:
             self.auto_weight.load_state_dict(part["auto_weight"])
@@ -493,11 +519,54 @@ def is_plain(value):
 # Resuming
 
 
-def checkpoint_to_resume(args):
+def checkpoint_to_resume(args, accelerator=None):
     """The folder to resume from, or None for a fresh start. Raises UserError for a damaged one or another run's.
 
-    Nothing is changed, and the answer follows from the files alone: so all ranks decide the same.
+    Nothing is changed. The first rank alone reads the files and decides for all; the others look whether they have the
+    same folder, which those of another machine may not, and if one has not, all of them raise UserError.
     """
+    if accelerator is None or accelerator.num_processes == 1:
+        return choose_checkpoint(args)
+    decision, problem = {}, None
+    if accelerator.is_main_process:
+        try:
+            folder = choose_checkpoint(args)
+            decision = {"folder": str(folder), "manifest": sha256_of(folder / MANIFEST)} if folder else {}
+        except UserError as error:
+            decision = {"error": str(error)}
+    decision = from_first_rank(decision, accelerator)
+    if "error" in decision:
+        raise UserError(decision["error"])
+    if not decision:
+        return None
+    folder = Path(decision["folder"])
+    if not accelerator.is_main_process:
+        problem = what_differs(folder, decision["manifest"])
+    problems = [f"{name}: {said}" for name, said in from_all_ranks([platform.node(), problem], accelerator) if said]
+    if problems:
+        raise UserError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint}: the first rank goes on from {folder}, but not "
+            f"all machines have it ({'; '.join(dict.fromkeys(problems))}). --output_dir must lie on a disk that all "
+            "of them share, or the folder be copied to each"
+        )
+    return folder
+
+
+def what_differs(folder, manifest):
+    """None where a folder holds the checkpoint with this sha256 of its manifest, by the files' sizes, else why not."""
+    try:
+        if not folder.is_dir():
+            raise Damaged(f"there is no {folder}")
+        check_sizes(folder, read_manifest(folder))
+        if sha256_of(folder / MANIFEST) != manifest:
+            raise Damaged(f"{folder} is another checkpoint")
+    except (Damaged, OSError) as error:
+        return str(error)
+    return None
+
+
+def choose_checkpoint(args):
+    """The folder that the flags mean, verified, and of this run; or None. Raises UserError."""
     folder = find_checkpoint(args.resume_from_checkpoint, args.output_dir)
     if folder is not None:
         found, wanted = json.loads((folder / "training_state.json").read_text())["identity"], run_identity(args)

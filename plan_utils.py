@@ -14,6 +14,7 @@ from cli_utils import require
 from data_report_utils import report_lines
 from lora_utils import lora_config
 from lpl_utils import DecoderStages, LatentPerceptualLoss
+from shard_utils import is_sharded
 from store_utils import digest, write_whole
 from train_utils import HELD_OUT_LEVELS, lpl_config
 
@@ -231,12 +232,40 @@ def print_lpl_plan(args, gate, share, hint, vae, say):
         say(f"warning: LPL applies to under 2 % of the samples and will hardly matter; {hint} would give 20 %")
 
 
-def print_memory(parts, say):
-    """The estimate; parts: [(what, bytes)]."""
+def print_memory(parts, denoiser, accelerator):
+    """The estimate for one GPU; parts: [(what, bytes)]."""
+    say = accelerator.print
+    if is_sharded(accelerator):
+        parts = parts_of_a_rank(parts, next(iter(denoiser.models().values())), accelerator.num_processes)
     total = gigabytes(sum(size for _, size in parts))
     say(
         f"Memory, estimated: {total}: " + ", ".join(f"{what} {gigabytes(size)}" for what, size in parts if size) + "\n"
     )
+
+
+SHARDED = ("weights", "gradients", "optimizer state", "EMA")
+
+
+def gathered_bytes(model):
+    """About how many bytes of whole weights and gradients FSDP has at a time; float32.
+
+    What is in no block stays gathered, with its gradients, and of the blocks the one that is computed and the next;
+    its gradients are there twice while they are reduced.
+    """
+    taken, sizes = set(), []
+    for module in reversed(list(model.modules())):  # the inner ones first
+        if module is model or type(module).__name__ in model._no_split_modules:
+            own = [parameter for parameter in module.parameters() if id(parameter) not in taken]
+            taken.update(map(id, own))
+            sizes.append(4 * sum(parameter.numel() for parameter in own))
+    *blocks, rest = sizes
+    return 2 * rest + 4 * max(blocks, default=0)
+
+
+def parts_of_a_rank(parts, model, ranks):
+    """`memory_parts` for one of `ranks` GPUs among which FSDP distributes a model."""
+    mine = [(what, size / ranks if what in SHARDED else size) for what, size in parts]
+    return [*mine, ("gathered layers", gathered_bytes(model))]
 
 
 def memory_parts(args, weights, trained, activations, vae):

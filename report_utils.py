@@ -96,6 +96,8 @@ class Reporter:
 
     def log_images(self, rows, step):
         """Validation pictures, [(prompt, [images])], to the trackers."""
+        if not self.main:
+            return
         for tracker in self.accelerator.trackers:
             if tracker.name == "tensorboard":
                 for number, (_, images) in enumerate(rows):
@@ -121,14 +123,16 @@ class Reporter:
 class Gallery:
     """The validation grids of a run, and with --validation_compare the pictures that it started from."""
 
-    def __init__(self, args, draw):
-        """draw: function without arguments that returns [(prompt, [images])]."""
-        self.folder = Path(args.output_dir) / "validation"
+    def __init__(self, args, draw, keep=True):
+        """draw: function without arguments that returns [(prompt, [images])]; keep: whether to write files."""
+        self.folder, self.keep = Path(args.output_dir) / "validation", keep
         self.compare, self.draw_rows, self.start = args.validation_compare, draw, None
 
     def draw_start(self):
         """Draw the model that the run started from, and keep its pictures in `validation/before`."""
         self.start = self.draw_rows()
+        if not self.keep:
+            return
         folder = self.folder / "before"
         folder.mkdir(parents=True, exist_ok=True)
         for row, (_, images) in enumerate(self.start):
@@ -144,7 +148,7 @@ class Gallery:
                 for (prompt, before), (_, after) in zip(self.start, rows, strict=True)
                 for when, images in (("before", before), (f"after {step} steps", after))
             ]
-        if any(images for _, images in rows):
+        if self.keep and any(images for _, images in rows):
             self.folder.mkdir(parents=True, exist_ok=True)
             labelled_rows(shown).save(self.folder / f"step-{step}.png")
         return rows

@@ -147,6 +147,7 @@ import checkpoint_utils
 import hub_utils
 import plan_utils
 import report_utils
+import shard_utils
 import train_utils
 from cache_utils import encode_images, model_identity, rows_of
 from export_utils import save_kohya, save_single_file
@@ -556,22 +557,20 @@ def draw(denoiser, vae, data, recipe):
     )
     pipeline = StableDiffusion3Pipeline(vae=vae, transformer=denoiser.transformer, scheduler=scheduler, **text_parts)
     pipeline.set_progress_bar_config(disable=True)
-    was_training = denoiser.training
-    denoiser.eval()
     at_once = min(args.num_validation_images, max(1, (1024 // args.resolution) ** 2))
     rows = [(prompt, []) for prompt in args.validation_prompt]
-    for prompt, images in tqdm(rows, desc="validation images", leave=False):
-        for first in range(0, args.num_validation_images, at_once):
-            seeds = range(args.seed + first, args.seed + min(first + at_once, args.num_validation_images))
-            generators = [torch.Generator(recipe.device).manual_seed(seed) for seed in seeds]
-            with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
-                latents = pipeline(
-                    **pipeline_prompt([prompt] * len(seeds), denoiser, data, recipe), generator=generators,
-                    num_inference_steps=28, height=args.resolution, width=args.resolution, output_type="latent",
-                ).images  # fmt: skip
-            decoded = vae.decode(DecoderStages(vae).to_vae_space(latents)).sample  # without autocast: see LPL's dtype
-            images += pipeline.image_processor.postprocess(decoded.float())
-    denoiser.train(was_training)
+    with shard_utils.evaluation(denoiser):
+        for prompt, images in tqdm(rows, desc="validation images", leave=False, disable=not recipe.main):
+            for first in range(0, args.num_validation_images, at_once):
+                seeds = range(args.seed + first, args.seed + min(first + at_once, args.num_validation_images))
+                generators = [torch.Generator(recipe.device).manual_seed(seed) for seed in seeds]
+                with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
+                    latents = pipeline(
+                        **pipeline_prompt([prompt] * len(seeds), denoiser, data, recipe), generator=generators,
+                        num_inference_steps=28, height=args.resolution, width=args.resolution, output_type="latent",
+                    ).images  # fmt: skip
+                decoded = vae.decode(DecoderStages(vae).to_vae_space(latents)).sample  # no autocast: see LPL's dtype
+                images += pipeline.image_processor.postprocess(decoded.float())
     return rows
 
 
@@ -606,7 +605,7 @@ def load_weights(folder, denoiser, args):
         load_lora(folder, denoiser.models())
     else:
         saved = SD3Transformer2DModel.from_pretrained(folder, subfolder="transformer", use_safetensors=True)
-        denoiser.transformer.load_state_dict(saved.state_dict())
+        shard_utils.load_state(denoiser.transformer, saved.state_dict())
 
 
 def save_result(args, denoiser, schedule):
@@ -692,7 +691,7 @@ def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, tot
         share = schedule.gated_share(gate)
         hint = schedule.threshold_for(0.2, by_timestep=gate.t_threshold is not None)
         plan_utils.print_lpl_plan(args, gate, share, hint, vae, say)
-    plan_utils.print_memory(memory_estimate(args, denoiser, vae, dtype), say)
+    plan_utils.print_memory(memory_estimate(args, denoiser, vae, dtype), denoiser, accelerator)
     return report
 
 
@@ -713,7 +712,7 @@ def main(args, scan, held_out=()):
     schedule = Schedule(args)
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     total_steps = args.max_train_steps or -(-args.num_train_epochs * len(scan.images) // batch_size)
-    resume_from = checkpoint_utils.checkpoint_to_resume(args)
+    resume_from = checkpoint_utils.checkpoint_to_resume(args, accelerator)
     report = check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps)
     if args.dry_run:
         return
@@ -731,21 +730,21 @@ def main(args, scan, held_out=()):
 
     data = fill_caches(args, scan.images, held_out, dtype, accelerator)
     recipe, vae = prepare_recipe(args, accelerator, schedule, dtype, data)
-    bare_denoiser = build_denoiser(args, dtype, accelerator.device)
+    bare_denoiser = build_denoiser(args, dtype, shard_utils.home(accelerator))
     if args.scale_lr:
         args.learning_rate *= batch_size
         args.text_encoder_lr = args.text_encoder_lr and args.text_encoder_lr * batch_size
-    groups = parameter_groups(bare_denoiser, args)
-    parameters = [parameter for group in groups for parameter in group["params"]]
-    optimizer = train_utils.build_optimizer(args, groups)
+    optimizer = train_utils.build_optimizer(args, parameter_groups(bare_denoiser, args))
     lr_scheduler = train_utils.build_lr_scheduler(args, optimizer, total_steps)
+    denoiser, optimizer = shard_utils.prepare(accelerator, bare_denoiser, optimizer)
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ema = train_utils.build_ema(args, parameters)
-    denoiser, optimizer = accelerator.prepare(bare_denoiser, optimizer)
     state = checkpoint_utils.TrainingState(
         optimizer, lr_scheduler, accelerator.scaler, ema, recipe.auto_weight, checkpoint_utils.run_identity(args)
     )
-    gallery = report_utils.Gallery(args, lambda: draw(bare_denoiser, vae, data, recipe))
-    if accelerator.is_main_process and args.validation_compare:
+    draws = accelerator.is_main_process or shard_utils.is_sharded(accelerator)  # then drawing takes all ranks
+    gallery = report_utils.Gallery(args, lambda: draw(bare_denoiser, vae, data, recipe), accelerator.is_main_process)
+    if draws and args.validation_compare:
         gallery.draw_start()
     first_step = 0
     if resume_from is not None:
@@ -755,17 +754,16 @@ def main(args, scan, held_out=()):
         if first_step >= total_steps:
             accelerator.print(f"--max_train_steps {total_steps} is reached already: the result is saved once more")
     guard, signals = recipe.guard, StopSignals()
-    clock = checkpoint_utils.CheckpointClock(args.checkpointing_steps, args.checkpointing_minutes)
+    clock = checkpoint_utils.CheckpointClock(
+        args.checkpointing_steps, args.checkpointing_minutes, agree=shard_utils.agreement(accelerator)
+    )
     reporter = report_utils.Reporter(args, accelerator, "sd3-lpl", train_utils.metric_names(args), first_step)
     metrics = reporter.metrics
 
     def measure_held_out():
-        was_training = bare_denoiser.training
-        bare_denoiser.eval()
         measure = functools.partial(held_out_step, denoiser=bare_denoiser, recipe=recipe)
-        losses = train_utils.held_out_losses(data, recipe, accelerator, conditioning, measure)
-        bare_denoiser.train(was_training)
-        return losses
+        with shard_utils.evaluation(bare_denoiser):
+            return train_utils.held_out_losses(data, recipe, accelerator, conditioning, measure)
 
     def validate(step):
         if not held_out and not args.validation_prompt:
@@ -773,13 +771,22 @@ def main(args, scan, held_out=()):
         with reporter.paused(), train_utils.averaged_weights(ema, parameters):
             if held_out:
                 reporter.log(step, measure_held_out())
-            if args.validation_prompt and accelerator.is_main_process:
+            if args.validation_prompt and draws:
                 reporter.log_images(gallery.draw(step), step)
+
+    def save(step):
+        trained = shard_utils.gathered(bare_denoiser, accelerator.is_main_process)
+        checkpoint_utils.save_checkpoint(
+            output_dir, step, state, lambda folder: save_weights(folder, trained, args),
+            args.checkpoints_total_limit, accelerator.is_main_process,
+        )  # fmt: skip
+        clock.saved()
 
     validation_due = train_utils.validation_schedule(args, len(scan.images), batch_size)
     loader = contextlib.closing(train_utils.batches(args, data, accelerator, first_step, total_steps))
     if first_step == 0:
         validate(0)
+    done = first_step
     bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training",
                disable=not accelerator.is_local_main_process)  # fmt: skip
     with signals, loader as micro_batches:
@@ -805,26 +812,27 @@ def main(args, scan, held_out=()):
             reporter.step(done, batch_size, rates, bar, last=stop or done == total_steps)
             if stop:
                 signals.reached()
-            if accelerator.is_main_process and (clock.due(done) or (stop and done < total_steps)):
-                checkpoint_utils.save_checkpoint(
-                    output_dir, done, state, lambda folder: save_weights(folder, bare_denoiser, args),
-                    args.checkpoints_total_limit,
-                )  # fmt: skip
-                clock.saved()
+            if clock.due(done) or (stop and done < total_steps):
+                save(done)
             if stop and done < total_steps:
-                return train_utils.stopped(accelerator, done)
+                break
             if validation_due(done) or done == total_steps:
                 validate(done)
+    del denoiser
+    if done < total_steps:
+        return train_utils.stopped(accelerator, done)
     accelerator.wait_for_everyone()
+    with train_utils.averaged_weights(ema, parameters):
+        trained = shard_utils.gathered(bare_denoiser, accelerator.is_main_process)
+        if accelerator.is_main_process:
+            save_result(args, trained, schedule)
     if accelerator.is_main_process:
-        with train_utils.averaged_weights(ema, parameters):
-            save_result(args, bare_denoiser, schedule)
         card = report_utils.model_card(args, "sd3", total_steps, batch_size, len(scan.images), lpl_gate(args))
         hub_utils.write_card(output_dir, card)
         reporter.finish(
             f"SD3 {'LoRA' if args.use_lora else 'full'} fine-tuning, {'with' if args.use_lpl else 'without'} LPL"
         )
-    accelerator.end_training()
+    train_utils.end(accelerator)
     if args.push_to_hub and accelerator.is_main_process:
         hub_utils.publish_or_exit(output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
@@ -29,6 +29,7 @@ from guard_utils import Guard, leave_signals_to_the_run
 from lora_utils import is_text_encoder
 from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
 from safety_utils import loading
+from shard_utils import check_launch, check_sharding, is_sharded, local_part, whole
 
 HELD_OUT_LEVELS = 10  # noise levels at which the held-out loss is measured
 HELD_OUT_SEED = 0  # of its noise: not --seed, so that runs with different seeds can be compared
@@ -90,13 +91,13 @@ def build_lr_scheduler(args, optimizer, max_train_steps):
 
 
 def build_ema(args, parameters):
-    """diffusers' EMA of the parameters, or None."""
+    """diffusers' EMA of the parameters, or None; of this rank's part of them where they are sharded."""
     if not args.use_ema:
         return None
     from diffusers.training_utils import EMAModel
 
     ema = EMAModel(
-        parameters,
+        map(local_part, parameters),
         decay=args.ema_decay,
         update_after_step=args.ema_update_after_step,
         foreach=args.foreach_ema,
@@ -110,7 +111,7 @@ def update_ema(ema, parameters, offload):
     """One step of the average; kept on the CPU under --offload_ema, and computed on the parameters' device."""
     if offload:
         ema.to(parameters[0].device, non_blocking=True)
-    ema.step(parameters)
+    ema.step(map(local_part, parameters))
     if offload:
         ema.to("cpu")
 
@@ -121,6 +122,7 @@ def averaged_weights(ema, parameters):
     if ema is None:
         yield
         return
+    parameters = [local_part(parameter) for parameter in parameters]
     ema.store(parameters)
     ema.copy_to(parameters)
     try:
@@ -205,8 +207,11 @@ def learning_rates(optimizer):
 
 
 def sync_gradients(accelerator, model, last):
-    """Context of a micro-step: ranks exchange gradients on the last one only."""
-    return contextlib.nullcontext() if last else accelerator.no_sync(model)
+    """Context of a micro-step: ranks exchange gradients on the last one only, or each time where they are sharded.
+
+    FSDP would keep them whole until then.
+    """
+    return contextlib.nullcontext() if last or is_sharded(accelerator) else accelerator.no_sync(model)
 
 
 def validation_schedule(args, images, batch_size):
@@ -314,6 +319,7 @@ class Recipe:
     gate: LPLGate | None = None
     auto_weight: AutoWeight | None = None
     guard: Guard | None = None
+    main: bool = True  # whether this is the process that says things
 
     def lpl_weight(self):
         """The weight of the LPL term, a number or a scalar tensor on the device."""
@@ -350,6 +356,7 @@ def build_recipe(args, accelerator, schedule, dtype, empty_prompt, empty_is_zero
         pixels=2 ** (len(space["block_out_channels"]) - 1),
         empty_prompt=empty_prompt,
         empty_is_zero=empty_is_zero,
+        main=accelerator.is_main_process,
     )
     if not data.cached:
         recipe.encoder = load_vae(args, torch.float32, accelerator.device)
@@ -363,6 +370,7 @@ def build_recipe(args, accelerator, schedule, dtype, empty_prompt, empty_is_zero
 
 def start_accelerator(args):
     """The Accelerator, with trackers below the output folder."""
+    check_launch()
     logging_dir = Path(args.output_dir, args.logging_dir)
     patience = timedelta(hours=12)  # other ranks wait while the first encodes and draws; NCCL's own is 10 minutes
     accelerator = Accelerator(
@@ -374,11 +382,7 @@ def start_accelerator(args):
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU, and none is here; use bf16 or no")
-    if accelerator.distributed_type in (DistributedType.FSDP, DistributedType.DEEPSPEED):
-        raise UserError(
-            f"accelerate is configured for {accelerator.distributed_type.value}, which is not supported yet; give "
-            "accelerate launch a configuration without it"
-        )
+    check_sharding(args, accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
@@ -475,7 +479,7 @@ def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metric
     A step that is not finite is skipped and leaves everything as it was. Returns (whether it was made, whether the run
     is to stop); stop: whether this rank was asked to.
     """
-    grad_norm = accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf)  # 0: no clipping
+    grad_norm = whole(accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))  # 0: no clipping
     finite, faults, stop = guard.read(grad_norm, stop)
     guard.judge(faults, step, under_scaler=accelerator.scaler is not None)
     if finite:
@@ -496,6 +500,16 @@ def stopped(accelerator, step):
     accelerator.print(
         f"\nStopped after step {step}, which is saved; --resume_from_checkpoint latest goes on from there"
     )
+    end(accelerator)
+
+
+def end(accelerator):
+    """Close the trackers and part from the other ranks. The caller no longer holds the prepared model.
+
+    That has to go before the ranks' process group: if it is the last to hold the group, PyTorch waits, with the
+    interpreter's lock, for a thread of the group that waits for this lock.
+    """
+    accelerator.free_memory()
     accelerator.end_training()
 
 
@@ -508,14 +522,20 @@ def held_out_losses(data, recipe, accelerator, conditioning, measure):
     """{log key: loss} of the held-out images, at fixed noise levels and with fixed noise.
 
     `validation/diffusion_loss` is the mean over the levels, `validation/lpl_loss` over those that the gate takes; each
-    level has its own entry too. Every rank takes its share of the images.
+    level has its own entry too. Every rank takes its share of the images; where the model is sharded, all of them call
+    it equally often, some for nothing.
 
     conditioning: function (batch, recipe, share of dropped prompts) -> the denoiser's conditions;
     measure: function (conditions, latents, noise, timesteps, with LPL or not) -> (diffusion losses (B,), LPL (B,)).
     """
     metrics, levels = Metrics(recipe.device), recipe.schedule.held_out_timesteps(HELD_OUT_LEVELS)
-    mine = held_out_batches(data, recipe.args.train_batch_size)[accelerator.process_index :: accelerator.num_processes]
-    for numbers in tqdm(mine, desc="held-out loss", leave=False, disable=not accelerator.is_local_main_process):
+    batches, ranks = held_out_batches(data, recipe.args.train_batch_size), accelerator.num_processes
+    mine = batches[accelerator.process_index :: ranks]
+    idle = -(-len(batches) // ranks) - len(mine) if is_sharded(accelerator) else 0
+    work = [(numbers, True) for numbers in mine] + [(batches[0], False)] * idle
+    for numbers, counted in tqdm(
+        work, desc="held-out loss", leave=False, disable=not accelerator.is_local_main_process
+    ):
         batch = collate([latent | prompt for latent, prompt in map(data.held_out_entry, numbers)])
         batch["number"] = numbers
         latents = recipe.to_model_space(to_device(batch["mean"].float(), recipe.device))
@@ -526,7 +546,7 @@ def held_out_losses(data, recipe, accelerator, conditioning, measure):
             noise = to_device(addressed_normal(HELD_OUT_SEED, addresses, latents.shape[1:], "held_out"), recipe.device)
             losses = measure(conditions, latents, noise, timestep.repeat(len(numbers)), gated[level])
             for name, values in zip(("diffusion_loss", "lpl_loss"), losses, strict=True):
-                if values is not None:
+                if values is not None and counted:
                     metrics.add(f"validation/{name}/t{timestep:g}", values.sum(), len(values))
     names = [f"validation/{loss}_loss/t{timestep:g}" for loss in ("diffusion", "lpl") for timestep in levels]
     return with_means(metrics.read(accelerator, names))

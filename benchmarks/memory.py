@@ -1,7 +1,8 @@
 """What fine-tuning takes of a GPU's memory, from the real architectures: python benchmarks/memory.py
 
 No weights and no GPU are needed: models are built on the meta device from configurations, and the figures are those
-of the scripts' own `--dry_run`. Writes the table into docs/memory.md, and the figures as JSON with `--json PATH`.
+of the scripts' own `--dry_run`. Writes the tables into docs/memory.md and docs/scaling.md, and the figures as JSON
+with `--json PATH`.
 """
 
 # ruff: noqa: E402
@@ -21,7 +22,7 @@ import plan_utils
 import train_sd3_lpl_flow
 import train_sdxl_lpl
 
-PAGE = ROOT / "docs" / "memory.md"
+PAGE, SCALING_PAGE = ROOT / "docs" / "memory.md", ROOT / "docs" / "scaling.md"
 START, END = "<!-- table -->", "<!-- end of table -->"
 VAE = {
     "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
@@ -75,8 +76,14 @@ def write_configurations(folder, pipeline_class, denoiser, denoiser_config, vae_
     (folder / "model_index.json").write_text(json.dumps(index))
 
 
-def estimate(model, way, resolution, lpl):
-    """{what: bytes} of a run in bfloat16 with gradient checkpointing and one image per device."""
+RANKS = (1, 2, 4, 8, 16)
+
+
+def estimate(model, way, resolution, lpl, ranks=1):
+    """{what: bytes} on one GPU of a run in bfloat16 with gradient checkpointing and one image per device.
+
+    ranks: among so many GPUs FSDP distributes the model, if more than one.
+    """
     script, *configurations = MODELS[model]
     with tempfile.TemporaryDirectory() as folder:
         write_configurations(Path(folder), *configurations)
@@ -86,7 +93,10 @@ def estimate(model, way, resolution, lpl):
             *WAYS[way], *(["--use_lpl"] if lpl else []),
         ])  # fmt: skip
         models = script.build_on_meta(args, torch.bfloat16, torch.bfloat16)
-        return dict(script.memory_estimate(args, *models, torch.bfloat16))
+        parts = script.memory_estimate(args, *models, torch.bfloat16)
+        if ranks > 1:
+            parts = plan_utils.parts_of_a_rank(parts, next(iter(models[0].models().values())), ranks)
+        return dict(parts)
 
 
 def table(rows):
@@ -103,8 +113,24 @@ def table(rows):
     return "\n".join(lines)
 
 
+def scaling_table(totals):
+    """The table of docs/scaling.md, Markdown; totals: {(model, number of GPUs): bytes on each}."""
+    heads = [f"{ranks} GPU" + "s" * (ranks > 1) for ranks in RANKS]
+    lines = ["| all weights, 1024 px, with LPL | " + " | ".join(heads) + " |",
+             "|---|" + "---:|" * len(RANKS)]  # fmt: skip
+    for model in MODELS:
+        lines.append(f"| {model} | " + " | ".join(f"{totals[model, ranks] / 1e9:.1f} GB" for ranks in RANKS) + " |")
+    return "\n".join(lines)
+
+
+def put_table(page, text):
+    """Put a table between a page's marks."""
+    old = page.read_text(encoding="utf-8")
+    page.write_text(f"{old.split(START)[0]}{START}\n{text}\n{END}{old.split(END)[1]}", encoding="utf-8")
+
+
 def main():
-    """Compute the table, print it, put it into the page."""
+    """Compute the tables, print them, put them into the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()
@@ -119,9 +145,13 @@ def main():
                     resolution,
                     *[plan_utils.gigabytes(sum(parts.values())) for parts in rows[model, way, resolution]],
                 )
-    text = PAGE.read_text(encoding="utf-8")
-    before, after = text.split(START)[0], text.split(END)[1]
-    PAGE.write_text(f"{before}{START}\n{table(rows)}\n{END}{after}", encoding="utf-8")
+    put_table(PAGE, table(rows))
+    totals = {}
+    for model in MODELS:
+        for ranks in RANKS:
+            totals[model, ranks] = sum(estimate(model, "all weights", 1024, True, ranks).values())
+    print(scaling_table(totals))
+    put_table(SCALING_PAGE, scaling_table(totals))
     if args.json:
         Path(args.json).write_text(
             json.dumps({" / ".join(map(str, key)): value for key, value in rows.items()}, indent=1)

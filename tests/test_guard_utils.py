@@ -331,3 +331,23 @@ def test_a_rank_that_dies_takes_the_other_along(recipe, tmp_path):
     assert process.wait(timeout=60) != 0
     assert time.monotonic() - killed < 30
     assert not any(Path("/proc", str(pid)).exists() for pid in ranks)
+
+
+@pytest.mark.parametrize("steps", [2, 3000], ids=["finished", "stopped"])
+def test_the_shared_model_goes_before_the_group_of_ranks(recipe, tmp_path, steps):
+    """In the other order a rank may hang for ever as it ends, seldom enough to be missed by all other tests."""
+    script, flags = recipe
+    words = command(script, *flags, "--max_train_steps", steps, "--output_dir", tmp_path)
+    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "tests.ends_in_order"]
+    process = subprocess.Popen([words[0], *launch, *words[1:]], cwd=runs.ROOT, stdout=subprocess.PIPE, text=True,
+                               stderr=subprocess.STDOUT, start_new_session=True,
+                               env={**os.environ, "ACCELERATE_USE_CPU": "true"})  # fmt: skip
+    if steps > 2:
+        log, end = tmp_path / "logs" / "metrics.jsonl", time.monotonic() + 120
+        while not log.is_file() or not log.read_text():
+            assert process.poll() is None and time.monotonic() < end
+            time.sleep(0.1)
+        os.kill(ranks_of(process, script)[1], signal.SIGTERM)
+    said = process.communicate(timeout=240)[0]
+    assert process.returncode == 0, said[-2000:]
+    assert said.count("models that outlive the group: 0") == 2, said[-2000:]

@@ -115,6 +115,7 @@ def test_linked_files_are_there():
 DATA = {"data_report_utils", "data_utils", "image_utils", "scan_utils", "store_utils", "table_utils"}
 UTILS = DATA | {"cli_utils", "cache_utils", "checkpoint_utils", "export_utils", "guard_utils", "hub_utils",
                 "lora_utils", "lpl_utils", "plan_utils", "preflight_utils", "report_utils", "safety_utils",
+                "shard_utils",
                 "train_utils"}  # fmt: skip
 ALLOWED = {
     "lpl_utils": set(),
@@ -130,13 +131,15 @@ ALLOWED = {
     "hub_utils": {"cli_utils"},
     "preflight_utils": {"cli_utils", "hub_utils"},
     "cache_utils": DATA | {"cli_utils"},
-    "checkpoint_utils": {"cli_utils", "store_utils"},
+    "checkpoint_utils": {"cli_utils", "shard_utils", "store_utils"},
     "guard_utils": {"cli_utils"},
+    "shard_utils": {"cli_utils"},
     "lora_utils": {"cli_utils"},
     "export_utils": {"cli_utils", "lora_utils"},
     "safety_utils": {"cli_utils"},
-    "train_utils": DATA | {"cache_utils", "cli_utils", "guard_utils", "lora_utils", "lpl_utils", "safety_utils"},
-    "plan_utils": DATA | {"cache_utils", "cli_utils", "lora_utils", "lpl_utils", "train_utils"},
+    "train_utils": DATA
+    | {"cache_utils", "cli_utils", "guard_utils", "lora_utils", "lpl_utils", "safety_utils", "shard_utils"},
+    "plan_utils": DATA | {"cache_utils", "cli_utils", "lora_utils", "lpl_utils", "shard_utils", "train_utils"},
     "report_utils": {"cli_utils", "hub_utils", "train_utils"},
     "train_sdxl_lpl": UTILS,
     "train_sd3_lpl_flow": UTILS,

@@ -1,0 +1,217 @@
+"""Sharded training (FSDP2): what can be sharded, parts of tensors and whole ones, and ranks that agree.
+
+Under FSDP2 every parameter is a DTensor, of which each rank holds a part. Checkpoints and results are those of one
+process: whole tensors, gathered one at a time and kept by the first rank alone, so that a run goes on with any number
+of ranks, sharded or not.
+"""
+
+import contextlib
+import json
+import os
+
+import torch
+import torch.distributed
+from accelerate.utils import DistributedType
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor, distribute_tensor
+
+from cli_utils import require
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What can be sharded
+
+
+def is_sharded(accelerator):
+    """Whether FSDP distributes the model over the ranks."""
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def wants(name):
+    """Whether accelerate's configuration asks for FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+
+
+def check_launch():
+    """Raises UserError for what accelerate is configured for and this program does not do."""
+    require(
+        not wants("DEEPSPEED"),
+        "accelerate is configured for DeepSpeed, which is not supported: it clips and steps inside its engine, out of "
+        "reach of --max_nonfinite_steps, and its checkpoints are pickled. FSDP2 shards the same things: accelerate "
+        "launch --config_file configs/fsdp2.yaml",
+    )
+
+
+def check_sharding(args, accelerator):
+    """Set FSDP up for this program. Raises UserError for what it can't do sharded."""
+    if not is_sharded(accelerator):
+        require(
+            not wants("FSDP"), "accelerate is configured for FSDP, which needs GPUs, and none is here: leave it out"
+        )
+        return
+    plugin = accelerator.state.fsdp_plugin
+    require(accelerator.is_fsdp2, "accelerate is configured for the first FSDP; give it fsdp_version: 2, as in "
+            "configs/fsdp2.yaml")  # fmt: skip
+    require(not args.use_lora, "--use_lora is not supported under FSDP: a LoRA's own state is small; train it with "
+            "configs/ddp.yaml, a large model in 4 bits with --bnb_quantization_config_path")  # fmt: skip
+    require(args.optimizer == "adamw" and not args.use_8bit_adam,
+            f"{'--use_8bit_adam' if args.use_8bit_adam else f'--optimizer {args.optimizer}'} works on whole tensors; "
+            "under FSDP leave it away: AdamW's state is sharded anyway")  # fmt: skip
+    require(accelerator.mixed_precision != "fp16", "--mixed_precision fp16 is not supported under FSDP; use bf16")
+    require(not args.torch_compile, "--torch_compile is not supported under FSDP: leave it out")
+    require(plugin.cpu_offload is None or type(plugin.cpu_offload).__name__ == "OffloadPolicy",
+            "fsdp_offload_params is not supported: set it to false; more GPUs make every part smaller")  # fmt: skip
+    require(
+        getattr(plugin.auto_wrap_policy, "__name__", None) == "transformer_auto_wrap_policy",
+        "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP: without a policy the whole model is gathered at once, "
+        "and by size FSDP meets lists of layers that it refuses",
+    )
+    require(not plugin.activation_checkpointing,
+            "fsdp_activation_checkpointing: use --gradient_checkpointing instead")  # fmt: skip
+    # weights are gathered and gradients reduced in float32, and autocast casts: the same arithmetic as without FSDP
+    plugin.mixed_precision_policy = None
+
+
+def home(accelerator):
+    """The device on which a model is built: FSDP moves it to the GPU block by block, each rank its part."""
+    return torch.device("cpu") if is_sharded(accelerator) else accelerator.device
+
+
+def prepare(accelerator, denoiser, optimizer):
+    """accelerate's `prepare`, for a `Denoiser`; afterwards the optimizer's groups have the parameters that count.
+
+    Under FSDP its one model is sharded in place, so that it can be called by itself too, as a pipeline does.
+    """
+    if not is_sharded(accelerator):
+        return accelerator.prepare(denoiser, optimizer)
+    [model] = denoiser.models().values()
+    _, optimizer = accelerator.prepare(model, optimizer)
+    torch.set_autocast_cache_enabled(False)  # it would keep a copy of every weight that FSDP lets go of
+    forward = denoiser.forward
+
+    def in_autocast(*args, **kwargs):  # which `prepare` does itself for models that it doesn't shard
+        with accelerator.autocast():
+            return forward(*args, **kwargs).float()
+
+    denoiser.forward = in_autocast
+    return denoiser, optimizer
+
+
+def reshard(model):
+    """Let go of gathered weights: without a backward pass some stay, and would hide what is written to the parts."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
+@contextlib.contextmanager
+def evaluation(model):
+    """Inside, the model is as it draws and is measured; afterwards in its mode of before, every rank with its part."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
+        reshard(model)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parts and wholes
+
+
+def is_part(value):
+    """Whether this rank has a part of it only."""
+    return isinstance(value, DTensor)
+
+
+def local_part(tensor):
+    """This rank's part of a tensor, in the same memory; a tensor that is not sharded itself."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    return tensor.detach().to_local().requires_grad_(tensor.requires_grad)
+
+
+def whole(tensor):
+    """The whole tensor on every rank; all of them have to ask."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def sharded_like(part, tensor):
+    """A rank's part of a tensor that is sharded like another one, as a tensor."""
+    if not isinstance(tensor, DTensor):
+        return part
+    return DTensor.from_local(
+        part.to(tensor.device), tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
+    )
+
+
+def distributed_like(value, tensor):
+    """A whole value, which every rank has, sharded like a tensor of its shape; other values as they are."""
+    if not isinstance(tensor, DTensor) or not isinstance(value, torch.Tensor) or value.shape != tensor.shape:
+        return value
+    return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
+
+
+def gather(tensors, keep):
+    """{name: whole tensor} of {name: tensor}, on the CPU if sharded, one at a time; {} where `keep` is false."""
+    found = {}
+    for name, tensor in tensors.items():
+        value = whole(tensor)
+        if keep:
+            found[name] = value.cpu() if isinstance(tensor, DTensor) else value
+    return found
+
+
+def gathered(denoiser, keep):
+    """The `Denoiser` with whole weights, on the CPU if it was sharded; None where `keep` is false. All ranks ask."""
+    if not any(isinstance(parameter, DTensor) for parameter in denoiser.parameters()):
+        return denoiser if keep else None
+    [model] = denoiser.models().values()
+    reshard(model)
+    tensors = gather(model.state_dict(), keep)
+    if not keep:
+        return None
+    kind = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))  # diffusers' own class
+    with torch.device("meta"):
+        copy = kind.from_config(model.config)
+    copy.load_state_dict(tensors, assign=True)
+    return type(denoiser)(copy)
+
+
+def load_state(model, tensors):
+    """`load_state_dict` with whole tensors, which every rank has, for a model that may be sharded."""
+    own = model.state_dict()
+    model.load_state_dict({name: distributed_like(value, own.get(name)) for name, value in tensors.items()})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Agreement
+
+
+def from_first_rank(value, accelerator):
+    """What the first rank says, on every rank: anything that JSON can hold."""
+    return said_by(0, value, accelerator)
+
+
+def from_all_ranks(value, accelerator):
+    """[what each rank says], on every rank."""
+    return [said_by(rank, value, accelerator) for rank in range(accelerator.num_processes)]
+
+
+def said_by(rank, value, accelerator):
+    """A value of one rank, as JSON: accelerate and torch would pickle it."""
+    if accelerator.num_processes == 1:
+        return value
+    device = accelerator.device
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    length = torch.tensor([len(text)], device=device)
+    torch.distributed.broadcast(length, rank)
+    if accelerator.process_index != rank:
+        text = torch.empty(int(length), dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(text, rank)
+    return json.loads(bytes(text.tolist()))
+
+
+def agreement(accelerator):
+    """Function that makes a wish of each rank the first one's: all of them save, where the model is sharded."""
+    return (lambda wish: from_first_rank(wish, accelerator)) if is_sharded(accelerator) else bool
