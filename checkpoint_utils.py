@@ -330,10 +330,11 @@ def write_error(error, final):
     elif not isinstance(error, OSError):
         return None
     full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    what = "disk full while saving" if full else "can't save"
     advice = ". Free some space, keep fewer checkpoints with --checkpoints_total_limit, or choose another --output_dir"
     kept = f"the unfinished folder was removed{last_one(final.parent)}"
-    return UserError(f"{what} {final} ({error}): {kept}{advice if full else ''}")
+    if full:
+        return UserError(f"disk full while saving {final} ({error}): {kept}{advice}")
+    return UserError(f"can't save {final} ({error}): {kept}")
 
 
 def save_checkpoint(output_dir, step, state, save_model, limit=None, is_main=True):
@@ -574,7 +575,10 @@ def choose_checkpoint(args):
         ]
         if different:
             flag = f"--resume_from_checkpoint {args.resume_from_checkpoint}"
-            raise UserError(f"{flag}: {folder} is of another run ({', '.join(different)})")
+            raise UserError(
+                f"{flag}: {folder} is of another run ({', '.join(different)}); give its flags, or start without "
+                "--resume_from_checkpoint"
+            )
     return folder
 
 
@@ -605,7 +609,7 @@ def find_checkpoint(resume_from_checkpoint, output_dir):
             advice = f"; the newest good one is {good}" if good else ""
             raise UserError(f"{flag}: {place} is damaged: {problem}{advice}. Nothing was deleted")
         return place
-    raise UserError(f"{flag}: no checkpoint there, nor in {output_dir}")
+    raise UserError(f"{flag}: no checkpoint there, nor in {output_dir}; give a folder checkpoint-N, or latest")
 
 
 def latest_checkpoint(output_dir):

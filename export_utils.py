@@ -126,7 +126,8 @@ def unet_name(module, config):
         return UNET_ENDS[module]
     match = UNET_LAYER.fullmatch(module)
     part = match and (match[5] if match[3] == "attentions" else UNET_PARTS.get(match[5]))
-    require(part, f"unet.{module} has no place in SDXL's original layout, which other programs read")
+    require(part, f"unet.{module} has no place in SDXL's original layout, which other programs read: "
+            "leave --output_kohya_format or --single_file out")  # fmt: skip
     side, block, kind, layer = match.groups()[:4]
     layer, slot = int(layer), int(kind == "attentions")  # each layer: slot 0 its resnet, slot 1 its transformer
     if side is None:
@@ -144,7 +145,8 @@ def mmdit_name(module):
     """The original name of a module of SD3's transformer; `….qkv.0` to `….qkv.2` are the thirds of `….qkv`."""
     match = MMDIT_LAYER.fullmatch(module)
     part = MMDIT_PARTS.get(match[2]) if match else MMDIT_ENDS.get(module)
-    require(part, f"transformer.{module} has no place in SD3's original layout, which other programs read")
+    require(part, f"transformer.{module} has no place in SD3's original layout, which other programs read: "
+            "leave --output_kohya_format or --single_file out")  # fmt: skip
     return f"joint_blocks.{match[1]}.{part}" if match else part
 
 
@@ -288,7 +290,10 @@ def original_transformer(transformer):
 
 def original_vae(vae):
     """The autoencoder's tensors under their original names; there its attention is 1x1 convolutions, (C, C, 1, 1)."""
-    require(type(vae) is AutoencoderKL, f"vae: {type(vae).__name__} has no place in the original layout")
+    require(
+        type(vae) is AutoencoderKL,
+        f"vae: {type(vae).__name__} has no place in the original layout; leave --single_file out",
+    )
     tensors = {vae_name(name, len(vae.config.up_block_types)): value for name, value in vae.state_dict().items()}
     return {name: value[:, :, None, None] if ".attn_1." in name and value.ndim == 2 else value
             for name, value in tensors.items()}  # fmt: skip

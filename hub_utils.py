@@ -364,7 +364,7 @@ def publishable_files(folder):
     Raises UserError when there is no result, or a pipeline of which a part or its weights are missing.
     """
     root = Path(folder).resolve()
-    require(root.is_dir(), f"{folder}: there is no such folder")
+    require(root.is_dir(), f"{folder}: there is no such folder; name the output folder of a run")
     files = allowed(root, RESULT_FILES)
     if root / "model_index.json" in files:
         for part in pipeline_parts(root):
@@ -372,7 +372,10 @@ def publishable_files(folder):
             names = {path.name for path in found}
             # a part with a config.json is a model; tokenizers and schedulers call theirs otherwise
             weights = any(name.endswith(".safetensors") for name in names) or "config.json" not in names
-            require(names and weights, f"{folder}: {part}/, named in model_index.json, is not all there")
+            require(
+                names and weights,
+                f"{folder}: {part}/, named in model_index.json, is not all there; let the run finish",
+            )
             files += found
     require(any(path.suffix == ".safetensors" for path in files),
             f"{folder}: nothing to publish: it has no pytorch_lora_weights.safetensors, no model.safetensors and no "
@@ -392,7 +395,10 @@ def allowed(folder, names):
 def pipeline_parts(folder):
     """Names of the parts that a pipeline's model_index.json says it has."""
     index = read_json(folder / "model_index.json")
-    require(isinstance(index, dict), f"{folder / 'model_index.json'}: not the index of a pipeline")
+    require(
+        isinstance(index, dict),
+        f"{folder / 'model_index.json'}: not the index of a pipeline; let the run finish",
+    )
     return [
         name
         for name, value in index.items()

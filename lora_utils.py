@@ -45,7 +45,10 @@ def add_adapters(args, models, pipeline_class, targets):
         )
         names = [name for name, _ in model.named_modules()]
         missing = [layer for layer in layers if not any(f".{name}".endswith(f".{layer}") for name in names)]
-        require(not missing, f"--lora_layers: the {part} has no layer called {', '.join(missing)}")
+        require(
+            not missing,
+            f"--lora_layers: the {part} has no layer called {', '.join(missing)}; give names such as to_q,to_v",
+        )
         try:
             model.add_adapter(config, adapter_name=ADAPTER)
         except ValueError as error:  # e.g. a layer of a kind that can't have one
@@ -90,9 +93,15 @@ def read_lora(args, models, pipeline_class):
         try:
             load(tensors, **more)
         except (RuntimeError, ValueError) as error:
-            raise UserError(f"{flag}: it does not fit this model's {part}: {str(error)[:300]}") from None
+            raise UserError(
+                f"{flag}: it does not fit this model's {part}, give one made for it: {str(error)[:300]}"
+            ) from None
         fitting = len(adapter_state(model))
-        require(fitting == own, f"{flag}: it has {own} tensors for the {part}, of which this model takes {fitting}")
+        require(
+            fitting == own,
+            f"{flag}: it has {own} tensors for the {part}, of which this model takes {fitting}; "
+            "give one made for this model",
+        )
         if args.lora_dropout:
             for module in model.modules():
                 if isinstance(module, LoraLayer):

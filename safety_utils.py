@@ -1,11 +1,10 @@
 """Weights are loaded as data (safetensors), not as pickles, which are programs: what a model offers, seen early."""
 
-import os
 import re
 from collections import defaultdict
 from pathlib import Path
 
-from cli_utils import model_file, require
+from cli_utils import hub_problem, model_file, require
 
 # as diffusers and transformers call them; a variant (fp16) and the number of a shard may be part of the name
 WEIGHTS = re.compile(
@@ -74,7 +73,7 @@ def files_of(name, subfolder="", revision=None):
     if folder.is_dir():
         place = folder / subfolder
         return [path.name for path in place.iterdir()] if place.is_dir() else []
-    if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
+    if hub_problem():
         return None
     from huggingface_hub import HfApi
 

@@ -44,7 +44,9 @@ def check_launch():
 def check_sharding(args, accelerator):
     """Set FSDP up for this program. Raises UserError for what it can't do sharded."""
     if not is_sharded(accelerator):
-        require(not wants("FSDP"), "accelerate is configured for FSDP, which needs GPUs, and none is here")
+        require(
+            not wants("FSDP"), "accelerate is configured for FSDP, which needs GPUs, and none is here: leave it out"
+        )
         return
     plugin = accelerator.state.fsdp_plugin
     require(accelerator.is_fsdp2, "accelerate is configured for the first FSDP; give it fsdp_version: 2, as in "
@@ -55,9 +57,9 @@ def check_sharding(args, accelerator):
             f"{'--use_8bit_adam' if args.use_8bit_adam else f'--optimizer {args.optimizer}'} works on whole tensors; "
             "under FSDP leave it away: AdamW's state is sharded anyway")  # fmt: skip
     require(accelerator.mixed_precision != "fp16", "--mixed_precision fp16 is not supported under FSDP; use bf16")
-    require(not args.torch_compile, "--torch_compile is not supported under FSDP")
+    require(not args.torch_compile, "--torch_compile is not supported under FSDP: leave it out")
     require(plugin.cpu_offload is None or type(plugin.cpu_offload).__name__ == "OffloadPolicy",
-            "fsdp_offload_params is not supported: more GPUs make every part smaller")  # fmt: skip
+            "fsdp_offload_params is not supported: set it to false; more GPUs make every part smaller")  # fmt: skip
     require(
         getattr(plugin.auto_wrap_policy, "__name__", None) == "transformer_auto_wrap_policy",
         "fsdp_auto_wrap_policy must be TRANSFORMER_BASED_WRAP: without a policy the whole model is gathered at once, "

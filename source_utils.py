@@ -590,7 +590,7 @@ def load_dataset(name: str, config: str | None, split: str, cache_dir: str | os.
         config_text = f" --dataset_config_name {config}" if config else ""
         raise DataError(
             f"--dataset_name {name}{config_text}: the split {split!r} can't be loaded: {error} "
-            "For a folder with images use --train_data_dir."
+            "Check its name and the network; a folder with images is --train_data_dir."
         ) from error
 
 

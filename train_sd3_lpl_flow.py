@@ -15,6 +15,7 @@ the same order.
 """
 
 # ruff: noqa: E402  (flags and data are checked before the slow imports)
+import argparse
 import contextlib
 import functools
 import math
@@ -23,6 +24,7 @@ import sys
 from pathlib import Path
 
 import cli_utils
+import preflight_utils
 from cli_utils import REPOSITORY, errors_for_people, require
 from safety_utils import check_weights, loading
 
@@ -83,15 +85,22 @@ def parse_args(argv=None):
     require(not (args.lora_blocks and args.init_lora), "--init_lora brings its own --lora_blocks: leave that out")
     require(not args.lora_blocks or all(word.strip().isdigit() for word in args.lora_blocks.split(",")),
             f"--lora_blocks {args.lora_blocks}: expected numbers such as 0,1,12")  # fmt: skip
+    preflight_utils.check_publishing(args)
     cli_utils.check_base_model(args, "StableDiffusion3", COMPONENTS)
-    config = cli_utils.model_file(args.pretrained_model_name_or_path, "config.json", args.revision, "transformer")
-    blocks = cli_utils.read_json(config)["num_layers"] if config else 0
+    transformer = ("transformer", "SD3Transformer2DModel", "pretrained_transformer_model_name_or_path")
+    configs = preflight_utils.check_model(args, transformer, scheduler=(True, ("FlowMatch",)))
+    if not preflight_utils.is_plan_only(args):
+        weights = [*WEIGHTS, *["text_encoder_3"] * has_t5(args)]
+        check_weights(args, weights, REPLACED)
+        preflight_utils.check_files(args, weights, REPLACED)
+    preflight_utils.check_sd3(args, configs)
+    preflight_utils.check_init_lora(args)
+    blocks = configs["transformer"].get("num_layers", 18)
     wrong = [block for block in (args.lora_blocks or "").split(",") if block.strip() and int(block) >= blocks]
-    require(not wrong, f"--lora_blocks {args.lora_blocks}: the transformer has blocks 0 to {blocks - 1}")
-    check_sizes(args, cli_utils.read_json(config) if config else {})
-    cli_utils.check_part(args, "pretrained_transformer_model_name_or_path", "SD3Transformer2DModel", "transformer")
-    cli_utils.check_part(args, "pretrained_vae_model_name_or_path", "AutoencoderKL")
-    check_weights(args, [*WEIGHTS, *["text_encoder_3"] * has_t5(args)], REPLACED)
+    require(
+        not wrong, f"--lora_blocks {args.lora_blocks}: the transformer has blocks 0 to {blocks - 1}: name some of them"
+    )
+    check_sizes(args, configs["transformer"])
     return args
 
 
@@ -110,13 +119,14 @@ def check_sizes(args, config):
         require(not any(side % patch for side in size),
                 f"{flag} is {found}; it must be a multiple of {patch}, the pixels of a token")  # fmt: skip
         require(max(size) <= patch * positions,
-                f"{flag} is {found}; this transformer knows positions up to {patch * positions} px")  # fmt: skip
+                f"{flag} is {found}; this transformer knows positions up to {patch * positions} px: "
+                "give less")  # fmt: skip
 
 
 def shift_or_auto(text):
     """Type of --timestep_shift: "auto" or a number above 0."""
-    if text != "auto" and float(text) <= 0:
-        raise ValueError("must be above 0")
+    if text != "auto" and not (cli_utils.is_number(text) and float(text) > 0):
+        raise argparse.ArgumentTypeError("it must be auto or a number above 0")
     return text if text == "auto" else float(text)
 
 
@@ -671,9 +681,8 @@ def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, tot
     """Check what needs no weights, and say what will happen; returns the report on the data. Raises UserError."""
     say = accelerator.print
     report = plan_utils.check_data(args, scan, held_out, load_tokenizers(args), accelerator)
-    cli_utils.check_vae_dtype(args, vae_config(args))
     denoiser, vae = build_on_meta(args, dtype, lpl_dtype(args, accelerator.mixed_precision))
-    plan_utils.check_machine(args, vae)
+    plan_utils.check_machine(args)
     plan_utils.print_plan(args, report, accelerator, total_steps)
     how = f"rectified flow, {args.weighting_scheme}, shift {schedule.shift:g}, {str(dtype)[6:]}"
     plan_utils.print_models(args, denoiser.models(), how, say)

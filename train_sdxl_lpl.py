@@ -20,6 +20,7 @@ import sys
 from pathlib import Path
 
 import cli_utils
+import preflight_utils
 from cli_utils import REPOSITORY, errors_for_people, require
 from safety_utils import check_weights, loading
 
@@ -67,12 +68,19 @@ def parse_args(argv=None):
     require(0 <= args.timestep_bias_begin < args.timestep_bias_end <= 1000,
             "--timestep_bias_begin and --timestep_bias_end must satisfy 0 <= begin < end <= 1000, found "
             f"{args.timestep_bias_begin} and {args.timestep_bias_end}")  # fmt: skip
-    require(args.timestep_bias_multiplier > 0, "--timestep_bias_multiplier must be above 0")
-    require(0 < args.timestep_bias_portion <= 1, "--timestep_bias_portion must lie above 0 and at most at 1")
+    require(args.timestep_bias_multiplier > 0,
+            f"--timestep_bias_multiplier is {args.timestep_bias_multiplier}; it must be above 0")  # fmt: skip
+    require(0 < args.timestep_bias_portion <= 1,
+            f"--timestep_bias_portion is {args.timestep_bias_portion}; it must be above 0 and at most 1")  # fmt: skip
+    preflight_utils.check_publishing(args)
     cli_utils.check_base_model(args, "StableDiffusionXL", COMPONENTS)
-    cli_utils.check_part(args, "pretrained_unet_model_name_or_path", "UNet2DConditionModel", "unet")
-    cli_utils.check_part(args, "pretrained_vae_model_name_or_path", "AutoencoderKL")
-    check_weights(args, WEIGHTS, REPLACED)
+    unet = ("unet", "UNet2DConditionModel", "pretrained_unet_model_name_or_path")
+    configs = preflight_utils.check_model(args, unet, scheduler=(False, ("EDM", "FlowMatch")))
+    if not preflight_utils.is_plan_only(args):
+        check_weights(args, WEIGHTS, REPLACED)
+        preflight_utils.check_files(args, WEIGHTS, REPLACED)
+    preflight_utils.check_sdxl(args, configs)
+    preflight_utils.check_init_lora(args)
     return args
 
 
@@ -590,9 +598,8 @@ def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, tot
     """Check what needs no weights, and say what will happen; returns the report on the data. Raises UserError."""
     say = accelerator.print
     report = plan_utils.check_data(args, scan, held_out, load_tokenizers(args), accelerator)
-    cli_utils.check_vae_dtype(args, vae_config(args))
     denoiser, vae = build_on_meta(args, dtype, lpl_dtype(args, accelerator.mixed_precision))
-    plan_utils.check_machine(args, vae)
+    plan_utils.check_machine(args)
     plan_utils.print_plan(args, report, accelerator, total_steps)
     how = f"{schedule.prediction_type} prediction, {str(dtype)[6:]}"
     plan_utils.print_models(args, denoiser.models(), how, say)

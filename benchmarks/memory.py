@@ -63,11 +63,13 @@ WAYS = {"LoRA, rank 16": ["--use_lora", "--rank", "16"], "all weights": [], "all
 
 
 def write_configurations(folder, pipeline_class, denoiser, denoiser_config, vae_config):
-    """A pipeline's folder with nothing but configurations; its files of weights are empty."""
+    """A pipeline's folder with nothing but configurations; those that the estimate does not need are empty."""
     parts = ["vae", denoiser, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
     for part in parts:
         (folder / part).mkdir()
-        (folder / part / "model.safetensors").touch()
+        (folder / part / ("tokenizer.json" if "tokenizer" in part else "config.json")).write_text("{}")
+    scheduler = "FlowMatchEulerDiscreteScheduler" if denoiser == "transformer" else "EulerDiscreteScheduler"
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": scheduler}))
     (folder / denoiser / "config.json").write_text(json.dumps(denoiser_config))
     (folder / "vae" / "config.json").write_text(json.dumps(vae_config))
     index = {"_class_name": pipeline_class} | {part: ["diffusers", part] for part in parts}
@@ -87,8 +89,8 @@ def estimate(model, way, resolution, lpl, ranks=1):
         write_configurations(Path(folder), *configurations)
         args = script.parse_args([
             "--pretrained_model_name_or_path", folder, "--train_data_dir", folder, "--resolution", str(resolution),
-            "--train_batch_size", "1", "--gradient_checkpointing", "--mixed_precision", "bf16", *WAYS[way],
-            *(["--use_lpl"] if lpl else []),
+            "--train_batch_size", "1", "--gradient_checkpointing", "--mixed_precision", "bf16", "--dry_run",
+            *WAYS[way], *(["--use_lpl"] if lpl else []),
         ])  # fmt: skip
         models = script.build_on_meta(args, torch.bfloat16, torch.bfloat16)
         parts = script.memory_estimate(args, *models, torch.bfloat16)

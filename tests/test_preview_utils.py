@@ -356,7 +356,7 @@ def test_the_command_as_a_process(photos, tmp_path, cache_dir):
     assert json.loads((tmp_path / "a.json").read_text())["images"] == 7
     assert Image.open(tmp_path / "a.png").width > 600
     result = command(photos, "--previw=x.png")
-    assert result.returncode == 2 and result.stderr == "error: unknown flag --previw=x.png; did you mean --preview?\n"
+    assert result.returncode == 2 and result.stderr == "error: unknown flag --previw: did you mean --preview?\n"
 
 
 def test_the_report_needs_no_torch(photos, tmp_path, cache_dir):

@@ -114,7 +114,8 @@ def test_linked_files_are_there():
 
 DATA = {"data_report_utils", "data_utils", "image_utils", "scan_utils", "store_utils", "table_utils"}
 UTILS = DATA | {"cli_utils", "cache_utils", "checkpoint_utils", "export_utils", "guard_utils", "hub_utils",
-                "lora_utils", "lpl_utils", "plan_utils", "report_utils", "safety_utils", "shard_utils",
+                "lora_utils", "lpl_utils", "plan_utils", "preflight_utils", "report_utils", "safety_utils",
+                "shard_utils",
                 "train_utils"}  # fmt: skip
 ALLOWED = {
     "lpl_utils": set(),
@@ -128,6 +129,7 @@ ALLOWED = {
     "cli_utils": DATA,
     "preview_utils": DATA | {"cli_utils", "report_utils"},
     "hub_utils": {"cli_utils"},
+    "preflight_utils": {"cli_utils", "hub_utils"},
     "cache_utils": DATA | {"cli_utils"},
     "checkpoint_utils": {"cli_utils", "shard_utils", "store_utils"},
     "guard_utils": {"cli_utils"},

@@ -553,7 +553,7 @@ MISTAKES = [
     ("--offload_ema", "--offload_ema does nothing without --use_ema"),
     ("--single_file --use_lora", "--single_file"),
     ("--single_file --prediction_type sample", "--single_file"),
-    ("--pretrained_unet_model_name_or_path ./nowhere", "./nowhere: neither a folder here"),
+    ("--pretrained_unet_model_name_or_path ./nowhere", "./nowhere: there is no such folder"),
     ("--pretrained_unet_model_name_or_path {empty}", "no config.json nor unet/config.json"),
     ("--pretrained_vae_model_name_or_path {sd15}/unet", "found UNet2DConditionModel, expected AutoencoderKL"),
     ("--push_to_hub", "no token for the Hub"),

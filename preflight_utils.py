@@ -1,0 +1,270 @@
+"""What the small files of a model tell before anything is loaded: is it all there, and do its parts fit together?
+
+Nothing here imports torch. Of weights only the headers are read, so a whole model takes some milliseconds; of a model
+on the Hub its config.json files are fetched, which loading needs anyway.
+"""
+
+import json
+from pathlib import Path
+
+import hub_utils
+from cli_utils import check_part, check_vae_dtype, hub_like, hub_problem, model_file, read_object, require
+
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of weight files: diffusers', transformers'
+LFS_POINTER = b"version https://git-lfs"
+AGAIN = "download the model again"
+LYCORIS = ("hada_w1", "lokr_w1", "oft_blocks")  # marks of other adapters than LoRA
+
+
+def check_model(args, denoiser, scheduler):
+    """The configurations and weights of all parts that a run loads; returns {part: config.json's content}.
+
+    denoiser: (part's name, class, flag that names another one); scheduler: (whether its class must begin with one of
+    these names or must not, the names).
+    """
+    part, class_name, other_flag = denoiser
+    other = {
+        part: check_part(args, other_flag, class_name, part),
+        "vae": check_part(args, "pretrained_vae_model_name_or_path", "AutoencoderKL"),
+    }
+    flags = {part: other_flag, "vae": "pretrained_vae_model_name_or_path"}
+    classes = {part: class_name, "vae": "AutoencoderKL"}
+    base = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
+    index = read_object(model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision))
+    parts = [part, "vae", *(name for name in index if name.startswith("text_encoder") and (index[name] or [None])[0])]
+    configs = {}
+    for name in parts:
+        place = other.get(name)
+        flag = f"--{flags[name]} {getattr(args, flags[name])}" if place else base
+        path = place or model_file(args.pretrained_model_name_or_path, "config.json", args.revision, name)
+        require(path, f"{flag}: {name}/config.json is missing; {AGAIN}")
+        configs[name] = read_object(path)
+        found, wanted = configs[name].get("_class_name"), classes.get(name)
+        require(not wanted or found == wanted,
+                f"{flag}: {name}/config.json is of a {found}; this script needs {wanted}" + (
+                    "; give one as --pretrained_vae_model_name_or_path" if name == "vae" else ""))  # fmt: skip
+    check_small_parts(args, base, index, scheduler)
+    check_autoencoder(args, configs["vae"])
+    return configs
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files
+
+
+def is_plan_only(args):
+    """Whether a folder on disk holds configurations only, which are enough for --dry_run up to the tokenizers."""
+    folder = Path(args.pretrained_model_name_or_path)
+    weights = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin"))
+    return args.dry_run and folder.is_dir() and next(weights, None) is None
+
+
+def check_files(args, components, replaced):
+    """Refuse weights on disk that are not all there, cut short, or only Git LFS' pointers.
+
+    components, replaced: see `safety_utils.check_weights`, which has looked at their names before.
+    """
+    for component in components:
+        other = replaced.get(component) and getattr(args, replaced[component])
+        name = other or args.pretrained_model_name_or_path
+        flag = f"--{replaced[component] if other else 'pretrained_model_name_or_path'} {name}"
+        folder = Path(name, component)
+        if other and (component == "vae" or not (folder / "config.json").is_file()):
+            folder = Path(name)
+        if not folder.is_dir():  # on the Hub
+            continue
+        for path in weight_files(flag, folder, None if other else args.variant):
+            problem = weight_problem(path)
+            require(not problem, f"{flag}: {component}/{path.name} {problem}")
+
+
+def weight_files(flag, folder, variant):
+    """The files of a folder that would be loaded; UserError where an index names more than are there."""
+    middle = f".{variant}" if variant else ""
+    for suffix in (".safetensors", ".bin"):
+        for stem in STEMS:
+            if (single := folder / f"{stem}{middle}{suffix}").is_file():
+                return [single]
+            if (listing := folder / f"{stem}{suffix}.index{middle}.json").is_file():
+                shards = sorted(set(read_object(listing).get("weight_map", {}).values()))
+                gone = [shard for shard in shards if not (folder / shard).is_file()]
+                require(
+                    shards and not gone,
+                    f"{flag}: {folder.name}/{listing.name} names {len(shards)} files, missing are "
+                    f"{', '.join(gone[:3])}; {AGAIN}",
+                )
+                return [folder / shard for shard in shards]
+    return []
+
+
+def weight_problem(path):
+    """What is wrong with a weight file, and what to do; None when nothing is."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        start = file.read(len(LFS_POINTER))
+    if start == LFS_POINTER:
+        return "is only a pointer of Git LFS; run `git lfs pull` in the model's folder"
+    if not size:
+        return f"is empty (0 bytes); {AGAIN}"
+    if path.suffix != ".safetensors":
+        return None
+    try:
+        header, begins = tensors_of(path)
+    except ValueError as error:
+        return f"can't be read as safetensors: {error}; {AGAIN}"
+    wanted = begins + max((tensor["data_offsets"][1] for tensor in header.values()), default=0)
+    if size < wanted:
+        return f"is cut short: {size:,} of {wanted:,} bytes; {AGAIN}"
+    return None
+
+
+def tensors_of(path):
+    """({name: {"dtype", "shape", "data_offsets"}}, where the data begin) from a safetensors file's header.
+
+    Raises ValueError for another file.
+    """
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > min(100_000_000, path.stat().st_size):
+            raise ValueError("its header is longer than the file")
+        try:
+            header = json.loads(file.read(length))
+        except ValueError:
+            raise ValueError("its header is not JSON") from None
+    if not isinstance(header, dict):
+        raise ValueError("its header is no object")
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def check_small_parts(args, base, index, scheduler):
+    """The scheduler's configuration, and on disk the tokenizers' files."""
+    path = model_file(args.pretrained_model_name_or_path, "scheduler_config.json", args.revision, "scheduler")
+    require(path, f"{base}: scheduler/scheduler_config.json is missing; {AGAIN}")
+    kind = read_object(path).get("_class_name") or ""
+    only, names = scheduler
+    require(kind.startswith(names) == only, f"{base}: its scheduler is a {kind}, whose noise levels this script does "
+            "not train; give another base model")  # fmt: skip
+    folder = Path(args.pretrained_model_name_or_path)
+    if not folder.is_dir():
+        return
+    for name in index:
+        if name.startswith("tokenizer") and (index[name] or [None])[0]:
+            there = {path.name for path in (folder / name).glob("*")}
+            whole = "tokenizer.json" in there or {"vocab.json", "merges.txt"} <= there or "spiece.model" in there
+            require(whole, f"{base}: {name}/ has neither tokenizer.json nor vocab.json and merges.txt; {AGAIN}")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What must fit together
+
+
+def check_autoencoder(args, config):
+    """The flags that depend on the autoencoder, and its scale."""
+    given = args.pretrained_vae_model_name_or_path
+    flag = f"--pretrained_vae_model_name_or_path {given}" if given else "the base model's autoencoder"
+    blocks = len(config.get("block_out_channels", (64,)))
+    require(blocks == 4, f"{flag} makes latents {2 ** (blocks - 1)} times smaller than images; 8 is needed: give "
+            "another --pretrained_vae_model_name_or_path")  # fmt: skip
+    require(args.lpl_num_blocks <= blocks,
+            f"--lpl_num_blocks is {args.lpl_num_blocks}; this decoder has {blocks} up blocks: give {blocks} or "
+            "less")  # fmt: skip
+    check_vae_dtype(args, config)
+
+
+def check_channels(args, part, channels, vae):
+    """Refuse a denoiser for other latents than the autoencoder's."""
+    latents = vae.get("latent_channels", 4)
+    special = {
+        9: ": it is made for inpainting",
+        8: ": it is made for InstructPix2Pix",
+        33: ": it is made for inpainting",
+    }
+    given = args.pretrained_vae_model_name_or_path
+    advice = "another --pretrained_vae_model_name_or_path" if given else "a plain text-to-image model"
+    require(channels == latents, f"the {part} takes {channels} channels, the autoencoder makes {latents}"
+            + ("" if given else special.get(channels, "")) + f"; give {advice}")  # fmt: skip
+
+
+def check_sdxl(args, configs):
+    """SDXL: latents, text and micro-conditioning must have the sizes that the UNet takes."""
+    unet, first, second = (configs[name] for name in ("unet", "text_encoder", "text_encoder_2"))
+    check_channels(args, "unet", unet.get("in_channels", 4), configs["vae"])
+    which = args.pretrained_unet_model_name_or_path
+    which = f"--pretrained_unet_model_name_or_path {which}" if which else "the base model's unet"
+    kind = unet.get("addition_embed_type")
+    require(
+        kind == "text_time", f"{which} is not SDXL's: addition_embed_type is {kind}, not text_time; give an SDXL UNet"
+    )
+    widths = [config.get("hidden_size") for config in (first, second)]
+    width = unet.get("cross_attention_dim")
+    require(None in widths or not isinstance(width, int) or width == sum(widths),
+            f"{which} takes text of width {width}, the text encoders give {' + '.join(map(str, widths))}; give a UNet "
+            "and a base model that belong together")  # fmt: skip
+    pooled, size = second.get("projection_dim"), unet.get("projection_class_embeddings_input_dim")
+    each = unet.get("addition_time_embed_dim") or 256
+    require(not pooled or not size or size == pooled + 6 * each,
+            f"{which} takes a pooled prompt and {(size or 0) - (pooled or 0)} numbers of micro-conditioning, SDXL has "
+            f"{6 * each}; the refiner can't be trained here, give a base model's UNet")  # fmt: skip
+
+
+def check_sd3(args, configs):
+    """SD3: latents and text must have the sizes that the transformer takes."""
+    config = configs["transformer"]
+    check_channels(args, "transformer", config.get("in_channels", 16), configs["vae"])
+    which = args.pretrained_transformer_model_name_or_path
+    which = f"--pretrained_transformer_model_name_or_path {which}" if which else "the base model's transformer"
+    belong = "give a transformer and a base model that belong together"
+    clip = [configs[name] for name in ("text_encoder", "text_encoder_2")]
+    pooled, size = [config.get("projection_dim") for config in clip], config.get("pooled_projection_dim")
+    require(None in pooled or not size or size == sum(pooled),
+            f"{which} takes a pooled prompt of {size} numbers, the text encoders give "
+            f"{' + '.join(map(str, pooled))}; {belong}")  # fmt: skip
+    width, widths = config.get("joint_attention_dim"), [config.get("hidden_size") for config in clip]
+    t5 = configs.get("text_encoder_3", {}).get("d_model")
+    require(not width or ((None in widths or sum(widths) <= width) and t5 in (None, width)),
+            f"{which} takes text of width {width}, the text encoders give {' + '.join(map(str, widths))}"
+            f"{f' and {t5}' if t5 else ''}; {belong}")  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A LoRA to go on from, publishing
+
+
+def check_init_lora(args):
+    """Refuse an --init_lora that can't be one, before a model is looked at."""
+    name = args.init_lora
+    if not name:
+        return
+    flag, path = f"--init_lora {name}", Path(name)
+    if not path.exists():
+        require(name.count("/") == 1 and hub_like(name),
+                f"{flag}: there is no such file or folder, and Hub names have the form owner/name")  # fmt: skip
+        problem = hub_problem()
+        require(not problem, f"{flag}: no file or folder here, and {problem}; give a file, or connect")
+        return
+    if path.is_dir():
+        files = sorted(path.glob("*.safetensors"))
+        found = sorted(file.name for file in path.iterdir())[:3]
+        require(files, f"{flag}: no .safetensors there, only {', '.join(found) or 'nothing'}; give the folder or file "
+                "of a LoRA")  # fmt: skip
+        path = next((file for file in files if file.name == "pytorch_lora_weights.safetensors"), files[0])
+    require(path.suffix == ".safetensors", f"{flag}: {path.suffix or 'a file without an ending'} is not read, only "
+            ".safetensors; save the LoRA in that format")  # fmt: skip
+    problem = weight_problem(path)
+    require(not problem, f"{flag}: no LoRA could be read there: {path.name} {problem}")
+    names = list(tensors_of(path)[0])
+    lycoris = next((mark for mark in LYCORIS if any(mark in name for name in names)), None)
+    require(not lycoris, f"{flag}: it is a LyCORIS adapter ({lycoris}), not a LoRA; give a LoRA")
+    require(any("lora" in name.lower() for name in names), f"{flag}: no LoRA could be read there: {path.name} holds "
+            f"{names[0] if names else 'no tensors'} and no layers of a LoRA; a whole model is "
+            "--pretrained_model_name_or_path")  # fmt: skip
+
+
+def check_publishing(args):
+    """What can be known about --push_to_hub without asking the Hub."""
+    for name in ("hub_model_id", "hub_private_repo"):
+        require(args.push_to_hub or not getattr(args, name), f"--{name} does nothing without --push_to_hub")
+    if args.push_to_hub:
+        hub_utils.check_name(args.hub_model_id or Path(args.output_dir).resolve().name)
+        hub_utils.find_token(args.hub_token)
