@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 
-import cli_utils
+import input_utils
+import model_utils
 from data_utils import CaptionRules, Framing
 from image_utils import to_pixel_values
 from store_utils import TensorStore, check_free_space, digest, encode_missing, fingerprint
@@ -57,7 +58,7 @@ def model_identity(args, *subfolders):
     """What tells one model's encodings from another's: hashes of its files, or its commit on the Hub."""
     folder = Path(args.pretrained_model_name_or_path)
     if not folder.is_dir():
-        index = cli_utils.model_file(str(folder), "model_index.json", args.revision)
+        index = model_utils.model_file(str(folder), "model_index.json", args.revision)
         return [str(folder), index.parent.name, args.variant, *subfolders]
     return fingerprint(folder, *subfolders)
 
@@ -170,8 +171,8 @@ def fill_caches(
     Raises:
         DataError: the disk has no room for what would be encoded.
     """
-    root, rules = cli_utils.cache_folder(args), cli_utils.caption_rules(args)
-    cuts, held_out_cuts = cli_utils.framing(args, images), cli_utils.framing(args, held_out, held_out=True)
+    root, rules = input_utils.cache_folder(args), input_utils.caption_rules(args)
+    cuts, held_out_cuts = input_utils.framing(args, images), input_utils.framing(args, held_out, held_out=True)
     cached = cuts.can_be_cached(images)
     latent_id = digest(kind="latents", vae=vae_identity(args), interpolation=args.image_interpolation_mode)
     prompts = open_store(root / "prompts" / digest(**prompt_id)[:16], accelerator)

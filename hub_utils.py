@@ -15,7 +15,8 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from cli_utils import FlagParser, UserError, errors_for_people, model_file, read_json, require
+from cli_utils import FlagParser, UserError, errors_for_people, require
+from model_utils import model_file, read_json
 
 PATIENCE = 20  # seconds that a failing request is tried again
 PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}

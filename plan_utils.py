@@ -9,6 +9,8 @@ from itertools import pairwise
 import torch
 
 import cli_utils
+import input_utils
+import model_utils
 from cache_utils import in_chunks
 from cli_utils import require
 from data_report_utils import report_lines
@@ -22,7 +24,7 @@ from train_utils import HELD_OUT_LEVELS, lpl_config
 def latent_size(args, vae):
     """(height, width) of the latents; of the largest bucket."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    return tuple(side // factor for side in cli_utils.largest_size(args))
+    return tuple(side // factor for side in input_utils.largest_size(args))
 
 
 def lpl_bytes(args, vae):
@@ -93,7 +95,7 @@ def weight_bytes(args, models):
     total = sum(parameter_bytes(model.parameters()) for model in models.values())
     if not args.bnb_quantization_config_path:
         return total
-    share = 0.5 if cli_utils.read_json(args.bnb_quantization_config_path).get("load_in_4bit") else 1
+    share = 0.5 if model_utils.read_json(args.bnb_quantization_config_path).get("load_in_4bit") else 1
     denoiser = next(iter(models.values()))
     linear = [module.weight for module in denoiser.modules() if isinstance(module, torch.nn.Linear)]
     frozen = [weight for weight in linear if not weight.requires_grad]
@@ -160,18 +162,18 @@ def truncated_captions(tokenizers, captions, folder):
 
 def check_data(args, scan, held_out, tokenizers, accelerator):
     """The report on the data with what the tokenizers cut off; a DataError under --strict if it has remarks."""
-    report, rules = cli_utils.data_report(args, scan, held_out), cli_utils.caption_rules(args)
+    report, rules = input_utils.data_report(args, scan, held_out), input_utils.caption_rules(args)
 
     def captions():
         return (rules.text(caption) for image in scan.images for caption in image.captions)
 
     with accelerator.main_process_first():
-        counts = truncated_captions(tokenizers, captions, cli_utils.cache_folder(args) / "scans")
+        counts = truncated_captions(tokenizers, captions, input_utils.cache_folder(args) / "scans")
     report["truncated"] = counts
     if any(counts.values()):
         which = ", ".join(f"{count} of them by {name}" for name, count in counts.items() if count)
         report["remarks"].append(f"Captions are longer than the tokenizers take, and cut off: {which}.")
-    cli_utils.check_strict(args, report)
+    input_utils.check_strict(args, report)
     return report
 
 

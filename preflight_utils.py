@@ -5,10 +5,12 @@ on the Hub its config.json files are fetched, which loading needs anyway.
 """
 
 import json
+import re
 from pathlib import Path
 
 import hub_utils
-from cli_utils import check_part, check_vae_dtype, hub_like, hub_problem, model_file, read_object, require
+from cli_utils import UserError, require
+from model_utils import hub_like, hub_problem, model_file, read_object, unreadable
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of weight files: diffusers', transformers'
 LFS_POINTER = b"version https://git-lfs"
@@ -46,6 +48,98 @@ def check_model(args, denoiser, scheduler):
     check_small_parts(args, base, index, scheduler)
     check_autoencoder(args, configs["vae"])
     return configs
+
+
+def check_base_model(args, pipeline_class, components):
+    """Refuse anything but a diffusers folder of the right pipeline, from `model_index.json` alone.
+
+    pipeline_class: name that `_class_name` must start with; components: entries that it must have.
+    """
+    name = args.pretrained_model_name_or_path
+    flag = f"--pretrained_model_name_or_path {name}"
+    require(not Path(name).is_file(),
+            f"{flag} is a single file; a folder in diffusers' layout is needed: load the file with "
+            f"{pipeline_class}Pipeline.from_single_file and save it with save_pretrained")  # fmt: skip
+    address = re.match(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)", name)
+    require(not address, f"{flag} is an address; give the name alone: {address and address[1]}")
+    if not Path(name).is_dir() and (name.count("/") != 1 or not hub_like(name)):
+        raise UserError(f"{flag}: there is no such folder, and Hub names have the form owner/name")
+    try:
+        index = model_file(name, "model_index.json", args.revision)
+    except Exception as error:  # the Hub client raises many kinds: no network, no such model, no access
+        raise UserError(f"{flag}: {unreadable(name, error)}") from error
+    require(index, f"{flag}: no model_index.json there; {instead_of_pipeline(Path(name))}")
+    found = read_object(index)
+    kind = found.get("_class_name") or "pipeline without a class name"
+    other = {"StableDiffusionXL": "train_sdxl_lpl.py", "StableDiffusion3": "train_sd3_lpl_flow.py"}
+    better = next((script for start, script in other.items() if str(kind).startswith(start)), None)
+    require(str(kind).startswith(pipeline_class), f"{flag} is a {kind}; this script trains {pipeline_class} models: "
+            + (f"use {better}" if better else "give one of those"))  # fmt: skip
+    missing = [part for part in components if not (found.get(part) or [None])[0]]
+    refiner = "; the refiner can't be trained here, give the base model" if missing[:1] == ["text_encoder"] else ""
+    require(not missing, f"{flag}: its model_index.json has no {', '.join(missing)}; a whole pipeline is needed"
+            + refiner)  # fmt: skip
+    if Path(name).is_dir():
+        gone = [part for part in components if not (Path(name) / part).is_dir()]
+        require(not gone, f"{flag}: the folder {gone[:1] and gone[0]}/ named in model_index.json is missing; download "
+                "the model again")  # fmt: skip
+
+
+def instead_of_pipeline(folder):
+    """What a folder without a model_index.json holds, and what to do with it."""
+    if not folder.is_dir():
+        return "a whole pipeline in diffusers' layout is needed, such as stabilityai/stable-diffusion-xl-base-1.0"
+    below = [path for pattern in ("*", "snapshots/*") for path in sorted(folder.glob(f"{pattern}/model_index.json"))]
+    if below:
+        return f"the pipeline is further down: give {below[0].parent}"
+    if (folder / "training_state.json").is_file():
+        return "it is a checkpoint of a run: give the run's base model, and this as --resume_from_checkpoint"
+    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt"))
+    if any("lora" in file.lower() for file in files) or (folder / "adapter_config.json").is_file():
+        return "it is a LoRA: give the model that it was made for, and the LoRA as --init_lora"
+    if (folder / "config.json").is_file():
+        return "it is one part of a pipeline; give the whole pipeline's folder"
+    if files:
+        return f"it holds single files ({files[0]}): load one with from_single_file and save it with save_pretrained"
+    if not any(folder.iterdir()):
+        return "it is empty; give the folder of a whole pipeline"
+    return "a whole pipeline in diffusers' layout is needed"
+
+
+def check_part(args, flag, class_name, subfolder=None):
+    """Refuse what a flag like --pretrained_vae_model_name_or_path names unless it is one model of the right class.
+
+    Returns its config.json's path, or None when the flag is not given.
+    """
+    name = getattr(args, flag)
+    if not name:
+        return None
+    require(not Path(name).is_file(), f"--{flag} {name} is a single file; a folder in diffusers' layout is needed: "
+            f"load the file with {class_name}.from_single_file and save it with save_pretrained")  # fmt: skip
+    require(Path(name).is_dir() or (name.count("/") == 1 and hub_like(name)),
+            f"--{flag} {name}: there is no such folder, and Hub names have the form owner/name")  # fmt: skip
+    try:
+        config = subfolder and model_file(name, "config.json", subfolder=subfolder)
+        config = config or model_file(name, "config.json")
+    except Exception as error:  # the Hub client raises many kinds: no network, no such model, no possible name
+        raise UserError(f"--{flag} {name}: {unreadable(name, error)}") from error
+    where = f"config.json nor {subfolder}/config.json" if subfolder else "config.json"
+    below = Path(name, "vae", "config.json").is_file() and not subfolder
+    require(config, f"--{flag} {name}: no {where} there; {class_name} in diffusers' layout is needed"
+            + (f": give {Path(name, 'vae')}" if below else ""))  # fmt: skip
+    found = read_object(config).get("_class_name")
+    require(found == class_name, f"--{flag} {name}: found {found}, expected {class_name}; give another folder")
+    return config
+
+
+def check_vae_dtype(args, vae_config):
+    """Refuse an explicit float16 where the decoder overflows in it. vae_config: the autoencoder's config.json."""
+    if args.lpl_vae_dtype == "float16" and vae_config.get("force_upcast", True):
+        hint = ", or give --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"
+        raise UserError(
+            "--lpl_vae_dtype float16: this VAE's decoder overflows in float16 (force_upcast in its config); use "
+            "bfloat16 or float32" + (hint if vae_config.get("latent_channels") == 4 else "")
+        )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -38,7 +38,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+import check_utils
 import cli_utils
+import input_utils
+import model_utils
+import preflight_utils
 from cli_utils import UserError, require
 from data_report_utils import report_lines
 from data_utils import Framing, SampleOrder, TrainingSet, addressed_normal, addressed_uniform
@@ -111,13 +115,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for flag, folder in (("", args.train_data_dir), ("--validation_data_dir ", args.validation_data_dir)):
         require(folder is None or Path(folder).is_dir(), f"{flag}{folder}: there is no such folder")
     _check_ranges(args)
-    cli_utils.exclude(args, "validation_split", "validation_data_dir")
-    cli_utils.check_data_flags(args)
+    check_utils.exclude(args, "validation_split", "validation_data_dir")
+    check_utils.check_data_flags(args)
     require(args.preview or not args.vae, "--vae does nothing without --preview")
     require(args.preview or args.preview_images == 24, "--preview_images does nothing without --preview")
     _check_output(args, "preview", ".png")
     _check_output(args, "report", ".json")
-    cli_utils.check_part(args, "vae", "AutoencoderKL", "vae")
+    preflight_utils.check_part(args, "vae", "AutoencoderKL", "vae")
     return args
 
 
@@ -191,14 +195,14 @@ def training_samples(
 ) -> Iterator[tuple[SampleFacts, np.ndarray, np.ndarray | None]]:
     """The first samples of training: (facts, pixels, reconstruction or None), uint8 (H, W, 3) each.
 
-    Only their images are opened. images: to train on; cuts: how they are cut, `cli_utils.framing`.
+    Only their images are opened. images: to train on; cuts: how they are cut, `input_utils.framing`.
 
     Raises:
         DataError: an image can't be read, or has changed since it was scanned.
         UserError: the autoencoder can't be loaded.
     """
     order = SampleOrder(args.seed, args.train_batch_size, cuts.buckets)
-    samples = TrainingSet(images, order, cuts, cli_utils.caption_rules(args))
+    samples = TrainingSet(images, order, cuts, input_utils.caption_rules(args))
     vae = load_vae(args.vae) if args.vae else None
     for n in range(args.preview_images):
         sample, (epoch, index) = samples[n], order[n]
@@ -225,7 +229,7 @@ def load_vae(name: str) -> "torch.nn.Module":
     import torch
     from diffusers import AutoencoderKL
 
-    in_pipeline = cli_utils.model_file(name, "config.json", subfolder="vae")
+    in_pipeline = model_utils.model_file(name, "config.json", subfolder="vae")
     try:
         vae = AutoencoderKL.from_pretrained(
             name, subfolder="vae" if in_pipeline else None, dtype=torch.float32, use_safetensors=True
@@ -580,7 +584,7 @@ def preview(args: argparse.Namespace, images: Sequence[CaptionedImage]) -> Image
     """The contact sheet of a run with these flags; images: those that it trains on."""
     from tqdm import tqdm
 
-    cuts = cli_utils.framing(args, images)
+    cuts = input_utils.framing(args, images)
     samples = tqdm(training_samples(args, images, cuts), "drawing", args.preview_images, unit=" images", delay=1,
                    leave=False)  # fmt: skip
     tiles = [make_tile(*sample) for sample in samples]
@@ -629,12 +633,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     with cli_utils.errors_for_people("--debug" in argv):
         args = parse_args(argv)
-        scan, held_out = cli_utils.find_images(args)
-        report = cli_utils.data_report(args, scan, held_out)
+        scan, held_out = input_utils.find_images(args)
+        report = input_utils.data_report(args, scan, held_out)
         print("\n".join(report_lines(report)))
         if args.report:
-            write("--report", args.report, lambda path: cli_utils.save_report(report, path))
-        cli_utils.check_strict(args, report)
+            write("--report", args.report, lambda path: input_utils.save_report(report, path))
+        input_utils.check_strict(args, report)
         if args.preview:
             sheet = preview(args, scan.images)
             write("--preview", args.preview, sheet.save)

@@ -4,7 +4,8 @@ import re
 from collections import defaultdict
 from pathlib import Path
 
-from cli_utils import hub_problem, model_file, require
+from cli_utils import require
+from model_utils import hub_problem, model_file
 
 # as diffusers and transformers call them; a variant (fp16) and the number of a shard may be part of the name
 WEIGHTS = re.compile(

@@ -23,7 +23,10 @@ import os
 import sys
 from pathlib import Path
 
+import check_utils
 import cli_utils
+import input_utils
+import model_utils
 import preflight_utils
 from cli_utils import REPOSITORY, errors_for_people, require
 from safety_utils import check_weights, loading
@@ -75,7 +78,7 @@ def parse_args(argv=None):
     args = build_parser().parse(argv, embedded_default=EMBEDDED_DEFAULT)
     if args.embedded_default:
         print(f"No model and no data named: using the embedded examples, {EMBEDDED_DEFAULT.relative_to(REPOSITORY)}.")
-    cli_utils.check_flags(args)
+    check_utils.check_flags(args)
     require(args.max_sequence_length > 0, f"--max_sequence_length is {args.max_sequence_length}; it must be above 0")
     require(args.logit_std > 0, f"--logit_std is {args.logit_std}; it must be above 0")
     require(-1 <= args.mode_scale <= 2 / (math.pi - 2),
@@ -86,7 +89,7 @@ def parse_args(argv=None):
     require(not args.lora_blocks or all(word.strip().isdigit() for word in args.lora_blocks.split(",")),
             f"--lora_blocks {args.lora_blocks}: expected numbers such as 0,1,12")  # fmt: skip
     preflight_utils.check_publishing(args)
-    cli_utils.check_base_model(args, "StableDiffusion3", COMPONENTS)
+    preflight_utils.check_base_model(args, "StableDiffusion3", COMPONENTS)
     transformer = ("transformer", "SD3Transformer2DModel", "pretrained_transformer_model_name_or_path")
     configs = preflight_utils.check_model(args, transformer, scheduler=(True, ("FlowMatch",)))
     if not preflight_utils.is_plan_only(args):
@@ -106,15 +109,15 @@ def parse_args(argv=None):
 
 def has_t5(args):
     """Whether the base pipeline brings its third text encoder, which is optional."""
-    index = cli_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    return bool((cli_utils.read_json(index).get("text_encoder_3") or [None])[0])
+    index = model_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
+    return bool((model_utils.read_json(index).get("text_encoder_3") or [None])[0])
 
 
 def check_sizes(args, config):
     """Refuse images that do not fall into tokens, or into more than the positions that the transformer knows."""
     patch, positions = 8 * config.get("patch_size", 2), config.get("pos_embed_max_size", 192)
     flag = "--aspect_ratio_buckets" if args.aspect_ratio_buckets else "--resolution"
-    for size in cli_utils.target_sizes(args):
+    for size in input_utils.target_sizes(args):
         found = " x ".join(map(str, size)) if args.aspect_ratio_buckets else size[0]
         require(not any(side % patch for side in size),
                 f"{flag} is {found}; it must be a multiple of {patch}, the pixels of a token")  # fmt: skip
@@ -134,7 +137,7 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a busy CPU to a halt
     with errors_for_people("--debug" in sys.argv):
         ARGS = parse_args()
-        SCAN, HELD_OUT = cli_utils.find_images(ARGS)
+        SCAN, HELD_OUT = input_utils.find_images(ARGS)
         cli_utils.quiet_libraries(ARGS.debug)
 
 import torch
@@ -286,7 +289,7 @@ def denoiser_place(args):
     other = args.pretrained_transformer_model_name_or_path
     if not other:
         return args.pretrained_model_name_or_path, "transformer", args.revision, args.variant
-    subfolder = "transformer" if cli_utils.model_file(other, "config.json", subfolder="transformer") else ""
+    subfolder = "transformer" if model_utils.model_file(other, "config.json", subfolder="transformer") else ""
     return other, subfolder, None, None
 
 
@@ -726,7 +729,7 @@ def main(args, scan, held_out=()):
                 args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo
             )
         cli_utils.save_recipe(args, output_dir / "config.yaml")
-        cli_utils.save_report(report, output_dir / "data_report.json")
+        input_utils.save_report(report, output_dir / "data_report.json")
 
     data = fill_caches(args, scan.images, held_out, dtype, accelerator)
     recipe, vae = prepare_recipe(args, accelerator, schedule, dtype, data)

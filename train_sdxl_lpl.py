@@ -19,7 +19,10 @@ import os
 import sys
 from pathlib import Path
 
+import check_utils
 import cli_utils
+import input_utils
+import model_utils
 import preflight_utils
 from cli_utils import REPOSITORY, errors_for_people, require
 from safety_utils import check_weights, loading
@@ -61,7 +64,7 @@ def parse_args(argv=None):
     args = build_parser().parse(argv, embedded_default=EMBEDDED_DEFAULT)
     if args.embedded_default:
         print(f"No model and no data named: using the embedded examples, {EMBEDDED_DEFAULT.relative_to(REPOSITORY)}.")
-    cli_utils.check_flags(args)
+    check_utils.check_flags(args)
     require(not args.single_file or args.prediction_type != "sample",
             "--single_file: other programs can't tell --prediction_type sample from epsilon")  # fmt: skip
     require(args.snr_gamma is None or args.snr_gamma > 0, f"--snr_gamma is {args.snr_gamma}; it must be above 0")
@@ -73,7 +76,7 @@ def parse_args(argv=None):
     require(0 < args.timestep_bias_portion <= 1,
             f"--timestep_bias_portion is {args.timestep_bias_portion}; it must be above 0 and at most 1")  # fmt: skip
     preflight_utils.check_publishing(args)
-    cli_utils.check_base_model(args, "StableDiffusionXL", COMPONENTS)
+    preflight_utils.check_base_model(args, "StableDiffusionXL", COMPONENTS)
     unet = ("unet", "UNet2DConditionModel", "pretrained_unet_model_name_or_path")
     configs = preflight_utils.check_model(args, unet, scheduler=(False, ("EDM", "FlowMatch")))
     if not preflight_utils.is_plan_only(args):
@@ -88,7 +91,7 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a busy CPU to a halt
     with errors_for_people("--debug" in sys.argv):
         ARGS = parse_args()
-        SCAN, HELD_OUT = cli_utils.find_images(ARGS)
+        SCAN, HELD_OUT = input_utils.find_images(ARGS)
         cli_utils.quiet_libraries(ARGS.debug)
 
 import torch
@@ -220,7 +223,7 @@ def denoiser_place(args):
     other = args.pretrained_unet_model_name_or_path
     if not other:
         return args.pretrained_model_name_or_path, "unet", args.revision, args.variant
-    return other, "unet" if cli_utils.model_file(other, "config.json", subfolder="unet") else "", None, None
+    return other, "unet" if model_utils.model_file(other, "config.json", subfolder="unet") else "", None, None
 
 
 class Denoiser(torch.nn.Module):
@@ -617,8 +620,8 @@ def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, tot
 
 def prepare_recipe(args, accelerator, schedule, dtype, data):
     """(recipe, autoencoder or None): everything but the models that are trained, loaded."""
-    index = cli_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    empty_is_zero = cli_utils.read_json(index).get("force_zeros_for_empty_prompt", True)
+    index = model_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
+    empty_is_zero = model_utils.read_json(index).get("force_zeros_for_empty_prompt", True)
     empty = data.prompt("")
     if empty_is_zero and not args.train_text_encoder:
         empty = {name: torch.zeros_like(value) for name, value in empty.items()}
@@ -646,7 +649,7 @@ def main(args, scan, held_out=()):
                 args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo
             )
         cli_utils.save_recipe(args, output_dir / "config.yaml")
-        cli_utils.save_report(report, output_dir / "data_report.json")
+        input_utils.save_report(report, output_dir / "data_report.json")
 
     data = fill_caches(args, scan.images, held_out, dtype, accelerator)
     recipe, vae = prepare_recipe(args, accelerator, schedule, dtype, data)

@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from cache_utils import prompt_key
-from cli_utils import UserError, largest_size, read_json
+from cli_utils import UserError
 from data_utils import (
     AddressedBatches,
     SampleOrder,
@@ -26,8 +26,10 @@ from data_utils import (
     stratified_uniform,
 )
 from guard_utils import Guard, leave_signals_to_the_run
+from input_utils import largest_size
 from lora_utils import is_text_encoder
 from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
+from model_utils import read_json
 from safety_utils import loading
 from shard_utils import check_launch, check_sharding, is_sharded, local_part, whole
 

@@ -48,6 +48,7 @@ from PIL import Image, ImageDraw
 from tqdm import tqdm
 
 import cli_utils
+import input_utils
 from scan_utils import scan_folder
 from store_utils import TensorStore, encode_missing
 
@@ -243,13 +244,13 @@ def fill_stores(flags):
     import train_sdxl_lpl
 
     args = train_sdxl_lpl.parse_args(flags)
-    images = cli_utils.find_images(args)[0].images
+    images = input_utils.find_images(args)[0].images
     keys = {
-        "prompts": cache_utils.captions_to_encode(args, cli_utils.caption_rules(args), images),
-        "latents": cache_utils.images_to_encode(images, cli_utils.framing(args, images)),
+        "prompts": cache_utils.captions_to_encode(args, input_utils.caption_rules(args), images),
+        "latents": cache_utils.images_to_encode(images, input_utils.framing(args, images)),
     }
     for kind, pairs in keys.items():
-        [folder] = (cli_utils.cache_folder(args) / kind).iterdir()
+        [folder] = (input_utils.cache_folder(args) / kind).iterdir()
         store, names = TensorStore(folder), (key for key, _ in tqdm(pairs, f"filling {kind}", leave=False))
         first = next(names)
         shapes = {name: (value.shape, value.dtype) for name, value in store.get(first).items()}
@@ -326,8 +327,8 @@ def measure_encode(args, count, work):
     flags = ["--pretrained_model_name_or_path", str(ROOT / "examples" / "tiny-sdxl"), "--train_data_dir",
              str(pictures), "--resolution", "64", "--center_crop", "--cache_dir", str(work)]  # fmt: skip
     parsed = train_sdxl_lpl.parse_args(flags)
-    images = cli_utils.find_images(parsed)[0].images
-    items = list(cache_utils.images_to_encode(images, cli_utils.framing(parsed, images)))
+    images = input_utils.find_images(parsed)[0].images
+    items = list(cache_utils.images_to_encode(images, input_utils.framing(parsed, images)))
     vae = train_sdxl_lpl.load_vae(parsed, torch.float32, torch.device("cpu"))
     encode = functools.partial(cache_utils.encode_images, vae=vae)
 

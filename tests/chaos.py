@@ -103,11 +103,12 @@ def work(script, flags, environment, log):
     import importlib
 
     import cli_utils
+    import input_utils
 
     module = importlib.import_module(script)
     with cli_utils.errors_for_people(debug=True):
         args = module.parse_args(flags)
-        module.main(args, *cli_utils.find_images(args))
+        module.main(args, *input_utils.find_images(args))
 
 
 class Launcher:

@@ -12,6 +12,7 @@ import torch
 from PIL import Image, ImageDraw, ImageOps
 
 import cli_utils
+import input_utils
 import preview_utils
 import train_utils
 from data_utils import SampleOrder, TrainingSet
@@ -59,10 +60,10 @@ def sheet_of(photos, tmp_path, cache_dir):
 
 def training_set(args):
     """(the samples of a run with these flags, its images), built as the training scripts build them."""
-    images = cli_utils.find_images(args)[0].images
-    cuts = cli_utils.framing(args, images)
+    images = input_utils.find_images(args)[0].images
+    cuts = input_utils.framing(args, images)
     order = SampleOrder(args.seed, args.train_batch_size, cuts.buckets)
-    return TrainingSet(images, order, cuts, cli_utils.caption_rules(args)), images
+    return TrainingSet(images, order, cuts, input_utils.caption_rules(args)), images
 
 
 def places(sheet, pixels):
@@ -81,8 +82,8 @@ def pixels_of(sample):
 
 
 def facts_of(args):
-    images = cli_utils.find_images(args)[0].images
-    return [facts for facts, _, _ in preview_utils.training_samples(args, images, cli_utils.framing(args, images))]
+    images = input_utils.find_images(args)[0].images
+    return [facts for facts, _, _ in preview_utils.training_samples(args, images, input_utils.framing(args, images))]
 
 
 def some_facts(**more):
@@ -124,9 +125,9 @@ def test_the_sheet_shows_the_first_samples_of_training_in_their_order(sheet_of, 
 
 def test_flips_are_shown_and_told_in_every_epoch(sheet_of, photos, texts):
     args, sheet = sheet_of("--resolution", 128, "--random_flip", "--center_crop", "--preview_images", 21)
-    images = cli_utils.find_images(args)[0].images
+    images = input_utils.find_images(args)[0].images
     told = set()
-    for fact, pixels, _ in preview_utils.training_samples(args, images, cli_utils.framing(args, images)):
+    for fact, pixels, _ in preview_utils.training_samples(args, images, input_utils.framing(args, images)):
         image = open_image((photos / fact.name).read_bytes(), fact.name)
         image = ImageOps.mirror(image) if fact.flipped else image
         assert np.array_equal(pixels, prepare_image(image, (128, 128), center_crop=True, flip=False)[0])
@@ -181,7 +182,7 @@ def test_only_what_is_drawn_is_opened(photos, sheet_of, monkeypatch):
 
 def test_held_out_images_are_not_on_the_sheet(sheet_of):
     args, _ = sheet_of("--resolution", 64, "--validation_split", 3, "--train_batch_size", 1)
-    held_out = {image.name for image in cli_utils.find_images(args)[1]}
+    held_out = {image.name for image in input_utils.find_images(args)[1]}
     names = {fact.name for fact in facts_of(args)}
     assert len(held_out) == 3 and len(names) == 4 and not names & held_out
 

@@ -112,34 +112,35 @@ def test_linked_files_are_there():
                 assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
 
 
-DATA = {"data_report_utils", "data_utils", "image_utils", "scan_utils", "store_utils", "table_utils"}
-UTILS = DATA | {"cli_utils", "cache_utils", "checkpoint_utils", "export_utils", "guard_utils", "hub_utils",
-                "lora_utils", "lpl_utils", "plan_utils", "preflight_utils", "report_utils", "safety_utils",
-                "shard_utils",
-                "train_utils"}  # fmt: skip
+DATA = {"data_report_utils", "data_utils", "image_utils", "scan_utils", "source_utils", "store_utils", "table_utils"}
+CHECKS = {"check_utils", "cli_utils", "input_utils", "model_utils", "preflight_utils", "safety_utils"}
+UTILS = DATA | CHECKS | {"cache_utils", "checkpoint_utils", "export_utils", "guard_utils", "hub_utils", "lora_utils",
+                         "lpl_utils", "plan_utils", "report_utils", "shard_utils", "train_utils"}  # fmt: skip
 ALLOWED = {
     "lpl_utils": set(),
     "image_utils": set(),
-    "table_utils": {"image_utils"},
+    "table_utils": {"image_utils", "store_utils"},
     "source_utils": {"image_utils", "table_utils"},
     "scan_utils": {"image_utils", "source_utils", "table_utils"},
     "data_report_utils": {"image_utils", "scan_utils", "table_utils"},
     "store_utils": {"image_utils"},
-    "data_utils": {"image_utils", "preview_utils", "store_utils", "table_utils"},
-    "cli_utils": DATA,
-    "preview_utils": DATA | {"cli_utils", "report_utils"},
-    "hub_utils": {"cli_utils"},
-    "preflight_utils": {"cli_utils", "hub_utils"},
-    "cache_utils": DATA | {"cli_utils"},
+    "data_utils": DATA | {"preview_utils"},
+    "cli_utils": {"image_utils"},
+    "model_utils": {"cli_utils"},
+    "input_utils": DATA | {"model_utils"},
+    "check_utils": {"cli_utils", "input_utils", "model_utils"},
+    "hub_utils": {"cli_utils", "model_utils"},
+    "safety_utils": {"cli_utils", "model_utils"},
+    "preflight_utils": {"cli_utils", "hub_utils", "model_utils"},
+    "preview_utils": DATA | CHECKS | {"report_utils"},
+    "cache_utils": DATA | {"input_utils", "model_utils"},
     "checkpoint_utils": {"cli_utils", "shard_utils", "store_utils"},
     "guard_utils": {"cli_utils"},
     "shard_utils": {"cli_utils"},
     "lora_utils": {"cli_utils"},
     "export_utils": {"cli_utils", "lora_utils"},
-    "safety_utils": {"cli_utils"},
-    "train_utils": DATA
-    | {"cache_utils", "cli_utils", "guard_utils", "lora_utils", "lpl_utils", "safety_utils", "shard_utils"},
-    "plan_utils": DATA | {"cache_utils", "cli_utils", "lora_utils", "lpl_utils", "shard_utils", "train_utils"},
+    "train_utils": DATA | CHECKS | {"cache_utils", "guard_utils", "lora_utils", "lpl_utils", "shard_utils"},
+    "plan_utils": DATA | CHECKS | {"cache_utils", "lora_utils", "lpl_utils", "shard_utils", "train_utils"},
     "report_utils": {"cli_utils", "hub_utils", "train_utils"},
     "train_sdxl_lpl": UTILS,
     "train_sd3_lpl_flow": UTILS,

@@ -18,6 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cli_utils
+import input_utils
 import train_sd3_lpl_flow
 import train_sdxl_lpl
 import train_utils
@@ -73,7 +74,7 @@ def prepared(script, *flags):
     args = script.parse_args([str(flag) for flag in flags])
     AcceleratorState._reset_state(True)
     accelerator = train_utils.start_accelerator(args)
-    scan, held_out = cli_utils.find_images(args)
+    scan, held_out = input_utils.find_images(args)
     return args, script.fill_caches(args, scan.images, held_out, torch.float32, accelerator), accelerator
 
 
@@ -319,7 +320,7 @@ def test_truncated_captions_are_counted_for_each_encoder(recipe, mixed, tmp_path
     for _ in range(2):  # the second time from the cache
         args = script.parse_args([*flags, "--train_data_dir", str(folder), "--dry_run", "--output_dir", str(tmp_path)])
         AcceleratorState._reset_state(True)
-        script.main(args, *cli_utils.find_images(args))
+        script.main(args, *input_utils.find_images(args))
         said = capsys.readouterr().out
         assert "1 of them by tokenizer, 1 of them by tokenizer_2" in said
 
@@ -345,9 +346,9 @@ def test_remarks_on_held_out_images_are_heard(request, pictures, tmp_path):
     flags = ["--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--cache_dir", tmp_path / "cache",
              "--resolution", 64, "--validation_data_dir", held_out, "--on_bad_image", "skip"]  # fmt: skip
     args = train_sdxl_lpl.parse_args([str(flag) for flag in [*flags, "--strict"]])
-    scan, images = cli_utils.find_images(args)
-    remarks = cli_utils.data_report(args, scan, images)["remarks"]
+    scan, images = input_utils.find_images(args)
+    remarks = input_utils.data_report(args, scan, images)["remarks"]
     assert len(images) == 5
     assert "--validation_data_dir: 1 of the images are left out." in remarks
     with pytest.raises(cli_utils.DataError, match="--strict"):
-        cli_utils.check_strict(args, cli_utils.data_report(args, scan, images))
+        input_utils.check_strict(args, input_utils.data_report(args, scan, images))

@@ -15,6 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import cli_utils
+import input_utils
 import plan_utils
 import train_sdxl_lpl
 import train_utils
@@ -429,15 +430,15 @@ def test_held_out_images_are_not_trained_on(flags, pictures, tmp_path):
     training, held_out = hold_out(scan_folder(folder).images, 4)
     assert not {i.content for i in training} & {i.content for i in held_out}, "copies stay together"
     args = train_sdxl_lpl.parse_args([*flags, "--validation_split", "0.34"])
-    scan, held = cli_utils.find_images(args)
+    scan, held = input_utils.find_images(args)
     assert (len(scan.images), len(held)) == (4, 2)
     args = train_sdxl_lpl.parse_args([*flags, "--validation_split", "5", "--max_validation_samples", "2"])
-    scan, held = cli_utils.find_images(args)
+    scan, held = input_utils.find_images(args)
     assert (len(scan.images), len(held)) == (4, 2), "no more are held out than are measured"
     for amount in ("0.01", "6", "99"):
         args = train_sdxl_lpl.parse_args([*flags, "--validation_split", amount])
         with pytest.raises(cli_utils.DataError, match="--validation_split"):
-            cli_utils.find_images(args)
+            input_utils.find_images(args)
 
 
 def test_held_out_loss_under_random_crops_and_ema(flags, pictures, tmp_path, capsys):
@@ -537,7 +538,7 @@ def test_plan_names_what_is_trained(flags, tmp_path, capsys):
         [*flags, *TEXT, "--rank", "8", "--use_dora", "--optimizer", "Prodigy", "--validation_split", "2", "--dry_run",
          "--output_dir", str(tmp_path)]
     )  # fmt: skip
-    train_sdxl_lpl.main(args, *cli_utils.find_images(args))
+    train_sdxl_lpl.main(args, *input_utils.find_images(args))
     said = capsys.readouterr().out
     for part in ("of the text_encoder_2 (DoRA of rank 8, alpha 8)", "4, held out: 2",
                  "--optimizer prodigy multiplies",

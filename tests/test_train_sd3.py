@@ -20,7 +20,7 @@ from diffusers.training_utils import compute_density_for_timestep_sampling, comp
 from PIL import Image
 from safetensors.torch import load_file
 
-import cli_utils
+import input_utils
 import train_sd3_lpl_flow
 import train_utils
 from cli_utils import UserError
@@ -152,7 +152,7 @@ def test_gated_share_comes_from_the_distribution(schedule, capsys, flags, tmp_pa
     assert law.gated_share(LPLGate(t_threshold=200)) == pytest.approx(0.0064, abs=1e-3)
     args = train_sd3_lpl_flow.parse_args([*flags, "--use_lpl", "--lpl_t_threshold", "200", "--dry_run"])
     AcceleratorState._reset_state(True)
-    train_sd3_lpl_flow.main(args, *cli_utils.find_images(args))
+    train_sd3_lpl_flow.main(args, *input_utils.find_images(args))
     said = capsys.readouterr().out
     assert "LPL: where t < 200, 0.6 % of samples" in said and "under 2 %" in said
     [named] = [word for word in said.split("--lpl_t_threshold ")[1:]]
@@ -218,7 +218,7 @@ def test_what_training_sees_is_what_the_pipeline_encodes(kind, flags, sd3_folder
     args = train_sd3_lpl_flow.parse_args(words)
     AcceleratorState._reset_state(True)
     accelerator = train_utils.start_accelerator(args)
-    scan, _ = cli_utils.find_images(args)
+    scan, _ = input_utils.find_images(args)
     data = train_sd3_lpl_flow.fill_caches(args, scan.images, [], torch.float32, accelerator)
     assert data.cached
     more = {"text_encoder_3": None, "tokenizer_3": None} if kind == "no-t5" else {}
@@ -262,7 +262,7 @@ def test_caption_dropout_is_the_empty_prompt(flags, sd3_folder, tmp_path):
     args = train_sd3_lpl_flow.parse_args([*flags, "--output_dir", str(tmp_path)])
     AcceleratorState._reset_state(True)
     accelerator = train_utils.start_accelerator(args)
-    scan, _ = cli_utils.find_images(args)
+    scan, _ = input_utils.find_images(args)
     data = train_sd3_lpl_flow.fill_caches(args, scan.images, [], torch.float32, accelerator)
     law = train_sd3_lpl_flow.Schedule(args)
     recipe, _ = train_sd3_lpl_flow.prepare_recipe(args, accelerator, law, torch.float32, data)

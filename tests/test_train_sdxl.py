@@ -18,7 +18,7 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file
 
-import cli_utils
+import input_utils
 import train_sdxl_lpl
 import train_utils
 from cli_utils import UserError
@@ -232,7 +232,7 @@ def test_cached_latents_are_the_images(flags, sdxl_folder, pictures, tmp_path):
     args = train_sdxl_lpl.parse_args([*flags, "--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache")])
     AcceleratorState._reset_state(True)
     accelerator = train_utils.start_accelerator(args)
-    scan, _ = cli_utils.find_images(args)
+    scan, _ = input_utils.find_images(args)
     data = train_sdxl_lpl.fill_caches(args, scan.images, [], torch.float32, accelerator)
     assert data.cached
     loader = train_utils.batches(args, data, accelerator, 0, 3)
@@ -615,7 +615,7 @@ def test_dry_run_prints_the_plan_and_stops(flags, tmp_path, monkeypatch, capsys)
         monkeypatch.setattr(train_sdxl_lpl, name, lambda *args: pytest.fail("weights were loaded"))
     AcceleratorState._reset_state(True)
     args = train_sdxl_lpl.parse_args([*flags, "--use_lpl", "--dry_run", "--output_dir", str(tmp_path)])
-    train_sdxl_lpl.main(args, *cli_utils.find_images(args))
+    train_sdxl_lpl.main(args, *input_utils.find_images(args))
     said = capsys.readouterr().out
     for part in ["learning_rate=0.001", "images        6, held out: 0", "6, 5 different", "1.5 steps an epoch",
                  "261,684 of 261,684", "20.0 % of samples", "16x8x8, 16x16x16, 16x32x32, 16x64x64, 8x64x64",
