@@ -126,10 +126,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _check_ranges(args):
-    for name in (*cli_utils.POSITIVE, "preview_images"):
+    for name in (*check_utils.POSITIVE, "preview_images"):
         value = getattr(args, name, None)
         require(value is None or value > 0, f"--{name} is {value}; it must be above 0")
-    for name in cli_utils.NOT_NEGATIVE:
+    for name in check_utils.NOT_NEGATIVE:
         value = getattr(args, name, None)
         require(value is None or value >= 0, f"--{name} is {value}; it must be 0 or more")
     require(args.seed < 2**64, f"--seed is {args.seed}; it must be less than 2**64")
