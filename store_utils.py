@@ -152,7 +152,7 @@ def _file_hash(path: Path) -> str:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-class DamagedShard(OSError):
+class DamagedShard(DataError):
     """An entry can't be read any more. The message names the file and what to do."""
 
 

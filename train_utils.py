@@ -26,6 +26,7 @@ from data_utils import (
     stratified_uniform,
 )
 from guard_utils import Guard, leave_signals_to_the_run
+from image_utils import DataError
 from input_utils import largest_size
 from lora_utils import is_text_encoder
 from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
@@ -465,7 +466,7 @@ def batches(args, data, accelerator, first_step, last_step):
         first_step, last_step, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes,
         accelerator.process_index,
     )  # fmt: skip
-    yield from torch.utils.data.DataLoader(
+    loader = torch.utils.data.DataLoader(
         samples,
         batch_sampler=numbers,
         collate_fn=collate,
@@ -473,6 +474,11 @@ def batches(args, data, accelerator, first_step, last_step):
         pin_memory=accelerator.device.type == "cuda",
         worker_init_fn=leave_signals_to_the_run,
     )
+    try:
+        yield from loader
+    except DataError as error:  # of a loading process' it holds the whole traceback, whose last line is the message
+        kind = f"{type(error).__module__}.{type(error).__qualname__}: "
+        raise DataError(str(error).rpartition(kind)[2].strip()) from error
 
 
 def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics, guard, step, stop):

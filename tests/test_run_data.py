@@ -247,6 +247,28 @@ def test_a_damaged_shard_is_made_again_and_not_trusted(recipe, tmp_path, caplog)
     assert shard.with_name(shard.name + ".damaged").exists() and shard.exists() and shard.name in caplog.text
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_shard_that_is_damaged_while_a_run_reads_it_is_told_in_a_line(recipe, tmp_path, monkeypatch, workers):
+    script, flags = recipe
+    flags = [*flags, "--center_crop", "--max_train_steps", 2, "--cache_dir", tmp_path / "cache"]
+    flags += ["--output_dir", tmp_path / "out", "--dataloader_num_workers", workers]
+    batches = train_utils.batches
+
+    def spoilt(*args):
+        for shard in shards(tmp_path / "cache"):
+            content = bytearray(shard.read_bytes())
+            content[len(content) // 2 :] = bytes(len(content) - len(content) // 2)
+            shard.write_bytes(content)
+        return batches(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train_utils, "batches", spoilt)
+        with pytest.raises(cli_utils.DataError, match=r"\A[^\n]*shard-[^\n]*this cache file is damaged[^\n]*\Z"):
+            runs.run(script, *flags)
+    rows = runs.run(script, *flags, "--resume_from_checkpoint", "latest")
+    assert len(rows) == 2, "what was damaged is encoded anew"
+
+
 def test_one_image_under_two_captions_is_encoded_once(recipe, mixed, tmp_path):
     script, flags = recipe
     folder = tmp_path / "twice"
