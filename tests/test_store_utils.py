@@ -590,7 +590,7 @@ def test_get_notices_what_verify_would_pass_over(tmp_path, kind, is_open, caplog
         with pytest.raises(DamagedShard, match=r"resume_from_checkpoint latest") as caught:
             for key in "012":
                 store.get(key)
-        assert str(path) in str(caught.value) and isinstance(caught.value, OSError)
+        assert str(path) in str(caught.value) and isinstance(caught.value, DataError)
         assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     assert not path.exists() and path.with_name(path.name + ".damaged").exists() and len(caplog.messages) == 1
     assert len(store) == 1 and all_there(store, "7")
