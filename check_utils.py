@@ -64,6 +64,7 @@ def check_flags(args):
     check_data_flags(args)
     check_output_dir(args)
     check_resume(args)
+    check_launch(args)
     check_lora_flags(args)
     check_quantization(args)
     check_optimizer_flags(args)
@@ -117,6 +118,29 @@ def check_output_dir(args):
         inside = value and Path(value).exists() and Path(value).resolve().is_relative_to(output_dir)
         require(not inside, f"--{name} {value} lies in --output_dir {args.output_dir}, which the run will write to: "
                 "name another output folder")  # fmt: skip
+
+
+def wants(name):
+    """Whether accelerate's configuration asks for FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+
+
+def check_launch(args):
+    """What accelerate is configured for: DeepSpeed is not supported, and sharded not every flag."""
+    require(
+        not wants("DEEPSPEED"),
+        "accelerate is configured for DeepSpeed, which is not supported: it clips and steps inside its engine, out of "
+        "reach of --max_nonfinite_steps, and its checkpoints are pickled. FSDP2 shards the same things: accelerate "
+        "launch --config_file configs/fsdp2.yaml",
+    )
+    if not wants("FSDP"):
+        return
+    require(not args.use_lora, "--use_lora is not supported under FSDP: a LoRA's own state is small; train it with "
+            "configs/ddp.yaml, a large model in 4 bits with --bnb_quantization_config_path")  # fmt: skip
+    require(args.optimizer == "adamw" and not args.use_8bit_adam,
+            f"{'--use_8bit_adam' if args.use_8bit_adam else f'--optimizer {args.optimizer}'} works on whole tensors; "
+            "under FSDP leave it away: AdamW's state is sharded anyway")  # fmt: skip
+    require(not args.torch_compile, "--torch_compile is not supported under FSDP: leave it out")
 
 
 def exclude(args, *names):

@@ -257,18 +257,20 @@ def newer_than(resume_from, output_dir):
 class CheckpointClock:
     """When a checkpoint is due: every `steps` steps, or once `minutes` (None: never) went by since the last.
 
-    The main process' clock decides. now: a clock that counts seconds; agree: function from this rank's wish to that of
-    all, where all of them take part in saving.
+    Ranks count the same steps, but not the same minutes: there the main process decides. now: counts seconds.
     """
 
-    def __init__(self, steps, minutes=None, now=time.monotonic, agree=bool):
-        self.steps, self.minutes, self.now, self.agree = steps, minutes, now, agree
+    def __init__(self, steps, minutes=None, now=time.monotonic):
+        self.steps, self.minutes, self.now = steps, minutes, now
         self.last = now()
 
     def due(self, step):
-        """Whether to save after `step` optimizer steps."""
-        late = self.minutes is not None and self.agree(self.now() - self.last >= 60 * self.minutes)
-        return step % self.steps == 0 or late
+        """Whether `step` optimizer steps are a multiple of `steps`."""
+        return step % self.steps == 0
+
+    def late(self):
+        """Whether the minutes have gone by."""
+        return self.minutes is not None and self.now() - self.last >= 60 * self.minutes
 
     def saved(self):
         """A checkpoint was written: count the minutes from here."""
@@ -446,7 +448,7 @@ class TrainingState:
         self.optimizer, self.lr_scheduler, self.scaler = optimizer, lr_scheduler, scaler
         self.ema, self.auto_weight, self.identity = ema, auto_weight, identity or {}
 
-    def collect(self, keep=True):
+    def collect(self, keep):
         """(all tensors by name, what else the optimizer has), whole; ranks that don't `keep` them give their parts."""
         tensors, rest = optimizer_to_tensors(self.optimizer)
         tensors = {f"optimizer/{name}": value for name, value in tensors.items()}
@@ -457,9 +459,9 @@ class TrainingState:
             tensors |= {f"auto_weight/{name}": value for name, value in self.auto_weight.state_dict().items()}
         return gather(tensors, keep), rest
 
-    def save(self, folder, step, collected=None):
+    def save(self, folder, step, collected):
         """Write training_state.safetensors and training_state.json into a folder. collected: by `collect`."""
-        tensors, rest = collected or self.collect()
+        tensors, rest = collected
         schedule = {name: value for name, value in self.lr_scheduler.state_dict().items() if is_plain(value)}
         info = {
             "step": step,

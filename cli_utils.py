@@ -40,6 +40,10 @@ def require(condition, message):
         raise UserError(message)
 
 
+class OwnError(UserError):
+    """One that this rank alone may have; of the others, which all ranks have, the first tells."""
+
+
 @contextlib.contextmanager
 def errors_for_people(debug):
     """Turn a UserError (or a data error) into one clear message and exit status 2; `--debug` shows the traceback."""
@@ -48,7 +52,7 @@ def errors_for_people(debug):
     except (UserError, DataError) as error:
         if debug:
             raise
-        if int(os.environ.get("RANK", "0")) == 0:
+        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, OwnError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except PermissionError as error:

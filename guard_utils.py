@@ -49,20 +49,21 @@ class Guard:
         """Values (n,) of one term, detached here; images: (n,) the numbers of their images."""
         self.watched.append((term, values.detach().float(), images))
 
-    def read(self, grad_norm, stop=False):
-        """(whether the step is finite, faults, whether to stop), in one transfer from the device.
+    def read(self, grad_norm, wishes=()):
+        """(whether the step is finite, faults, [whether any rank has each wish]), in one transfer from the device.
 
-        grad_norm: scalar tensor, the same on every rank, which therefore all decide alike; stop: this rank's wish,
-        which all ranks learn of. The faults are this rank's.
+        grad_norm: scalar tensor, the same on every rank, which therefore all decide alike; wishes: bools of this
+        rank, to stop or to save. The faults are this rank's.
         """
         watched, self.watched = self.watched, []
-        wish = torch.tensor([float(stop)], device=self.accelerator.device)
+        asked = torch.tensor([float(wish) for wish in wishes], device=self.accelerator.device)
         if self.accelerator.num_processes > 1:
-            wish = self.accelerator.reduce(wish, "sum")
-        packed = [grad_norm.detach().float().reshape(1), wish, *(values for _, values, _ in watched)]
-        norm, stop, *values = torch.cat(packed).tolist()
+            asked = self.accelerator.reduce(asked, "sum")
+        packed = [grad_norm.detach().float().reshape(1), asked, *(values for _, values, _ in watched)]
+        norm, *values = torch.cat(packed).tolist()
+        wishes, values = [count > 0 for count in values[: len(wishes)]], values[len(wishes) :]
         if math.isfinite(norm):
-            return True, [], bool(stop)
+            return True, [], wishes
         faults = []
         for term, tensor, images in watched:
             found, values = values[: len(tensor)], values[len(tensor) :]
@@ -72,7 +73,7 @@ class Guard:
         if not faults:
             everything = dict.fromkeys(int(image) for _, _, images in watched for image in images)
             faults.append(Fault("gradient", tuple(everything)))
-        return False, faults, bool(stop)
+        return False, faults, wishes
 
     def judge(self, faults, step, under_scaler=False):
         """Count a step that was not finite, and say which term and images that was; none end a row of them.

@@ -11,6 +11,7 @@ from pathlib import Path
 import hub_utils
 from cli_utils import UserError, require
 from model_utils import hub_like, hub_problem, model_file, read_object, unreadable
+from safety_utils import place_of
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of weight files: diffusers', transformers'
 LFS_POINTER = b"version https://git-lfs"
@@ -159,17 +160,13 @@ def check_files(args, components, replaced):
     components, replaced: see `safety_utils.check_weights`, which has looked at their names before.
     """
     for component in components:
-        other = replaced.get(component) and getattr(args, replaced[component])
-        name = other or args.pretrained_model_name_or_path
-        flag = f"--{replaced[component] if other else 'pretrained_model_name_or_path'} {name}"
-        folder = Path(name, component)
-        if other and (component == "vae" or not (folder / "config.json").is_file()):
-            folder = Path(name)
+        flag, name, subfolder, _, variant = place_of(args, component, replaced)
+        folder = Path(name, subfolder)
         if not folder.is_dir():  # on the Hub
             continue
-        for path in weight_files(flag, folder, None if other else args.variant):
+        for path in weight_files(f"{flag} {name}", folder, variant):
             problem = weight_problem(path)
-            require(not problem, f"{flag}: {component}/{path.name} {problem}")
+            require(not problem, f"{flag} {name}: {component}/{path.name} {problem}")
 
 
 def weight_files(flag, folder, variant):

@@ -30,14 +30,19 @@ def check_weights(args, components, replaced):
         UserError: names the model, the component and what it offers.
     """
     for component in components:
-        flag = replaced.get(component)
-        if flag and (name := getattr(args, flag)):
-            inside = component != "vae" and model_file(name, "config.json", subfolder=component)
-            check_component(args, f"--{flag} {name}:", files_of(name, component if inside else ""), None)
-        else:
-            name = args.pretrained_model_name_or_path
-            files = files_of(name, component, args.revision)
-            check_component(args, f"--pretrained_model_name_or_path {name}: {component}/", files, args.variant)
+        flag, name, subfolder, revision, variant = place_of(args, component, replaced)
+        what = f"{flag} {name}:" + (f" {subfolder}/" if subfolder else "")
+        check_component(args, what, files_of(name, subfolder, revision), variant)
+
+
+def place_of(args, component, replaced):
+    """(flag, name or folder, folder in it or "", revision, variant) of what is loaded for a component."""
+    flag = replaced.get(component)
+    if flag and (name := getattr(args, flag)):
+        inside = component != "vae" and model_file(name, "config.json", subfolder=component)
+        return f"--{flag}", name, component if inside else "", None, None
+    name = args.pretrained_model_name_or_path
+    return "--pretrained_model_name_or_path", name, component, args.revision, args.variant
 
 
 def check_component(args, what, files, variant):

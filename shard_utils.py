@@ -7,7 +7,6 @@ of ranks, sharded or not.
 
 import contextlib
 import json
-import os
 
 import torch
 import torch.distributed
@@ -15,6 +14,7 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from check_utils import wants
 from cli_utils import require
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -26,23 +26,8 @@ def is_sharded(accelerator):
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def wants(name):
-    """Whether accelerate's configuration asks for FSDP or DEEPSPEED."""
-    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
-
-
-def check_launch():
-    """Raises UserError for what accelerate is configured for and this program does not do."""
-    require(
-        not wants("DEEPSPEED"),
-        "accelerate is configured for DeepSpeed, which is not supported: it clips and steps inside its engine, out of "
-        "reach of --max_nonfinite_steps, and its checkpoints are pickled. FSDP2 shards the same things: accelerate "
-        "launch --config_file configs/fsdp2.yaml",
-    )
-
-
-def check_sharding(args, accelerator):
-    """Set FSDP up for this program. Raises UserError for what it can't do sharded."""
+def set_up_sharding(accelerator):
+    """Set FSDP up for this program. Raises UserError for what accelerate is configured for and can't be done."""
     if not is_sharded(accelerator):
         require(
             not wants("FSDP"), "accelerate is configured for FSDP, which needs GPUs, and none is here: leave it out"
@@ -51,13 +36,7 @@ def check_sharding(args, accelerator):
     plugin = accelerator.state.fsdp_plugin
     require(accelerator.is_fsdp2, "accelerate is configured for the first FSDP; give it fsdp_version: 2, as in "
             "configs/fsdp2.yaml")  # fmt: skip
-    require(not args.use_lora, "--use_lora is not supported under FSDP: a LoRA's own state is small; train it with "
-            "configs/ddp.yaml, a large model in 4 bits with --bnb_quantization_config_path")  # fmt: skip
-    require(args.optimizer == "adamw" and not args.use_8bit_adam,
-            f"{'--use_8bit_adam' if args.use_8bit_adam else f'--optimizer {args.optimizer}'} works on whole tensors; "
-            "under FSDP leave it away: AdamW's state is sharded anyway")  # fmt: skip
     require(accelerator.mixed_precision != "fp16", "--mixed_precision fp16 is not supported under FSDP; use bf16")
-    require(not args.torch_compile, "--torch_compile is not supported under FSDP: leave it out")
     require(plugin.cpu_offload is None or type(plugin.cpu_offload).__name__ == "OffloadPolicy",
             "fsdp_offload_params is not supported: set it to false; more GPUs make every part smaller")  # fmt: skip
     require(
@@ -210,8 +189,3 @@ def said_by(rank, value, accelerator):
         text = torch.empty(int(length), dtype=torch.uint8, device=device)
     torch.distributed.broadcast(text, rank)
     return json.loads(bytes(text.tolist()))
-
-
-def agreement(accelerator):
-    """Function that makes a wish of each rank the first one's: all of them save, where the model is sharded."""
-    return (lambda wish: from_first_rank(wish, accelerator)) if is_sharded(accelerator) else bool

@@ -156,7 +156,7 @@ from cache_utils import encode_images, model_identity, rows_of
 from export_utils import save_kohya, save_single_file
 from guard_utils import StopSignals
 from lora_utils import adapters, add_adapters, load_lora, lora_layers, save_lora
-from lpl_utils import DecoderStages, estimate_z0, lpl_noise_scale, noise_to_signal
+from lpl_utils import estimate_z0, lpl_noise_scale, noise_to_signal
 from train_utils import (
     build_recipe,
     choose_prompts,
@@ -560,21 +560,9 @@ def draw(denoiser, vae, data, recipe):
     )
     pipeline = StableDiffusion3Pipeline(vae=vae, transformer=denoiser.transformer, scheduler=scheduler, **text_parts)
     pipeline.set_progress_bar_config(disable=True)
-    at_once = min(args.num_validation_images, max(1, (1024 // args.resolution) ** 2))
-    rows = [(prompt, []) for prompt in args.validation_prompt]
+    prompt_of = functools.partial(pipeline_prompt, denoiser=denoiser, data=data, recipe=recipe)
     with shard_utils.evaluation(denoiser):
-        for prompt, images in tqdm(rows, desc="validation images", leave=False, disable=not recipe.main):
-            for first in range(0, args.num_validation_images, at_once):
-                seeds = range(args.seed + first, args.seed + min(first + at_once, args.num_validation_images))
-                generators = [torch.Generator(recipe.device).manual_seed(seed) for seed in seeds]
-                with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
-                    latents = pipeline(
-                        **pipeline_prompt([prompt] * len(seeds), denoiser, data, recipe), generator=generators,
-                        num_inference_steps=28, height=args.resolution, width=args.resolution, output_type="latent",
-                    ).images  # fmt: skip
-                decoded = vae.decode(DecoderStages(vae).to_vae_space(latents)).sample  # no autocast: see LPL's dtype
-                images += pipeline.image_processor.postprocess(decoded.float())
-    return rows
+        return train_utils.draw_prompts(pipeline, prompt_of, vae, recipe, num_inference_steps=28)
 
 
 def pipeline_prompt(prompts, denoiser, data, recipe):
@@ -745,9 +733,9 @@ def main(args, scan, held_out=()):
     state = checkpoint_utils.TrainingState(
         optimizer, lr_scheduler, accelerator.scaler, ema, recipe.auto_weight, checkpoint_utils.run_identity(args)
     )
-    draws = accelerator.is_main_process or shard_utils.is_sharded(accelerator)  # then drawing takes all ranks
+    takes_part = accelerator.is_main_process or shard_utils.is_sharded(accelerator)  # in drawing and saving
     gallery = report_utils.Gallery(args, lambda: draw(bare_denoiser, vae, data, recipe), accelerator.is_main_process)
-    if draws and args.validation_compare:
+    if takes_part and args.validation_compare:
         gallery.draw_start()
     first_step = 0
     if resume_from is not None:
@@ -757,9 +745,7 @@ def main(args, scan, held_out=()):
         if first_step >= total_steps:
             accelerator.print(f"--max_train_steps {total_steps} is reached already: the result is saved once more")
     guard, signals = recipe.guard, StopSignals()
-    clock = checkpoint_utils.CheckpointClock(
-        args.checkpointing_steps, args.checkpointing_minutes, agree=shard_utils.agreement(accelerator)
-    )
+    clock = checkpoint_utils.CheckpointClock(args.checkpointing_steps, args.checkpointing_minutes)
     reporter = report_utils.Reporter(args, accelerator, "sd3-lpl", train_utils.metric_names(args), first_step)
     metrics = reporter.metrics
 
@@ -774,7 +760,7 @@ def main(args, scan, held_out=()):
         with reporter.paused(), train_utils.averaged_weights(ema, parameters):
             if held_out:
                 reporter.log(step, measure_held_out())
-            if args.validation_prompt and draws:
+            if args.validation_prompt and takes_part:
                 reporter.log_images(gallery.draw(step), step)
 
     def save(step):
@@ -803,9 +789,10 @@ def main(args, scan, held_out=()):
                     loss, micro_parts = training_step(next(micro_batches), denoiser, recipe, step, metrics)
                     accelerator.backward(loss)
                 parts += micro_parts / args.gradient_accumulation_steps
-            done, asked = step + 1, signals.requested is not None
-            finite, stop = train_utils.optimize(
-                args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics, guard, done, asked
+            done = step + 1
+            wishes = (signals.requested is not None, accelerator.is_main_process and clock.late())
+            finite, stop, late = train_utils.optimize(
+                args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics, guard, done, wishes
             )
             if not finite:
                 metrics.restore(before)
@@ -815,7 +802,7 @@ def main(args, scan, held_out=()):
             reporter.step(done, batch_size, rates, bar, last=stop or done == total_steps)
             if stop:
                 signals.reached()
-            if clock.due(done) or (stop and done < total_steps):
+            if takes_part and (late or clock.due(done) or (stop and done < total_steps)):
                 save(done)
             if stop and done < total_steps:
                 break
@@ -825,10 +812,11 @@ def main(args, scan, held_out=()):
     if done < total_steps:
         return train_utils.stopped(accelerator, done)
     accelerator.wait_for_everyone()
-    with train_utils.averaged_weights(ema, parameters):
-        trained = shard_utils.gathered(bare_denoiser, accelerator.is_main_process)
-        if accelerator.is_main_process:
-            save_result(args, trained, schedule)
+    if takes_part:
+        with train_utils.averaged_weights(ema, parameters):
+            trained = shard_utils.gathered(bare_denoiser, accelerator.is_main_process)
+            if accelerator.is_main_process:
+                save_result(args, trained, schedule)
     if accelerator.is_main_process:
         card = report_utils.model_card(args, "sd3", total_steps, batch_size, len(scan.images), lpl_gate(args))
         hub_utils.write_card(output_dir, card)

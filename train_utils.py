@@ -14,7 +14,7 @@ from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from cache_utils import prompt_key
-from cli_utils import UserError
+from cli_utils import OwnError, UserError
 from data_utils import (
     AddressedBatches,
     SampleOrder,
@@ -29,10 +29,10 @@ from guard_utils import Guard, leave_signals_to_the_run
 from image_utils import DataError
 from input_utils import largest_size
 from lora_utils import is_text_encoder
-from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
+from lpl_utils import AutoWeight, DecoderStages, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
 from model_utils import read_json
 from safety_utils import loading
-from shard_utils import check_launch, check_sharding, is_sharded, local_part, whole
+from shard_utils import is_sharded, local_part, set_up_sharding, whole
 
 HELD_OUT_LEVELS = 10  # noise levels at which the held-out loss is measured
 HELD_OUT_SEED = 0  # of its noise: not --seed, so that runs with different seeds can be compared
@@ -373,7 +373,6 @@ def build_recipe(args, accelerator, schedule, dtype, empty_prompt, empty_is_zero
 
 def start_accelerator(args):
     """The Accelerator, with trackers below the output folder."""
-    check_launch()
     logging_dir = Path(args.output_dir, args.logging_dir)
     patience = timedelta(hours=12)  # other ranks wait while the first encodes and draws; NCCL's own is 10 minutes
     accelerator = Accelerator(
@@ -385,7 +384,7 @@ def start_accelerator(args):
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU, and none is here; use bf16 or no")
-    check_sharding(args, accelerator)
+    set_up_sharding(accelerator)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
@@ -478,17 +477,17 @@ def batches(args, data, accelerator, first_step, last_step):
         yield from loader
     except DataError as error:  # of a loading process' it holds the whole traceback, whose last line is the message
         kind = f"{type(error).__module__}.{type(error).__qualname__}: "
-        raise DataError(str(error).rpartition(kind)[2].strip()) from error
+        raise OwnError(str(error).rpartition(kind)[2].strip()) from error
 
 
-def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics, guard, step, stop):
+def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics, guard, step, wishes):
     """The optimizer step at the end of the accumulation: clip, look, step, schedule, average.
 
-    A step that is not finite is skipped and leaves everything as it was. Returns (whether it was made, whether the run
-    is to stop); stop: whether this rank was asked to.
+    A step that is not finite is skipped and leaves everything as it was. Returns (whether it was made, *whether any
+    rank has each of the wishes); wishes: this rank's, bools.
     """
     grad_norm = whole(accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))  # 0: no clipping
-    finite, faults, stop = guard.read(grad_norm, stop)
+    finite, faults, wishes = guard.read(grad_norm, wishes)
     guard.judge(faults, step, under_scaler=accelerator.scaler is not None)
     if finite:
         metrics.add("grad_norm", grad_norm)
@@ -499,7 +498,7 @@ def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metric
         lr_scheduler.step()
         if ema is not None:
             update_ema(ema, parameters, args.offload_ema)
-    return finite, stop
+    return finite, *wishes
 
 
 def stopped(accelerator, step):
@@ -522,7 +521,29 @@ def end(accelerator):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Held-out loss
+# Validation: pictures and the held-out loss
+
+
+def draw_prompts(pipeline, prompt_of, vae, recipe, num_inference_steps):
+    """[(prompt, [images])] of --validation_prompt, with the same seeds every time.
+
+    prompt_of: function from a list of prompts to the pipeline's arguments for them.
+    """
+    args, images = recipe.args, recipe.args.num_validation_images
+    at_once = min(images, max(1, (1024 // args.resolution) ** 2))
+    rows = [(prompt, []) for prompt in args.validation_prompt]
+    for prompt, drawn in tqdm(rows, desc="validation images", leave=False, disable=not recipe.main):
+        for first in range(0, images, at_once):
+            seeds = range(args.seed + first, args.seed + min(first + at_once, images))
+            generators = [torch.Generator(recipe.device).manual_seed(seed) for seed in seeds]
+            with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
+                latents = pipeline(
+                    **prompt_of([prompt] * len(seeds)), generator=generators, num_inference_steps=num_inference_steps,
+                    height=args.resolution, width=args.resolution, output_type="latent",
+                ).images  # fmt: skip
+            decoded = vae.decode(DecoderStages(vae).to_vae_space(latents)).sample  # no autocast: see LPL's dtype
+            drawn += pipeline.image_processor.postprocess(decoded.float())
+    return rows
 
 
 @torch.no_grad()

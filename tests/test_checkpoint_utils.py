@@ -430,14 +430,14 @@ def test_the_clock():
     clock = CheckpointClock(10, 30, now=lambda: now[0])
     assert [clock.due(step) for step in (1, 9, 10, 20, 21)] == [False, False, True, True, False]
     now[0] = 1799.0
-    assert not clock.due(11)
+    assert not clock.late()
     now[0] = 1800.0
-    assert clock.due(11) and clock.due(11)
+    assert clock.late() and clock.late()
     clock.saved()
-    assert not clock.due(12) and clock.due(20)
+    assert not clock.late()
     now[0] = 3600.0
-    assert clock.due(13)
-    assert not CheckpointClock(10, now=iter([0.0, 1e9, 1e9]).__next__).due(3)
+    assert clock.late()
+    assert not CheckpointClock(10, now=iter([0.0, 1e9, 1e9]).__next__).late()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

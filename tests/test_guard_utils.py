@@ -221,8 +221,8 @@ def two_ranks(script, flags, folder):
 
 
 STEP_WITHOUT_END = """
-import os, guard_utils
-guard_utils.PATIENCE = 1.0
+import os, sys, guard_utils
+guard_utils.PATIENCE = float(sys.argv[1])
 with guard_utils.StopSignals() as signals:
     signals.step_began()
     os.write(1, b"ready")
@@ -232,9 +232,9 @@ with guard_utils.StopSignals() as signals:
 """
 
 
-def in_a_step_without_end():
-    process = subprocess.Popen([sys.executable, "-c", STEP_WITHOUT_END], cwd=runs.ROOT, stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE)  # fmt: skip
+def in_a_step_without_end(patience):
+    words = [sys.executable, "-c", STEP_WITHOUT_END, str(patience)]
+    process = subprocess.Popen(words, cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.read(5) == b"ready"
     process.send_signal(signal.SIGTERM)
     assert b"SIGTERM: the run stops after this step and saves" in process.stderr.readline() + process.stderr.readline()
@@ -242,13 +242,13 @@ def in_a_step_without_end():
 
 
 def test_a_second_signal_stops_at_once():
-    process = in_a_step_without_end()
+    process = in_a_step_without_end(patience=100)
     process.send_signal(signal.SIGTERM)
-    assert process.wait(timeout=0.9) == -signal.SIGTERM, "before the watchdog would"
+    assert process.wait(timeout=50) == -signal.SIGTERM
 
 
 def test_the_watchdog_ends_a_run_whose_step_does_not_end():
-    process = in_a_step_without_end()
+    process = in_a_step_without_end(patience=1)
     asked = time.monotonic()
     assert process.wait(timeout=20) == 128 + signal.SIGTERM
     assert time.monotonic() - asked > 0.5 and b"giving up; the last checkpoint is sound" in process.stderr.read()
@@ -351,3 +351,11 @@ def test_the_shared_model_goes_before_the_group_of_ranks(recipe, tmp_path, steps
     said = process.communicate(timeout=240)[0]
     assert process.returncode == 0, said[-2000:]
     assert said.count("models that outlive the group: 0") == 2, said[-2000:]
+
+
+@pytest.mark.parametrize(("error", "heard"), [(cli_utils.UserError, False), (cli_utils.OwnError, True)])
+def test_what_one_rank_alone_knows_it_says_itself(monkeypatch, capsys, error, heard):
+    monkeypatch.setenv("RANK", "1")
+    with pytest.raises(SystemExit) as stopped, cli_utils.errors_for_people(debug=False):
+        raise error("a file is damaged")
+    assert stopped.value.code == 2 and ("error: a file is damaged" in capsys.readouterr().err) == heard

@@ -542,7 +542,7 @@ def table(text, script):
 CASES = [*table(MODELS, "sdxl"), *table(MODELS_SD3, "sd3"), *table(FLAGS, "sdxl"), *table(RECIPES_AND_DATA, "sdxl")]
 
 
-def told(message, parts, places):
+def assert_told(message, parts, places):
     """Assert that a message holds its three parts, with the cases' names replaced by paths."""
     for part in parts:
         assert part.format(**places) in message, (part, message)
@@ -550,7 +550,7 @@ def told(message, parts, places):
 
 @pytest.mark.parametrize(("script", "mistake", "parts"), CASES, ids=[f"{case[0]} {case[1][:70]}" for case in CASES])
 def test_a_mistake_is_answered_in_seconds_without_torch(script, mistake, parts, places):
-    told(refusal(script, mistake, places), parts, places)
+    assert_told(refusal(script, mistake, places), parts, places)
 
 
 HUB_CASES = {
@@ -565,7 +565,7 @@ HUB_CASES = {
 def test_what_the_hub_refuses(name, places, hub):
     """Models that may not be read, are not there, or have other weights than those asked for."""
     variables = {"HF_ENDPOINT": hub, "HF_HUB_OFFLINE": None}
-    told(refusal("sdxl", f"{BASE} {name}", places, **variables), (BASE, *HUB_CASES[name]), places)
+    assert_told(refusal("sdxl", f"{BASE} {name}", places, **variables), (BASE, *HUB_CASES[name]), places)
 
 
 @pytest.mark.parametrize("flag", [BASE, VAE, "--dataset_name", "--use_lora --init_lora"])
@@ -574,7 +574,7 @@ def test_without_a_network_nobody_waits(flag, places):
     mistake = f"{flag} no-one/nothing"
     message = refusal("sdxl", mistake, places, HF_ENDPOINT="http://127.0.0.1:9", HF_HUB_OFFLINE=None)
     advice = "Check its name and the network" if "dataset" in flag else "or connect"
-    told(message, (mistake.removeprefix("--use_lora "), "reach", advice), places)
+    assert_told(message, (mistake.removeprefix("--use_lora "), "reach", advice), places)
 
 
 def test_what_may_not_be_read(capsys):

@@ -263,7 +263,7 @@ def test_a_shard_that_is_damaged_while_a_run_reads_it_is_told_in_a_line(recipe, 
 
     with monkeypatch.context() as patch:
         patch.setattr(train_utils, "batches", spoilt)
-        with pytest.raises(cli_utils.DataError, match=r"\A[^\n]*shard-[^\n]*this cache file is damaged[^\n]*\Z"):
+        with pytest.raises(cli_utils.OwnError, match=r"\A[^\n]*shard-[^\n]*this cache file is damaged[^\n]*\Z"):
             runs.run(script, *flags)
     rows = runs.run(script, *flags, "--resume_from_checkpoint", "latest")
     assert len(rows) == 2, "what was damaged is encoded anew"

@@ -92,6 +92,29 @@ def test_refused_in_a_process_before_torch_is_imported(model, pictures, tmp_path
 
 
 @pytest.mark.parametrize(("recipe", "component"), CASES)
+def test_the_loaders_refuse_a_pickle_by_themselves(model, recipe, component, pictures, tmp_path, monkeypatch):
+    """As with a model on the Hub whose files could not be listed."""
+    script, folder = RECIPES[recipe][0], model(recipe)
+    pickle_weights(folder / component)
+    monkeypatch.setattr(script, "check_weights", lambda *args: None)
+    args = script.parse_args(flags_for(folder, pictures, tmp_path, tmp_path / "out"))
+
+    def load():
+        if component == "vae":
+            return script.load_vae(args, torch.float32, "cpu")
+        if component == "text_encoder_3":
+            return script.load_t5(args, torch.float32, "cpu")
+        if component.startswith("text"):
+            return script.load_text_encoders(args, torch.float32, "cpu")
+        return script.build_denoiser(args, torch.float32, "cpu")
+
+    with pytest.raises(OSError, match="safetensors"):
+        load()
+    args.allow_pickle = True
+    load()
+
+
+@pytest.mark.parametrize(("recipe", "component"), CASES)
 def test_a_pickle_that_is_allowed_is_read_as_weights_only(model, recipe, component, pictures, cache_dir, tmp_path):
     """Even then no program in it runs."""
     script, folder = RECIPES[recipe][0], model(recipe)
@@ -122,7 +145,8 @@ def test_what_another_flag_names_is_looked_at_in_its_place(model, sdxl_folder, p
     flags = flags_for(sdxl_folder, pictures, tmp_path, tmp_path / "out")
     for other in (folder, folder / "unet"):
         said = refused(train_sdxl_lpl, [*flags, "--pretrained_unet_model_name_or_path", str(other)])
-        assert f"--pretrained_unet_model_name_or_path {other}: has only pickled weights" in said
+        inside = "unet/ " if other == folder else ""
+        assert f"--pretrained_unet_model_name_or_path {other}: {inside}has only pickled weights" in said
     pickle_weights(folder / "vae", Canary(tmp_path / "canary"))
     said = refused(train_sdxl_lpl, [*flags, "--pretrained_vae_model_name_or_path", str(folder / "vae")])
     assert f"--pretrained_vae_model_name_or_path {folder / 'vae'}: has only pickled weights" in said
