@@ -20,6 +20,7 @@ from accelerate.commands.launch import launch_command_parser
 from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
 from safetensors.torch import load_file
 
+import check_utils
 import plan_utils
 import shard_utils
 import train_sd3_lpl_flow
@@ -68,7 +69,7 @@ def test_a_typo_in_a_key_would_be_seen(tmp_path):
 
 
 def accelerator_with(monkeypatch, **settings):
-    """As far as `check_sharding` looks at one, under FSDP with these settings of accelerate."""
+    """As far as `set_up_sharding` looks at one, under FSDP with these settings of accelerate."""
     for name, value in {"FSDP_VERSION": 2, "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP", **settings}.items():
         monkeypatch.setenv(name, str(value))
     plugin = FullyShardedDataParallelPlugin()
@@ -82,32 +83,46 @@ FLAGS = {"use_lora": False, "optimizer": "adamw", "use_8bit_adam": False, "torch
 
 
 @pytest.mark.parametrize(
-    ("flags", "settings", "said"),
+    ("flags", "said"),
     [
-        ({"use_lora": True}, {}, r"--use_lora is not .*configs/ddp.yaml"),
-        ({"optimizer": "prodigy"}, {}, "--optimizer prodigy works on whole tensors"),
-        ({"use_8bit_adam": True}, {}, "--use_8bit_adam works on whole tensors"),
-        ({"torch_compile": True}, {}, "--torch_compile is not supported under FSDP"),
-        ({}, {"FSDP_VERSION": 1}, "fsdp_version: 2"),
-        ({}, {"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
-        ({}, {"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--gradient_checkpointing"),
-        ({}, {"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, "TRANSFORMER_BASED_WRAP"),
-        ({}, {"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "TRANSFORMER_BASED_WRAP"),
+        ({"use_lora": True}, r"--use_lora is not .*configs/ddp.yaml"),
+        ({"optimizer": "prodigy"}, "--optimizer prodigy works on whole tensors"),
+        ({"use_8bit_adam": True}, "--use_8bit_adam works on whole tensors"),
+        ({"torch_compile": True}, "--torch_compile is not supported under FSDP"),
     ],
 )
-def test_what_cannot_be_sharded_is_refused(flags, settings, said, monkeypatch):
-    accelerator = accelerator_with(monkeypatch, **settings)
+def test_flags_that_cannot_be_sharded_are_refused_under_fsdp_only(flags, said, monkeypatch):
+    args = SimpleNamespace(**{**FLAGS, **flags})
+    monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)
+    check_utils.check_launch(args)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    check_utils.check_launch(SimpleNamespace(**FLAGS))
     with pytest.raises(UserError, match=said):
-        shard_utils.check_sharding(SimpleNamespace(**{**FLAGS, **flags}), accelerator)
+        check_utils.check_launch(args)
 
 
-def test_what_can_be_is_not(monkeypatch):
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"FSDP_VERSION": 1}, "fsdp_version: 2"),
+        ({"FSDP_OFFLOAD_PARAMS": "true"}, "fsdp_offload_params"),
+        ({"FSDP_ACTIVATION_CHECKPOINTING": "true"}, "--gradient_checkpointing"),
+        ({"FSDP_AUTO_WRAP_POLICY": "NO_WRAP"}, "TRANSFORMER_BASED_WRAP"),
+        ({"FSDP_AUTO_WRAP_POLICY": "SIZE_BASED_WRAP"}, "TRANSFORMER_BASED_WRAP"),
+    ],
+)
+def test_settings_of_fsdp_that_are_not_supported_are_refused(settings, said, monkeypatch):
+    with pytest.raises(UserError, match=said):
+        shard_utils.set_up_sharding(accelerator_with(monkeypatch, **settings))
+
+
+def test_settings_that_are_supported_are_not(monkeypatch):
     accelerator = accelerator_with(monkeypatch)
-    shard_utils.check_sharding(SimpleNamespace(**FLAGS), accelerator)
+    shard_utils.set_up_sharding(accelerator)
     assert accelerator.state.fsdp_plugin.mixed_precision_policy is None
     accelerator.mixed_precision = "fp16"
     with pytest.raises(UserError, match="use bf16"):
-        shard_utils.check_sharding(SimpleNamespace(**FLAGS), accelerator)
+        shard_utils.set_up_sharding(accelerator)
 
 
 @pytest.mark.parametrize(("name", "said"), [("DEEPSPEED", "configs/fsdp2.yaml"), ("FSDP", "needs GPUs")])
