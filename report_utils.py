@@ -1,4 +1,4 @@
-"""What a run shows while it goes and when it ends: log rows, progress, picture grids, `run.png`."""
+"""What a run leaves in its folder and shows: its flags, log rows, progress, picture grids, the card, `run.png`."""
 
 import contextlib
 import json
@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from cli_utils import SECRETS
-from hub_utils import Card
+from checkpoint_utils import set_aside
+from cli_utils import SECRETS, save_recipe
+from hub_utils import Card, check_access
+from input_utils import save_report
 from train_utils import Metrics
 
 
@@ -152,6 +154,24 @@ class Gallery:
             self.folder.mkdir(parents=True, exist_ok=True)
             labelled_rows(shown).save(self.folder / f"step-{step}.png")
         return rows
+
+
+def open_output_dir(args, accelerator, resume_from, report):
+    """Make --output_dir, and write there what the run is given: its flags and the report on its data.
+
+    What an earlier run left there is moved aside. Raises UserError where --push_to_hub would be refused at the end.
+    """
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    if not accelerator.is_main_process:
+        return
+    if aside := set_aside(output_dir, resume_from):
+        accelerator.print(f"Results of an earlier run are kept in {aside}")
+    if args.push_to_hub:
+        name = args.hub_model_id or output_dir.resolve().name
+        args.hub_model_id = check_access(name, args.hub_token, args.hub_private_repo)
+    save_recipe(args, output_dir / "config.yaml")
+    save_report(report, output_dir / "data_report.json")
 
 
 def model_card(args, kind, steps, images_per_step, images, gate):

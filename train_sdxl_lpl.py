@@ -628,16 +628,7 @@ def main(args, scan, held_out=()):
     if args.dry_run:
         return
     output_dir = Path(args.output_dir)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    if accelerator.is_main_process:
-        if aside := checkpoint_utils.set_aside(output_dir, resume_from):
-            accelerator.print(f"Results of an earlier run are kept in {aside}")
-        if args.push_to_hub:
-            args.hub_model_id = hub_utils.check_access(
-                args.hub_model_id or output_dir.resolve().name, args.hub_token, args.hub_private_repo
-            )
-        cli_utils.save_recipe(args, output_dir / "config.yaml")
-        input_utils.save_report(report, output_dir / "data_report.json")
+    report_utils.open_output_dir(args, accelerator, resume_from, report)
 
     data = fill_caches(args, scan.images, held_out, dtype, accelerator)
     recipe, vae = prepare_recipe(args, accelerator, schedule, dtype, data)

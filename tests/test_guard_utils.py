@@ -285,11 +285,30 @@ def test_a_run_that_fails_takes_its_loading_processes_along(recipe, tmp_path):
         os.killpg(process.pid, 0)
 
 
-def test_the_loading_processes_end_with_the_loop(recipe, tmp_path):
+def test_the_loading_processes_end_with_the_loop(recipe, tmp_path, monkeypatch):
     script, flags = recipe
+    alive = {}
+
+    def noting(name, function):
+        def noted(*args):
+            alive[name] = len(multiprocessing.active_children())
+            return function(*args)
+
+        return noted
+
+    monkeypatch.setattr(script, "training_step", noting("in the loop", script.training_step))
+    monkeypatch.setattr(script, "save_result", noting("after it", script.save_result))
     flags = [*flags, "--max_train_steps", 2, "--dataloader_num_workers", 2]
     runs.run(script, *flags, "--output_dir", tmp_path)
-    assert not multiprocessing.active_children()
+    assert alive == {"in the loop": 2, "after it": 0}
+
+
+@pytest.mark.parametrize(("minutes", "steps"), [(1e-9, [1, 2, 3]), (60, [])])
+def test_a_checkpoint_is_saved_when_the_minutes_have_gone_by(minutes, steps, recipe, tmp_path):
+    script, flags = recipe
+    flags = [*flags, "--max_train_steps", 3, "--checkpointing_steps", 1000, "--checkpointing_minutes", minutes]
+    runs.run(script, *flags, "--output_dir", tmp_path)
+    assert steps_of(tmp_path) == steps
 
 
 def test_a_loading_process_that_is_told_to_end_by_the_run_ends():
