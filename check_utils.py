@@ -3,11 +3,13 @@
 import importlib.util
 import math
 import os
+from importlib import metadata
 from pathlib import Path
 
 from cli_utils import PATHS, REPOSITORY, require
 from input_utils import target_sizes
 from model_utils import hub_like, read_json
+from resume_utils import check_resume
 
 POSITIVE = (
     "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples",
@@ -63,13 +65,14 @@ def check_flags(args):
         args.validation_prompt, args.validation_compare = None, False
     check_data_flags(args)
     check_output_dir(args)
-    check_resume(args)
     check_launch(args)
     check_lora_flags(args)
     check_quantization(args)
     check_optimizer_flags(args)
     check_installed(args)
+    check_machine(args)
     check_lpl_flags(args)
+    check_resume(args)
 
 
 def check_data_folder(name, folder):
@@ -88,18 +91,6 @@ def check_dataset_name(args):
     require(name or not args.dataset_config_name, "--dataset_config_name does nothing without --dataset_name")
     require(not name or Path(name).is_dir() or hub_like(name), f"--dataset_name {name}: there is no such folder, and "
             "Hub names have the form owner/name; a folder of images is --train_data_dir")  # fmt: skip
-
-
-def check_resume(args):
-    """--resume_from_checkpoint: latest, or a folder that is there; `checkpoint_utils` looks into it later."""
-    given = args.resume_from_checkpoint
-    if not given or given == "latest":
-        return
-    output_dir = Path(args.output_dir)
-    places = (Path(given), output_dir / Path(given).name)
-    there = any(place.is_dir() or place.with_name(f".old-{place.name}").is_dir() for place in places)
-    require(there, f"--resume_from_checkpoint {given}: no checkpoint there, nor in {output_dir}; give a folder "
-            "checkpoint-N, or latest")  # fmt: skip
 
 
 def check_output_dir(args):
@@ -219,6 +210,25 @@ def check_installed(args):
     }  # fmt: skip
     for flag, (wanted, package, hint) in needed.items():
         require(not wanted or importlib.util.find_spec(package), f"{flag}: {package} is not installed; {hint}")
+
+
+def is_for_cpus_only():
+    """Whether PyTorch, as installed, can use no GPU at all: its build for CPUs, and no plug-in for other devices."""
+    return metadata.version("torch").endswith("+cpu") and not metadata.entry_points(group="torch.backends")
+
+
+def check_machine(args):
+    """Flags that need a GPU, where PyTorch is installed without; where none is found, the run says it later."""
+    needing = {
+        "--mixed_precision fp16": (args.mixed_precision == "fp16", "use bf16 or no"),
+        "--enable_xformers_memory_efficient_attention": (
+            args.enable_xformers_memory_efficient_attention, "leave it out: PyTorch's attention saves memory too",
+        ),
+        "--bnb_quantization_config_path": (args.bnb_quantization_config_path, "leave it out"),
+    }  # fmt: skip
+    for flag, (wanted, advice) in needing.items():
+        require(not wanted or not is_for_cpus_only(),
+                f"{flag} needs a GPU, and PyTorch is installed here for CPUs only; {advice}")  # fmt: skip
 
 
 def check_lpl_flags(args):

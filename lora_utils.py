@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from torch import nn
 
 from cli_utils import UserError, require
+from preflight_utils import require_layers
 
 WEIGHTS = "pytorch_lora_weights.safetensors"
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -43,12 +44,7 @@ def add_adapters(args, models, pipeline_class, targets):
             init_lora_weights="gaussian",
             target_modules=list(layers),
         )
-        names = [name for name, _ in model.named_modules()]
-        missing = [layer for layer in layers if not any(f".{name}".endswith(f".{layer}") for name in names)]
-        require(
-            not missing,
-            f"--lora_layers: the {part} has no layer called {', '.join(missing)}; give names such as to_q,to_v",
-        )
+        require_layers(part, layers, [name for name, _ in model.named_modules()])
         try:
             model.add_adapter(config, adapter_name=ADAPTER)
         except ValueError as error:  # e.g. a layer of a kind that can't have one

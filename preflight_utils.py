@@ -228,6 +228,29 @@ def tensors_of(path):
     return header, 8 + length
 
 
+def check_lora_layers(args, part, replaced):
+    """Refuse names in --lora_layers that no layer of the denoiser has, where its files are here to tell.
+
+    part, replaced: see `safety_utils.place_of`.
+    """
+    flag, name, subfolder, _, variant = place_of(args, part, replaced)
+    folder = Path(name, subfolder)
+    paths = weight_files(f"{flag} {name}", folder, variant) if args.lora_layers and folder.is_dir() else []
+    if not paths or any(path.suffix != ".safetensors" for path in paths):
+        return
+    tensors = {name: entry for path in paths for name, entry in tensors_of(path)[0].items()}
+    layers = [name.removesuffix(".weight") for name, entry in tensors.items()
+              if name.endswith(".weight") and len(entry["shape"]) > 1]  # fmt: skip
+    require_layers(part, [name.strip() for name in args.lora_layers.split(",")], layers)
+
+
+def require_layers(part, wanted, names):
+    """Refuse what is not the end of the name of any layer. names: the layers of a part of the pipeline."""
+    missing = [layer for layer in wanted if not any(f".{name}".endswith(f".{layer}") for name in names)]
+    require(not missing, f"--lora_layers: the {part} has no layer called {', '.join(missing)}; give names such as "
+            "to_q,to_v")  # fmt: skip
+
+
 def check_small_parts(args, base, index, scheduler):
     """The scheduler's configuration, and on disk the tokenizers' files."""
     path = model_file(args.pretrained_model_name_or_path, "scheduler_config.json", args.revision, "scheduler")

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import numpy as np
 
-from checkpoint_utils import set_aside
 from cli_utils import SECRETS, save_recipe
 from hub_utils import Card, check_access
 from input_utils import save_report
+from resume_utils import set_aside
 from train_utils import Metrics
 
 

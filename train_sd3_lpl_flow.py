@@ -96,6 +96,7 @@ def parse_args(argv=None):
         weights = [*WEIGHTS, *["text_encoder_3"] * has_t5(args)]
         check_weights(args, weights, REPLACED)
         preflight_utils.check_files(args, weights, REPLACED)
+        preflight_utils.check_lora_layers(args, "transformer", REPLACED)
     preflight_utils.check_sd3(args, configs)
     preflight_utils.check_init_lora(args)
     blocks = configs["transformer"].get("num_layers", 18)
@@ -157,6 +158,7 @@ from export_utils import save_kohya, save_single_file
 from guard_utils import StopSignals
 from lora_utils import adapters, add_adapters, load_lora, lora_layers, save_lora
 from lpl_utils import estimate_z0, lpl_noise_scale, noise_to_signal
+from resume_utils import run_identity
 from train_utils import (
     build_recipe,
     choose_prompts,
@@ -722,7 +724,7 @@ def main(args, scan, held_out=()):
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ema = train_utils.build_ema(args, parameters)
     state = checkpoint_utils.TrainingState(
-        optimizer, lr_scheduler, accelerator.scaler, ema, recipe.auto_weight, checkpoint_utils.run_identity(args)
+        optimizer, lr_scheduler, accelerator.scaler, ema, recipe.auto_weight, run_identity(args)
     )
     takes_part = accelerator.is_main_process or shard_utils.is_sharded(accelerator)  # in drawing and saving
     gallery = report_utils.Gallery(args, lambda: draw(bare_denoiser, vae, data, recipe), accelerator.is_main_process)

@@ -182,7 +182,7 @@ def kill(processes, first=0):
 
 def state_of(folder):
     """Every tensor and number that a finished run leaves: its result, and its last checkpoint with all its state."""
-    from checkpoint_utils import verify_checkpoint
+    from resume_utils import verify_checkpoint
     from tests.runs import tensors_of, weights
 
     last = Path(folder, f"checkpoint-{STEPS}")

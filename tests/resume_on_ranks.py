@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import checkpoint_utils
+import resume_utils
 from cli_utils import UserError
 
 if __name__ == "__main__":
@@ -26,8 +27,9 @@ if __name__ == "__main__":
         num_processes=world, process_index=rank, is_main_process=rank == 0, device=torch.device("cpu")
     )
     hashed, answers = [], {}
-    sha256_of = checkpoint_utils.sha256_of
-    checkpoint_utils.sha256_of = lambda path: hashed.append(Path(path).name) or sha256_of(path)
+    sha256_of = resume_utils.sha256_of
+    resume_utils.sha256_of = lambda path: hashed.append(Path(path).name) or sha256_of(path)
+    checkpoint_utils.sha256_of = resume_utils.sha256_of
     for case in cases:
         args = argparse.Namespace(resume_from_checkpoint="latest", output_dir=case, **identity)
         hashed.clear()

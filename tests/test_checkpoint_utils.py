@@ -14,6 +14,7 @@ import signal
 import subprocess
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,21 +23,25 @@ from safetensors.torch import load_file, save_file
 
 import checkpoint_utils
 from checkpoint_utils import (
-    MANIFEST,
     CheckpointClock,
     TrainingState,
     checkpoint_bytes,
     checkpoint_to_resume,
-    find_checkpoint,
-    list_checkpoints,
-    newest_good,
     save_checkpoint,
-    set_aside,
-    tidy,
-    verify_checkpoint,
 )
 from cli_utils import UserError
 from lpl_utils import AutoWeight
+from resume_utils import (
+    MANIFEST,
+    check_resume,
+    list_checkpoints,
+    named_folder,
+    newest_good,
+    set_aside,
+    tidy,
+    verify_checkpoint,
+    write_manifest,
+)
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 FILES = [WEIGHTS, "unet/config.json", "training_state.safetensors", "training_state.json", MANIFEST]
@@ -282,6 +287,26 @@ def test_every_flipped_bit_is_noticed(save):
             assert verify_checkpoint(folder) is not None, (name, position, mask)
             path.write_bytes(whole)
     assert verify_checkpoint(folder) is None
+
+
+def test_the_early_look_leaves_damage_to_the_later_one(save, tmp_path):
+    """A damaged newest checkpoint may look like another run's; one that is another run's is refused by both."""
+    check_resume(arguments(tmp_path))
+    good = save(300)
+    for file in FILES:
+        damage(save(400), file, "delete")
+        check_resume(arguments(tmp_path))
+    bad = save(400)
+    check_resume(arguments(tmp_path))
+    path = bad / "training_state.json"
+    path.write_text(path.read_text().replace('"seed": 3', '"seed": 7'))
+    check_resume(arguments(tmp_path))
+    assert checkpoint_to_resume(arguments(tmp_path)) == good
+    write_manifest(bad, 400)
+    for look in (check_resume, checkpoint_to_resume):
+        for which in ("latest", "checkpoint-400", bad):
+            with pytest.raises(UserError, match=r"checkpoint-400 is of another run \(seed was 7, is 3\)"):
+                look(arguments(tmp_path, which))
 
 
 def test_a_manifest_of_another_step_is_damage(save):
@@ -733,7 +758,8 @@ def test_killed_at_every_write_of_a_save(there, step, limit, save, tmp_path):
         good, damaged = newest_good(folder)
         assert not damaged and good == (listed[-1][1] if listed else None), "a killed save is no damage"
         if steps:
-            assert find_checkpoint(f"checkpoint-{steps[-1]}", folder) == good
+            named = SimpleNamespace(resume_from_checkpoint=f"checkpoint-{steps[-1]}", output_dir=folder)
+            assert named_folder(named) == good
             assert build()[1].load(good) == steps[-1]
             assert set_aside(folder, good) is None, "on a start with `latest`"
             assert good.is_dir(), "what other ranks load from keeps its name"

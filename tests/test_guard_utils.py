@@ -15,9 +15,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-import checkpoint_utils
 import cli_utils
 import guard_utils
+import resume_utils
 import train_sd3_lpl_flow
 import train_sdxl_lpl
 import train_utils
@@ -269,7 +269,7 @@ def test_a_rank_that_hangs_does_not_keep_the_other_from_ending(recipe, tmp_path)
     assert time.monotonic() - asked > 10, "it had time for its step"
     os.kill(ranks[1], signal.SIGKILL)
     assert process.wait(timeout=60) != 0
-    assert checkpoint_utils.latest_checkpoint(tmp_path) is not None
+    assert resume_utils.latest_checkpoint(tmp_path) is not None
 
 
 def test_a_run_that_fails_takes_its_loading_processes_along(recipe, tmp_path):

@@ -17,6 +17,9 @@ from pathlib import Path
 
 import pytest
 
+from check_utils import is_for_cpus_only
+from resume_utils import write_manifest
+
 ROOT = Path(__file__).resolve().parent.parent
 SDXL, SD3 = ROOT / "examples" / "tiny-sdxl", ROOT / "examples" / "tiny-sd3"
 SCRIPTS = {"sdxl": "train_sdxl_lpl.py", "sd3": "train_sd3_lpl_flow.py"}
@@ -158,7 +161,8 @@ def make_models(places):
     for name, content in {"q_text": "load_in_4bit: true", "q_list": "[]", "q_none": "{}", "q_kind":
                           '{"load_in_4bit": true, "bnb_4bit_quant_type": "int4"}', "q_both":
                           '{"load_in_4bit": true, "load_in_8bit": true}', "q_typo":
-                          '{"load_in_4bit": true, "quant_type": "nf4"}'}.items():  # fmt: skip
+                          '{"load_in_4bit": true, "quant_type": "nf4"}', "quantized":
+                          '{"load_in_4bit": true}'}.items():  # fmt: skip
         places.file(f"{name}.json", content)
 
 
@@ -187,6 +191,10 @@ def make_recipes_and_data(places):
     places.paths |= {"pictures": ROOT / "examples" / "fluent-emoji", "zip": places.root / "pictures.zip"}
     places.folder("out", config__yaml="")
     shutil.copytree(SDXL, places.root / "out" / "model", copy_function=os.symlink)
+    places.folder("another")
+    checkpoint = places.folder("another/checkpoint-4", training_state__json='{"step": 4, "identity": {"seed": 7}}')
+    write_manifest(checkpoint, 4)
+    places.paths["checkpoint"] = checkpoint
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -415,6 +423,7 @@ MODELS_SD3 = f"""
 --use_lora --init_lora {{lokr}} | --init_lora | a LyCORIS adapter | give a LoRA
 --config {{r_none}} | r_none.yaml | resolution has no value | remove the line
 NODATA | no data | no data | give --train_data_dir FOLDER
+--use_lora --lora_layers attn.to_q,attn.to_x | --lora_layers | the transformer has no layer called attn.to_x | such
 """
 
 FLAGS = """
@@ -477,6 +486,10 @@ FLAGS = """
 --report_to paper | --report_to | is 'paper' | choose from tensorboard
 --enable_xformers_memory_efficient_attention | --enable_ | xformers is not installed | requirements-xformers.txt
 --resume_from_checkpoint checkpoint-12 | --resume_from_checkpoint checkpoint-12 | no checkpoint there | or latest
+--resume_from_checkpoint {checkpoint} | --resume_from_checkpoint | of another run (use_lora was None | give its flags
+--output_dir {another} --resume_from_checkpoint latest | checkpoint-4 | seed was 7, is 0 | start without
+--use_lora --lora_layers to_q,to_x | --lora_layers | the unet has no layer called to_x | such as to_q,to_v
+--use_lora --lora_layers attn1 | --lora_layers | the unet has no layer called attn1 | such as to_q,to_v
 --output_dir {q_none} | --output_dir | is a file | name a folder
 --cache_dir {q_none}/cache | --cache_dir | is a file | name a folder
 --output_dir {out} --pretrained_model_name_or_path {out}/model | lies in --output_dir | {out}/model | name another
@@ -550,6 +563,18 @@ def assert_told(message, parts, places):
 
 @pytest.mark.parametrize(("script", "mistake", "parts"), CASES, ids=[f"{case[0]} {case[1][:70]}" for case in CASES])
 def test_a_mistake_is_answered_in_seconds_without_torch(script, mistake, parts, places):
+    assert_told(refusal(script, mistake, places), parts, places)
+
+
+ON_CPUS = """
+--mixed_precision fp16 | --mixed_precision fp16 | PyTorch is installed here for CPUs only | use bf16 or no
+--use_lora --bnb_quantization_config_path {quantized} | --bnb_quantization_config_path | needs a GPU | leave it out
+"""
+
+
+@pytest.mark.skipif(not is_for_cpus_only(), reason="PyTorch is installed for GPUs too")
+@pytest.mark.parametrize(("script", "mistake", "parts"), table(ON_CPUS, "sdxl"))
+def test_what_pytorch_for_cpus_cannot_do_is_told_without_it(script, mistake, parts, places):
     assert_told(refusal(script, mistake, places), parts, places)
 
 

@@ -113,7 +113,7 @@ def test_linked_files_are_there():
 
 
 DATA = {"data_report_utils", "data_utils", "image_utils", "scan_utils", "source_utils", "store_utils", "table_utils"}
-CHECKS = {"check_utils", "cli_utils", "input_utils", "model_utils", "preflight_utils", "safety_utils"}
+CHECKS = {"check_utils", "cli_utils", "input_utils", "model_utils", "preflight_utils", "resume_utils", "safety_utils"}
 UTILS = DATA | CHECKS | {"cache_utils", "checkpoint_utils", "export_utils", "guard_utils", "hub_utils", "lora_utils",
                          "lpl_utils", "plan_utils", "report_utils", "shard_utils", "train_utils"}  # fmt: skip
 ALLOWED = {
@@ -128,20 +128,21 @@ ALLOWED = {
     "cli_utils": {"image_utils"},
     "model_utils": {"cli_utils"},
     "input_utils": DATA | {"model_utils"},
-    "check_utils": {"cli_utils", "input_utils", "model_utils"},
+    "resume_utils": {"cli_utils", "store_utils"},
+    "check_utils": {"cli_utils", "input_utils", "model_utils", "resume_utils"},
     "hub_utils": {"cli_utils", "model_utils"},
     "safety_utils": {"cli_utils", "model_utils"},
     "preflight_utils": {"cli_utils", "hub_utils", "model_utils", "safety_utils"},
     "preview_utils": DATA | CHECKS | {"report_utils"},
     "cache_utils": DATA | {"input_utils", "model_utils"},
-    "checkpoint_utils": {"cli_utils", "shard_utils", "store_utils"},
+    "checkpoint_utils": {"cli_utils", "resume_utils", "shard_utils", "store_utils"},
     "guard_utils": {"cli_utils"},
     "shard_utils": {"check_utils", "cli_utils"},
-    "lora_utils": {"cli_utils"},
+    "lora_utils": {"cli_utils", "preflight_utils"},
     "export_utils": {"cli_utils", "lora_utils"},
     "train_utils": DATA | CHECKS | {"cache_utils", "guard_utils", "lora_utils", "lpl_utils", "shard_utils"},
     "plan_utils": DATA | CHECKS | {"cache_utils", "lora_utils", "lpl_utils", "shard_utils", "train_utils"},
-    "report_utils": {"checkpoint_utils", "cli_utils", "hub_utils", "input_utils", "train_utils"},
+    "report_utils": {"cli_utils", "hub_utils", "input_utils", "resume_utils", "train_utils"},
     "train_sdxl_lpl": UTILS,
     "train_sd3_lpl_flow": UTILS,
 }
