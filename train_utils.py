@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -323,6 +324,7 @@ class Recipe:
     auto_weight: AutoWeight | None = None
     guard: Guard | None = None
     main: bool = True  # whether this is the process that says things
+    broken_off: Callable[[], bool] = lambda: False  # whether drawing ends early, since the run is to stop
 
     def lpl_weight(self):
         """The weight of the LPL term, a number or a scalar tensor on the device."""
@@ -501,15 +503,6 @@ def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metric
     return finite, *wishes
 
 
-def stopped(accelerator, step):
-    """The end of a run that was asked to stop: its checkpoint is written."""
-    accelerator.wait_for_everyone()
-    accelerator.print(
-        f"\nStopped after step {step}, which is saved; --resume_from_checkpoint latest goes on from there"
-    )
-    end(accelerator)
-
-
 def end(accelerator):
     """Close the trackers and part from the other ranks. The caller no longer holds the prepared model.
 
@@ -525,7 +518,7 @@ def end(accelerator):
 
 
 def draw_prompts(pipeline, prompt_of, vae, recipe, num_inference_steps):
-    """[(prompt, [images])] of --validation_prompt, with the same seeds every time.
+    """[(prompt, [images])] of --validation_prompt, with the same seeds every time; None where it was broken off.
 
     prompt_of: function from a list of prompts to the pipeline's arguments for them.
     """
@@ -534,6 +527,8 @@ def draw_prompts(pipeline, prompt_of, vae, recipe, num_inference_steps):
     rows = [(prompt, []) for prompt in args.validation_prompt]
     for prompt, drawn in tqdm(rows, desc="validation images", leave=False, disable=not recipe.main):
         for first in range(0, images, at_once):
+            if recipe.broken_off():
+                return None
             seeds = range(args.seed + first, args.seed + min(first + at_once, images))
             generators = [torch.Generator(recipe.device).manual_seed(seed) for seed in seeds]
             with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
