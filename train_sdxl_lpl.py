@@ -681,8 +681,8 @@ def train(args, images, held_out, plan, accelerator, signals):
         if not held_out and not args.validation_prompt:
             return
         with signals.unhurried(), reporter.paused(), train_utils.averaged_weights(ema, parameters):
-            if held_out:
-                reporter.log(step, measure_held_out())
+            if held_out and (losses := measure_held_out()):
+                reporter.log(step, losses)
             if args.validation_prompt and takes_part:
                 reporter.log_images(gallery.draw(step), step)
             reporter.draw_run()

@@ -547,7 +547,7 @@ def held_out_losses(data, recipe, accelerator, conditioning, measure):
 
     `validation/diffusion_loss` is the mean over the levels, `validation/lpl_loss` over those that the gate takes; each
     level has its own entry too. Every rank takes its share of the images; where the model is sharded, all of them call
-    it equally often, some for nothing.
+    it equally often, some for nothing. Empty where a run of one process was broken off.
 
     conditioning: function (batch, recipe, share of dropped prompts) -> the denoiser's conditions;
     measure: function (conditions, latents, noise, timesteps, with LPL or not) -> (diffusion losses (B,), LPL (B,)).
@@ -560,6 +560,8 @@ def held_out_losses(data, recipe, accelerator, conditioning, measure):
     for numbers, counted in tqdm(
         work, desc="held-out loss", leave=False, disable=not accelerator.is_local_main_process
     ):
+        if ranks == 1 and recipe.broken_off():
+            return {}
         batch = collate([latent | prompt for latent, prompt in map(data.held_out_entry, numbers)])
         batch["number"] = numbers
         latents = recipe.to_model_space(to_device(batch["mean"].float(), recipe.device))
