@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -46,7 +47,7 @@ class OwnError(UserError):
 
 @contextlib.contextmanager
 def errors_for_people(debug):
-    """Turn a UserError (or a data error) into one clear message and exit status 2; `--debug` shows the traceback."""
+    """Turn a UserError (or a data error) into one message and exit status 2, Ctrl-C into 130; `--debug` shows all."""
     try:
         yield
     except (UserError, DataError) as error:
@@ -60,6 +61,11 @@ def errors_for_people(debug):
             raise
         print(f"error: {error.filename}: {error.strerror}; give one that you may use", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("\nstopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def quiet_libraries(debug):
