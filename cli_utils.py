@@ -48,6 +48,8 @@ class OwnError(UserError):
 @contextlib.contextmanager
 def errors_for_people(debug):
     """Turn a UserError (or a data error) into one message and exit status 2, Ctrl-C into 130; `--debug` shows all."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield
     except (UserError, DataError) as error:
@@ -69,9 +71,11 @@ def errors_for_people(debug):
 
 
 def quiet_libraries(debug):
-    """Before diffusers and transformers are imported: only their errors are shown, so that ours can be read."""
+    """Before the slow imports: only the libraries' errors are shown, so that ours can be read; Ctrl-C just ends."""
     if debug:
         return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `errors_for_people` sees to it again
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")

@@ -489,6 +489,7 @@ FLAGS = """
 --resume_from_checkpoint {checkpoint} | --resume_from_checkpoint | of another run (use_lora was None | give its flags
 --output_dir {another} --resume_from_checkpoint latest | checkpoint-4 | seed was 7, is 0 | start without
 --use_lora --lora_layers to_q,to_x | --lora_layers | the unet has no layer called to_x | such as to_q,to_v
+--use_lora --lora_layers norm1 | --lora_layers | the unet has no layer called norm1 | such as to_q,to_v
 --use_lora --lora_layers attn1 | --lora_layers | the unet has no layer called attn1 | such as to_q,to_v
 --output_dir {q_none} | --output_dir | is a file | name a folder
 --cache_dir {q_none}/cache | --cache_dir | is a file | name a folder

@@ -80,6 +80,18 @@ def test_a_failed_upload_leaves_everything_and_the_printed_command_completes_it(
     assert "pytorch_lora_weights.safetensors" in hub.repositories[f"me/{name}"].files
 
 
+def test_a_run_that_is_asked_to_stop_at_its_end_says_how_to_publish(lora, hub, tmp_path):
+    """It was told to end: what is left, the upload, may take long."""
+    folder = tmp_path / "late"
+    driver = [sys.executable, str(ROOT / "tests" / "signalled.py"), "train_sdxl_lpl", "save_result", "1", "SIGTERM"]
+    result = start([*driver, *map(str, lora), "--output_dir", str(folder)], hub, tmp_path / "home")
+    assert result.returncode == 0 and "Not published, since the run was asked to stop" in result.stdout, result.stderr
+    assert not hub.repositories["me/late"].commits
+    [line] = [line for line in result.stdout.splitlines() if "hub_utils.py" in line]
+    assert start(["sh", "-c", line.strip()], hub, tmp_path / "home").returncode == 0
+    assert len(hub.repositories["me/late"].commits) == 1
+
+
 @pytest.mark.parametrize(
     ("token", "said"), [(None, "no token for the Hub"), ("hf_wrong", "401"), ("hf_reader", "403")]
 )

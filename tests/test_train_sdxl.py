@@ -84,6 +84,16 @@ def test_full_training_saves_a_whole_pipeline(flags, sdxl_folder, tmp_path):
     assert "hub_token" not in (tmp_path / "config.yaml").read_text()
 
 
+def test_the_curves_are_drawn_as_the_run_goes(flags, tmp_path, monkeypatch):
+    """Not at its end only: with the first validation there is something to look at."""
+    there, step = [], train_sdxl_lpl.training_step
+    monkeypatch.setattr(train_sdxl_lpl, "training_step",
+                        lambda *args: (there.append((tmp_path / "run.png").is_file()), step(*args))[1])  # fmt: skip
+    run(*flags, "--use_lora", "--max_train_steps", 5, "--validation_steps", 2, "--validation_split", 2,
+        "--output_dir", tmp_path)  # fmt: skip
+    assert there[2:] == [True] * 3
+
+
 def test_validation_uses_the_same_seeds_and_the_real_pipeline(flags, sdxl_folder, tmp_path):
     """The grid's first picture before training is what the base pipeline draws with that seed."""
     run(*flags, "--max_train_steps", 1, "--output_dir", tmp_path, "--learning_rate", 0, "--num_validation_images", 1,
