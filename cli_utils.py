@@ -172,7 +172,13 @@ class FlagParser(argparse.ArgumentParser):
         """
         missing = object()
         namespace = argparse.Namespace(**dict.fromkeys(self.flags(), missing))
-        namespace, unknown = self.parse_known_args(argv, namespace)
+        namespace, words = self.parse_known_args(argv, namespace)
+        switches = {f"--no-{dest}": dest for dest, action in self.flags().items() if is_switch(action)}
+        unknown = [word for word in words if word not in switches]
+        for off in (word for word in words if word in switches):
+            on = off.replace("--no-", "--", 1)
+            require(getattr(namespace, switches[off]) is not True, f"{on} and {off} exclude each other: give one")
+            setattr(namespace, switches[off], False)
         if unknown:
             raise UserError("; ".join(self._unknown(unknown)))
         given = {dest: value for dest, value in vars(namespace).items() if value is not missing}
@@ -235,7 +241,7 @@ class FlagParser(argparse.ArgumentParser):
         if value is None:
             require(action.default is None, f"--config {path}: {key} has no value; give one, or remove the line")
             return None
-        if action.nargs == 0 or isinstance(action, argparse.BooleanOptionalAction):
+        if is_switch(action):
             if not isinstance(value, bool):
                 raise UserError(f"--config {path}: {key} is {value!r}; it must be true or false")
             return value
@@ -284,14 +290,9 @@ def is_number(text):
     return True
 
 
-def add_switch(group, name, default, text):
-    """A switch that is recommended: on by default, with both forms --name and --no-name."""
-    group.add_argument(f"--{name}", f"--no-{name}", dest=name, action=_OnOff, nargs=0, default=default, help=text)
-
-
-class _OnOff(argparse.Action):
-    def __call__(self, parser, namespace, values, option_string=None):
-        setattr(namespace, self.dest, not option_string.startswith("--no-"))
+def is_switch(action):
+    """Whether a flag is on or off: `parse` takes --name, and --no-name against a recipe or a default that is on."""
+    return action.nargs == 0 and action.dest != "help"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -423,9 +424,11 @@ def add_lpl_arguments(parser):
     add("--lpl_loss_type", choices=("mse", "l1"), default="mse", help="default: %(default)s")
     add("--lpl_norm_type", choices=("standard", "shared", "default", "batch"), default="standard",
         help="how features are normalised; a weight means nothing without it (default: %(default)s)")  # fmt: skip
-    add_switch(group, "lpl_pow_law", True, "weight deeper layers by the inverse of their size (default: on)")
+    add("--lpl_pow_law", action="store_true", default=True,
+        help="weight deeper layers by the inverse of their size (default: on; --no-lpl_pow_law)")  # fmt: skip
     add("--lpl_num_blocks", type=int, default=4, help="up blocks of the decoder that are used (default: %(default)s)")
-    add_switch(group, "lpl_remove_outliers", True, "leave out activations of huge magnitude (default: on)")
+    add("--lpl_remove_outliers", action="store_true", default=True,
+        help="leave out activations of huge magnitude (default: on; --no-lpl_remove_outliers)")  # fmt: skip
     add("--lpl_scale", action="store_true", help="weight each sample by alpha^2 / (alpha^2 + sigma^2)")
     add("--lpl_start", type=int, default=0, help="first optimizer step that it applies to (default: %(default)s)")
     add(

@@ -165,7 +165,7 @@ def open_output_dir(args, accelerator, resume_from, report):
     output_dir.mkdir(parents=True, exist_ok=True)
     if not accelerator.is_main_process:
         return
-    if aside := set_aside(output_dir, resume_from):
+    if aside := set_aside(output_dir, resume_from, args.logging_dir):
         accelerator.print(f"Results of an earlier run are kept in {aside}")
     if args.push_to_hub:
         name = args.hub_model_id or output_dir.resolve().name

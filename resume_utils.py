@@ -19,9 +19,12 @@ CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
 HASH_THREADS = 4  # sha256 runs without the interpreter's lock, about 0.4 to 2 GB/s a thread
-OLD_RESULTS = ("checkpoint-*", "damaged-checkpoint-*", "validation", "image_*.png",
-               "pytorch_lora_weights*.safetensors", "model.safetensors", "model_index.json", "README.md",
-               "run.png")  # fmt: skip
+RUN_MARK = "config.yaml"  # a folder that has it is one of a run
+LEFT_BY_A_RUN = (
+    "checkpoint-*", "damaged-checkpoint-*", "validation", "image_*.png", "run.png", "data_report.json", "README.md",
+    "pytorch_lora_weights*.safetensors", "model.safetensors", "model_index.json",
+    "unet", "transformer", "vae", "scheduler", "tokenizer", "tokenizer_[23]", "text_encoder", "text_encoder_[23]",
+)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -196,11 +199,12 @@ def tidy(output_dir):
         os.replace(folder, final)
 
 
-def set_aside(output_dir, resume_from):
+def set_aside(output_dir, resume_from, logging_dir="logs"):
     """Move what an earlier run left in the output folder to `previous-1` and so on, so that it is not taken for ours.
 
-    On a fresh start these are its results and checkpoints; resuming, the checkpoints after the one resumed from, of
-    which the damaged ones are renamed to damaged-checkpoint-N. Nothing is deleted but what killed runs were writing.
+    On a fresh start that is everything it wrote, logs and flags included; resuming, the checkpoints after the one
+    resumed from, of which the damaged ones are renamed to damaged-checkpoint-N. Nothing is deleted but what killed
+    runs were writing. A run that was refused or stopped before it had anything to show leaves nothing to be kept.
     For the main process alone. What the other ranks may be resuming from keeps its name.
     Returns the folder, or None when there was nothing to move.
     """
@@ -208,8 +212,8 @@ def set_aside(output_dir, resume_from):
     if resume_from is None:
         tidy(output_dir)
         old = [folder for _, folder in candidates(output_dir)]
-        if (output_dir / "config.yaml").is_file():  # the mark of an earlier run
-            old = [path for pattern in OLD_RESULTS for path in output_dir.glob(pattern)]
+        if (output_dir / RUN_MARK).is_file():
+            old = left_by_a_run(output_dir, logging_dir)
     else:
         remove_temporary(output_dir)
         old = []
@@ -225,8 +229,21 @@ def set_aside(output_dir, resume_from):
         number += 1
     place.mkdir()
     for path in old:
-        os.replace(path, place / path.name)
+        (place / path.relative_to(output_dir)).parent.mkdir(parents=True, exist_ok=True)
+        os.replace(path, place / path.relative_to(output_dir))
     return place
+
+
+def left_by_a_run(output_dir, logging_dir):
+    """What a run wrote into its folder, in the order to move it: the mark last, should the mover be killed."""
+    logs = output_dir / logging_dir
+    logs = [logs] if (logs / "metrics.jsonl").is_file() and logs.is_relative_to(output_dir) else []
+    results = [path for pattern in LEFT_BY_A_RUN for path in sorted(output_dir.glob(pattern))]
+    shown = any((path / "metrics.jsonl").stat().st_size for path in logs)
+    begun = any(not (path / RUN_MARK).is_file() for path in output_dir.glob("previous-*"))  # to be moved, perhaps
+    if not shown and not begun and all(path.name == "data_report.json" for path in results):
+        return []
+    return [*results, *logs, output_dir / RUN_MARK]
 
 
 def newer_than(resume_from, output_dir):

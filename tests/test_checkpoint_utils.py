@@ -438,7 +438,18 @@ def test_results_of_earlier_runs_move(save, tmp_path):
     save(5)
     (tmp_path / "config.yaml").touch()
     assert set_aside(tmp_path, None) == tmp_path / "previous-4"
-    assert names(tmp_path / "previous-4") == ["checkpoint-5", "damaged-checkpoint-2"]
+    assert names(tmp_path / "previous-4") == ["checkpoint-5", "config.yaml", "damaged-checkpoint-2"]
+
+
+def test_a_run_that_showed_nothing_leaves_nothing_to_keep(tmp_path):
+    (tmp_path / "logs").mkdir()
+    for name in ("config.yaml", "data_report.json", "logs/metrics.jsonl", "notes.txt"):
+        (tmp_path / name).touch()
+    assert set_aside(tmp_path, None) is None
+    (tmp_path / "logs" / "metrics.jsonl").write_text("{}")
+    assert set_aside(tmp_path, None) == tmp_path / "previous-1"
+    assert names(tmp_path) == ["notes.txt", "previous-1"], "what is the user's own stays"
+    assert names(tmp_path / "previous-1") == ["config.yaml", "data_report.json", "logs"]
 
 
 def test_resuming_from_elsewhere_moves_what_is_newer(save, tmp_path):
@@ -798,6 +809,20 @@ def test_killed_while_it_recovers(save, tmp_path):
 
     kill_at_every_call(lambda: set_aside(folder, None), folder, before, check_kept)
     assert names(folder) == ["previous-1"] and names(folder / "previous-1") == ["checkpoint-1", "checkpoint-2"]
+
+    (before / "my" / "logs").mkdir(parents=True)
+    (before / "my" / "logs" / "metrics.jsonl").write_text("{}")
+    for name in ("config.yaml", "image_0.png", "model_index.json"):
+        (before / name).write_text(name)
+    mine = ["config.yaml", "image_0.png", "metrics.jsonl", "model_index.json"]
+
+    def check_results(kill_at):
+        set_aside(folder, None, "my/logs")
+        kept = [path for path in folder.rglob("*") if path.name in mine]
+        assert sorted(path.name for path in kept) == mine
+        assert all(path.relative_to(folder).parts[0].startswith("previous-") for path in kept)
+
+    assert kill_at_every_call(lambda: set_aside(folder, None, "my/logs"), folder, before, check_results)
 
 
 def test_an_old_one_beside_a_damaged_new_one(save, tmp_path, capsys):

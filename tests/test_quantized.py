@@ -29,7 +29,7 @@ def test_without_a_gpu_it_is_refused_before_weights_load(recipe, tmp_path):
     run, flags = recipe
     path = tmp_path / "nf4.json"
     path.write_text(json.dumps(CONFIGS["nf4"]))
-    with pytest.raises(UserError, match="--bnb_quantization_config_path: quantizing needs a CUDA GPU"):
+    with pytest.raises(UserError, match=r"--bnb_quantization_config_path.* needs a (CUDA )?GPU"):
         run(*flags, "--bnb_quantization_config_path", path, "--output_dir", tmp_path / "out")
 
 

@@ -9,6 +9,7 @@ import yaml
 
 import train_sd3_lpl_flow
 import train_sdxl_lpl
+from cli_utils import UserError
 from tests import sd3, sdxl
 from tests.runs import ROOT
 
@@ -47,6 +48,25 @@ def test_recipes_explain_themselves(recipe):
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
     assert sum("#" in line for line in lines) >= len(lines) / 4
     assert yaml.safe_load(text)["use_lpl"] is True
+
+
+@pytest.mark.parametrize("script", [train_sdxl_lpl, train_sd3_lpl_flow])
+def test_every_switch_of_a_recipe_can_be_turned_off(script, tmp_path):
+    """On the command line, and in a recipe against a default that is on; both forms at once are a mistake."""
+    parser = script.build_parser()
+    switches = {dest for dest, action in parser.flags().items() if action.nargs == 0}
+    assert {"use_lpl", "use_lora", "center_crop", "lpl_pow_law", "push_to_hub"} <= switches
+    recipe = tmp_path / "all.yaml"
+    for value in (True, False):
+        recipe.write_text("".join(f"{name}: {str(value).lower()}\n" for name in switches))
+        words = [f"--{name}" if not value else f"--no-{name}" for name in switches]
+        args = vars(parser.parse(["--config", str(recipe), *words]))
+        assert {args[name] for name in switches} == {not value}
+    for name in switches:
+        with pytest.raises(UserError, match=f"--{name} and --no-{name} exclude each other"):
+            parser.parse([f"--{name}", f"--no-{name}"])
+    with pytest.raises(UserError, match="unknown flag --no-rank"):
+        parser.parse(["--no-rank"])
 
 
 def test_there_is_a_recipe_for_each_need():

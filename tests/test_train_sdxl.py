@@ -191,15 +191,28 @@ def test_a_fresh_run_keeps_the_results_of_an_earlier_one_apart(flags, tmp_path):
         tmp_path,
     ]
     run(*flags, "--max_train_steps", 8)
-    first = weights(tmp_path)
+    first, left = weights(tmp_path), {path.name for path in tmp_path.iterdir()}
     run(*flags, "--seed", 8, "--max_train_steps", 4)
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     kept = tmp_path / "previous-1"
     assert {path.name for path in kept.glob("checkpoint-*")} == {"checkpoint-6", "checkpoint-8"}
     assert weights(kept) == first != weights(tmp_path)
+    assert {path.name for path in kept.iterdir()} == left >= {"config.yaml", "data_report.json", "logs", "run.png"}
+    assert "seed: 3" in (kept / "config.yaml").read_text() and "seed: 8" in (tmp_path / "config.yaml").read_text()
+    assert [len((folder / "logs" / "metrics.jsonl").read_text().splitlines()) for folder in (kept, tmp_path)] == [8, 4]
     run(*flags, "--seed", 8, "--max_train_steps", 3, "--resume_from_checkpoint", "checkpoint-2")
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2"}
     assert (tmp_path / "previous-2" / "checkpoint-4").is_dir()
+
+
+def test_a_whole_model_of_an_earlier_run_is_kept_too(flags, tmp_path):
+    flags = [*flags, "--output_dir", tmp_path, "--logging_dir", "my/logs"]
+    run(*flags, "--max_train_steps", 1)
+    before = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    run(*flags, "--max_train_steps", 1, "--seed", 8)
+    kept = tmp_path / "previous-1"
+    assert before == {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*") if path.is_file()}
+    assert len(before) > 15 and weights(kept) != weights(tmp_path)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
