@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import logging
 import os
+import signal
 import sys
 import warnings
 from pathlib import Path
@@ -46,7 +47,7 @@ class OwnError(UserError):
 
 @contextlib.contextmanager
 def errors_for_people(debug):
-    """Turn a UserError (or a data error) into one clear message and exit status 2; `--debug` shows the traceback."""
+    """Turn a UserError (or a data error) into one message and exit status 2, Ctrl-C into 130; `--debug` shows all."""
     try:
         yield
     except (UserError, DataError) as error:
@@ -60,6 +61,11 @@ def errors_for_people(debug):
             raise
         print(f"error: {error.filename}: {error.strerror}; give one that you may use", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("\nstopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 def quiet_libraries(debug):
@@ -124,7 +130,9 @@ ELSEWHERE = dict.fromkeys(
 class FlagParser(argparse.ArgumentParser):
     """An ArgumentParser with named groups, no abbreviations, and a suggestion for a misspelt flag."""
 
-    def __init__(self, description):
+    def __init__(self, description, takes_part_of_a_recipe=False):
+        """takes_part_of_a_recipe: a file for --config may have flags of other scripts too, which are left out."""
+        self.takes_part_of_a_recipe = takes_part_of_a_recipe
         super().__init__(
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -230,6 +238,9 @@ class FlagParser(argparse.ArgumentParser):
         if not isinstance(content, dict):
             found = type(content).__name__
             raise UserError(f"--config {path}: found a {found}; expected lines such as `learning_rate: 1e-4`")
+        if self.takes_part_of_a_recipe:
+            content = {key: value for key, value in content.items() if key in self.flags()}
+            print(f"--config {path}: taken are {', '.join(content) or 'no flags'}; the others are not about the data")
         return {key: self._recipe_value(path, key, value) for key, value in content.items()}
 
     def _recipe_value(self, path, key, value):

@@ -4,6 +4,7 @@ Both are settled once per optimizer step, in one packed read: `Guard.read` is th
 the device.
 """
 
+import contextlib
 import faulthandler
 import math
 import os
@@ -115,15 +116,18 @@ class Guard:
 
 
 class StopSignals:
-    """Context in which SIGTERM, SIGINT and SIGUSR1 ask the loop to stop after its step; a second one stops at once.
+    """Context in which SIGTERM, SIGINT and SIGUSR1 end a run without loss; a second one ends it at once.
 
-    `requested` tells. From the first signal on a watchdog counts: where the step does not end, because another rank is
-    gone and will never answer, the process ends itself with the signal's usual status. `reached` calls it off.
+    Before the first step a run of one process ends there and then, with status 0; one of several dies by the signal,
+    and its launcher takes the others along. In the loop, `requested` tells it to stop after its step. From the signal
+    on a watchdog counts: where the step does not end, because another rank is gone and will never answer, the process
+    ends itself with the signal's usual status. `reached` calls it off. After the loop, the result is written first.
     """
 
-    def __init__(self):
+    def __init__(self, accelerator):
+        self.accelerator = accelerator
         self.requested, self.slowest, self.began = None, 0.0, None
-        self._before, self._reached = {}, threading.Event()
+        self._before, self._reached, self._in_no_hurry, self._ending = {}, threading.Event(), False, False
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
@@ -143,26 +147,60 @@ class StopSignals:
             self.slowest = max(self.slowest, now - self.began)
         self.began = now
 
+    @contextlib.contextmanager
+    def unhurried(self):
+        """Between steps, to draw, to measure or to save: the watchdog does not count. The ranks leave it together."""
+        began, self._in_no_hurry = time.monotonic(), True
+        try:
+            yield
+            self.accelerator.wait_for_everyone()
+        finally:
+            self._in_no_hurry = False
+            if self.began is not None:
+                self.began += time.monotonic() - began
+
     def reached(self):
         """The loop has seen the request and saves: no more hurry."""
         self._reached.set()
 
+    def ending(self):
+        """The loop is over; what is left is to write the result."""
+        self._reached.set()
+        self._ending = True
+
     def _handle(self, number, frame):
-        if self.requested is not None:
+        before_training = self.began is None and not self._ending
+        if self.requested is not None or (before_training and self.accelerator.num_processes > 1):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         self.requested = number
-        name = signal.Signals(number).name
-        os.write(2, f"\n{name}: the run stops after this step and saves; a second signal stops it at once\n".encode())
+        if before_training:
+            tell(number, "stopped before the first step; what is encoded is kept")
+            raise SystemExit(0)
+        if self._ending:
+            tell(number, "the result is written first; a second signal stops it at once")
+            return
+        tell(number, "the run stops after this step and saves; a second signal stops it at once")
         threading.Thread(target=self._watch, args=(number,), daemon=True).start()
 
     def _watch(self, number):
-        if not self._reached.wait(PATIENCE + 2 * self.slowest):
-            os.write(2, b"the step does not end: is another rank gone? giving up; the last checkpoint is sound\n")
-            if "--debug" in sys.argv:
-                faulthandler.dump_traceback()
-            os._exit(128 + number)
+        left, before = PATIENCE + 2 * self.slowest, time.monotonic()
+        while left > 0:
+            if self._reached.wait(min(left, 0.5)):
+                return
+            now = time.monotonic()
+            left -= 0 if self._in_no_hurry else now - before
+            before = now
+        os.write(2, b"the step does not end: is another rank gone? giving up; the last checkpoint is sound\n")
+        if "--debug" in sys.argv:
+            faulthandler.dump_traceback()
+        os._exit(128 + number)
+
+
+def tell(number, what):
+    """Say what a signal does, from its handler: print is not safe there."""
+    os.write(2, f"\n{signal.Signals(number).name}: {what}\n".encode())
 
 
 def leave_signals_to_the_run(worker=None):

@@ -486,6 +486,12 @@ def publish_or_exit(folder, repo_id, token=None, private=False, patience=PATIENC
         sys.exit(3)
 
 
+def tell_how_to_publish(folder, repo_id, private=False):
+    """Instead of publishing, where the run was asked to stop."""
+    print(f"Not published, since the run was asked to stop. This publishes it:\n    "
+          f"{retry_command(folder, repo_id, private)}")  # fmt: skip
+
+
 def main(argv=None):
     """The command that tries an upload again: exit status 0, 2 for a mistake of the user's, 3 for a failed upload."""
     parser = FlagParser(__doc__)

@@ -3,8 +3,9 @@
 import contextlib
 import hashlib
 import json
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import pairwise
+from pathlib import Path
 
 import torch
 
@@ -19,6 +20,25 @@ from lpl_utils import DecoderStages, LatentPerceptualLoss
 from shard_utils import is_sharded
 from store_utils import digest, write_whole
 from train_utils import HELD_OUT_LEVELS, lpl_config
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is settled about a run before any weights load."""
+
+    schedule: object  # noise levels, timesteps and targets: the script's `Schedule`
+    dtype: torch.dtype  # that the denoiser computes in
+    batch_size: int  # images of an optimizer step, over all ranks
+    total_steps: int  # optimizer steps
+    resume_from: Path | None  # the checkpoint that it goes on from
+
+
+def plan_run(args, accelerator, schedule, images, resume_from):
+    """The Plan of a run on so many images."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    total_steps = args.max_train_steps or -(-args.num_train_epochs * images // batch_size)
+    return Plan(schedule, dtype, batch_size, total_steps, resume_from)
 
 
 def latent_size(args, vae):

@@ -3,11 +3,12 @@
     python data_utils.py FOLDER                               # the report on the data
     python data_utils.py FOLDER --report data_report.json     # and in a file
     python data_utils.py FOLDER --preview preview.png         # and a contact sheet of the first samples
+    python data_utils.py FOLDER --preview preview.png --config configs/recipes/sdxl-lora-16gb.yaml
     python data_utils.py FOLDER --preview preview.png --vae madebyollin/sdxl-vae-fp16-fix
 
-With a run's seed, batch size and data flags the sheet has the very samples that this run on one GPU begins with: the
-same crops, flips, captions and dropped captions. With --vae it shows beside each picture what the autoencoder makes
-of its latents: no denoiser can draw better than that.
+With a run's seed, batch size and data flags, or its recipe as --config, the sheet has the very samples that this run
+on one GPU begins with: the same crops, flips, captions and dropped captions. With --vae it shows beside each picture
+what the autoencoder makes of its latents: no denoiser can draw better than that.
 
 What this file holds, in order:
 
@@ -79,7 +80,7 @@ UNKNOWN = "□"
 
 def build_parser() -> cli_utils.FlagParser:
     """All flags of the command. Those about the data are the training scripts' own."""
-    parser = cli_utils.FlagParser(__doc__.split("\n\nWhat this file holds")[0])
+    parser = cli_utils.FlagParser(__doc__.split("\n\nWhat this file holds")[0], takes_part_of_a_recipe=True)
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="the images, as for --train_data_dir")
     group = parser.add_argument_group("preview")
     add = group.add_argument
@@ -92,6 +93,7 @@ def build_parser() -> cli_utils.FlagParser:
     parser.flags()["dataloader_num_workers"].help = argparse.SUPPRESS
     group = parser.add_argument_group("run")
     add = group.add_argument
+    add("--config", help="recipe file of that run, or its config.yaml: its flags about the data are taken")
     add("--seed", type=int, default=0, help="of the run that is looked ahead at (default: %(default)s)")
     add("--train_batch_size", type=int, default=16, help="of that run (default: %(default)s, as for SDXL)")
     add("--validation_split", type=float, help="share of the images, or number, that the run holds out")
@@ -108,6 +110,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         UserError: a flag is unknown, out of range, or contradicts another; a folder or model is not there.
     """
     args = build_parser().parse(argv)
+    if args.folder and args.config:  # the folder named on the command line wins over the recipe's
+        args.train_data_dir = args.instance_data_dir = args.dataset_name = None
     sources = [args.folder, args.train_data_dir, args.instance_data_dir, args.dataset_name]
     require(any(sources), "no data: give a FOLDER or --dataset_name NAME")
     require(sum(map(bool, sources)) == 1, "name one source of images: a FOLDER, --train_data_dir or --dataset_name")

@@ -42,8 +42,11 @@ class History:
 class Reporter:
     """Everything a run says while it goes: progress bar, metrics file, trackers, `run.png`."""
 
-    def __init__(self, args, accelerator, project, names, first_step):
+    def __init__(self, args, accelerator, model, names, first_step):
+        """model: what is trained, "SDXL" or "SD3"; names: of the metrics; first_step: where the run goes on."""
         self.args, self.accelerator, self.names = args, accelerator, names
+        kind, loss = "LoRA" if args.use_lora else "full", "with" if args.use_lpl else "without"
+        self.title = f"{model} {kind} fine-tuning, {loss} LPL"
         self.metrics = Metrics(accelerator.device)
         self.output_dir = Path(args.output_dir)
         self.main = accelerator.is_main_process
@@ -52,7 +55,7 @@ class Reporter:
             public = {key: value for key, value in vars(args).items() if key not in SECRETS}
             kinds = (int, float, str, bool)
             config = {key: value if isinstance(value, kinds) else str(value) for key, value in public.items()}
-            accelerator.init_trackers(project, config)
+            accelerator.init_trackers(f"{model.lower()}-lpl", config)
         self.samples, self.since, self.warned = 0, time.perf_counter(), False
 
     @contextlib.contextmanager
@@ -110,9 +113,24 @@ class Reporter:
         for number, image in enumerate(image for _, images in rows for image in images):
             image.save(self.output_dir / f"image_{number}.png")
 
-    def finish(self, title):
+    def draw_run(self):
+        """`run.png`: the run at a glance, as far as it has come."""
+        if self.main and self.history.rows:
+            plot_run(self.history, self.output_dir / "run.png", self.title)
+
+    def stopped(self, step):
+        """The end of a run that was asked to stop, after it was saved."""
+        self.draw_run()
+        self.accelerator.print(
+            f"\nStopped after step {step}, which is saved. --resume_from_checkpoint latest goes on from there; with "
+            f"--max_train_steps {step} as well, it makes a result of it"
+        )
+
+    def finish(self):
         """Draw `run.png` and say what there is to look at."""
-        plot_run(self.history, self.output_dir / "run.png", title)
+        self.draw_run()
+        if not self.main:
+            return
         held_out = self.history.series("validation/diffusion_loss")[1]
         grids = sorted((self.output_dir / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
         print(f"\nDone. Results in {self.output_dir}; the run at a glance: {self.output_dir / 'run.png'}")
@@ -126,7 +144,7 @@ class Gallery:
     """The validation grids of a run, and with --validation_compare the pictures that it started from."""
 
     def __init__(self, args, draw, keep=True):
-        """draw: function without arguments that returns [(prompt, [images])]; keep: whether to write files."""
+        """draw: function without arguments that returns [(prompt, [images])] or None; keep: whether to write files."""
         self.folder, self.keep = Path(args.output_dir) / "validation", keep
         self.compare, self.draw_rows, self.start = args.validation_compare, draw, None
 
@@ -142,8 +160,10 @@ class Gallery:
                 image.save(folder / f"{row}-{column}.png")
 
     def draw(self, step):
-        """Draw every prompt, save the grid, return the rows [(prompt, [images])]."""
+        """Draw every prompt, save the grid, return the rows [(prompt, [images])]; nothing where it was broken off."""
         rows = shown = self.start if self.start and step == 0 else self.draw_rows()
+        if rows is None:
+            return []
         if self.start and step:
             shown = [
                 (f"{prompt}  ({when})", images)

@@ -587,20 +587,20 @@ def memory_estimate(args, denoiser, vae, dtype):
     return plan_utils.memory_parts(args, weights, trained, activations.total, vae)
 
 
-def check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps):
+def check_and_print_plan(args, scan, held_out, plan, accelerator):
     """Check what needs no weights, and say what will happen; returns the report on the data. Raises UserError."""
     say = accelerator.print
     report = plan_utils.check_data(args, scan, held_out, load_tokenizers(args), accelerator)
-    denoiser, vae = build_on_meta(args, dtype, lpl_dtype(args, accelerator.mixed_precision))
+    denoiser, vae = build_on_meta(args, plan.dtype, lpl_dtype(args, accelerator.mixed_precision))
     plan_utils.check_machine(args)
-    plan_utils.print_plan(args, report, accelerator, total_steps)
-    how = f"{schedule.prediction_type} prediction, {str(dtype)[6:]}"
+    plan_utils.print_plan(args, report, accelerator, plan.total_steps)
+    how = f"{plan.schedule.prediction_type} prediction, {str(plan.dtype)[6:]}"
     plan_utils.print_models(args, denoiser.models(), how, say)
     if args.use_lpl:
         gate = lpl_gate(args)
-        share = schedule.gated_share(gate)
+        share = plan.schedule.gated_share(gate)
         plan_utils.print_lpl_plan(args, gate, share, "--lpl_t_threshold 200", vae, say)
-    plan_utils.print_memory(memory_estimate(args, denoiser, vae, dtype), denoiser, accelerator)
+    plan_utils.print_memory(memory_estimate(args, denoiser, vae, plan.dtype), denoiser, accelerator)
     return report
 
 
@@ -619,47 +619,57 @@ def prepare_recipe(args, accelerator, schedule, dtype, data):
 
 
 def main(args, scan, held_out=()):
-    """The run, from the plan to the saved model."""
+    """The run, from the plan to the published model."""
     accelerator = train_utils.start_accelerator(args)
-    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    schedule = Schedule(args)
-    batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    total_steps = args.max_train_steps or -(-args.num_train_epochs * len(scan.images) // batch_size)
     resume_from = checkpoint_utils.checkpoint_to_resume(args, accelerator)
-    report = check_and_print_plan(args, scan, held_out, schedule, accelerator, dtype, total_steps)
+    plan = plan_utils.plan_run(args, accelerator, Schedule(args), len(scan.images), resume_from)
+    report = check_and_print_plan(args, scan, held_out, plan, accelerator)
     if args.dry_run:
         return
-    output_dir = Path(args.output_dir)
     report_utils.open_output_dir(args, accelerator, resume_from, report)
+    with StopSignals(accelerator) as signals:
+        is_done = train(args, scan.images, held_out, plan, accelerator, signals)
+    train_utils.end(accelerator)
+    if not (is_done and args.push_to_hub and accelerator.is_main_process):
+        return
+    if signals.requested is not None:
+        hub_utils.tell_how_to_publish(args.output_dir, args.hub_model_id, args.hub_private_repo)
+    else:
+        hub_utils.publish_or_exit(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
 
-    data = fill_caches(args, scan.images, held_out, dtype, accelerator)
-    recipe, vae = prepare_recipe(args, accelerator, schedule, dtype, data)
-    bare_denoiser = build_denoiser(args, dtype, shard_utils.home(accelerator))
+
+def train(args, images, held_out, plan, accelerator, signals):
+    """Everything that needs the weights, up to the result on disk; returns whether it came to its end."""
+    data = fill_caches(args, images, held_out, plan.dtype, accelerator)
+    recipe, vae = prepare_recipe(args, accelerator, plan.schedule, plan.dtype, data)
+    bare_denoiser = build_denoiser(args, plan.dtype, shard_utils.home(accelerator))
     if args.scale_lr:
-        args.learning_rate *= batch_size
-        args.text_encoder_lr = args.text_encoder_lr and args.text_encoder_lr * batch_size
+        args.learning_rate *= plan.batch_size
+        args.text_encoder_lr = args.text_encoder_lr and args.text_encoder_lr * plan.batch_size
     optimizer = train_utils.build_optimizer(args, parameter_groups(bare_denoiser, args))
-    lr_scheduler = train_utils.build_lr_scheduler(args, optimizer, total_steps)
+    lr_scheduler = train_utils.build_lr_scheduler(args, optimizer, plan.total_steps)
     denoiser, optimizer = shard_utils.prepare(accelerator, bare_denoiser, optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     ema = train_utils.build_ema(args, parameters)
     state = checkpoint_utils.TrainingState(
         optimizer, lr_scheduler, accelerator.scaler, ema, recipe.auto_weight, run_identity(args)
     )
-    takes_part = accelerator.is_main_process or shard_utils.is_sharded(accelerator)  # in drawing and saving
+    together = shard_utils.is_sharded(accelerator)  # drawing and saving are for all ranks, not the first alone
+    takes_part = accelerator.is_main_process or together
+    recipe.broken_off = lambda: signals.requested is not None and not together
     gallery = report_utils.Gallery(args, lambda: draw(bare_denoiser, vae, data, recipe), accelerator.is_main_process)
     if takes_part and args.validation_compare:
         gallery.draw_start()
     first_step = 0
-    if resume_from is not None:
-        load_weights(resume_from, bare_denoiser, args)
-        first_step = state.load(resume_from)
-        accelerator.print(f"Resumed from {resume_from} at step {first_step}")
-        if first_step >= total_steps:
-            accelerator.print(f"--max_train_steps {total_steps} is reached already: the result is saved once more")
-    guard, signals = recipe.guard, StopSignals()
+    if plan.resume_from is not None:
+        load_weights(plan.resume_from, bare_denoiser, args)
+        first_step = state.load(plan.resume_from)
+        accelerator.print(f"Resumed from {plan.resume_from} at step {first_step}")
+        if first_step >= plan.total_steps:
+            accelerator.print(f"--max_train_steps {plan.total_steps} is reached already: saving the result once more")
+    guard = recipe.guard
     clock = checkpoint_utils.CheckpointClock(args.checkpointing_steps, args.checkpointing_minutes)
-    reporter = report_utils.Reporter(args, accelerator, "sdxl-lpl", train_utils.metric_names(args), first_step)
+    reporter = report_utils.Reporter(args, accelerator, "SDXL", train_utils.metric_names(args), first_step)
     metrics = reporter.metrics
 
     def measure_held_out():
@@ -670,28 +680,31 @@ def main(args, scan, held_out=()):
     def validate(step):
         if not held_out and not args.validation_prompt:
             return
-        with reporter.paused(), train_utils.averaged_weights(ema, parameters):
-            if held_out:
-                reporter.log(step, measure_held_out())
+        with signals.unhurried(), reporter.paused(), train_utils.averaged_weights(ema, parameters):
+            if held_out and (losses := measure_held_out()):
+                reporter.log(step, losses)
             if args.validation_prompt and takes_part:
                 reporter.log_images(gallery.draw(step), step)
+            reporter.draw_run()
 
     def save(step):
-        trained = shard_utils.gathered(bare_denoiser, accelerator.is_main_process)
-        checkpoint_utils.save_checkpoint(
-            output_dir, step, state, lambda folder: save_weights(folder, trained, args),
-            args.checkpoints_total_limit, accelerator.is_main_process,
-        )  # fmt: skip
+        with signals.unhurried():
+            if takes_part:
+                trained = shard_utils.gathered(bare_denoiser, accelerator.is_main_process)
+                checkpoint_utils.save_checkpoint(
+                    args.output_dir, step, state, lambda folder: save_weights(folder, trained, args),
+                    args.checkpoints_total_limit, accelerator.is_main_process,
+                )  # fmt: skip
         clock.saved()
 
-    validation_due = train_utils.validation_schedule(args, len(scan.images), batch_size)
-    loader = contextlib.closing(train_utils.batches(args, data, accelerator, first_step, total_steps))
+    validation_due = train_utils.validation_schedule(args, len(images), plan.batch_size)
+    loader = contextlib.closing(train_utils.batches(args, data, accelerator, first_step, plan.total_steps))
     if first_step == 0:
         validate(0)
     done = first_step
-    bar = tqdm(range(first_step, total_steps), initial=first_step, total=total_steps, desc="training",
+    bar = tqdm(range(first_step, plan.total_steps), initial=first_step, total=plan.total_steps, desc="training",
                disable=not accelerator.is_local_main_process)  # fmt: skip
-    with signals, loader as micro_batches:
+    with loader as micro_batches:
         for step in bar:
             signals.step_began()
             before = metrics.snapshot()
@@ -712,33 +725,30 @@ def main(args, scan, held_out=()):
             elif recipe.auto_weight is not None and step >= args.lpl_start:
                 recipe.auto_weight.update(*accelerator.reduce(parts, "mean"))
             rates = train_utils.learning_rates(optimizer) | guard.counts()
-            reporter.step(done, batch_size, rates, bar, last=stop or done == total_steps)
+            reporter.step(done, plan.batch_size, rates, bar, last=stop or done == plan.total_steps)
             if stop:
                 signals.reached()
-            if takes_part and (late or clock.due(done) or (stop and done < total_steps)):
+            if late or clock.due(done) or (stop and done < plan.total_steps):
                 save(done)
-            if stop and done < total_steps:
+            if stop and done < plan.total_steps:
                 break
-            if validation_due(done) or done == total_steps:
+            if validation_due(done) or done == plan.total_steps:
                 validate(done)
+    signals.ending()
     del denoiser
-    if done < total_steps:
-        return train_utils.stopped(accelerator, done)
-    accelerator.wait_for_everyone()
+    if done < plan.total_steps:
+        reporter.stopped(done)
+        return False
     if takes_part:
         with train_utils.averaged_weights(ema, parameters):
             trained = shard_utils.gathered(bare_denoiser, accelerator.is_main_process)
             if accelerator.is_main_process:
-                save_result(args, trained, schedule)
+                save_result(args, trained, plan.schedule)
     if accelerator.is_main_process:
-        card = report_utils.model_card(args, "sdxl", total_steps, batch_size, len(scan.images), lpl_gate(args))
-        hub_utils.write_card(output_dir, card)
-        reporter.finish(
-            f"SDXL {'LoRA' if args.use_lora else 'full'} fine-tuning, {'with' if args.use_lpl else 'without'} LPL"
-        )
-    train_utils.end(accelerator)
-    if args.push_to_hub and accelerator.is_main_process:
-        hub_utils.publish_or_exit(output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+        card = report_utils.model_card(args, "sdxl", plan.total_steps, plan.batch_size, len(images), lpl_gate(args))
+        hub_utils.write_card(Path(args.output_dir), card)
+    reporter.finish()
+    return True
 
 
 if __name__ == "__main__":

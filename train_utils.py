@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -323,6 +324,7 @@ class Recipe:
     auto_weight: AutoWeight | None = None
     guard: Guard | None = None
     main: bool = True  # whether this is the process that says things
+    broken_off: Callable[[], bool] = lambda: False  # whether drawing ends early, since the run is to stop
 
     def lpl_weight(self):
         """The weight of the LPL term, a number or a scalar tensor on the device."""
@@ -501,15 +503,6 @@ def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metric
     return finite, *wishes
 
 
-def stopped(accelerator, step):
-    """The end of a run that was asked to stop: its checkpoint is written."""
-    accelerator.wait_for_everyone()
-    accelerator.print(
-        f"\nStopped after step {step}, which is saved; --resume_from_checkpoint latest goes on from there"
-    )
-    end(accelerator)
-
-
 def end(accelerator):
     """Close the trackers and part from the other ranks. The caller no longer holds the prepared model.
 
@@ -525,7 +518,7 @@ def end(accelerator):
 
 
 def draw_prompts(pipeline, prompt_of, vae, recipe, num_inference_steps):
-    """[(prompt, [images])] of --validation_prompt, with the same seeds every time.
+    """[(prompt, [images])] of --validation_prompt, with the same seeds every time; None where it was broken off.
 
     prompt_of: function from a list of prompts to the pipeline's arguments for them.
     """
@@ -534,6 +527,8 @@ def draw_prompts(pipeline, prompt_of, vae, recipe, num_inference_steps):
     rows = [(prompt, []) for prompt in args.validation_prompt]
     for prompt, drawn in tqdm(rows, desc="validation images", leave=False, disable=not recipe.main):
         for first in range(0, images, at_once):
+            if recipe.broken_off():
+                return None
             seeds = range(args.seed + first, args.seed + min(first + at_once, images))
             generators = [torch.Generator(recipe.device).manual_seed(seed) for seed in seeds]
             with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
@@ -552,7 +547,7 @@ def held_out_losses(data, recipe, accelerator, conditioning, measure):
 
     `validation/diffusion_loss` is the mean over the levels, `validation/lpl_loss` over those that the gate takes; each
     level has its own entry too. Every rank takes its share of the images; where the model is sharded, all of them call
-    it equally often, some for nothing.
+    it equally often, some for nothing. Empty where a run of one process was broken off.
 
     conditioning: function (batch, recipe, share of dropped prompts) -> the denoiser's conditions;
     measure: function (conditions, latents, noise, timesteps, with LPL or not) -> (diffusion losses (B,), LPL (B,)).
@@ -565,6 +560,8 @@ def held_out_losses(data, recipe, accelerator, conditioning, measure):
     for numbers, counted in tqdm(
         work, desc="held-out loss", leave=False, disable=not accelerator.is_local_main_process
     ):
+        if ranks == 1 and recipe.broken_off():
+            return {}
         batch = collate([latent | prompt for latent, prompt in map(data.held_out_entry, numbers)])
         batch["number"] = numbers
         latents = recipe.to_model_space(to_device(batch["mean"].float(), recipe.device))

@@ -223,7 +223,7 @@ def two_ranks(script, flags, folder):
 STEP_WITHOUT_END = """
 import os, sys, guard_utils
 guard_utils.PATIENCE = float(sys.argv[1])
-with guard_utils.StopSignals() as signals:
+with guard_utils.StopSignals(accelerator=None) as signals:
     signals.step_began()
     os.write(1, b"ready")
     lock = __import__("threading").Lock()
@@ -252,6 +252,72 @@ def test_the_watchdog_ends_a_run_whose_step_does_not_end():
     asked = time.monotonic()
     assert process.wait(timeout=20) == 128 + signal.SIGTERM
     assert time.monotonic() - asked > 0.5 and b"giving up; the last checkpoint is sound" in process.stderr.read()
+
+
+def signalled(script, function, call, *flags, number="SIGTERM", ranks=1):
+    """Run a script that gets a signal as it calls one of its functions for the `call`-th time."""
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
+    words = [str(runs.ROOT / "tests" / "signalled.py"), script.__name__, function, str(call), number]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return subprocess.run(
+        [*(launcher if ranks > 1 else [sys.executable]), *words, *map(str, flags)],
+        env=environment, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+
+
+PICTURES = ["--validation_prompt", "a red apple", "the sun", "--num_validation_images", 1, "--validation_steps", 2]
+
+
+def test_a_signal_while_pictures_are_drawn(recipe, tmp_path):
+    """Drawing, which may take longer than the watchdog waits, is broken off; one more step, and the run is saved."""
+    script, flags = recipe
+    flags = [*flags, *PICTURES, "--max_train_steps", 1000, "--output_dir", tmp_path]
+    result = signalled(script, "draw", 2, *flags)
+    assert result.returncode == 0 and "the run stops after this step and saves" in result.stderr, result.stderr
+    assert steps_of(tmp_path) == [3] and "Stopped after step 3" in result.stdout
+    assert {path.name for path in tmp_path.glob("validation/*.png")} == {"step-0.png"}
+    assert (tmp_path / "run.png").is_file()
+
+
+@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+def test_a_signal_before_the_first_step(recipe, tmp_path, number):
+    script, flags = recipe
+    if script is train_sd3_lpl_flow and number == "SIGTERM":
+        pytest.skip("the loops are the same")
+    result = signalled(script, "prepare_recipe", 1, *flags, "--output_dir", tmp_path, number=number)
+    assert result.returncode == 0 and "Traceback" not in result.stderr
+    assert f"{number}: stopped before the first step; what is encoded is kept" in result.stderr
+    assert not steps_of(tmp_path)
+
+
+def test_a_signal_while_a_checkpoint_is_written(recipe, tmp_path):
+    script, flags = recipe
+    if script is train_sd3_lpl_flow:
+        pytest.skip("the loops are the same")
+    flags = [*flags, "--checkpointing_steps", 2, "--max_train_steps", 1000, "--output_dir", tmp_path]
+    result = signalled(script, "save_weights", 1, *flags)
+    assert result.returncode == 0 and steps_of(tmp_path) == [2, 3]
+    assert resume_utils.latest_checkpoint(tmp_path).name == "checkpoint-3"
+
+
+def test_a_signal_while_the_result_is_written(recipe, tmp_path):
+    script, flags = recipe
+    if script is train_sdxl_lpl:
+        pytest.skip("the loops are the same")
+    result = signalled(script, "save_result", 1, *flags, "--max_train_steps", 2, "--output_dir", tmp_path)
+    assert result.returncode == 0 and "the result is written first" in result.stderr
+    assert (tmp_path / "pytorch_lora_weights.safetensors").is_file() and (tmp_path / "README.md").is_file()
+
+
+def test_ranks_wait_for_the_one_that_draws(recipe, tmp_path):
+    """A signal to all, while the first draws and the other is at the next step: nobody gives up."""
+    script, flags = recipe
+    if script is train_sd3_lpl_flow:
+        pytest.skip("the loops are the same")
+    flags = [*flags, *PICTURES, "--max_train_steps", 1000, "--output_dir", tmp_path]
+    result = signalled(script, "draw", 2, *flags, ranks=2)
+    assert result.returncode == 0 and "giving up" not in result.stderr, result.stderr
+    assert steps_of(tmp_path) == [3]
 
 
 def test_a_rank_that_hangs_does_not_keep_the_other_from_ending(recipe, tmp_path):

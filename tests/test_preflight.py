@@ -612,6 +612,14 @@ def test_what_may_not_be_read(capsys):
     assert capsys.readouterr().err == "error: /root/model: Permission denied; give one that you may use\n"
 
 
+def test_ctrl_c_before_the_run_is_no_traceback(capsys):
+    from cli_utils import errors_for_people
+
+    with pytest.raises(SystemExit) as stopped, errors_for_people(False):
+        raise KeyboardInterrupt
+    assert stopped.value.code == 130 and capsys.readouterr().err == "\nstopped\n"
+
+
 def test_the_detector_detects(places):
     """Whoever imports torch is found out, and who does not is not."""
     for line, expected in {"import torch": True, "import numpy, yaml, PIL.Image, huggingface_hub": False}.items():

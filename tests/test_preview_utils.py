@@ -123,6 +123,23 @@ def test_the_sheet_shows_the_first_samples_of_training_in_their_order(sheet_of, 
     assert all(place in few for place, few in zip(together, found, strict=True))
 
 
+def test_a_recipe_is_as_good_as_its_flags(sheet_of, photos, tmp_path, capsys):
+    """What is not about the data is left out and told so; the folder on the command line wins over the recipe's."""
+    _, wanted = sheet_of("--resolution", 64, "--center_crop", "--train_batch_size", 3, "--seed", 5)
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("resolution: 64\ncenter_crop: true\ntrain_batch_size: 2\nseed: 5\nlearning_rate: 1e-4\n"
+                      "use_lpl: true\ntrain_data_dir: elsewhere\n")  # fmt: skip
+    _, sheet = sheet_of("--config", recipe, "--train_batch_size", 3)
+    assert np.array_equal(sheet, wanted) and not np.array_equal(sheet, sheet_of("--resolution", 64)[1])
+    taken = "taken are resolution, center_crop, train_batch_size, seed, train_data_dir; the others are not about"
+    assert f"--config {recipe}: {taken} the data" in capsys.readouterr().out
+    recipe.write_text(f"train_data_dir: {photos}\ncenter_crop: maybe\n")
+    with pytest.raises(cli_utils.UserError, match="center_crop is 'maybe'; it must be true or false"):
+        preview_utils.parse_args(["--config", str(recipe)])
+    recipe.write_text(f"train_data_dir: {photos}\n")
+    assert preview_utils.parse_args(["--config", str(recipe)]).train_data_dir == str(photos)
+
+
 def test_flips_are_shown_and_told_in_every_epoch(sheet_of, photos, texts):
     args, sheet = sheet_of("--resolution", 128, "--random_flip", "--center_crop", "--preview_images", 21)
     images = input_utils.find_images(args)[0].images

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-import preview_utils
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -45,7 +44,6 @@ def test_every_kind_of_command_is_covered():
     assert len(commands("python data_utils.py")) == len(commands("python hub_utils.py")) == 1
 
 
-@pytest.mark.skipif("config" not in preview_utils.build_parser().flags(), reason="it takes no recipe yet")
 def test_looking_at_the_data(pictures, tmp_path):
     """With only the pictures and the place of the contact sheet replaced."""
     [words] = commands("python data_utils.py")

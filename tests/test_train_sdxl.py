@@ -23,6 +23,7 @@ import train_sdxl_lpl
 import train_utils
 from cli_utils import UserError
 from lpl_utils import LPLGate
+from tests.runs import tensors_of
 from tests.sdxl import command, draw, run, weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -203,6 +204,28 @@ def test_a_fresh_run_keeps_the_results_of_an_earlier_one_apart(flags, tmp_path):
     run(*flags, "--seed", 8, "--max_train_steps", 3, "--resume_from_checkpoint", "checkpoint-2")
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2"}
     assert (tmp_path / "previous-2" / "checkpoint-4").is_dir()
+
+
+def test_an_earlier_step_is_made_a_result(flags, tmp_path):
+    """--resume_from_checkpoint checkpoint-N --max_train_steps N: averaged weights and all files, as of a run of N."""
+    flags = [
+        *flags,
+        "--use_lora",
+        "--use_ema",
+        "--ema_decay",
+        0.5,
+        "--output_kohya_format",
+        "--checkpointing_steps",
+        2,
+    ]
+    run(*flags, "--max_train_steps", 2, "--output_dir", tmp_path / "short")
+    run(*flags, "--max_train_steps", 4, "--output_dir", tmp_path / "long")
+    assert weights(tmp_path / "long") != weights(tmp_path / "short") != weights(tmp_path / "long" / "checkpoint-2")
+    run(*flags, "--max_train_steps", 2, "--resume_from_checkpoint", "checkpoint-2", "--output_dir", tmp_path / "long")
+    assert weights(tmp_path / "long") == weights(tmp_path / "short")
+    kohya = "pytorch_lora_weights_kohya.safetensors"
+    assert tensors_of(tmp_path / "long" / kohya) == tensors_of(tmp_path / "short" / kohya)
+    assert (tmp_path / "long" / "previous-1" / "checkpoint-4").is_dir()
 
 
 def test_a_whole_model_of_an_earlier_run_is_kept_too(flags, tmp_path):

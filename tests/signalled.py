@@ -1,0 +1,51 @@
+"""Run a script that gets a signal at a given place, which then takes longer than the watchdog's patience.
+
+python tests/signalled.py SCRIPT FUNCTION CALL SIGNAL FLAGS...: at its CALL-th call, the script's FUNCTION first sends
+the signal to its process, and to all other ranks.
+"""
+
+import importlib
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import guard_utils
+import input_utils
+
+PATIENCE = 0.5
+
+
+def ranks():
+    """Process numbers of this process and of the others that its launcher started."""
+    if "RANK" not in os.environ:
+        return [os.getpid()]
+    children = Path("/proc", str(os.getppid()), "task", str(os.getppid()), "children").read_text().split()
+    return [int(child) for child in children if __file__ in Path("/proc", child, "cmdline").read_text()]
+
+
+def signalled(function, call, number):
+    """The function, with the signal before its `call`-th call."""
+    calls = [0]
+
+    def wrapper(*args, **kwargs):
+        calls[0] += 1
+        if calls[0] == call:
+            for rank in ranks():
+                os.kill(rank, number)
+            time.sleep(4 * PATIENCE)
+        return function(*args, **kwargs)
+
+    return wrapper
+
+
+if __name__ == "__main__":
+    name, function, call, number, *words = sys.argv[1:]
+    script = importlib.import_module(name)
+    guard_utils.PATIENCE = PATIENCE
+    setattr(script, function, signalled(getattr(script, function), int(call), signal.Signals[number]))
+    args = script.parse_args(words)
+    script.main(args, *input_utils.find_images(args))
