@@ -130,7 +130,7 @@ def check_launch(args):
             "configs/ddp.yaml, a large model in 4 bits with --bnb_quantization_config_path")  # fmt: skip
     require(args.optimizer == "adamw" and not args.use_8bit_adam,
             f"{'--use_8bit_adam' if args.use_8bit_adam else f'--optimizer {args.optimizer}'} works on whole tensors; "
-            "under FSDP leave it away: AdamW's state is sharded anyway")  # fmt: skip
+            "under FSDP leave it out: AdamW's state is sharded anyway")  # fmt: skip
     require(not args.torch_compile, "--torch_compile is not supported under FSDP: leave it out")
 
 

@@ -325,7 +325,7 @@ def add_model_arguments(parser):
         "run programs; without it safetensors only")  # fmt: skip
     add("--pretrained_vae_model_name_or_path", help="another autoencoder, e.g. madebyollin/sdxl-vae-fp16-fix")
     add("--single_file", action="store_true", help="save a whole model as one file too, model.safetensors for ComfyUI "
-        "and A1111")  # fmt: skip
+        "and (SDXL) A1111")  # fmt: skip
     group = parser.add_argument_group("LoRA")
     add = group.add_argument
     add("--use_lora", action="store_true", help="train a LoRA; without it the whole denoiser is trained")
@@ -338,7 +338,7 @@ def add_model_arguments(parser):
     add("--init_lora", help="go on from this LoRA, a file, folder or Hub name; rank, alpha and layers are the file's")
     add("--bnb_quantization_config_path", help="JSON file of a BitsAndBytesConfig: the frozen denoiser in 4 or 8 "
         "bits, on a GPU")  # fmt: skip
-    add("--output_kohya_format", action="store_true", help="save it for ComfyUI and A1111 too")
+    add("--output_kohya_format", action="store_true", help="save it for ComfyUI, sd-scripts and (SDXL) A1111 too")
 
 
 def add_data_arguments(parser, resolution):
@@ -358,20 +358,20 @@ def add_data_arguments(parser, resolution):
         "drawn in each epoch")  # fmt: skip
     add("--trigger_word", default="", help="stands before every caption that does not begin with it")
     add("--shuffle_tags", action="store_true", help="shuffle what stands between the commas of a caption")
-    add("--keep_tags", type=int, default=0, help="so many tags stay in front (default: %(default)s)")
+    add("--keep_tags", type=int, default=0, help="keep the first N tags in front (default: %(default)s)")
     add("--tag_shuffles", type=int, default=8, help="orders of each caption that are encoded; one is drawn in each "
         "epoch (default: %(default)s)")  # fmt: skip
     add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do about images that can't be "
         "used (default: %(default)s)")  # fmt: skip
     add("--strict", action="store_true", help="stop at anything that the report on the data remarks upon")
-    add("--max_train_samples", type=int, help="use the first so many images only")
+    add("--max_train_samples", type=int, help="use only the first N images")
     add("--cache_dir", help="folder of data sets and of encoded latents and prompts (default: the user's cache)")
     add("--resolution", type=int, default=resolution, help="training size in px (default: %(default)s)")
     add("--aspect_ratio_buckets", help='train on several shapes: "h,w;h,w", or auto for those of constant area around '
         "--resolution, multiples of 64")  # fmt: skip
     add("--center_crop", action="store_true", help="crop the middle instead of a random part")
-    add("--cache_variants", type=int, default=0, help="encode so many random crops of each image once, instead of "
-        "encoding a new one in every step (default: %(default)s)")  # fmt: skip
+    add("--cache_variants", type=int, default=0, help="encode N random crops of each image once, instead of a "
+        "new one in every step (default: %(default)s)")  # fmt: skip
     add("--random_flip", action="store_true", help="flip half of the images left to right")
     add("--image_interpolation_mode", choices=INTERPOLATIONS, default="lanczos", help="default: %(default)s")
     add("--proportion_empty_prompts", type=float, default=0.0, help="share of captions dropped (default: %(default)s)")
@@ -392,7 +392,8 @@ def add_training_arguments(parser, train_batch_size, num_train_epochs, adam_weig
     add("--learning_rate", type=float, default=1e-4, help="default: %(default)s")
     add("--scale_lr", action="store_true", help="multiply it by devices, accumulation and batch size")
     add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="default: %(default)s")
-    add("--lr_warmup_steps", type=int, default=500, help="optimizer steps (default: %(default)s)")
+    add("--lr_warmup_steps", type=int, default=500, help="optimizer steps in which the rate rises from 0; without "
+        "effect under --lr_scheduler constant (default: %(default)s)")  # fmt: skip
     add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts (default: %(default)s)")
     add("--lr_power", type=float, default=1.0, help="power of polynomial (default: %(default)s)")
     add("--text_encoder_lr", type=float, help="learning rate of the text encoders (default: --learning_rate)")
@@ -403,8 +404,8 @@ def add_training_arguments(parser, train_batch_size, num_train_epochs, adam_weig
     add("--adam_beta2", type=float, default=0.999, help="default: %(default)s")
     add("--adam_weight_decay", type=float, default=adam_weight_decay, help="default: %(default)s")
     add("--adam_epsilon", type=float, default=1e-8, help="default: %(default)s")
-    add("--max_nonfinite_steps", type=int, default=10, help="stop after so many steps in a row whose loss or gradient "
-        "is not finite; each of them is skipped (default: %(default)s)")  # fmt: skip
+    add("--max_nonfinite_steps", type=int, default=10, help="stop after N steps in a row whose loss or gradient is "
+        "not finite; each of them is skipped (default: %(default)s)")  # fmt: skip
     add("--max_grad_norm", type=float, default=1.0, help="default: %(default)s")
     add("--use_ema", action="store_true", help="average the weights; the average is what is saved and validated")
     add("--ema_decay", type=float, default=0.9999, help="reached gradually (default: %(default)s)")
@@ -418,8 +419,8 @@ def add_training_arguments(parser, train_batch_size, num_train_epochs, adam_weig
     add("--torch_compile", action="store_true", help="compile the denoiser: slow start, faster steps")
     add("--noise_offset", type=float, default=0.0, help="scale of noise that is constant per channel (default: 0)")
     add("--timestep_sampling", choices=("independent", "stratified"), default="independent",
-        help="stratified spreads the timesteps of a step evenly, so that every step has its share of samples that get "
-        "the perceptual loss; each sample's distribution stays the same (default: %(default)s)")  # fmt: skip
+        help="stratified spreads the timesteps of a step as evenly as possible, and so the samples that get the "
+        "perceptual loss; each sample's distribution stays the same (default: %(default)s)")  # fmt: skip
 
 
 def add_lpl_arguments(parser):
@@ -430,8 +431,10 @@ def add_lpl_arguments(parser):
     add("--lpl_weight", type=weight_or_auto, default="auto", metavar="{auto,NUMBER}",
         help="auto keeps the loss at --lpl_share of the total (default: %(default)s)")  # fmt: skip
     add("--lpl_share", type=float, default=0.2, help="share of the total under auto (default: %(default)s)")
-    add("--lpl_t_threshold", type=float, help="apply it where the timestep is below this, on a scale of 0 to 1000")
-    add("--lpl_sigma_threshold", type=float, help="or where noise / signal is at most this (the paper: 3 to 6)")
+    add("--lpl_t_threshold", type=float, help="apply it where the timestep is below this, on a scale of 0 to 1000 "
+        "(SDXL: 200 if no threshold is given)")  # fmt: skip
+    add("--lpl_sigma_threshold", type=float, help="or where noise / signal is at most this (SD3: 3 if no "
+        "threshold is given; the paper: 3 to 6)")  # fmt: skip
     add("--lpl_threshold_resolution", type=float, help="resolution that --lpl_sigma_threshold is meant for, px")
     add("--lpl_loss_type", choices=("mse", "l1"), default="mse", help="default: %(default)s")
     add("--lpl_norm_type", choices=("standard", "shared", "default", "batch"), default="standard",
@@ -463,7 +466,7 @@ def add_run_arguments(parser, validation_epochs):
     add = group.add_argument
     add("--checkpointing_steps", type=int, default=500, help="optimizer steps between them (default: %(default)s)")
     add("--checkpointing_minutes", type=float, help="minutes between them, besides the steps")
-    add("--checkpoints_total_limit", type=int, help="keep so many; the oldest goes after the newest is safe")
+    add("--checkpoints_total_limit", type=int, help="keep at most N; the oldest goes after the newest is safe")
     add("--resume_from_checkpoint", help="a checkpoint folder, or latest")
     group = parser.add_argument_group("validation")
     add = group.add_argument
@@ -472,7 +475,7 @@ def add_run_arguments(parser, validation_epochs):
     add("--validation_epochs", type=int, default=validation_epochs, help="epochs between grids (default: %(default)s)")
     add("--validation_steps", type=int, help="optimizer steps between grids; overrides --validation_epochs")
     add("--validation_split", type=float, help="share of the images (or, from 1 up, number) that is held out: the "
-        "loss on them is the curve that says whether training helps")  # fmt: skip
+        "loss on them tells learning from memorising")  # fmt: skip
     add("--validation_data_dir", help="or a folder of captioned images that are held out")
     add("--max_validation_samples", type=int, default=64, help="held-out images that are used (default: %(default)s)")
     add("--validation_compare", action="store_true",
@@ -487,10 +490,10 @@ def add_run_arguments(parser, validation_epochs):
     add("--push_to_hub", action="store_true", help="publish the result on the Hugging Face Hub")
     add("--hub_model_id", help="owner/name or name there (default: the output folder's name)")
     add("--hub_token", help="prefer `hf auth login` or HF_TOKEN: other users of a machine can see command lines")
-    add("--hub_private_repo", action="store_true", help="make the repository private")
+    add("--hub_private_repo", action="store_true", help="make the repository private if this run creates it")
     group = parser.add_argument_group("other")
     add = group.add_argument
-    add("--config", help="YAML file that sets any flag; the command line wins")
+    add("--config", help="YAML file that sets any flag; the command line wins, --no-NAME over a switch that is on")
     add("--dry_run", action="store_true", help="check everything, print the plan and stop")
     add("--debug", action="store_true", help="show tracebacks")
     add("--local_rank", type=int, default=-1, help="accepted for compatibility")

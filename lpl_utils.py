@@ -180,7 +180,7 @@ def order_statistics(values, quantile):
 
 
 def kth_extreme(values, k, largest, segments=8):
-    """The k-th smallest (or largest) of each row of (..., N), exact: what kthvalue gives, in a third of the time.
+    """The k-th smallest (or largest) of each row of (..., N), exact: what kthvalue gives, faster (docs/lab-notes.md).
 
     The row is cut into segments of 8 values. The k segments with the smallest minima hold every value below the k-th
     smallest minimum, and at least k values up to it: so the k-th smallest of all is the k-th smallest of theirs.
@@ -476,7 +476,7 @@ class LPLConfig:
     """Options of the loss. A bad value raises ValueError naming the field.
 
     num_blocks: up blocks of the decoder that are used, 0 to 4 for SDXL and SD3; L = 1 + num_blocks layers.
-    norm_type: "standard" (the paper's), "shared" (LPIPS-like, some 400 times smaller on SDXL's decoder), "default" or
+    norm_type: "standard" (the paper's), "shared" (LPIPS-like, smaller by about the number of channels), "default" or
         "batch"; see `normalized_difference`. "batch" is the only one where a sample's loss depends on the others.
     loss_type: "mse" or "l1".
     pow_law: weight each layer by the inverse of its upscaling relative to the first: 1, 1/2, 1/4, 1/8, 1/8 for SDXL.

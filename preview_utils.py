@@ -85,7 +85,7 @@ def build_parser() -> cli_utils.FlagParser:
     group = parser.add_argument_group("preview")
     add = group.add_argument
     add("--preview", metavar="FILE.png", help="draw the first samples of training into this file")
-    add("--preview_images", type=int, default=24, help="so many of them (default: %(default)s)")
+    add("--preview_images", type=int, default=24, help="draw N of them (default: %(default)s)")
     add("--vae", metavar="FOLDER_OR_NAME", help="show what this autoencoder, or a pipeline's, makes of them")
     add("--report", metavar="FILE.json", help="write the report on the data into this file")
     cli_utils.add_data_arguments(parser, resolution=1024)

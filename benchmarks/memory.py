@@ -23,6 +23,7 @@ import train_sd3_lpl_flow
 import train_sdxl_lpl
 
 PAGE, SCALING_PAGE = ROOT / "docs" / "memory.md", ROOT / "docs" / "scaling.md"
+NF4 = ROOT / "configs" / "nf4.json"
 START, END = "<!-- table -->", "<!-- end of table -->"
 VAE = {
     "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
@@ -59,7 +60,11 @@ MODELS = {  # name: (script, pipeline class, denoiser's folder and configuration
     "SD3.5 medium": (train_sd3_lpl_flow, "StableDiffusion3Pipeline", "transformer", SD35_MEDIUM, SD3_VAE),
     "SD3.5 large": (train_sd3_lpl_flow, "StableDiffusion3Pipeline", "transformer", SD35_LARGE, SD3_VAE),
 }
-WAYS = {"LoRA, rank 16": ["--use_lora", "--rank", "16"], "all weights": [], "all, 8-bit Adam": ["--use_8bit_adam"]}
+LORA = ["--use_lora", "--rank", "16"]
+WAYS = {
+    "LoRA, rank 16": LORA, "LoRA, rank 16, fp16": LORA, "LoRA, rank 16, 4 bits": LORA, "all weights": [],
+    "all, 8-bit Adam": ["--use_8bit_adam"],
+}  # fmt: skip
 
 
 def write_configurations(folder, pipeline_class, denoiser, denoiser_config, vae_config):
@@ -82,6 +87,7 @@ RANKS = (1, 2, 4, 8, 16)
 def estimate(model, way, resolution, lpl, ranks=1):
     """{what: bytes} on one GPU of a run in bfloat16 with gradient checkpointing and one image per device.
 
+    way: of WAYS; its name may say fp16 or 4 bits.
     ranks: among so many GPUs FSDP distributes the model, if more than one.
     """
     script, *configurations = MODELS[model]
@@ -92,8 +98,11 @@ def estimate(model, way, resolution, lpl, ranks=1):
             "--train_batch_size", "1", "--gradient_checkpointing", "--mixed_precision", "bf16", "--dry_run",
             *WAYS[way], *(["--use_lpl"] if lpl else []),
         ])  # fmt: skip
-        models = script.build_on_meta(args, torch.bfloat16, torch.bfloat16)
-        parts = script.memory_estimate(args, *models, torch.bfloat16)
+        if "4 bits" in way:  # not on the command line, which refuses it where PyTorch is for CPUs only
+            args.bnb_quantization_config_path = str(NF4)
+        dtypes = (torch.float16, torch.float32) if "fp16" in way else (torch.bfloat16, torch.bfloat16)
+        models = script.build_on_meta(args, *dtypes)  # under fp16 the loss has its decoder in float32
+        parts = script.memory_estimate(args, *models, dtypes[0])
         if ranks > 1:
             parts = plan_utils.parts_of_a_rank(parts, next(iter(models[0].models().values())), ranks)
         return dict(parts)
@@ -102,7 +111,7 @@ def estimate(model, way, resolution, lpl, ranks=1):
 def table(rows):
     """The page's table, Markdown."""
     lines = [
-        "| model | trained | px | without LPL | with LPL | of it weights, gradients, optimizer |",
+        "| model | trained | px | without LPL | with LPL | of which weights, gradients, optimizer |",
         "|---|---|---:|---:|---:|---:|",
     ]
     for (model, way, resolution), (without, with_lpl) in rows.items():

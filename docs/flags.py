@@ -12,12 +12,21 @@ HEAD = """# Flags
 
 Every flag of the training scripts, as `--help` groups them. This page is made by `python docs/flags.py`.
 
-- A file given with `--config` sets any flag (`learning_rate: 1e-4`); the command line wins. A run saves its resolved
-  flags as `config.yaml` in the output folder, and `--config` takes that file again.
-- Ready-made files, with the reason for each value: [`configs/recipes`](../configs/recipes).
-- Flags that the diffusers scripts know have the same names and defaults here, but for `--precondition_outputs`: 0
-  here, 1 there (the velocity's own loss, without the weight sigma^2).
-- The two scripts share most flags; the second part has only those of `train_sd3_lpl_flow.py` that differ.
+- A file given with `--config` sets any flag (`learning_rate: 1e-4`, `use_lpl: true`); the command line wins. A run
+  saves its resolved flags as `config.yaml` in the output folder, and `--config` takes that file again.
+- A flag that takes nothing is a switch. Every switch `--x` also has `--no-x`, which turns off what a recipe turns on:
+  `--config configs/recipes/sdxl-lora-16gb.yaml --no-use_lpl`.
+- Ready-made files, with a reason beside the values that are less obvious: [`configs/recipes`](../configs/recipes).
+- Flags of the diffusers scripts (`train_text_to_image_sdxl.py`, `train_text_to_image_lora_sdxl.py`,
+  `train_dreambooth_sd3.py`, `train_dreambooth_lora_sd3.py`) have the same names here and mostly the same defaults.
+  Differing are `--seed` (0 here, none there), `--output_dir`, for SD3 `--caption_column` (`text`; none),
+  `--text_encoder_lr` (that of `--learning_rate`; 5e-6) and `--precondition_outputs` (0; 1, which weights the
+  velocity's loss by sigma^2).
+- The first part has all flags of `train_sdxl_lpl.py`; `train_sd3_lpl_flow.py` takes them too, but for those marked
+  *SDXL only*. The second part has the flags that `train_sd3_lpl_flow.py` alone has, marked *SD3 only*, and those whose
+  default differs there.
+- Which samples get the loss where neither `--lpl_t_threshold` nor `--lpl_sigma_threshold` is given: for SDXL those
+  with `t < 200`, for SD3 those with `sigma / alpha <= 3`. `--dry_run` prints their share.
 """
 
 
@@ -35,28 +44,29 @@ def default_of(action):
     """A flag's default, as one would write it."""
     if isinstance(action.default, bool):
         return "on" if action.default else ""
-    return "" if action.default is None else f"`{action.default}`"
+    return "" if action.default in (None, "") else f"`{action.default}`"
 
 
-def rows_of(group):
-    """A table row for each flag of a group."""
+def rows_of(group, others, only):
+    """A table row for each flag of a group; `only` stands before those that are not among the `others`."""
     for action in group._group_actions:
         if isinstance(action, argparse._HelpAction):
             continue
-        names = " / ".join(f"`{name}`" for name in action.option_strings)
         text = (
             (action.help or "").replace("(default: %(default)s)", "").replace("default: %(default)s", "").strip(" ,;")
         )
-        yield f"| {names} | {value_of(action)} | {default_of(action)} | {text} |"
+        text = text if action.dest in others else f"*{only}* {text}".strip()
+        yield f"| `{action.option_strings[0]}` | {value_of(action)} | {default_of(action)} | {text} |"
 
 
 def page():
     """The whole page: all flags of the first script, and what the second has besides or otherwise."""
     parts, known = [HEAD], set()
-    for script in SCRIPTS:
+    parsers = [__import__(script).build_parser() for script in SCRIPTS]
+    for script, parser, other, only in zip(SCRIPTS, parsers, parsers[::-1], ("SDXL only.", "SD3 only."), strict=True):
         parts.append(f"\n## {script}.py\n")
-        for group in __import__(script).build_parser()._action_groups:
-            rows = [row for row in rows_of(group) if row not in known]
+        for group in parser._action_groups:
+            rows = [row for row in rows_of(group, other.flags(), only) if row not in known]
             known |= set(rows)
             if rows:
                 parts += [f"\n### {group.title}\n", "| flag | takes | default | |", "|---|---|---|---|", *rows]

@@ -37,10 +37,19 @@ def commands(start):
 
 def test_every_kind_of_command_is_covered():
     """A new kind of command in the README needs a test here."""
-    known = ("make demo", "make test", "python3 -m venv", "pip install", "accelerate launch", "python -m pytest",
+    known = ("make demo", "python3 -m venv", "pip install", "accelerate launch", "python data_utils.py",
              "python hub_utils.py")  # fmt: skip
     assert [line for line in BASH if line.strip() and not line.startswith(known)] == []
-    assert len(commands("accelerate launch")) == 5 and len(commands("python hub_utils.py")) == 1
+    assert len(commands("accelerate launch")) == 5
+    assert len(commands("python data_utils.py")) == len(commands("python hub_utils.py")) == 1
+
+
+def test_looking_at_the_data(pictures, tmp_path):
+    """With only the pictures and the place of the contact sheet replaced."""
+    [words] = commands("python data_utils.py")
+    replaced = {"my-pictures": str(pictures), "preview.png": str(tmp_path / "preview.png")}
+    launch([replaced.get(word, word) for word in words])
+    assert (tmp_path / "preview.png").is_file()
 
 
 @pytest.mark.parametrize("script", ["train_sdxl_lpl.py", "train_sd3_lpl_flow.py"])
@@ -83,11 +92,12 @@ def test_the_lora_command_the_snippet_that_loads_it_and_publishing(sdxl_folder, 
            "--cache_dir", tmp_path / "cache")  # fmt: skip
     [snippet] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert "load_lora_weights" in snippet
-    for old, new in {**replaced, "my-lora": str(tmp_path / "my-lora")}.items():
+    more = {"my-lora": str(tmp_path / "my-lora"), "beach.png": str(tmp_path / "beach.png"), '"cuda"': '"cpu"'}
+    for old, new in {**replaced, **more}.items():
         snippet = snippet.replace(old, new)
     scope = {}
     exec(snippet, scope)
-    assert scope["pipe"].get_active_adapters() == ["default_0"]
+    assert scope["pipe"].get_active_adapters() == ["default_0"] and (tmp_path / "beach.png").is_file()
     [words] = commands("python hub_utils.py")
     words = [str(tmp_path / "my-lora") if word == "my-lora" else word for word in words]
     with HubServer({"hf_mine": "me"}) as hub:

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 
 import train_sd3_lpl_flow
@@ -17,7 +18,17 @@ RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 
 @pytest.mark.parametrize("recipe", RECIPES, ids=lambda path: path.stem)
 def test_recipes_run(recipe, sdxl_folder, sd3_folder, pictures, cache_dir, tmp_path):
-    """Each trains the tiny pipeline, with only model, data, size and number of steps replaced."""
+    """Each trains the tiny pipeline, with only model, data, size and number of steps replaced.
+
+    Quantizing needs a GPU: without one a copy of the recipe that leaves it out.
+    """
+    lines = recipe.read_text().splitlines()
+    quantized = [line for line in lines if line.startswith("bnb_")]
+    if quantized and not torch.cuda.is_available():
+        assert (recipe.parent / quantized[0].split()[1]).is_file()
+        recipe = tmp_path / "recipe" / recipe.name
+        recipe.parent.mkdir()
+        recipe.write_text("\n".join(line for line in lines if line not in quantized))
     split = ["--validation_split", 2] if "validation_split" in recipe.read_text() else []
     run, model = (sd3.run, sd3_folder) if recipe.stem.startswith("sd3") else (sdxl.run, sdxl_folder)
     rows = run("--config", recipe, "--pretrained_model_name_or_path", model, "--train_data_dir", pictures,
@@ -60,6 +71,7 @@ def test_every_switch_of_a_recipe_can_be_turned_off(script, tmp_path):
 
 def test_there_is_a_recipe_for_each_need():
     assert {path.stem for path in RECIPES} >= {
+        "sdxl-lora-8gb",
         "sdxl-lora-16gb",
         "sdxl-full-80gb",
         "sdxl-style-lora",
