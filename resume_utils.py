@@ -18,7 +18,7 @@ from store_utils import sync_to_disk
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-HASH_THREADS = 4  # sha256 runs without the interpreter's lock, about 0.4 to 2 GB/s a thread
+HASH_THREADS = 4  # sha256 runs without the interpreter's lock
 RUN_MARK = "config.yaml"  # a folder that has it is one of a run
 LEFT_BY_A_RUN = (
     "checkpoint-*", "damaged-checkpoint-*", "validation", "image_*.png", "run.png", "data_report.json", "README.md",
