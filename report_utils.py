@@ -115,7 +115,7 @@ class Reporter:
 
     def draw_run(self):
         """`run.png`: the run at a glance, as far as it has come."""
-        if self.main and self.history.rows:
+        if self.main and self.history.series("train_loss")[0]:
             plot_run(self.history, self.output_dir / "run.png", self.title)
 
     def stopped(self, step):
@@ -307,7 +307,7 @@ def plot_run(history, path, title):
     if layer:
         layers.set_yscale("log")
     else:
-        layers.text(0.5, 0.5, "trained without LPL", ha="center", va="center", transform=layers.transAxes)
+        layers.text(0.5, 0.5, "no LPL in these steps", ha="center", va="center", transform=layers.transAxes)
     layers.set_title("LPL per decoder layer, unweighted")
     draw_curve(rate, *history.series("lr"), None, smooth=False)
     rate.set_title("learning rate")
@@ -336,12 +336,12 @@ def plot_held_out(history, axes, colors):
         for index, level in enumerate(levels):
             steps, values = history.series(f"{key}/t{level}")
             relative = [value / values[0] for value in values]
-            axis.plot(
-                steps, relative, linewidth=1, color=colors(index / max(1, len(levels) - 1)), label=f"t = {level}"
-            )
+            color = colors(index / max(1, len(levels) - 1))
+            axis.plot(steps, relative, linewidth=1, marker=".", color=color, label=f"t = {level}")
         steps, values = history.series(key)
         if steps:
-            axis.plot(steps, [value / values[0] for value in values], color="black", linewidth=2.5, label="mean")
+            relative = [value / values[0] for value in values]
+            axis.plot(steps, relative, linewidth=2.5, marker="o", color="black", label="mean")
         axis.axhline(1, color="grey", linestyle=":", linewidth=1)
         axis.set_title(f"held-out {title}, relative to before training")
 
@@ -351,7 +351,7 @@ def draw_curve(axis, steps, values, label, color=None, smooth=True):
     if not steps:
         return
     if not smooth or len(values) < 10:
-        axis.plot(steps, values, label=label, color=color)
+        axis.plot(steps, values, label=label, color=color, marker="." if len(values) < 10 else "")
         return
     (thin,) = axis.plot(steps, values, alpha=0.25, linewidth=0.8, color=color)
     window = max(3, len(values) // 10)
