@@ -260,10 +260,9 @@ def test_switches_reach_what_they_switch(flags, tmp_path, monkeypatch):
         train_utils.update_ema(ema, parameters, args.offload_ema)
         assert moves == (["cpu", "cpu"] if more else []), "to the parameters' device for the step, and back"
         AcceleratorState._reset_state(True)
-        torch.backends.cuda.matmul.allow_tf32 = False
+        monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
         train_utils.start_accelerator(args)
         assert torch.backends.cuda.matmul.allow_tf32 == bool(more)
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def test_lr_cycles_and_power(flags, tmp_path):
