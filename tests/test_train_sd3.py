@@ -166,14 +166,14 @@ def test_gated_share_comes_from_the_distribution(schedule, capsys, flags, tmp_pa
 def test_timesteps_reach_the_transformer_unrounded(flags, tmp_path, monkeypatch):
     """Under bfloat16 too, the transformer is told the level that the latents were noised with."""
     seen = []
-    original = train_sd3_lpl_flow.Denoiser.forward
+    original = train_sd3_lpl_flow.SD3Transformer2DModel.forward
 
-    def spy(self, noisy_latents, timesteps, prompt):
+    def spy(self, noisy_latents, prompt, pooled, timesteps):
         if timesteps.device.type != "meta":  # the plan's estimate of memory
             seen.append((noisy_latents.dtype, timesteps))
-        return original(self, noisy_latents, timesteps, prompt)
+        return original(self, noisy_latents, prompt, pooled, timesteps)
 
-    monkeypatch.setattr(train_sd3_lpl_flow.Denoiser, "forward", spy)
+    monkeypatch.setattr(train_sd3_lpl_flow.SD3Transformer2DModel, "forward", spy)
     run(*flags, "--mixed_precision", "bf16", "--use_lora", "--max_train_steps", 2, "--output_dir", tmp_path)
     assert len(seen) == 2
     for dtype, timesteps in seen:
