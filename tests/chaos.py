@@ -185,8 +185,8 @@ def await_step(processes, folder, step):
 
 
 def await_saving(processes, folder):
-    """Wait until a run writes or deletes a folder, or has ended; whether it has ended."""
-    return wait_until(processes, lambda: is_saving(folder), "a folder that is written")
+    """Wait until a run writes a checkpoint, or has ended; whether it has ended."""
+    return wait_until(processes, lambda: is_saving(folder), "a checkpoint that is written")
 
 
 def kill(processes, first=0):
@@ -232,7 +232,7 @@ class Outcome:
 
     cell: dict
     kills: Counter = field(default_factory=Counter)
-    unfinished: int = 0  # kills that left a folder which was being written or deleted
+    unfinished: int = 0  # kills that left a checkpoint which was being written
     resumes: int = 0
     problems: list = field(default_factory=list)
 
@@ -291,8 +291,8 @@ def saved(folder):
 
 
 def is_saving(folder):
-    """Whether a folder is being written or deleted, or was when a kill came."""
-    return any(folder.glob(".tmp-*")) or any(folder.glob(".old-*"))
+    """Whether a checkpoint is being written, or was when a kill came; those that are deleted end in -removed."""
+    return any(folder.glob(".tmp-checkpoint-*[0-9]")) or any(folder.glob(".old-checkpoint-*"))
 
 
 def compare(killed, whole):
