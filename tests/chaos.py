@@ -21,6 +21,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -115,17 +116,23 @@ class Launcher:
     """Starts runs by forking a process that has already imported everything."""
 
     def __init__(self):
-        os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="1")
-        os.environ["PYTHONPATH"] = str(Path(__file__).resolve().parent.parent)  # of the process that forks
         self.context = multiprocessing.get_context("forkserver")
         self.context.set_forkserver_preload(["diffusers.training_utils", "peft", *SCRIPTS.values()])
-        first = self.context.Process(target=time.time)  # starts the forking process, which imports for some seconds
-        first.start()
-        first.join()
+        self.port = None
+        environment = dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="1",
+                           PYTHONPATH=str(Path(__file__).resolve().parent.parent))  # fmt: skip
+        with mock.patch.dict(os.environ, environment):  # that of the process that forks, and so of all runs
+            first = self.context.Process(target=time.time)  # starts that process, which imports for some seconds
+            first.start()
+            first.join()
 
     def start(self, cell, flags, log):
         """The processes of a run, one a rank."""
-        shared = {"WORLD_SIZE": str(cell["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        if self.port:
+            self.port.close()
+        self.port = reserved_port()
+        port = self.port.getsockname()[1]
+        shared = {"WORLD_SIZE": str(cell["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks = [
             self.context.Process(
                 target=work,
@@ -143,11 +150,15 @@ class Launcher:
         return ranks
 
 
-def free_port():
-    """A port of the loopback that nobody listens to."""
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
+def reserved_port():
+    """A socket with a free port of the loopback: while it is open nobody is given this port, but who names it gets it.
+
+    Two sockets may have one port if both allow it, as PyTorch's do, and only one of them listens.
+    """
+    server = socket.socket()
+    server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    server.bind(("127.0.0.1", 0))
+    return server
 
 
 def finish(processes, within):
@@ -158,14 +169,24 @@ def finish(processes, within):
     return all(process.exitcode is not None for process in processes)
 
 
+def wait_until(processes, condition, what):
+    """Wait until a condition holds, or a run has ended; whether it has ended."""
+    end = time.monotonic() + PATIENCE
+    while not condition():
+        if finish(processes, 0.001):
+            return True
+        assert time.monotonic() < end, f"{what} never came"
+    return False
+
+
 def await_step(processes, folder, step):
     """Wait until a run has saved a step, or has ended; whether it has ended."""
-    end = time.monotonic() + PATIENCE
-    while max(saved(folder), default=0) < step:
-        if finish(processes, 0.002):
-            return True
-        assert time.monotonic() < end, f"step {step} never came"
-    return False
+    return wait_until(processes, lambda: max(saved(folder), default=0) >= step, f"step {step}")
+
+
+def await_saving(processes, folder):
+    """Wait until a run writes a checkpoint, or has ended; whether it has ended."""
+    return wait_until(processes, lambda: is_saving(folder), "a checkpoint that is written")
 
 
 def kill(processes, first=0):
@@ -211,7 +232,7 @@ class Outcome:
 
     cell: dict
     kills: Counter = field(default_factory=Counter)
-    unfinished: int = 0  # kills that left a folder which was being written or deleted
+    unfinished: int = 0  # kills that left a checkpoint which was being written
     resumes: int = 0
     problems: list = field(default_factory=list)
 
@@ -228,13 +249,16 @@ def chaos(cell, kills, launcher, flags, folder, rng, tick=lambda: None):
         return outcome
     duration = time.monotonic() - began
     flags = [*flags, "--output_dir", str(killed), "--resume_from_checkpoint", "latest"]
+    too_late = 0
     while (to_come := kills - sum(outcome.kills.values())) > 0:
         reached = max(saved(killed), default=0)
         outcome.resumes += reached > 0
         target = reached + rng.integers(0, 2 + (STEPS - reached) // to_come)  # 0 further: it is killed while it starts
+        while_saving = to_come == 1  # the last kill: once the run has made a step and begins to save the next
         processes = launcher.start(cell, flags, folder / "killed.log")
         moment = rng.uniform(0, duration / 2 if target == reached else duration / STEPS / 2)
-        ended = await_step(processes, killed, target) or finish(processes, moment)
+        ended = await_step(processes, killed, max(target, reached + while_saving))
+        ended = ended or (await_saving(processes, killed) if while_saving else finish(processes, moment))
         failed = [process.exitcode for process in processes if process.exitcode]
         kill(processes, first=int(rng.integers(len(processes))))
         if failed:
@@ -243,9 +267,13 @@ def chaos(cell, kills, launcher, flags, folder, rng, tick=lambda: None):
         if ended:  # it was faster than the kill: compare, and begin anew
             outcome.problems += compare(killed, whole)
             shutil.rmtree(killed)
+            too_late += 1
+            if outcome.problems or too_late == 20:
+                outcome.problems.append(f"{too_late} runs ended before they were killed")
+                return outcome
             continue
         outcome.kills[max(saved(killed), default=0)] += 1
-        outcome.unfinished += any(killed.glob(".tmp-*")) or any(killed.glob(".old-*"))
+        outcome.unfinished += is_saving(killed)
         tick()
     outcome.resumes += bool(saved(killed))
     processes = launcher.start(cell, flags, folder / "killed.log")
@@ -260,6 +288,11 @@ def chaos(cell, kills, launcher, flags, folder, rng, tick=lambda: None):
 def saved(folder):
     """Steps of the checkpoints that bear their name."""
     return [int(path.name.removeprefix("checkpoint-")) for path in Path(folder).glob("checkpoint-*")]
+
+
+def is_saving(folder):
+    """Whether a checkpoint is being written, or was when a kill came; those that are deleted end in -removed."""
+    return any(folder.glob(".tmp-checkpoint-*[0-9]")) or any(folder.glob(".old-checkpoint-*"))
 
 
 def compare(killed, whole):

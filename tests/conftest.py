@@ -1,12 +1,23 @@
 """Fixtures: a tiny random SDXL pipeline and a folder of pictures, built once."""
 
 import os
+import shutil
+import tempfile
+
+import pytest
+
+from tests import processes
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["OMP_NUM_THREADS"] = "1"  # the last bits of a sum follow from it; and the tests fill the cores themselves
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import pytest
+# Whoever runs the tests: their token, their settings of accelerate, their caches and their proxy do not matter.
+for name in list(os.environ):
+    if name.startswith(("HF_", "HUGGING_FACE_", "HUGGINGFACE_", "TRANSFORMERS_", "ACCELERATE_", "FSDP_")):
+        del os.environ[name]
+HOME = tempfile.mkdtemp(prefix="lpl-tests-")
+os.environ |= {"HF_HOME": f"{HOME}/huggingface", "XDG_CACHE_HOME": f"{HOME}/cache", "HF_HUB_OFFLINE": "1",
+               "NO_PROXY": "127.0.0.1,localhost", "no_proxy": "127.0.0.1,localhost"}  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -60,5 +71,22 @@ def flags(sdxl_folder, pictures, cache_dir):
     ).split()
 
 
+@pytest.fixture(autouse=True)
+def nothing_goes_on():
+    """What a test has started and not ended, because it failed, ends with it."""
+    yield
+    processes.end_all()
+
+
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write the golden curves anew")
+    parser.addoption("--gpu", action="store_true", help="let tests see a GPU: for those that need one")
+
+
+def pytest_configure(config):
+    if not config.getoption("--gpu"):
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # curves and refusals are those of a CPU
+
+
+def pytest_unconfigure():
+    shutil.rmtree(HOME, ignore_errors=True)

@@ -17,7 +17,8 @@ def launch_environment(config):
     from accelerate.commands.launch import _validate_launch_command, launch_command_parser
     from accelerate.utils.launch import prepare_multi_gpu_env
 
-    args = launch_command_parser().parse_args(["--config_file", str(config), "train_sdxl_lpl.py"])
+    words = ["--config_file", str(config), "--main_process_port", "0"]  # a free one: the usual one may be taken here
+    args = launch_command_parser().parse_args([*words, "train_sdxl_lpl.py"])
     args, _, _ = _validate_launch_command(args)
     names = ("ACCELERATE_", "FSDP_")
     return {name: value for name, value in prepare_multi_gpu_env(args).items() if name.startswith(names)}

@@ -22,6 +22,7 @@ import train_sd3_lpl_flow
 import train_sdxl_lpl
 import train_utils
 from tests import runs
+from tests.processes import start
 from tests.runs import command, weights
 
 SCRIPTS = {"sdxl": train_sdxl_lpl, "sd3": train_sd3_lpl_flow}
@@ -176,8 +177,7 @@ def test_under_fp16_a_loss_that_is_not_finite_counts(recipe, tmp_path, monkeypat
 def started(words, folder):
     """A run in a process group of its own, once its third step is logged."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
-                               start_new_session=True)  # fmt: skip
+    process = start(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log, end = Path(folder, "logs", "metrics.jsonl"), time.monotonic() + 120
     while not (log.is_file() and log.read_text().count("\n") >= 3):
         assert process.poll() is None, process.stderr.read()[-2000:]
@@ -234,7 +234,7 @@ with guard_utils.StopSignals(accelerator=None) as signals:
 
 def in_a_step_without_end(patience):
     words = [sys.executable, "-c", STEP_WITHOUT_END, str(patience)]
-    process = subprocess.Popen(words, cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = start(words, cwd=runs.ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout.read(5) == b"ready"
     process.send_signal(signal.SIGTERM)
     assert b"SIGTERM: the run stops after this step and saves" in process.stderr.readline() + process.stderr.readline()
@@ -248,7 +248,7 @@ def test_a_second_signal_stops_at_once():
 
 
 def test_the_watchdog_ends_a_run_whose_step_does_not_end():
-    process = in_a_step_without_end(patience=1)
+    process = in_a_step_without_end(patience=3)  # more than it may take to read a line
     asked = time.monotonic()
     assert process.wait(timeout=20) == 128 + signal.SIGTERM
     assert time.monotonic() - asked > 0.5 and b"giving up; the last checkpoint is sound" in process.stderr.read()
@@ -343,8 +343,8 @@ def test_a_run_that_fails_takes_its_loading_processes_along(recipe, tmp_path):
     script, flags = recipe
     flags = [*flags, "--learning_rate", "1e25", "--max_nonfinite_steps", 2, "--dataloader_num_workers", 2]
     words = command(script, *flags, "--max_train_steps", 3000, "--output_dir", tmp_path)
-    process = subprocess.Popen(words, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, stdout=subprocess.DEVNULL,
-                               stderr=subprocess.PIPE, text=True, start_new_session=True)  # fmt: skip
+    process = start(words, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, stdout=subprocess.DEVNULL,
+                    stderr=subprocess.PIPE, text=True)  # fmt: skip
     said = process.communicate(timeout=240)[1]
     assert process.returncode == 2 and "2 steps in a row were not finite" in said, said[-2000:]
     with pytest.raises(ProcessLookupError):
@@ -424,9 +424,8 @@ def test_the_shared_model_goes_before_the_group_of_ranks(recipe, tmp_path, steps
     script, flags = recipe
     words = command(script, *flags, "--max_train_steps", steps, "--output_dir", tmp_path)
     launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "tests.ends_in_order"]
-    process = subprocess.Popen([words[0], *launch, *words[1:]], cwd=runs.ROOT, stdout=subprocess.PIPE, text=True,
-                               stderr=subprocess.STDOUT, start_new_session=True,
-                               env={**os.environ, "ACCELERATE_USE_CPU": "true"})  # fmt: skip
+    process = start([words[0], *launch, *words[1:]], cwd=runs.ROOT, stdout=subprocess.PIPE, text=True,
+                    stderr=subprocess.STDOUT, env={**os.environ, "ACCELERATE_USE_CPU": "true"})  # fmt: skip
     if steps > 2:
         log, end = tmp_path / "logs" / "metrics.jsonl", time.monotonic() + 120
         while not log.is_file() or not log.read_text():

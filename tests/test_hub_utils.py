@@ -23,6 +23,7 @@ import hub_utils
 from cli_utils import UserError
 from hub_utils import Card, publishable_files, write_card
 from tests.hub_server import Fault, HubServer, Repository
+from tests.processes import start
 
 ROOT = Path(__file__).resolve().parent.parent
 SECRET = "hf_SentinelOfAliceNeverShown"
@@ -420,7 +421,7 @@ def test_ctrl_c_is_a_failure_like_others(hub, tmp_path):
     program = "import signal, sys, hub_utils\n"
     program += "signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background ignore it\n"
     program += "hub_utils.main(sys.argv[1:])"
-    process = subprocess.Popen(
+    process = start(
         [sys.executable, "-c", program, str(folder), "--hub_model_id", "alice/run"], cwd=tmp_path,
         env=environment(hub, tmp_path / "home", HF_TOKEN=SECRET), stderr=subprocess.PIPE, text=True,
     )  # fmt: skip

@@ -631,6 +631,7 @@ def test_the_detector_detects(places):
 def test_there_are_enough_cases_and_they_were_quick(capsys):
     """Comes last: tells how long the cases took."""
     assert len(CASES) + len(HUB_CASES) >= 60 and {case[0] for case in CASES} == set(SCRIPTS)
+    assert sum(TIMES.values()) <= LIMIT / 2 * len(TIMES), "on the average they are quicker than each has to be"
     with capsys.disabled():
         for case in sorted(TIMES, key=TIMES.get)[-3:]:
             print(f"\n{TIMES[case]:.2f} s  {case}", end="")

@@ -16,9 +16,18 @@ SECRET = "hf_sentinelSENTINELsentinelSENTINEL0123"
 
 
 @pytest.fixture(scope="module")
-def hub():
+def server():
     with HubServer({SECRET: "me", "hf_reader": "nobody"}) as server:
         yield server
+
+
+@pytest.fixture
+def hub(server):
+    """The server, empty and without faults: what is there already would not be sent again."""
+    for state in (server.repositories, server.objects, server.requests):
+        state.clear()
+    server.fault = None
+    return server
 
 
 def start(words, hub, home, token=SECRET):
@@ -66,7 +75,6 @@ def test_a_run_publishes_its_result(lora, hub, tmp_path):
 def test_a_failed_upload_leaves_everything_and_the_printed_command_completes_it(fault, lora, hub, tmp_path):
     name = f"lora-{fault.what}"
     folder = tmp_path / name
-    hub.objects.clear()  # the same training may give the same bytes, and what is there is not sent again
     hub.fault = fault
     result = start(command(*lora, "--output_dir", folder), hub, tmp_path / "home")
     hub.fault = None

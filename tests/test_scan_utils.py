@@ -32,6 +32,7 @@ from tests.picture_folders import (
     refusal,
     tar,
 )
+from tests.processes import start
 
 pytestmark = pytest.mark.usefixtures("own_cache")
 
@@ -241,7 +242,8 @@ def test_what_is_gone_is_forgotten(tmp_path, own_cache):
 
 
 SLOW = """
-import time, scan_utils, table_utils
+import os, time, scan_utils, table_utils
+os.cpu_count = lambda: 2  # threads: as many images may be read and not yet kept when a kill comes
 table_utils.COMMIT_SECONDS = 0.05
 look = scan_utils.look
 def slow(asked, item):
@@ -256,7 +258,7 @@ print(len(scan_utils.scan_folder({folder!r}, show=False).images))
 
 def slow_scan(folder, log, pause):
     code = SLOW.format(folder=str(folder), log=str(log), pause=pause)
-    return subprocess.Popen([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+    return start([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
 
 
 def test_a_killed_scan_goes_on_where_it_stopped(tmp_path):

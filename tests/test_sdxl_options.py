@@ -244,6 +244,14 @@ def test_offloaded_and_foreach_averages_are_the_average(flags, tmp_path):
         assert any(not torch.allclose(saved["plain"][key], saved[other][key], atol=1e-6) for key in saved["plain"])
 
 
+@pytest.fixture
+def own_tf32():
+    """TF32 is off again after the test."""
+    yield
+    torch.backends.cuda.matmul.allow_tf32 = False
+
+
+@pytest.mark.usefixtures("own_tf32")
 def test_switches_reach_what_they_switch(flags, tmp_path, monkeypatch):
     """What changes no number on a CPU: where the average lives, how it is computed, TF32, encoders' checkpointing."""
     words = [*map(str, flags), "--use_lora", "--train_text_encoder", "--use_ema"]
@@ -263,7 +271,6 @@ def test_switches_reach_what_they_switch(flags, tmp_path, monkeypatch):
         torch.backends.cuda.matmul.allow_tf32 = False
         train_utils.start_accelerator(args)
         assert torch.backends.cuda.matmul.allow_tf32 == bool(more)
-    torch.backends.cuda.matmul.allow_tf32 = False
 
 
 def test_lr_cycles_and_power(flags, tmp_path):

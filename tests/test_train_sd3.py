@@ -26,6 +26,7 @@ import train_utils
 from cli_utils import UserError
 from lora_utils import WEIGHTS
 from lpl_utils import LPLGate, estimate_z0
+from tests.processes import start
 from tests.runs import assert_resume_is_exact
 from tests.sd3 import command, run, weights
 
@@ -165,15 +166,16 @@ def test_gated_share_comes_from_the_distribution(schedule, capsys, flags, tmp_pa
 def test_timesteps_reach_the_transformer_unrounded(flags, tmp_path, monkeypatch):
     """Under bfloat16 too, the transformer is told the level that the latents were noised with."""
     seen = []
-    original = train_sd3_lpl_flow.Denoiser.forward
+    original = train_sd3_lpl_flow.SD3Transformer2DModel.forward
 
-    def spy(self, noisy_latents, timesteps, prompt):
+    def spy(self, noisy_latents, prompt, pooled, timesteps):
         if timesteps.device.type != "meta":  # the plan's estimate of memory
             seen.append((noisy_latents.dtype, timesteps))
-        return original(self, noisy_latents, timesteps, prompt)
+        return original(self, noisy_latents, prompt, pooled, timesteps)
 
-    monkeypatch.setattr(train_sd3_lpl_flow.Denoiser, "forward", spy)
+    monkeypatch.setattr(train_sd3_lpl_flow.SD3Transformer2DModel, "forward", spy)
     run(*flags, "--mixed_precision", "bf16", "--use_lora", "--max_train_steps", 2, "--output_dir", tmp_path)
+    assert len(seen) == 2
     for dtype, timesteps in seen:
         assert dtype == torch.bfloat16 and timesteps.dtype == torch.float32
         assert not torch.equal(timesteps, timesteps.bfloat16().float())
@@ -395,13 +397,14 @@ def test_a_killed_run_goes_on_bit_for_bit(flags, tmp_path):
     flags = [*flags, *TEXT, "--use_ema", "--gradient_accumulation_steps", 2, "--use_lpl", "--max_train_steps", 40,
              "--checkpointing_steps", 5]  # fmt: skip
     run(*flags, "--output_dir", tmp_path / "whole")
-    process = subprocess.Popen(command(*flags, "--output_dir", tmp_path / "killed"), stderr=subprocess.DEVNULL,
-                               stdout=subprocess.DEVNULL)  # fmt: skip
-    metrics, deadline = tmp_path / "killed" / "logs" / "metrics.jsonl", time.time() + 300
-    while process.poll() is None and time.time() < deadline:
-        if (tmp_path / "killed" / "checkpoint-10").is_dir() and len(metrics.read_text().splitlines()) > 11:
+    process = start(command(*flags, "--output_dir", tmp_path / "killed"), stderr=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL)  # fmt: skip
+    metrics, deadline = tmp_path / "killed" / "logs" / "metrics.jsonl", time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.is_file() and metrics.read_text().count("\n") > 11:  # after checkpoint 10
             process.send_signal(signal.SIGKILL)
         time.sleep(0.005)
+    assert time.monotonic() < deadline, "the run never came so far"
     assert process.wait() == -signal.SIGKILL
     run(*flags, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "latest")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
