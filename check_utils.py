@@ -23,6 +23,10 @@ NOT_NEGATIVE = (
     "ema_update_after_step", "dataloader_num_workers", "num_validation_images", "lpl_start", "keep_tags",
     "cache_variants",
 )  # fmt: skip
+AT_MOST = {  # beyond it is a slip of the finger, which would be noticed late
+    "max_train_steps": 10**9, "num_train_epochs": 10**9, "resolution": 16384, "dataloader_num_workers": 256,
+    "train_batch_size": 10**6, "gradient_accumulation_steps": 10**6, "rank": 10**4,
+}  # fmt: skip
 SHARES = ("proportion_empty_prompts", "lora_dropout", "ema_decay")
 LORA_ONLY = (
     "rank", "lora_alpha", "lora_layers", "lora_dropout", "use_dora", "train_text_encoder", "init_lora",
@@ -42,6 +46,9 @@ def check_flags(args):
         require(value is None or value > 0, f"--{name} is {value}; it must be above 0")
     for name, value in ((name, getattr(args, name)) for name in NOT_NEGATIVE):
         require(value is None or value >= 0, f"--{name} is {value}; it must be 0 or more")
+    for name, most in AT_MOST.items():
+        value = getattr(args, name)
+        require(value is None or value <= most, f"--{name} is {value}; it can be {most} at most")
     for name, value in ((name, getattr(args, name)) for name in SHARES):
         require(0 <= value <= 1, f"--{name} is {value}; it must lie between 0 and 1")
     for name, why in {"lora_dropout": "nothing would be learnt", "ema_decay": "the average would never move"}.items():
@@ -102,7 +109,13 @@ def check_output_dir(args):
             require(there.is_dir(), f"--{name} {folder}: {there} is a file; name a folder")
             require(os.access(there, os.W_OK | os.X_OK),
                     f"--{name} {folder}: no permission to write in {there}; name another folder")  # fmt: skip
+    logs = Path(args.output_dir, args.logging_dir)
+    require(not logs.exists() or logs.is_dir(), f"--logging_dir {args.logging_dir}: {logs} is a file; name a folder")
     output_dir = Path(args.output_dir).resolve()
+    for name in ("train_data_dir", "validation_data_dir"):
+        inside = getattr(args, name) and output_dir.is_relative_to(Path(getattr(args, name)).resolve())
+        require(not inside, f"--output_dir {args.output_dir} lies in --{name} {getattr(args, name)}: the run's own "
+                "pictures would be trained on; name a folder outside")  # fmt: skip
     require(output_dir != REPOSITORY, f"--output_dir {args.output_dir} is this repository: name a folder of its own")
     for name in (*PATHS[:4], "init_lora"):
         value = getattr(args, name, None)

@@ -6,6 +6,7 @@ Nothing here imports torch, so that a wrong flag is answered at once.
 import argparse
 import contextlib
 import difflib
+import errno
 import logging
 import os
 import signal
@@ -58,10 +59,16 @@ def errors_for_people(debug):
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, OwnError):
             print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except PermissionError as error:
-        if debug:
+    except OSError as error:
+        if debug or error.errno is None:
             raise
-        print(f"error: {error.filename}: {error.strerror}; give one that you may use", file=sys.stderr)
+        advice = {
+            errno.EACCES: "give one that you may use", errno.EPERM: "give one that you may use",
+            errno.ENOSPC: "free some space, or name another folder", errno.EDQUOT: "free some space",
+            errno.EFBIG: "files may not be that large here: name another folder",
+            errno.EROFS: "that disk is read-only: name another folder",
+        }.get(error.errno, "--debug shows where that was")  # fmt: skip
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; {advice}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         if debug:

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import sys
 import time
 from pathlib import Path
 
@@ -15,6 +16,24 @@ from resume_utils import set_aside
 from train_utils import Metrics
 
 
+@contextlib.contextmanager
+def dispensable(what):
+    """Inside, a file that can't be written (a full disk) is a warning: for a log or a picture no run has to end."""
+    try:
+        yield
+    except OSError as error:
+        print(f"warning: {what} can't be written ({error}); training goes on", file=sys.stderr)
+
+
+def row_of(line):
+    """The row in a line of the log; an empty one for a line that a kill or a full disk left unfinished."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
 class History:
     """The rows of log values of a run, in a file of JSON lines that a resumed run goes on with."""
 
@@ -22,15 +41,15 @@ class History:
         self.path = Path(path)
         self.rows = []
         if first_step and self.path.is_file():
-            rows = [json.loads(line) for line in self.path.read_text().splitlines() if line.endswith("}")]
-            self.rows = [row for row in rows if row["step"] <= first_step]
+            self.rows = [row for row in map(row_of, self.path.read_text(errors="replace").splitlines())
+                         if row.get("step", math.inf) <= first_step]  # fmt: skip
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
 
     def append(self, step, values):
         """Add a row."""
         self.rows.append({"step": step, **values})
-        with open(self.path, "a", encoding="utf-8") as file:
+        with dispensable("the log"), open(self.path, "a", encoding="utf-8") as file:
             file.write(json.dumps(self.rows[-1]) + "\n")
 
     def series(self, key):
@@ -110,13 +129,15 @@ class Reporter:
                     tracker.writer.add_images(f"validation/{number}", stacked, step, dataformats="NHWC")
             elif tracker.name == "wandb":
                 tracker.log_images({prompt: images for prompt, images in rows}, step=step)
-        for number, image in enumerate(image for _, images in rows for image in images):
-            image.save(self.output_dir / f"image_{number}.png")
+        with dispensable("validation images"):
+            for number, image in enumerate(image for _, images in rows for image in images):
+                image.save(self.output_dir / f"image_{number}.png")
 
     def draw_run(self):
         """`run.png`: the run at a glance, as far as it has come."""
         if self.main and self.history.series("train_loss")[0]:
-            plot_run(self.history, self.output_dir / "run.png", self.title)
+            with dispensable("run.png"):
+                plot_run(self.history, self.output_dir / "run.png", self.title)
 
     def stopped(self, step):
         """The end of a run that was asked to stop, after it was saved."""
@@ -171,8 +192,9 @@ class Gallery:
                 for when, images in (("before", before), (f"after {step} steps", after))
             ]
         if self.keep and any(images for _, images in rows):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            labelled_rows(shown).save(self.folder / f"step-{step}.png")
+            with dispensable("the validation grid"):
+                self.folder.mkdir(parents=True, exist_ok=True)
+                labelled_rows(shown).save(self.folder / f"step-{step}.png")
         return rows
 
 

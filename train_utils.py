@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -15,7 +16,8 @@ from diffusers import AutoencoderKL
 from tqdm.auto import tqdm
 
 from cache_utils import prompt_key
-from cli_utils import OwnError, UserError
+from check_utils import wants
+from cli_utils import OwnError, UserError, require
 from data_utils import (
     AddressedBatches,
     SampleOrder,
@@ -376,13 +378,20 @@ def build_recipe(args, accelerator, schedule, dtype, empty_prompt, empty_is_zero
 def start_accelerator(args):
     """The Accelerator, with trackers below the output folder."""
     logging_dir = Path(args.output_dir, args.logging_dir)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
     patience = timedelta(hours=12)  # other ranks wait while the first encodes and draws; NCCL's own is 10 minutes
     accelerator = Accelerator(
+        cpu=ranks > 1 and not torch.accelerator.is_available() and not wants("FSDP"),  # it would take each for alone
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logging_dir),
         kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
+    )
+    require(
+        accelerator.num_processes == ranks,
+        f"{ranks} processes were started, but accelerate takes this one for one of {accelerator.num_processes}: start "
+        "them with accelerate launch or torchrun",
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU, and none is here; use bf16 or no")

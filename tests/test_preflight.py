@@ -492,6 +492,11 @@ FLAGS = """
 --use_lora --lora_layers norm1 | --lora_layers | the unet has no layer called norm1 | such as to_q,to_v
 --use_lora --lora_layers attn1 | --lora_layers | the unet has no layer called attn1 | such as to_q,to_v
 --output_dir {q_none} | --output_dir | is a file | name a folder
+--output_dir {pictures}/out | --output_dir | lies in --train_data_dir | name a folder outside
+--output_dir {another} --logging_dir checkpoint-4/manifest.json | --logging_dir | is a file | name a folder
+--max_train_steps 99999999999999999999999 | --max_train_steps | is 99999999999999999999999 | 1000000000 at most
+--resolution 8000000 | --resolution | is 8000000 | 16384 at most
+--dataloader_num_workers 100000 | --dataloader_num_workers | is 100000 | 256 at most
 --cache_dir {q_none}/cache | --cache_dir | is a file | name a folder
 --output_dir {out} --pretrained_model_name_or_path {out}/model | lies in --output_dir | {out}/model | name another
 --lpl_wieght 1 | unknown flag | --lpl_wieght | did you mean --lpl_weight?

@@ -413,7 +413,7 @@ def test_a_killed_run_goes_on_bit_for_bit(flags, tmp_path):
 def test_two_ranks_equal_one_with_twice_the_accumulation(flags, tmp_path):
     flags = [*flags, *TEXT, "--use_lpl", "--max_train_steps", 3, "--train_batch_size", 2, "--validation_split", 3,
              "--validation_steps", 3, "--timestep_sampling", "stratified"]  # fmt: skip
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     for words in (
         [*launch, *command(*flags, "--output_dir", tmp_path / "two")[1:]],

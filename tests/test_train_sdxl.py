@@ -521,7 +521,7 @@ def test_bf16_and_checkpointing_train(flags, tmp_path):
 def test_two_ranks_equal_one_with_twice_the_accumulation(flags, tmp_path):
     """Under torchrun with two processes on the CPU: the same samples, noise and objective; the same weights."""
     flags = [*flags, "--use_lpl", "--lpl_t_threshold", 600, "--max_train_steps", 4, "--train_batch_size", 2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     subprocess.run(
         [*launch, *command(*flags, "--output_dir", tmp_path / "two")[1:]],
