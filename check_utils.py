@@ -9,7 +9,6 @@ from pathlib import Path
 from cli_utils import PATHS, REPOSITORY, require
 from input_utils import target_sizes
 from model_utils import hub_like, read_json
-from resume_utils import check_resume
 
 POSITIVE = (
     "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples",
@@ -79,7 +78,6 @@ def check_flags(args):
     check_installed(args)
     check_machine(args)
     check_lpl_flags(args)
-    check_resume(args)
 
 
 def check_data_folder(name, folder):

@@ -161,6 +161,25 @@ def save_checkpoint(output_dir, step, state, save_model, limit=None, is_main=Tru
     return final
 
 
+@contextlib.contextmanager
+def kept_if_unwritten(save):
+    """For writing the result: where that fails, call save(), so that its steps are in a checkpoint at least.
+
+    Raises UserError in place of the error of a disk that is full or can't be written to.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        try:
+            save()
+        except UserError as second:
+            raise UserError(f"the result can't be written ({error}), nor a checkpoint: {second}") from error
+        raise UserError(
+            f"the result can't be written ({error}); its steps are saved. Free some space, and give the same command "
+            "with --resume_from_checkpoint latest: it writes the result"
+        ) from error
+
+
 def put_in_place(temporary, final):
     """Give a finished folder its name. One of that name stays, as `old_place`, until the new one has it."""
     if final.exists() and not is_complete(final):

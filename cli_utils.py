@@ -279,7 +279,9 @@ class FlagParser(argparse.ArgumentParser):
 
 
 def save_recipe(
-    args, path, skip=("config", "embedded_default", "dry_run", "debug", "local_rank", "resume_from_checkpoint")
+    args,
+    path,
+    skip=("config", "embedded_default", "base_weights", "dry_run", "debug", "local_rank", "resume_from_checkpoint"),
 ):
     """Write the resolved flags, secrets left out, as a YAML file that `--config` reads."""
     flags = {key: value for key, value in vars(args).items() if key not in SECRETS and key not in skip}

@@ -4,6 +4,7 @@ Nothing here imports torch. Of weights only the headers are read, so a whole mod
 on the Hub its config.json files are fetched, which loading needs anyway.
 """
 
+import hashlib
 import json
 import re
 from pathlib import Path
@@ -15,6 +16,7 @@ from safety_utils import place_of
 
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of weight files: diffusers', transformers'
 LFS_POINTER = b"version https://git-lfs"
+PIECES = 256  # of a weight file, whose first bytes are looked at to tell it from another
 AGAIN = "download the model again"
 LYCORIS = ("hada_w1", "lokr_w1", "oft_blocks")  # marks of other adapters than LoRA
 
@@ -226,6 +228,23 @@ def tensors_of(path):
         raise ValueError("its header is no object")
     header.pop("__metadata__", None)
     return header, 8 + length
+
+
+def fingerprint(args, part, replaced):
+    """What tells a denoiser's weights from others: of files here, samples of their content, else the Hub's name."""
+    flag, name, subfolder, revision, variant = place_of(args, part, replaced)
+    folder = Path(name, subfolder)
+    if not folder.is_dir():
+        return f"hub:{name}@{revision or 'main'}"
+    digest = hashlib.sha256()
+    for path in weight_files(f"{flag} {name}", folder, variant):
+        size = path.stat().st_size
+        with open(path, "rb") as file:
+            for piece in range(PIECES):
+                file.seek(size * piece // PIECES)
+                digest.update(file.read(4096))
+        digest.update(size.to_bytes(8, "little"))
+    return f"sha256:{digest.hexdigest()[:16]}"
 
 
 def check_lora_layers(args, part, replaced):

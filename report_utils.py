@@ -3,17 +3,26 @@
 import contextlib
 import json
 import math
+import os
+import platform
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
-from cli_utils import SECRETS, save_recipe
+from cli_utils import SECRETS, UserError, save_recipe
 from hub_utils import Card, check_access
 from input_utils import save_report
 from resume_utils import set_aside
 from train_utils import Metrics
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCKED = []  # files that this process holds locks on
 
 
 @contextlib.contextmanager
@@ -207,6 +216,7 @@ def open_output_dir(args, accelerator, resume_from, report):
     output_dir.mkdir(parents=True, exist_ok=True)
     if not accelerator.is_main_process:
         return
+    lock(output_dir)
     if aside := set_aside(output_dir, resume_from, args.logging_dir):
         accelerator.print(f"Results of an earlier run are kept in {aside}")
     if args.push_to_hub:
@@ -214,6 +224,31 @@ def open_output_dir(args, accelerator, resume_from, report):
         args.hub_model_id = check_access(name, args.hub_token, args.hub_private_repo)
     save_recipe(args, output_dir / "config.yaml")
     save_report(report, output_dir / "data_report.json")
+
+
+def lock(folder):
+    """Keep other runs out of a folder as long as this process lives. Raises UserError where one is in there.
+
+    A record lock: the system drops it with the process, however that ends, and the loader's processes do not inherit
+    it. Where the file system has none, nothing is kept out.
+    """
+    if fcntl is None:
+        return
+    file = open(folder / ".lock", "a+")  # noqa: SIM115 (it stays open)
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"--output_dir {folder}: another run is writing there ({file.read().strip() or 'not known which'}): wait "
+            "for its end, or name another folder"
+        ) from None
+    except OSError:
+        return
+    file.truncate(0)
+    file.write(f"process {os.getpid()} on {platform.node()}")
+    file.flush()
+    LOCKED.append(file)
 
 
 def model_card(args, kind, steps, images_per_step, images, gate):

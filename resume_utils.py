@@ -297,12 +297,22 @@ def choose_checkpoint(args):
 def check_identity(args, folder):
     """Refuse a checkpoint of another run."""
     found, wanted = json.loads((folder / "training_state.json").read_text())["identity"], run_identity(args)
-    different = [f"{key} was {found.get(key)}, is {value}" for key, value in wanted.items() if found.get(key) != value]
+    different = [
+        f"{key} was {found.get(key)}, is {value}" for key, value in wanted.items() if differs(key, found, value)
+    ]
     require(
         not different,
         f"--resume_from_checkpoint {args.resume_from_checkpoint}: {folder} is of another run "
         f"({', '.join(different)}); give its flags, or start without --resume_from_checkpoint",
     )
+
+
+def differs(key, found, value):
+    """Whether an entry of a checkpoint's identity tells that it is another run's."""
+    if key == "base_weights":  # a name on the Hub and files can't be compared
+        before = found.get(key) or ""
+        return bool(value) and before.partition(":")[0] == value.partition(":")[0] and before != value
+    return (key in found or key != "recipe") and found.get(key) != value  # early checkpoints did not have it
 
 
 def named_folder(args):
@@ -362,4 +372,7 @@ def run_identity(args):
     names = ["use_lora", "seed", "use_ema", "optimizer", "use_8bit_adam", "timestep_sampling"]
     if args.use_lora:
         names += ["rank", "lora_alpha", "lora_layers", "use_dora", "train_text_encoder"]
-    return {name: getattr(args, name) for name in names}
+    identity = {"recipe": "SD3" if hasattr(args, "weighting_scheme") else "SDXL"}
+    if args.use_lora:  # it is worth nothing on other weights than those it is trained on
+        identity["base_weights"] = getattr(args, "base_weights", None)
+    return identity | {name: getattr(args, name) for name in names}

@@ -29,6 +29,7 @@ import input_utils
 import model_utils
 import preflight_utils
 from cli_utils import REPOSITORY, errors_for_people, require
+from resume_utils import check_resume, run_identity
 from safety_utils import check_weights, loading
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sd3" / "train.yaml"
@@ -105,6 +106,8 @@ def parse_args(argv=None):
         not wrong, f"--lora_blocks {args.lora_blocks}: the transformer has blocks 0 to {blocks - 1}: name some of them"
     )
     check_sizes(args, configs["transformer"])
+    args.base_weights = preflight_utils.fingerprint(args, "transformer", REPLACED)
+    check_resume(args)
     return args
 
 
@@ -158,7 +161,6 @@ from export_utils import save_kohya, save_single_file
 from guard_utils import StopSignals
 from lora_utils import adapters, add_adapters, load_lora, lora_layers, save_lora
 from lpl_utils import estimate_z0, lpl_noise_scale, noise_to_signal
-from resume_utils import run_identity
 from train_utils import (
     build_recipe,
     choose_prompts,
@@ -812,7 +814,7 @@ def train(args, images, held_out, plan, accelerator, signals):
                 save(done)
             if stop and done < plan.total_steps:
                 break
-            if validation_due(done) or done == plan.total_steps:
+            if validation_due(done) and done < plan.total_steps:
                 validate(done)
     signals.ending()
     del denoiser
@@ -820,10 +822,11 @@ def train(args, images, held_out, plan, accelerator, signals):
         reporter.stopped(done)
         return False
     if takes_part:
-        with train_utils.averaged_weights(ema, parameters):
+        with checkpoint_utils.kept_if_unwritten(lambda: save(done)), train_utils.averaged_weights(ema, parameters):
             trained = shard_utils.gathered(bare_denoiser, accelerator.is_main_process)
             if accelerator.is_main_process:
                 save_result(args, trained, plan.schedule)
+    validate(done)
     if accelerator.is_main_process:
         card = report_utils.model_card(args, "sd3", plan.total_steps, plan.batch_size, len(images), lpl_gate(args))
         hub_utils.write_card(Path(args.output_dir), card)

@@ -195,6 +195,9 @@ def make_recipes_and_data(places):
     checkpoint = places.folder("another/checkpoint-4", training_state__json='{"step": 4, "identity": {"seed": 7}}')
     write_manifest(checkpoint, 4)
     places.paths["checkpoint"] = checkpoint
+    places.folder("sd3run")
+    state = '{"step": 4, "identity": {"recipe": "SD3"}}'
+    write_manifest(places.folder("sd3run/checkpoint-4", training_state__json=state), 4)
 
 
 class Hub(BaseHTTPRequestHandler):
@@ -489,6 +492,7 @@ FLAGS = """
 --resume_from_checkpoint {checkpoint} | --resume_from_checkpoint | of another run (use_lora was None | give its flags
 --output_dir {another} --resume_from_checkpoint latest | checkpoint-4 | seed was 7, is 0 | start without
 --use_lora --lora_layers to_q,to_x | --lora_layers | the unet has no layer called to_x | such as to_q,to_v
+--output_dir {sd3run} --resume_from_checkpoint latest | checkpoint-4 | recipe was SD3, is SDXL | start without
 --use_lora --lora_layers norm1 | --lora_layers | the unet has no layer called norm1 | such as to_q,to_v
 --use_lora --lora_layers attn1 | --lora_layers | the unet has no layer called attn1 | such as to_q,to_v
 --output_dir {q_none} | --output_dir | is a file | name a folder

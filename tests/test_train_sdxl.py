@@ -1,5 +1,6 @@
 """The SDXL recipe end to end, on a tiny random pipeline: real files, real processes, real kills."""
 
+import errno
 import json
 import math
 import os
@@ -16,8 +17,9 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+import checkpoint_utils
 import input_utils
 import train_sdxl_lpl
 import train_utils
@@ -202,7 +204,7 @@ def test_a_fresh_run_keeps_the_results_of_an_earlier_one_apart(flags, tmp_path):
         tmp_path,
     ]
     run(*flags, "--max_train_steps", 8)
-    first, left = weights(tmp_path), {path.name for path in tmp_path.iterdir()}
+    first, left = weights(tmp_path), {path.name for path in tmp_path.iterdir()} - {".lock"}
     run(*flags, "--seed", 8, "--max_train_steps", 4)
     assert {path.name for path in tmp_path.glob("checkpoint-*")} == {"checkpoint-2", "checkpoint-4"}
     kept = tmp_path / "previous-1"
@@ -238,10 +240,69 @@ def test_an_earlier_step_is_made_a_result(flags, tmp_path):
     assert (tmp_path / "long" / "previous-1" / "checkpoint-4").is_dir()
 
 
+def test_the_result_does_not_fit_on_the_disk(flags, tmp_path, monkeypatch):
+    """Its steps are saved, and the same command with `latest` writes it."""
+    flags = [*flags, *["--use_lora", "--output_kohya_format", "--max_train_steps", "3", "--checkpointing_steps", "2"]]
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"the result can't be .*its steps are saved"):
+        patch.setattr(train_sdxl_lpl, "save_kohya", full)
+        run(*flags, "--output_dir", tmp_path)
+    assert (tmp_path / "checkpoint-3").is_dir()
+    run(*flags, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest")
+    assert (tmp_path / "pytorch_lora_weights_kohya.safetensors").is_file()
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="nor a checkpoint: disk full while saving"):
+        patch.setattr(train_sdxl_lpl, "save_kohya", full)
+        patch.setattr(checkpoint_utils, "write_manifest", full)
+        run(*flags, "--output_dir", tmp_path, "--seed", 8, "--checkpointing_steps", 9)
+
+
+def test_a_log_that_can_not_be_written_ends_no_run(flags, tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "metrics.jsonl").symlink_to("/dev/full")
+    flags = [*map(str, flags), "--use_lora", "--max_train_steps", "2", "--output_dir", str(tmp_path)]
+    args = train_sdxl_lpl.parse_args(flags)
+    train_sdxl_lpl.main(args, *input_utils.find_images(args))
+    assert weights(tmp_path) and "warning: the log can't be written" in capsys.readouterr().err
+
+
+def test_two_runs_do_not_write_into_one_folder(flags, tmp_path):
+    """The second is refused while the first lives, and nothing of it is moved."""
+    flags = [*flags, "--use_lora", "--output_dir", tmp_path]
+    first = start(command(*flags, "--max_train_steps", 3000), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = tmp_path / "logs" / "metrics.jsonl"
+    while not (log.is_file() and log.stat().st_size):
+        assert first.poll() is None
+        time.sleep(0.05)
+    refused = rf"another run is writing there \(process {first.pid} on .*\): wait"
+    with pytest.raises(UserError, match=refused):
+        run(*flags, "--max_train_steps", 1)
+    assert first.poll() is None and not list(tmp_path.glob("previous-*"))
+    first.kill()
+    first.wait()
+    run(*flags, "--max_train_steps", 1)
+    assert (tmp_path / "previous-1").is_dir()
+
+
+def test_a_lora_goes_on_with_its_own_base_model_only(flags, sdxl_folder, tmp_path):
+    """The same weights in another folder are the same model; others are not, whatever the folder is called."""
+    flags = [*flags, "--use_lora", "--checkpointing_steps", 1, "--output_dir", tmp_path / "out"]
+    run(*flags, "--max_train_steps", 1)
+    moved = shutil.copytree(sdxl_folder, tmp_path / "moved")
+    resume = ["--resume_from_checkpoint", "latest", "--pretrained_model_name_or_path", moved]
+    run(*flags, "--max_train_steps", 2, *resume)
+    file = moved / "unet" / "diffusion_pytorch_model.safetensors"
+    save_file({name: value * 1.5 for name, value in load_file(file).items()}, file)
+    with pytest.raises(UserError, match=r"is of another run \(base_weights was sha256:.*, is sha256:"):
+        run(*flags, "--max_train_steps", 3, *resume)
+
+
 def test_a_whole_model_of_an_earlier_run_is_kept_too(flags, tmp_path):
     flags = [*flags, "--output_dir", tmp_path, "--logging_dir", "my/logs"]
     run(*flags, "--max_train_steps", 1)
-    before = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    before = {path.relative_to(tmp_path): path.read_bytes() for path in tmp_path.rglob("[!.]*") if path.is_file()}
     run(*flags, "--max_train_steps", 1, "--seed", 8)
     kept = tmp_path / "previous-1"
     assert before == {path.relative_to(kept): path.read_bytes() for path in kept.rglob("*") if path.is_file()}
