@@ -127,7 +127,8 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 class CaptionRules:
     """What becomes of a caption before it is encoded.
 
-    trigger_word: stands before every caption, with a comma, where the caption does not begin with it.
+    trigger_word: stands before every caption, with a comma, where the caption does not begin with it as a whole word.
+        Where it is one of the parts between commas, it goes from there to the front.
     shuffle_tags: the parts between commas change places from epoch to epoch.
     keep_tags: so many of them keep their place at the front.
     shuffles: so many orders of each caption are encoded; one of them is drawn in each epoch.
@@ -140,15 +141,28 @@ class CaptionRules:
 
     def text(self, caption: str, shuffle: int = 0) -> str:
         """The caption in the given one of its orders, 0 <= shuffle < shuffles."""
+        own = {tag.lower() for tag in _tags(self.trigger_word)}
         if self.shuffle_tags:
-            tags = [tag for part in caption.split(",") if (tag := part.strip())]
-            kept, moved = tags[: self.keep_tags], tags[self.keep_tags :]
+            tags = _tags(caption)
+            kept, moved = ([tag for tag in part if tag.lower() not in own]
+                           for part in (tags[: self.keep_tags], tags[self.keep_tags :]))  # fmt: skip
+            if own and not kept and moved and self._begins(moved[0]):  # such as "sks dog on a beach"
+                kept, moved = moved[:1], moved[1:]
             # From the caption itself, not from the seed: another run finds the same orders in the cache.
             rng = addressed_rng(int(digest(caption=caption)[:15], 16), shuffle, "tags")
             caption = ", ".join([*kept, *(moved[place] for place in rng.permutation(len(moved)))])
-        if self.trigger_word and not caption.lower().startswith(self.trigger_word.lower()):
-            caption = f"{self.trigger_word}, {caption}" if caption else self.trigger_word
-        return caption
+        if self._begins(caption):
+            return caption
+        others = [tag for tag in _tags(caption) if tag.lower() not in own]
+        if len(others) < len(_tags(caption)):
+            caption = ", ".join(others)
+        return f"{self.trigger_word}, {caption}" if caption else self.trigger_word
+
+    def _begins(self, caption: str) -> bool:
+        """Whether a caption begins with the trigger word and not with a longer one; without a trigger word it does."""
+        length = len(self.trigger_word)
+        same = caption[:length].lower() == self.trigger_word.lower()
+        return same and not (length and caption[length : length + 1].isalnum())
 
     def texts(self, captions: Iterable[str]) -> list[str]:
         """Every text that one of the captions may become, each once."""
@@ -162,6 +176,11 @@ class CaptionRules:
         rng = addressed_rng(seed, address, "caption")
         caption = captions[int(rng.integers(len(captions)))]
         return self.text(caption, int(rng.integers(self.shuffles)))
+
+
+def _tags(caption: str) -> list[str]:
+    """What stands between the commas of a caption, without the empty ones."""
+    return [tag for part in caption.split(",") if (tag := part.strip())]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
