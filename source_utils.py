@@ -27,7 +27,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from io import TextIOWrapper
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -338,8 +338,11 @@ def _csv_rows(listing: Path) -> Iterator[tuple[str, dict]]:
     try:
         # newline="" leaves line breaks, also those inside quotes, to csv.
         with open(listing, "rb") as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-            reader = csv.DictReader(text, strict=True)
+            header = text.readline()
+            # Blanks after the commas of the header: those of the rows are no part of their fields either.
+            reader = csv.DictReader(chain([header], text), strict=True, skipinitialspace=", " in header)
             try:
+                reader.fieldnames = _csv_header(reader.fieldnames or [], f"{listing}:1")
                 for row in reader:
                     place = f"{listing}:{reader.line_num}"
                     if None in row:
@@ -355,6 +358,18 @@ def _csv_rows(listing: Path) -> Iterator[tuple[str, dict]]:
         raise
     except OSError as error:
         raise DataError(f"{shown(str(listing))}: can't be read: {because(error)}.") from error
+
+
+def _csv_header(names: Sequence[str], place: str) -> list[str]:
+    """The names of the columns without blanks around them; those of another kind of table are refused."""
+    if len(names) == 1:
+        for separator, what in ((";", "semicolons"), ("\t", "tabs")):
+            if separator in names[0]:
+                raise DataError(
+                    f"{place}: the columns seem to be separated by {what}; they must be separated by commas. "
+                    "Save the file with commas, and captions with a comma in quotes."
+                )
+    return [name.strip() for name in names]
 
 
 def _refuse_not_utf8(listing: Path) -> None:

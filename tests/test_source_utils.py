@@ -64,6 +64,18 @@ def test_the_sources_of_captions_agree(tmp_path):
         assert [image.read_bytes() for image in scan.images] == [image.file.read_bytes() for image in scan.images]
 
 
+def test_blanks_after_the_commas_of_a_csv(tmp_path):
+    picture(tmp_path / "set/a.png")
+    for header, row in (
+        ("file_name, text", 'a.png, "a, b"'), (" file_name ,\ttext ", 'a.png,"a, b"'),
+        ("text, file_name", '"a, b", a.png'),
+    ):  # fmt: skip
+        listing(tmp_path / "set", header, row, name="metadata.csv")
+        assert captions(scan_folder(tmp_path / "set")) == [("a.png", "a, b")]
+    listing(tmp_path / "set", "\ufefffile_name,text", "a.png, a;b", name="metadata.csv")
+    assert captions(scan_folder(tmp_path / "set")) == [("a.png", "a;b")]
+
+
 def test_columns_byte_order_mark_and_remarks(tmp_path):
     for name in "abc":
         picture(tmp_path / f"set/{name}.png")
@@ -298,6 +310,9 @@ BROKEN = {  # case: (how it is made, what the message must name)
     "csv short": (lines("file_name,text", "a.png", name="metadata.csv"), ["metadata.csv:2", "'text'"]),
     "csv quotes": (lines("file_name,text", 'a.png,"a', name="metadata.csv"), ["metadata.csv:2", "not CSV"]),
     "csv column": (lines("file_name,caption", "a.png,a", name="metadata.csv"), ["metadata.csv:2", "caption"]),
+    "csv semicolons": (lines("file_name;text", "a.png;a, b", name="metadata.csv"),
+                       ["metadata.csv:1", "separated by semicolons", "must be separated by commas"]),
+    "csv tabs": (lines("file_name\ttext", "a.png\ta", name="metadata.csv"), ["metadata.csv:1", "separated by tabs"]),
     "csv header only": (lines("file_name,text", name="metadata.csv"), ["--train_data_dir", "metadata.csv"]),
     "parquet column": (parquet(file_name=["a.png"], txt=["a"]), ["metadata.parquet", "--caption_column txt"]),
     "parquet null": (parquet(file_name=["a.png"] * 2, text=["a", None]), ["metadata.parquet: row 1", "None"]),
