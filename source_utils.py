@@ -42,6 +42,7 @@ MAX_CAPTION = 100_000  # characters; a longer text is no caption
 
 _KNOWN = {*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS, ".tar"}
 _OTHER_PICTURES = (".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".svg", ".tga")  # told of, not read
+_LITTER = {"desktop.ini", "ehthumbs.db", "thumbs.db"}  # what a system hides in folders, in lower case
 _PACKED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4?|z))$", re.IGNORECASE)
 _ABOUT = re.compile(  # texts that lie beside pictures and are no captions, such as README.txt and LICENSE-MIT.txt
     r"(read[-_]?me|licen[cs]e|copying|copyright|notice|credits|authors|attributions?|sources|citation|changelog|terms"
@@ -74,7 +75,8 @@ class FolderWalk:
     """One walk over the visible files below a folder: images, caption files, listings and tars.
 
     When `files` has ended, `bad` has the images that can't be read, with reasons, and `unread_stems` the stems of
-    these and of pictures of other kinds.
+    these and of pictures of other kinds. `others` has (ending, path) of files of which nothing is known, as they can
+    be printed; whoever walks may empty it on the way.
     """
 
     def __init__(self, root: Path, flag: str):
@@ -86,8 +88,9 @@ class FolderWalk:
         self.root, self.flag = root, flag
         self.bad: list[tuple[str, str]] = []
         self.unread_stems: set[str] = set()
+        self.others: list[tuple[str, str]] = []
         self._real_root = os.path.realpath(root)
-        self._links, self._outside, self._packed, self._others = [], [], [], []
+        self._links, self._outside, self._packed, self._pictures = [], [], [], []
 
     def files(self) -> Iterator[FoundFile]:
         """The files that may be used, in no order.
@@ -123,8 +126,10 @@ class FolderWalk:
             if _PACKED_TAR.search(entry.name):
                 self._packed.append(path)
             elif suffix in _OTHER_PICTURES:
-                self._others.append(path)
+                self._pictures.append(path)
                 self.unread_stems.add(path[: -len(suffix)])
+            elif not _needs_no_word(entry.name):
+                self.others.append((shown(suffix), path if is_utf8(path) else shown(path)))
         elif entry.is_symlink() and not _is_inside(os.path.realpath(entry.path), self._real_root):
             self._outside.append(path)
         elif is_utf8(path):
@@ -174,8 +179,8 @@ class FolderWalk:
             were = "is a link to a folder and was" if len(self._links) == 1 else "are links to folders and were"
             names = first_names([os.path.join(self.root, link) for link in sorted(self._links)])
             remarks.append(f"{names} {were} not entered.")
-        if count := len(self._others):
-            names = first_names(sorted(self._others))
+        if count := len(self._pictures):
+            names = first_names(sorted(self._pictures))
             remarks.append(
                 f"{counted(count, 'picture')} in {self.root} {be(count)} of a kind that is not read: {names}."
             )
@@ -187,6 +192,16 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return entry.is_dir()
     except OSError:  # a link in a loop
         return False
+
+
+def _needs_no_word(name: str) -> bool:
+    """Whether a file of no kind that is read is left by a system, about the folder (README.md), or made it (.py)."""
+    stem, suffix = os.path.splitext(name)
+    return (
+        name.lower() in _LITTER
+        or suffix.lower() == ".py"
+        or (suffix.lower() in ("", ".md", ".rst") and is_about(f"{stem}.txt"))
+    )
 
 
 def _is_inside(path: str, root: str) -> bool:
