@@ -48,6 +48,7 @@ STREAMS = {
     "tags": 13,
     "crop": 14,
     "slots": 15,
+    "phase": 16,
 }
 
 
@@ -278,7 +279,9 @@ class SampleOrder:
     The images of each bucket form a stream of their own, in which one epoch's permutation follows the other, and
     which is cut into batches; so every batch is full and of one shape, an image comes once in each of its epochs, and
     only a batch at the seam of two epochs holds images of both. The buckets' batches are dealt out at random, in an
-    epoch as many of each as begin in it. All of it follows from (seed, epoch) alone.
+    epoch as many of each as its images fill: rounded up in some epochs and down in others, in which ones by a phase of
+    the bucket, so that in each epoch an image is used once on average over seeds. All of it follows from (seed, epoch)
+    alone.
     """
 
     def __init__(self, seed: int, batch_size: int, buckets: np.ndarray):
@@ -294,8 +297,11 @@ class SampleOrder:
         if not len(buckets):
             raise ValueError("A training set needs at least one image.")
         self.seed, self.batch_size = seed, batch_size
-        _, self.buckets, counts = np.unique(buckets, return_inverse=True, return_counts=True)  # empty ones left out
+        names, self.buckets, counts = np.unique(buckets, return_inverse=True, return_counts=True)  # none is empty
         self.counts = counts.astype(np.int64)  # images in each bucket
+        # A bucket with fewer images than a batch would else begin every run with a whole batch.
+        phases = [addressed_rng(seed, int(name), "phase").integers(batch_size) for name in names]
+        self.phases = np.array(phases, dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._members = functools.lru_cache(maxsize=4)(self._epoch_members)
         self._slots = functools.lru_cache(maxsize=4)(self._epoch_slots)
@@ -328,7 +334,7 @@ class SampleOrder:
         """(bucket, number in the bucket's own stream) of the batch-th micro-batch of all."""
         if len(self.counts) == 1:
             return 0, batch
-        epoch = batch * self.batch_size // len(self.buckets)  # or a little before: of each bucket one batch more
+        epoch = batch * self.batch_size // len(self.buckets)  # or a little off: of each bucket up to a batch
         while self._begun(epoch).sum() > batch:
             epoch -= 1
         while self._begun(epoch + 1).sum() <= batch:
@@ -338,11 +344,11 @@ class SampleOrder:
         return int(buckets[place]), int(numbers[place])
 
     def _begun(self, epoch: int) -> np.ndarray:
-        """How many batches of each bucket begin before an epoch."""
-        return -(-epoch * self.counts // self.batch_size)
+        """How many batches of each bucket are dealt out before an epoch."""
+        return (epoch * self.counts + self.phases) // self.batch_size
 
     def _epoch_slots(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The batches that begin in an epoch, in the order of their turn: (bucket, number in the bucket's stream)."""
+        """The batches dealt out in an epoch, in the order of their turn: (bucket, number in the bucket's stream)."""
         first, end = self._begun(epoch), self._begun(epoch + 1)
         buckets = np.repeat(np.arange(len(self.counts)), end - first)
         addressed_rng(self.seed, epoch, "slots").shuffle(buckets)

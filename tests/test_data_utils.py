@@ -210,6 +210,20 @@ def test_buckets_come_in_their_proportion_all_along():
             assert abs(used[bucket] / size - count * 4 / len(BUCKETS)) < 1 + 4 / size + 1e-9
 
 
+def test_the_first_epoch_is_like_the_others_over_many_seeds():
+    """A lonely image does not begin every run with a batch of its own."""
+    buckets, seeds = np.array([0] * 95 + [1]), 400
+    for first in (0, 6 * 3):  # six batches are an epoch
+        used = np.zeros(96)
+        for seed in range(seeds):
+            order = SampleOrder(seed, 16, buckets)
+            for n in range(first * 16, (first + 6) * 16):
+                used[order[n][1]] += 1
+        assert abs(used[95] / seeds - 1) < 0.6 and abs(used[:95].mean() / seeds - 1) < 0.01
+    order = SampleOrder(0, 16, buckets)
+    assert sum(order[n][1] == 95 for n in range(96 * 160)) == 160, "exact over a long run"
+
+
 def test_buckets_are_mixed_and_every_epoch_is_another():
     order = SampleOrder(0, 4, BUCKETS)
     buckets = [int(BUCKETS[batch[0][1]]) for batch in samples_of(order, 400)]
