@@ -48,6 +48,7 @@ STREAMS = {
     "tags": 13,
     "crop": 14,
     "slots": 15,
+    "phase": 16,
 }
 
 
@@ -127,7 +128,8 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 class CaptionRules:
     """What becomes of a caption before it is encoded.
 
-    trigger_word: stands before every caption, with a comma, where the caption does not begin with it.
+    trigger_word: stands before every caption, with a comma, where the caption does not begin with it as a whole word.
+        Where it is one of the parts between commas, it goes from there to the front.
     shuffle_tags: the parts between commas change places from epoch to epoch.
     keep_tags: so many of them keep their place at the front.
     shuffles: so many orders of each caption are encoded; one of them is drawn in each epoch.
@@ -140,15 +142,28 @@ class CaptionRules:
 
     def text(self, caption: str, shuffle: int = 0) -> str:
         """The caption in the given one of its orders, 0 <= shuffle < shuffles."""
+        own = {tag.lower() for tag in _tags(self.trigger_word)}
         if self.shuffle_tags:
-            tags = [tag for part in caption.split(",") if (tag := part.strip())]
-            kept, moved = tags[: self.keep_tags], tags[self.keep_tags :]
+            tags = _tags(caption)
+            kept, moved = ([tag for tag in part if tag.lower() not in own]
+                           for part in (tags[: self.keep_tags], tags[self.keep_tags :]))  # fmt: skip
+            if own and not kept and moved and self._begins(moved[0]):  # such as "sks dog on a beach"
+                kept, moved = moved[:1], moved[1:]
             # From the caption itself, not from the seed: another run finds the same orders in the cache.
             rng = addressed_rng(int(digest(caption=caption)[:15], 16), shuffle, "tags")
             caption = ", ".join([*kept, *(moved[place] for place in rng.permutation(len(moved)))])
-        if self.trigger_word and not caption.lower().startswith(self.trigger_word.lower()):
-            caption = f"{self.trigger_word}, {caption}" if caption else self.trigger_word
-        return caption
+        if self._begins(caption):
+            return caption
+        others = [tag for tag in _tags(caption) if tag.lower() not in own]
+        if len(others) < len(_tags(caption)):
+            caption = ", ".join(others)
+        return f"{self.trigger_word}, {caption}" if caption else self.trigger_word
+
+    def _begins(self, caption: str) -> bool:
+        """Whether a caption begins with the trigger word and not with a longer one; without a trigger word it does."""
+        length = len(self.trigger_word)
+        same = caption[:length].lower() == self.trigger_word.lower()
+        return same and not (length and caption[length : length + 1].isalnum())
 
     def texts(self, captions: Iterable[str]) -> list[str]:
         """Every text that one of the captions may become, each once."""
@@ -162,6 +177,11 @@ class CaptionRules:
         rng = addressed_rng(seed, address, "caption")
         caption = captions[int(rng.integers(len(captions)))]
         return self.text(caption, int(rng.integers(self.shuffles)))
+
+
+def _tags(caption: str) -> list[str]:
+    """What stands between the commas of a caption, without the empty ones."""
+    return [tag for part in caption.split(",") if (tag := part.strip())]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -259,7 +279,9 @@ class SampleOrder:
     The images of each bucket form a stream of their own, in which one epoch's permutation follows the other, and
     which is cut into batches; so every batch is full and of one shape, an image comes once in each of its epochs, and
     only a batch at the seam of two epochs holds images of both. The buckets' batches are dealt out at random, in an
-    epoch as many of each as begin in it. All of it follows from (seed, epoch) alone.
+    epoch as many of each as its images fill: rounded up in some epochs and down in others, in which ones by a phase of
+    the bucket, so that in each epoch an image is used once on average over seeds. All of it follows from (seed, epoch)
+    alone.
     """
 
     def __init__(self, seed: int, batch_size: int, buckets: np.ndarray):
@@ -275,8 +297,11 @@ class SampleOrder:
         if not len(buckets):
             raise ValueError("A training set needs at least one image.")
         self.seed, self.batch_size = seed, batch_size
-        _, self.buckets, counts = np.unique(buckets, return_inverse=True, return_counts=True)  # empty ones left out
+        names, self.buckets, counts = np.unique(buckets, return_inverse=True, return_counts=True)  # none is empty
         self.counts = counts.astype(np.int64)  # images in each bucket
+        # A bucket with fewer images than a batch would else begin every run with a whole batch.
+        phases = [addressed_rng(seed, int(name), "phase").integers(batch_size) for name in names]
+        self.phases = np.array(phases, dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._members = functools.lru_cache(maxsize=4)(self._epoch_members)
         self._slots = functools.lru_cache(maxsize=4)(self._epoch_slots)
@@ -309,7 +334,7 @@ class SampleOrder:
         """(bucket, number in the bucket's own stream) of the batch-th micro-batch of all."""
         if len(self.counts) == 1:
             return 0, batch
-        epoch = batch * self.batch_size // len(self.buckets)  # or a little before: of each bucket one batch more
+        epoch = batch * self.batch_size // len(self.buckets)  # or a little off: of each bucket up to a batch
         while self._begun(epoch).sum() > batch:
             epoch -= 1
         while self._begun(epoch + 1).sum() <= batch:
@@ -319,11 +344,11 @@ class SampleOrder:
         return int(buckets[place]), int(numbers[place])
 
     def _begun(self, epoch: int) -> np.ndarray:
-        """How many batches of each bucket begin before an epoch."""
-        return -(-epoch * self.counts // self.batch_size)
+        """How many batches of each bucket are dealt out before an epoch."""
+        return (epoch * self.counts + self.phases) // self.batch_size
 
     def _epoch_slots(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The batches that begin in an epoch, in the order of their turn: (bucket, number in the bucket's stream)."""
+        """The batches dealt out in an epoch, in the order of their turn: (bucket, number in the bucket's stream)."""
         first, end = self._begun(epoch), self._begun(epoch + 1)
         buckets = np.repeat(np.arange(len(self.counts)), end - first)
         addressed_rng(self.seed, epoch, "slots").shuffle(buckets)

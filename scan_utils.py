@@ -80,8 +80,8 @@ class Scan:
     `images` are sorted by (name, captions). `warnings` are sentences for the user. `source` tells where the captions
     came from. `bad` are the images that were left out, with their reasons; `missing` are the entries of listings
     without a file, left out too. `unlisted` and `repeated` count the images in no listing, or listed more than once,
-    with their first names; `unused_captions` does so for caption files without an image, or beside a listed one.
-    `defaulted` counts the captions that are a prompt or a folder's name.
+    with their first names; `unused_captions` does so for caption files without an image, or beside a listed one or
+    another caption file. `defaulted` counts the captions that are a prompt or a folder's name.
     """
 
     images: Sequence[CaptionedImage]
@@ -229,10 +229,10 @@ class _Asked:
 class _Task:
     """One scan under way: what is asked for, the facts with the scan's own tables among them, what was found so far.
 
-    The tables: `pictures`, `sidecars` (caption files) and `shards` are the files below the folder, `sidecars` only the
-    first for each stem; `kind` is its rank. `entries` has a row for each image that will be in the table, with its
-    captions but before it was looked into; those of one file may be several. Its `size` and `mtime_ns` are of the file
-    that holds the image.
+    The tables: `pictures`, `sidecars` (caption files), `shards` and `others` (what is not read) are the files below
+    the folder. Of the sidecars of one stem all but the first, by their `kind`, are `second`. `entries` has a row for
+    each image that will be in the table, with its captions but before it was looked into; those of one file may be
+    several. Its `size` and `mtime_ns` are of the file that holds the image.
     """
 
     asked: _Asked
@@ -245,7 +245,9 @@ class _Task:
     def __post_init__(self) -> None:
         for columns in (
             "pictures (path TEXT PRIMARY KEY, stem TEXT, size INTEGER, mtime_ns INTEGER)",
-            "sidecars (stem TEXT PRIMARY KEY, kind INTEGER, path TEXT, size INTEGER, mtime_ns INTEGER)",
+            "sidecars (stem TEXT, kind INTEGER, path TEXT, size INTEGER, mtime_ns INTEGER, second INTEGER, "
+            "PRIMARY KEY (stem, kind, path))",
+            "others (ending TEXT, path TEXT)",
             "shards (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER)",
             "entries (name TEXT, captions TEXT, path TEXT, offset INTEGER, length INTEGER, size INTEGER, "
             "mtime_ns INTEGER, place TEXT)",
@@ -307,7 +309,9 @@ def _scan_folder(task: _Task) -> Scan:
     elif task.has("pictures"):
         _read_sidecars(task)
         _add_pictures(task)
-        found = {"unused_captions": _remark_on_lone_captions(task, walk)}
+        lone, second = _remark_on_lone_captions(task, walk), _remark_on_second_captions(task)
+        first = [*lone["first"], *second["first"]][:FIRST_NAMES]
+        found = {"unused_captions": {"count": lone["count"] + second["count"], "first": first}}
         sources.append("caption files beside the images")
     if task.has("shards"):
         _list_shards(task)
@@ -317,6 +321,7 @@ def _scan_folder(task: _Task) -> Scan:
     source = " and ".join(sources)
     if not task.has("entries"):
         _refuse_nothing(task, listings, source)
+    task.warnings += _others(task)
     return task.result(source, **found)
 
 
@@ -327,10 +332,32 @@ def _refuse_nothing(task: _Task, listings: list[str], source: str) -> None:
     if source:
         what = "lists no images. Fill it, or remove it." if listings else "hold no images."
         raise DataError(f"{flag}: {shown(source)} in {place} {what}")
+    others = "".join(f" {remark}" for remark in _others(task))
     raise DataError(
         f"{flag}: there are no images in {place} or below it. "
-        f"Files ending in {', '.join(IMAGE_EXTENSIONS)} are read, and WebDataset shards (.tar)."
+        f"Files ending in {', '.join(IMAGE_EXTENSIONS)} are read, and WebDataset shards (.tar).{others}"
     )
+
+
+def _others(task: _Task) -> list[str]:
+    """A remark on the files that are not read, by their endings, if there are any. A listing may name any file."""
+    rows = task.db.execute(
+        "SELECT ending, count(*), min(path) FROM others WHERE path NOT IN (SELECT path FROM entries) "
+        "GROUP BY ending ORDER BY count(*) DESC, ending"
+    ).fetchall()
+    if not rows:
+        return []
+    count = sum(row[1] for row in rows)
+    kinds = [
+        f"{ending or 'no ending'}: {number}, such as {shown(path)}" for ending, number, path in rows[:FIRST_NAMES]
+    ]
+    if len(rows) > FIRST_NAMES:
+        kinds.append(f"and {counted(len(rows) - FIRST_NAMES, 'more ending')}")
+    return [
+        f"{counted(count, 'file')} in {task.asked.place} {be(count)} of no kind that is read ({'; '.join(kinds)}). "
+        "Convert or rename what is meant, a picture to .png, a caption to .txt, a listing to "
+        f"{' or '.join(LISTING_NAMES)}, and move the rest elsewhere."
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -339,8 +366,16 @@ def _refuse_nothing(task: _Task, listings: list[str], source: str) -> None:
 
 
 def _find_files(task: _Task) -> tuple[FolderWalk, list[str]]:
-    """Fill `pictures`, `sidecars` and `shards`; returns the walk over the folder and the sorted listings."""
+    """Fill `pictures`, `sidecars`, `shards` and `others`; returns the walk over the folder and the sorted listings."""
     walk, listings, pictures, sidecars, shards = FolderWalk(task.asked.root, task.asked.flag), [], [], [], []
+
+    def store() -> None:
+        task.facts.insert("INSERT INTO pictures VALUES (?, ?, ?, ?)", pictures)
+        task.facts.insert("INSERT INTO sidecars VALUES (?, ?, ?, ?, ?, 0)", sidecars)
+        task.facts.insert("INSERT INTO others VALUES (?, ?)", walk.others)
+        for rows in (pictures, sidecars, walk.others):
+            rows.clear()
+
     for file in walk.files():
         if os.path.basename(file.path) in LISTING_NAMES:
             listings.append(file.path)
@@ -351,26 +386,18 @@ def _find_files(task: _Task) -> tuple[FolderWalk, list[str]]:
             sidecars.append((file.stem, kind, file.path, file.size, file.mtime_ns))
         else:
             pictures.append((file.path, file.stem, file.size, file.mtime_ns))
-        if len(pictures) + len(sidecars) >= ROWS_AT_ONCE:
-            _store_files(task.facts, pictures, sidecars)
-    _store_files(task.facts, pictures, sidecars)
+        if len(pictures) + len(sidecars) + len(walk.others) >= ROWS_AT_ONCE:
+            store()
+    store()
     task.db.execute("CREATE INDEX pictures_stem ON pictures (stem)")
+    task.db.execute(
+        "UPDATE sidecars SET second = 1 WHERE EXISTS (SELECT 1 FROM sidecars o WHERE o.stem = sidecars.stem "
+        "AND (o.kind, o.path) < (sidecars.kind, sidecars.path))"
+    )
     task.facts.insert("INSERT INTO shards VALUES (?, ?, ?)", shards)
     task.bad += walk.bad
     task.warnings += walk.remarks()
     return walk, sorted(listings)
-
-
-def _store_files(facts: Facts, pictures: list[tuple], sidecars: list[tuple]) -> None:
-    facts.insert("INSERT INTO pictures VALUES (?, ?, ?, ?)", pictures)
-    facts.insert(
-        "INSERT INTO sidecars VALUES (?, ?, ?, ?, ?) ON CONFLICT (stem) DO UPDATE SET kind = excluded.kind, "
-        "path = excluded.path, size = excluded.size, mtime_ns = excluded.mtime_ns "
-        "WHERE (excluded.kind, excluded.path) < (kind, path)",
-        sidecars,
-    )
-    pictures.clear()
-    sidecars.clear()
 
 
 # Caption files ------------------------------------------------------------------------------------------------------
@@ -381,7 +408,7 @@ def _read_sidecars(task: _Task) -> None:
     query = (
         "SELECT s.path, s.size, s.mtime_ns FROM sidecars s LEFT JOIN texts t ON t.path = s.path "
         "WHERE (t.path IS NULL OR t.size != s.size OR t.mtime_ns != s.mtime_ns) "
-        "AND EXISTS (SELECT 1 FROM pictures p WHERE p.stem = s.stem) ORDER BY s.path"
+        "AND NOT s.second AND EXISTS (SELECT 1 FROM pictures p WHERE p.stem = s.stem) ORDER BY s.path"
     )
     task.facts.update(
         query,
@@ -394,8 +421,8 @@ def _add_pictures(task: _Task) -> None:
     """An entry for each image, with the captions of its caption file."""
     asked, bare, total = task.asked, [], 0
     rows = task.db.execute(
-        "SELECT p.path, p.size, p.mtime_ns, t.path, t.text FROM pictures p LEFT JOIN sidecars s ON s.stem = p.stem "
-        "LEFT JOIN texts t ON t.path = s.path ORDER BY p.path"
+        "SELECT p.path, p.size, p.mtime_ns, t.path, t.text FROM pictures p LEFT JOIN sidecars s "
+        "ON s.stem = p.stem AND NOT s.second LEFT JOIN texts t ON t.path = s.path ORDER BY p.path"
     )
 
     def entries() -> Iterator[tuple]:
@@ -413,12 +440,13 @@ def _add_pictures(task: _Task) -> None:
 
     task.add_entries(entries())
     if bare:
+        others = "".join(f" {remark}" for remark in _others(task))
         raise DataError(
             f"{asked.flag}: {len(bare)} of {total} images in {asked.place} have no caption: "
             f"{first_names(bare)}. "
             f"Put a file ending in {' or '.join(CAPTION_EXTENSIONS)} beside each, or list the images in "
             'metadata.jsonl, one {"file_name": "…", "text": "…"} per line, or give all one with --instance_prompt, '
-            "or each the name of its folder with --caption_from_folder."
+            f"or each the name of its folder with --caption_from_folder.{others}"
         )
 
 
@@ -434,6 +462,17 @@ def _remark_on_lone_captions(task: _Task, walk: FolderWalk) -> Named:
         if len(found["first"]) < FIRST_NAMES:
             found["first"].append(shown(path))
     task.remark(found, "caption file", "has no image and is not used", "have no images and are not used")
+    return found
+
+
+def _remark_on_second_captions(task: _Task) -> Named:
+    """The caption files that stand beside an image and another caption file, which comes first."""
+    found = task.named(
+        "SELECT path FROM sidecars s WHERE second AND EXISTS (SELECT 1 FROM pictures p WHERE p.stem = s.stem) "
+        "ORDER BY path"
+    )
+    task.remark(found, "caption file", "is not used, since another one of the same image comes first",
+                "are not used, since others of the same images come first")  # fmt: skip
     return found
 
 

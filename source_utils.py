@@ -27,7 +27,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from io import TextIOWrapper
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
@@ -42,6 +42,7 @@ MAX_CAPTION = 100_000  # characters; a longer text is no caption
 
 _KNOWN = {*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS, ".tar"}
 _OTHER_PICTURES = (".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".svg", ".tga")  # told of, not read
+_LITTER = {"desktop.ini", "ehthumbs.db", "thumbs.db"}  # what a system hides in folders, in lower case
 _PACKED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4?|z))$", re.IGNORECASE)
 _ABOUT = re.compile(  # texts that lie beside pictures and are no captions, such as README.txt and LICENSE-MIT.txt
     r"(read[-_]?me|licen[cs]e|copying|copyright|notice|credits|authors|attributions?|sources|citation|changelog|terms"
@@ -74,7 +75,8 @@ class FolderWalk:
     """One walk over the visible files below a folder: images, caption files, listings and tars.
 
     When `files` has ended, `bad` has the images that can't be read, with reasons, and `unread_stems` the stems of
-    these and of pictures of other kinds.
+    these and of pictures of other kinds. `others` has (ending, path) of files of which nothing is known, as they can
+    be printed; whoever walks may empty it on the way.
     """
 
     def __init__(self, root: Path, flag: str):
@@ -86,8 +88,9 @@ class FolderWalk:
         self.root, self.flag = root, flag
         self.bad: list[tuple[str, str]] = []
         self.unread_stems: set[str] = set()
+        self.others: list[tuple[str, str]] = []
         self._real_root = os.path.realpath(root)
-        self._links, self._outside, self._packed, self._others = [], [], [], []
+        self._links, self._outside, self._packed, self._pictures = [], [], [], []
 
     def files(self) -> Iterator[FoundFile]:
         """The files that may be used, in no order.
@@ -123,8 +126,10 @@ class FolderWalk:
             if _PACKED_TAR.search(entry.name):
                 self._packed.append(path)
             elif suffix in _OTHER_PICTURES:
-                self._others.append(path)
+                self._pictures.append(path)
                 self.unread_stems.add(path[: -len(suffix)])
+            elif not _needs_no_word(entry.name):
+                self.others.append((shown(suffix), path if is_utf8(path) else shown(path)))
         elif entry.is_symlink() and not _is_inside(os.path.realpath(entry.path), self._real_root):
             self._outside.append(path)
         elif is_utf8(path):
@@ -174,8 +179,8 @@ class FolderWalk:
             were = "is a link to a folder and was" if len(self._links) == 1 else "are links to folders and were"
             names = first_names([os.path.join(self.root, link) for link in sorted(self._links)])
             remarks.append(f"{names} {were} not entered.")
-        if count := len(self._others):
-            names = first_names(sorted(self._others))
+        if count := len(self._pictures):
+            names = first_names(sorted(self._pictures))
             remarks.append(
                 f"{counted(count, 'picture')} in {self.root} {be(count)} of a kind that is not read: {names}."
             )
@@ -187,6 +192,16 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return entry.is_dir()
     except OSError:  # a link in a loop
         return False
+
+
+def _needs_no_word(name: str) -> bool:
+    """Whether a file of no kind that is read is left by a system, about the folder (README.md), or made it (.py)."""
+    stem, suffix = os.path.splitext(name)
+    return (
+        name.lower() in _LITTER
+        or suffix.lower() == ".py"
+        or (suffix.lower() in ("", ".md", ".rst") and is_about(f"{stem}.txt"))
+    )
 
 
 def _is_inside(path: str, root: str) -> bool:
@@ -338,8 +353,11 @@ def _csv_rows(listing: Path) -> Iterator[tuple[str, dict]]:
     try:
         # newline="" leaves line breaks, also those inside quotes, to csv.
         with open(listing, "rb") as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-            reader = csv.DictReader(text, strict=True)
+            header = text.readline()
+            # Blanks after the commas of the header: those of the rows are no part of their fields either.
+            reader = csv.DictReader(chain([header], text), strict=True, skipinitialspace=", " in header)
             try:
+                reader.fieldnames = _csv_header(reader.fieldnames or [], f"{listing}:1")
                 for row in reader:
                     place = f"{listing}:{reader.line_num}"
                     if None in row:
@@ -355,6 +373,18 @@ def _csv_rows(listing: Path) -> Iterator[tuple[str, dict]]:
         raise
     except OSError as error:
         raise DataError(f"{shown(str(listing))}: can't be read: {because(error)}.") from error
+
+
+def _csv_header(names: Sequence[str], place: str) -> list[str]:
+    """The names of the columns without blanks around them; those of another kind of table are refused."""
+    if len(names) == 1:
+        for separator, what in ((";", "semicolons"), ("\t", "tabs")):
+            if separator in names[0]:
+                raise DataError(
+                    f"{place}: the columns seem to be separated by {what}; they must be separated by commas. "
+                    "Save the file with commas, and captions with a comma in quotes."
+                )
+    return [name.strip() for name in names]
 
 
 def _refuse_not_utf8(listing: Path) -> None:

@@ -119,6 +119,38 @@ def test_a_trigger_word_comes_first_and_once():
     assert CaptionRules().text(" as it is ,x") == " as it is ,x"
 
 
+@pytest.mark.parametrize(
+    "caption, text",
+    [
+        ("toyota on a road", "toy, toyota on a road"),
+        ("toy2 on a road", "toy, toy2 on a road"),
+        ("toyé", "toy, toyé"),
+        ("Toy on a road", "Toy on a road"),
+        ("toy, red", "toy, red"),
+        ("toy's box", "toy's box"),
+        ("toy", "toy"),
+        ("red, Toy , dog", "toy, red, dog"),
+        ("red ,a toy", "toy, red ,a toy"),
+    ],
+)
+def test_a_trigger_word_is_found_as_a_whole_word_only(caption, text):
+    assert CaptionRules("toy").text(caption) == text
+
+
+@pytest.mark.parametrize("keep_tags", [0, 1, 2])
+@pytest.mark.parametrize("caption", ["ohwx, red, dog", "red, ohwx, dog", "red, dog, OHWX"])
+def test_a_trigger_word_among_shuffled_tags_is_not_doubled(caption, keep_tags):
+    texts = CaptionRules("ohwx", shuffle_tags=True, keep_tags=keep_tags).texts([caption])
+    assert set(texts) <= {"ohwx, red, dog", "ohwx, dog, red"}
+    assert len(texts) == (1 if keep_tags == 2 or (keep_tags and caption[0] == "r") else 2), "the others still move"
+
+
+def test_a_first_tag_that_begins_with_the_trigger_word_stays_in_front():
+    texts = CaptionRules("ohwx", shuffle_tags=True).texts(["ohwx dog on a beach, red, blue"])
+    assert set(texts) == {"ohwx dog on a beach, red, blue", "ohwx dog on a beach, blue, red"}
+    assert CaptionRules("a, b", shuffle_tags=True).texts(["B, a, c"]) == ["a, b, c"], "a trigger of two tags"
+
+
 def test_shuffled_tags_are_the_same_tags_with_the_first_in_their_place():
     caption = "1girl, solo , red hair,, blue eyes, smile, outdoors, tree"
     tags = ["1girl", "solo", "red hair", "blue eyes", "smile", "outdoors", "tree"]
@@ -176,6 +208,20 @@ def test_buckets_come_in_their_proportion_all_along():
         used.update(int(BUCKETS[index]) for _, index in batch)
         for bucket, size in Counter(BUCKETS.tolist()).items():
             assert abs(used[bucket] / size - count * 4 / len(BUCKETS)) < 1 + 4 / size + 1e-9
+
+
+def test_the_first_epoch_is_like_the_others_over_many_seeds():
+    """A lonely image does not begin every run with a batch of its own."""
+    buckets, seeds = np.array([0] * 95 + [1]), 400
+    for first in (0, 6 * 3):  # six batches are an epoch
+        used = np.zeros(96)
+        for seed in range(seeds):
+            order = SampleOrder(seed, 16, buckets)
+            for n in range(first * 16, (first + 6) * 16):
+                used[order[n][1]] += 1
+        assert abs(used[95] / seeds - 1) < 0.6 and abs(used[:95].mean() / seeds - 1) < 0.01
+    order = SampleOrder(0, 16, buckets)
+    assert sum(order[n][1] == 95 for n in range(96 * 160)) == 160, "exact over a long run"
 
 
 def test_buckets_are_mixed_and_every_epoch_is_another():

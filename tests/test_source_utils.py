@@ -64,6 +64,18 @@ def test_the_sources_of_captions_agree(tmp_path):
         assert [image.read_bytes() for image in scan.images] == [image.file.read_bytes() for image in scan.images]
 
 
+def test_blanks_after_the_commas_of_a_csv(tmp_path):
+    picture(tmp_path / "set/a.png")
+    for header, row in (
+        ("file_name, text", 'a.png, "a, b"'), (" file_name ,\ttext ", 'a.png,"a, b"'),
+        ("text, file_name", '"a, b", a.png'),
+    ):  # fmt: skip
+        listing(tmp_path / "set", header, row, name="metadata.csv")
+        assert captions(scan_folder(tmp_path / "set")) == [("a.png", "a, b")]
+    listing(tmp_path / "set", "\ufefffile_name,text", "a.png, a;b", name="metadata.csv")
+    assert captions(scan_folder(tmp_path / "set")) == [("a.png", "a;b")]
+
+
 def test_columns_byte_order_mark_and_remarks(tmp_path):
     for name in "abc":
         picture(tmp_path / f"set/{name}.png")
@@ -175,9 +187,77 @@ def test_the_first_caption_file_counts(tmp_path):
     assert captions(scan_folder(tmp_path / "set")) == [("a.png", "caption")]
 
 
+def test_a_second_caption_file_is_remarked_upon(tmp_path):
+    folder = captioned(tmp_path / "set", 3)
+    (folder / "0001.caption").write_text("another")
+    scan = scan_folder(folder)
+    assert captions(scan)[1] == ("0001.png", "picture 1") and len(scan.warnings) == 1
+    assert scan.warnings[0].startswith(f"1 caption file in {folder} is not used, since another one of the same image")
+    assert scan.warnings[0].endswith(": 0001.caption.")
+    assert scan.unused_captions == {"count": 1, "first": ["0001.caption"]}
+    (folder / "0002.TXT").write_text("another")
+    (folder / "lone.txt").write_text("one")
+    (folder / "lone.caption").write_text("two")
+    scan = scan_folder(folder)
+    assert captions(scan)[2] == ("0002.png", "another") and len(scan.warnings) == 2
+    assert "2 caption files" in scan.warnings[0] and ": lone.caption, lone.txt." in scan.warnings[0]
+    assert "are not used, since others" in scan.warnings[1] and ": 0001.caption, 0002.txt." in scan.warnings[1]
+    assert scan.unused_captions["count"] == 4
+    listing(folder, {"file_name": "0001.png", "text": "listed"})
+    assert scan_folder(folder).unused_captions == {"count": 2, "first": ["0001.caption", "0001.txt"]}
+
+
+def test_files_of_no_kind_that_is_read_are_counted(tmp_path):
+    folder = captioned(tmp_path / "set", 2)
+    for name in (
+        ".DS_Store",
+        "Thumbs.db",
+        "desktop.ini",
+        "README.md",
+        "LICENSE",
+        "make.py",
+        "sub/.gitkeep",
+        ".cache/x.json",
+    ):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text("")
+    assert scan_folder(folder).warnings == []
+    (folder / "sub/photo.jpe").write_text("")
+    assert scan_folder(folder).warnings == [
+        f"1 file in {folder} is of no kind that is read (.jpe: 1, such as sub/photo.jpe). Convert or rename what is "
+        "meant, a picture to .png, a caption to .txt, a listing to metadata.jsonl or metadata.csv or "
+        "metadata.parquet, and move the rest elsewhere."
+    ]
+    for name in ("c.JSON", "a.json", "b.json", "Metadata.csv", "x.ppm", "x.jpg_large", "bare", "a.x1", "a.x2"):
+        (folder / name).write_text("")
+    picture(folder / os.fsdecode(b"b\xff")).rename(folder / os.fsdecode(b"b\xff.x3"))
+    [warning] = scan_folder(folder).warnings
+    kinds = "(.json: 3, such as a.json; no ending: 1, such as bare; .csv: 1, such as Metadata.csv; "
+    kinds += ".jpe: 1, such as sub/photo.jpe; .jpg_large: 1, such as x.jpg_large; and 4 more endings)"
+    assert warning.startswith(f"11 files in {folder} are of no kind") and kinds in warning
+
+
+def test_a_listed_file_is_read_whatever_its_ending(tmp_path):
+    folder = tmp_path / "set"
+    for name in ("a.jpe", "b.jpe"):
+        picture(folder / "x.png").rename(folder / name)
+    listing(folder, {"file_name": "a.jpe", "text": "a"})
+    scan = scan_folder(folder)
+    assert captions(scan) == [("a.jpe", "a")] and "(.jpe: 1, such as b.jpe)" in scan.warnings[0]
+
+
+def test_files_that_are_not_read_are_named_where_nothing_else_is_found(tmp_path):
+    folder = tmp_path / "set"
+    picture(folder / "a.png")
+    (folder / "Metadata.csv").write_text("file_name,text\na.png,a\n")
+    assert "1 of 1 images" in (message := refusal(folder)) and ".csv: 1, such as Metadata.csv" in message
+    (folder / "a.png").rename(folder / "a.ppm")
+    assert "no images in" in (message := refusal(folder)) and ".ppm: 1, such as a.ppm" in message
+
+
 def test_caption_files_without_an_image_are_remarked_upon(tmp_path):
     folder = captioned(tmp_path / "set", 2)
-    for name in ("README.txt", "LICENSE-MIT.txt", "sub/Credits.txt", "0000.caption", "s.txt", "phone.txt"):
+    for name in ("README.txt", "LICENSE-MIT.txt", "sub/Credits.txt", "s.txt", "phone.txt"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("not a caption of its own")
     tar(folder / "s.tar", ("a.png", image_bytes()), ("a.txt", b"a"))
@@ -298,6 +378,9 @@ BROKEN = {  # case: (how it is made, what the message must name)
     "csv short": (lines("file_name,text", "a.png", name="metadata.csv"), ["metadata.csv:2", "'text'"]),
     "csv quotes": (lines("file_name,text", 'a.png,"a', name="metadata.csv"), ["metadata.csv:2", "not CSV"]),
     "csv column": (lines("file_name,caption", "a.png,a", name="metadata.csv"), ["metadata.csv:2", "caption"]),
+    "csv semicolons": (lines("file_name;text", "a.png;a, b", name="metadata.csv"),
+                       ["metadata.csv:1", "separated by semicolons", "must be separated by commas"]),
+    "csv tabs": (lines("file_name\ttext", "a.png\ta", name="metadata.csv"), ["metadata.csv:1", "separated by tabs"]),
     "csv header only": (lines("file_name,text", name="metadata.csv"), ["--train_data_dir", "metadata.csv"]),
     "parquet column": (parquet(file_name=["a.png"], txt=["a"]), ["metadata.parquet", "--caption_column txt"]),
     "parquet null": (parquet(file_name=["a.png"] * 2, text=["a", None]), ["metadata.parquet: row 1", "None"]),
@@ -373,7 +456,8 @@ HOSTILE = {  # case: (how it is made, the images, or what the message must name;
                        ["b.png: a broken link"], None),
     "caption link to nowhere": (lambda f: (picture(f / "a.png"), (f / "a.txt").symlink_to("c.txt")),
                                 ["a.txt", "broken link"], None),
-    "folder linked to nowhere": (lambda f: linked_folder(f, f.parent / "elsewhere"), [A], None),
+    "folder linked to nowhere": (lambda f: linked_folder(f, f.parent / "elsewhere"), [A],
+                                "no ending: 1, such as more"),
     "linked folder": (lambda f: (picture(f.parent / "x/b.png"), linked_folder(f, f.parent / "x")), [A],
                       "more is a link"),
     "folder loop": (lambda f: linked_folder(f, f), [A], "more is a link"),
