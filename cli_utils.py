@@ -11,6 +11,7 @@ import logging
 import os
 import signal
 import sys
+import time
 import warnings
 from pathlib import Path
 
@@ -58,6 +59,8 @@ def errors_for_people(debug):
             raise
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, OwnError):
             print(f"error: {error}", file=sys.stderr)
+        else:
+            time.sleep(1)  # when one rank ends the launcher ends them all, and the first has to be heard
         sys.exit(2)
     except OSError as error:
         if debug or error.errno is None:

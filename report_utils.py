@@ -22,8 +22,6 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
-LOCKED = []  # files that this process holds locks on
-
 
 @contextlib.contextmanager
 def dispensable(what):
@@ -207,48 +205,50 @@ class Gallery:
         return rows
 
 
+@contextlib.contextmanager
 def open_output_dir(args, accelerator, resume_from, report):
-    """Make --output_dir, and write there what the run is given: its flags and the report on its data.
+    """Make --output_dir, write there what the run is given, and inside the context keep other runs out of it.
 
-    What an earlier run left there is moved aside. Raises UserError where --push_to_hub would be refused at the end.
+    What an earlier run left there is moved aside. Raises UserError where another run is writing there, or where
+    --push_to_hub would be refused at the end.
     """
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    if not accelerator.is_main_process:
-        return
-    lock(output_dir)
-    if aside := set_aside(output_dir, resume_from, args.logging_dir):
-        accelerator.print(f"Results of an earlier run are kept in {aside}")
-    if args.push_to_hub:
-        name = args.hub_model_id or output_dir.resolve().name
-        args.hub_model_id = check_access(name, args.hub_token, args.hub_private_repo)
-    save_recipe(args, output_dir / "config.yaml")
-    save_report(report, output_dir / "data_report.json")
+    with lock(output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+        if accelerator.is_main_process:
+            if aside := set_aside(output_dir, resume_from, args.logging_dir):
+                accelerator.print(f"Results of an earlier run are kept in {aside}")
+            if args.push_to_hub:
+                name = args.hub_model_id or output_dir.resolve().name
+                args.hub_model_id = check_access(name, args.hub_token, args.hub_private_repo)
+            save_recipe(args, output_dir / "config.yaml")
+            save_report(report, output_dir / "data_report.json")
+        yield
 
 
+@contextlib.contextmanager
 def lock(folder):
-    """Keep other runs out of a folder as long as this process lives. Raises UserError where one is in there.
+    """Inside, other runs are kept out of a folder. Raises UserError where one is in there.
 
     A record lock: the system drops it with the process, however that ends, and the loader's processes do not inherit
     it. Where the file system has none, nothing is kept out.
     """
-    if fcntl is None:
-        return
-    file = open(folder / ".lock", "a+")  # noqa: SIM115 (it stays open)
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        file.seek(0)
-        raise UserError(
-            f"--output_dir {folder}: another run is writing there ({file.read().strip() or 'not known which'}): wait "
-            "for its end, or name another folder"
-        ) from None
-    except OSError:
-        return
-    file.truncate(0)
-    file.write(f"process {os.getpid()} on {platform.node()}")
-    file.flush()
-    LOCKED.append(file)
+    with open(folder / ".lock", "a+") as file:
+        try:
+            if fcntl is not None:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"--output_dir {folder}: another run is writing there ({file.read().strip() or 'not known which'}): "
+                "wait for its end, or name another folder"
+            ) from None
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        yield
 
 
 def model_card(args, kind, steps, images_per_step, images, gate):

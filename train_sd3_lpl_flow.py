@@ -708,8 +708,8 @@ def main(args, scan, held_out=()):
     report = check_and_print_plan(args, scan, held_out, plan, accelerator)
     if args.dry_run:
         return
-    report_utils.open_output_dir(args, accelerator, resume_from, report)
-    with StopSignals(accelerator) as signals:
+    folder = report_utils.open_output_dir(args, accelerator, plan.resume_from, report)
+    with folder, StopSignals(accelerator) as signals:
         is_done = train(args, scan.images, held_out, plan, accelerator, signals)
     train_utils.end(accelerator)
     if not (is_done and args.push_to_hub and accelerator.is_main_process):
