@@ -7,6 +7,7 @@ the device.
 import contextlib
 import faulthandler
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from cli_utils import UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE = 15.0  # seconds that a stopped run has for its step, besides the time that its slowest step took
+PARENT_CHECK = 3.0  # seconds after which a loading process looks again whether the run is still there
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -206,18 +208,26 @@ def tell(number, what):
 def leave_signals_to_the_run(worker=None):
     """For the data loader's processes, which end when the run says so: Ctrl-C goes to the whole group.
 
-    The run ends them with a SIGTERM of its own, which is told from others by its sender.
+    The run ends them with a SIGTERM of its own, which is told from others by its sender. They outlive a run that was
+    killed by a few seconds at most.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS can't tell
+    if not hasattr(signal, "sigtimedwait"):  # macOS can't tell
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    threading.Thread(target=_await_parent, daemon=True).start()
+    known = multiprocessing.parent_process()  # from before it began, while the system may name its heir by now
+    run = os.getppid() if known is None else known.pid
+    above = os.getppid() if multiprocessing.get_start_method() == "forkserver" else run  # which ends with the run
+    threading.Thread(target=_await_parent, args=(run, above), daemon=True).start()
 
 
-def _await_parent():
-    """Take the signals that come; end the process when its parent sends SIGTERM."""
-    while True:
-        received = signal.sigwaitinfo(STOP_SIGNALS)
-        if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
-            os._exit(0)
+def _await_parent(run, above):
+    """Take the signals that come; end the process when the run sends SIGTERM, and once the run is gone.
+
+    run: number of its process; above: of this one's parent.
+    """
+    while os.getppid() == above:  # looked at after each signal too: none is ignored without a parent
+        received = signal.sigtimedwait(STOP_SIGNALS, PARENT_CHECK)
+        if received is not None and received.si_signo == signal.SIGTERM and received.si_pid == run:
+            break
+    os._exit(0)

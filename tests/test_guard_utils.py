@@ -1,5 +1,6 @@
 """Steps that are not finite, and signals: real runs of both recipes, poisoned or asked to stop."""
 
+import contextlib
 import json
 import math
 import multiprocessing
@@ -397,6 +398,57 @@ def test_a_loading_process_that_is_told_to_end_by_the_run_ends():
     process.terminate()
     process.join(10)
     assert process.exitcode == 0
+
+
+LOADING_PROCESS = """
+import multiprocessing, os, sys, time, guard_utils
+
+def work():
+    if sys.argv[1] == "late":  # the run is gone before its process is asked to look
+        while os.getppid() == multiprocessing.parent_process().pid:
+            time.sleep(0.01)
+    guard_utils.PARENT_CHECK = float(sys.argv[2])
+    guard_utils.leave_signals_to_the_run()
+    os.write(1, b"%d\\n" % os.getpid())
+    time.sleep(1000)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    os.write(1, b"%d\\n" % process.pid)
+    process.join()
+"""
+
+
+def is_gone(pid, within):
+    """Whether a process has ended, or does in so many seconds; one that nobody has waited for has ended as well."""
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        stat = Path("/proc", str(pid), "stat")
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if stat.read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.05)
+                continue
+        return True
+    return False
+
+
+@pytest.mark.parametrize("case", ["in time", "late", "asked"])
+def test_a_loading_process_whose_run_was_killed_ends(case):
+    """By itself, though the run was gone before it could look, and at once when anybody sends it SIGTERM."""
+    words = [sys.executable, "-c", LOADING_PROCESS, case, "100" if case == "asked" else "0.5"]
+    process = start(words, cwd=runs.ROOT, stdout=subprocess.PIPE)
+    pid = int(process.stdout.readline())
+    if case != "late":
+        assert int(process.stdout.readline()) == pid
+        os.kill(pid, signal.SIGTERM)  # not from the run
+        assert not is_gone(pid, 1.5), "it leaves when the run says so"
+    process.kill()
+    process.wait()
+    if case == "asked":
+        assert not is_gone(pid, 0.5)
+        os.kill(pid, signal.SIGTERM)
+    assert is_gone(pid, 20)
 
 
 def test_one_of_two_ranks_is_asked_and_both_stop(recipe, tmp_path):
