@@ -5,6 +5,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -119,6 +120,79 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(recipe
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     rows = runs.run(script, *flags, "--resume_from_checkpoint", "latest")
     assert all(math.isfinite(row["train_loss"]) for row in rows if row["step"] > 4)
+
+
+class Ranks:
+    """As much of an accelerator as a Guard needs; others: the values that the other ranks give to its reductions."""
+
+    device, process_index = torch.device("cpu"), 0
+
+    def __init__(self, *others):
+        self.others, self.num_processes, self.reduced = list(others), 1 + bool(others), 0
+
+    def reduce(self, tensor, how):
+        self.reduced += 1
+        return tensor + torch.tensor(self.others.pop(0))
+
+
+def watching(accelerator, values, limit=9):
+    """A Guard that watches one term of the images 4 and 7."""
+    guard = guard_utils.Guard(accelerator, limit, lambda image: f"{image}.png")
+    guard.watch("diffusion loss", torch.tensor(values), torch.tensor([4, 7]))
+    return guard
+
+
+@pytest.mark.parametrize(("mine", "another_has_one", "told"), [
+    ([1, math.nan], 0.0, "the diffusion loss of 7.png"),
+    ([math.inf, math.nan], 1.0, "the diffusion loss of 4.png, 7.png"),
+    ([1, 2], 1.0, "the gradient, because of another rank"),
+    ([1, 2], 0.0, "the gradient of 4.png, 7.png"),
+])  # fmt: skip
+@pytest.mark.parametrize("under_scaler", [False, True])
+def test_only_the_rank_that_has_the_image_names_it(capsys, mine, another_has_one, told, under_scaler):
+    guard = watching(Ranks([0.0, 1.0], another_has_one), mine)
+    finite, faults, wishes = guard.read(torch.tensor(math.nan), [False, False])
+    assert not finite and wishes == [False, True] and "; ".join(map(guard.describe, faults)) == told
+    guard.judge(faults, 3, under_scaler)
+    counts = not under_scaler or not told.startswith("the gradient of")
+    assert guard.in_a_row == counts, "the ranks count the same steps"
+    assert (f"step 3 is skipped on rank 0, not finite: {told}\n" in capsys.readouterr().err) == counts
+
+
+@pytest.mark.parametrize("accelerator", [Ranks(), Ranks([0.0])], ids=["one", "two"])
+def test_an_ordinary_step_waits_for_the_device_once(monkeypatch, accelerator):
+    transfers = []
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, name=name, original=original:
+                            transfers.append(name) or original(self, *args))  # fmt: skip
+    guard = watching(accelerator, [1.0, 2.0])
+    assert guard.read(torch.tensor(0.5), [False]) == (True, [], [False])
+    assert transfers == ["tolist"] and accelerator.reduced == accelerator.num_processes - 1
+
+
+@pytest.mark.parametrize("limit", [9, 2])
+def test_a_rank_is_not_blamed_for_another(recipe, tmp_path, limit):
+    script, flags = recipe
+    if script is train_sd3_lpl_flow:
+        pytest.skip("the loops are the same")
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+             str(runs.ROOT / "tests" / "poisoned.py"), script.__name__, "1", "3,4", *map(str, flags),
+             "--max_train_steps", "5", "--max_nonfinite_steps", str(limit), "--output_dir", str(tmp_path)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert (result.returncode == 0) == (limit == 9), result.stderr[-3000:]
+    told = dict(re.findall(r"warning: step (\d is skipped on rank \d), not finite: (.*)", result.stderr))
+    assert len(told) == result.stderr.count("warning: step") == 4
+    for step in (3, 4):
+        assert told[f"{step} is skipped on rank 0"] == "the gradient, because of another rank"
+        guilty = told[f"{step} is skipped on rank 1"]
+        assert guilty.startswith("the diffusion loss of ") and guilty.count(".png") == 1, "no LPL, no other image"
+    if limit == 2:
+        assert not steps_of(tmp_path), "no checkpoint was due yet, which the message allows for"
+        assert "2 steps in a row were not finite (--max_nonfinite_steps), the last with the gradient, because of " \
+               "another rank. What was saved is sound; " in result.stderr  # fmt: skip
+        assert "from the last checkpoint if there is one" in result.stderr
 
 
 # ---------------------------------------------------------------------------------------------------------------------
