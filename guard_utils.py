@@ -7,6 +7,7 @@ the device.
 import contextlib
 import faulthandler
 import math
+import multiprocessing
 import os
 import signal
 import sys
@@ -20,6 +21,7 @@ from cli_utils import UserError
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 PATIENCE = 15.0  # seconds that a stopped run has for its step, besides the time that its slowest step took
+PARENT_CHECK = 3.0  # seconds after which a loading process looks again whether the run is still there
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -28,7 +30,7 @@ PATIENCE = 15.0  # seconds that a stopped run has for its step, besides the time
 
 @dataclass(frozen=True)
 class Fault:
-    """A term of the loss that was not finite, and the numbers of its images."""
+    """A term of the loss that was not finite, and the numbers of its images; none when another rank has them."""
 
     term: str
     images: tuple[int, ...]
@@ -54,7 +56,8 @@ class Guard:
         """(whether the step is finite, faults, [whether any rank has each wish]), in one transfer from the device.
 
         grad_norm: scalar tensor, the same on every rank, which therefore all decide alike; wishes: bools of this
-        rank, to stop or to save. The faults are this rank's.
+        rank, to stop or to save. The faults are this rank's; where only others have a term that is not finite, whose
+        gradients all share, it is the gradient of no images.
         """
         watched, self.watched = self.watched, []
         asked = torch.tensor([float(wish) for wish in wishes], device=self.accelerator.device)
@@ -71,15 +74,25 @@ class Guard:
             bad = tuple(int(image) for image, value in zip(images, found, strict=True) if not math.isfinite(value))
             if bad:
                 faults.append(Fault(term, bad))
-        if not faults:
+        if self._any_rank(bool(faults)) and not faults:
+            faults.append(Fault("gradient", ()))
+        elif not faults:
             everything = dict.fromkeys(int(image) for _, _, images in watched for image in images)
             faults.append(Fault("gradient", tuple(everything)))
         return False, faults, wishes
 
+    def _any_rank(self, mine):
+        """Whether it is so on any rank. All ranks come here together."""
+        if self.accelerator.num_processes == 1:
+            return mine
+        count = torch.tensor(float(mine), device=self.accelerator.device)
+        return self.accelerator.reduce(count, "sum").item() > 0
+
     def judge(self, faults, step, under_scaler=False):
         """Count a step that was not finite, and say which term and images that was; none end a row of them.
 
-        under_scaler: fp16, where gradients overflow now and then, which the scaler sees to itself: those do not count.
+        under_scaler: fp16, where gradients overflow now and then, which the scaler sees to itself: those do not count,
+        but a term of any rank does, on all of them.
 
         Raises:
             UserError: --max_nonfinite_steps steps in a row were not finite.
@@ -87,7 +100,7 @@ class Guard:
         if not faults:
             self.in_a_row = 0
             return
-        if under_scaler and all(fault.term == "gradient" for fault in faults):
+        if under_scaler and all(fault.term == "gradient" and fault.images for fault in faults):
             return
         self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
         told = "; ".join(self.describe(fault) for fault in faults)
@@ -95,9 +108,10 @@ class Guard:
         print(f"warning: step {step} is skipped{rank}, not finite: {told}", file=sys.stderr, flush=True)
         if self.in_a_row >= self.limit:
             raise UserError(
-                f"{self.in_a_row} steps in a row were not finite (--max_nonfinite_steps), the last with {told}. The "
-                "checkpoints are sound: look at these images, lower --learning_rate, or use --mixed_precision bf16 or "
-                "no, and go on with --resume_from_checkpoint latest"
+                f"{self.in_a_row} steps in a row were not finite (--max_nonfinite_steps), the last with {told}. "
+                "What was saved is sound; look at the images that were named, lower --learning_rate, or use "
+                "--mixed_precision bf16 or no, and start again with --resume_from_checkpoint latest, which goes on "
+                "from the last checkpoint if there is one"
             )
 
     def counts(self):
@@ -106,6 +120,8 @@ class Guard:
 
     def describe(self, fault):
         """A fault in words."""
+        if not fault.images:
+            return f"the {fault.term}, because of another rank"
         names = [self.name_of(image) for image in fault.images]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return f"the {fault.term} of {shown}"
@@ -206,18 +222,26 @@ def tell(number, what):
 def leave_signals_to_the_run(worker=None):
     """For the data loader's processes, which end when the run says so: Ctrl-C goes to the whole group.
 
-    The run ends them with a SIGTERM of its own, which is told from others by its sender.
+    The run ends them with a SIGTERM of its own, which is told from others by its sender. They outlive a run that was
+    killed by a few seconds at most.
     """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS can't tell
+    if not hasattr(signal, "sigtimedwait"):  # macOS can't tell
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    threading.Thread(target=_await_parent, daemon=True).start()
+    known = multiprocessing.parent_process()  # from before it began, while the system may name its heir by now
+    run = os.getppid() if known is None else known.pid
+    above = os.getppid() if multiprocessing.get_start_method() == "forkserver" else run  # which ends with the run
+    threading.Thread(target=_await_parent, args=(run, above), daemon=True).start()
 
 
-def _await_parent():
-    """Take the signals that come; end the process when its parent sends SIGTERM."""
-    while True:
-        received = signal.sigwaitinfo(STOP_SIGNALS)
-        if received.si_signo == signal.SIGTERM and received.si_pid == os.getppid():
-            os._exit(0)
+def _await_parent(run, above):
+    """Take the signals that come; end the process when the run sends SIGTERM, and once the run is gone.
+
+    run: number of its process; above: of this one's parent.
+    """
+    while os.getppid() == above:  # looked at after each signal too: none is ignored without a parent
+        received = signal.sigtimedwait(STOP_SIGNALS, PARENT_CHECK)
+        if received is not None and received.si_signo == signal.SIGTERM and received.si_pid == run:
+            break
+    os._exit(0)

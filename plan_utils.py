@@ -134,9 +134,14 @@ def optimizer_state_bytes(args, weights, count):
     return {"adamw": 2 * weights, "prodigy": 4 * weights, "adafactor": 0}[args.optimizer]
 
 
-def warnings_about(args):
-    """Remarks on what is allowed and rarely meant."""
+def warnings_about(args, total_steps):
+    """Remarks on what is allowed and rarely meant, in a run of so many steps."""
     remarks = []
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= total_steps:
+        remarks.append(
+            f"the learning rate is still warming up when the run ends: --lr_warmup_steps {args.lr_warmup_steps} of "
+            f"{total_steps} steps; lower it"
+        )
     if args.optimizer == "prodigy" and args.learning_rate < 0.1:
         remarks.append(
             f"--optimizer prodigy multiplies its own step size by --learning_rate {args.learning_rate:g}; 1 is usual"
@@ -214,7 +219,7 @@ def print_plan(args, report, accelerator, total_steps):
     images, held_out = report["images"], report["held_out"]
     cli_utils.print_configuration(args, say)
     say("\n" + "\n".join(report_lines(report)) + "\n")
-    for warning in warnings_about(args):
+    for warning in warnings_about(args, total_steps):
         say(f"warning: {warning}")
     say(f"Steps: {total_steps} of {batch} images ({args.train_batch_size} per device x {accelerator.num_processes} "
         f"x {args.gradient_accumulation_steps} accumulated); {images / batch:.1f} steps an epoch, "

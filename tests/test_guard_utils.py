@@ -1,9 +1,11 @@
 """Steps that are not finite, and signals: real runs of both recipes, poisoned or asked to stop."""
 
+import contextlib
 import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -118,6 +120,81 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(recipe
     assert sorted(path.name for path in tmp_path.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
     rows = runs.run(script, *flags, "--resume_from_checkpoint", "latest")
     assert all(math.isfinite(row["train_loss"]) for row in rows if row["step"] > 4)
+
+
+class Ranks:
+    """As much of an accelerator as a Guard needs; others: the values that the other ranks give to its reductions."""
+
+    device, process_index = torch.device("cpu"), 0
+
+    def __init__(self, *others):
+        self.others, self.num_processes, self.reduced = list(others), 1 + bool(others), 0
+
+    def reduce(self, tensor, how):
+        self.reduced += 1
+        return tensor + torch.tensor(self.others.pop(0))
+
+
+def watching(accelerator, values, limit=9):
+    """A Guard that watches one term of the images 4 and 7."""
+    guard = guard_utils.Guard(accelerator, limit, lambda image: f"{image}.png")
+    guard.watch("diffusion loss", torch.tensor(values), torch.tensor([4, 7]))
+    return guard
+
+
+@pytest.mark.parametrize(("mine", "another_has_one", "told"), [
+    ([1, math.nan], 0.0, "the diffusion loss of 7.png"),
+    ([math.inf, math.nan], 1.0, "the diffusion loss of 4.png, 7.png"),
+    ([1, 2], 1.0, "the gradient, because of another rank"),
+    ([1, 2], 0.0, "the gradient of 4.png, 7.png"),
+])  # fmt: skip
+@pytest.mark.parametrize("under_scaler", [False, True])
+def test_only_the_rank_that_has_the_image_names_it(capsys, mine, another_has_one, told, under_scaler):
+    guard = watching(Ranks([0.0, 1.0], another_has_one), mine)
+    finite, faults, wishes = guard.read(torch.tensor(math.nan), [False, False])
+    assert not finite and wishes == [False, True] and "; ".join(map(guard.describe, faults)) == told
+    guard.judge(faults, 3, under_scaler)
+    counts = not under_scaler or not told.startswith("the gradient of")
+    assert guard.in_a_row == counts, "the ranks count the same steps"
+    assert (f"step 3 is skipped on rank 0, not finite: {told}\n" in capsys.readouterr().err) == counts
+
+
+@pytest.mark.parametrize("accelerator", [Ranks(), Ranks([0.0])], ids=["one", "two"])
+def test_an_ordinary_step_waits_for_the_device_once(monkeypatch, accelerator):
+    transfers = []
+    for name in ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__"):
+        original = getattr(torch.Tensor, name)
+        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, name=name, original=original:
+                            transfers.append(name) or original(self, *args))  # fmt: skip
+    guard = watching(accelerator, [1.0, 2.0])
+    assert guard.read(torch.tensor(0.5), [False]) == (True, [], [False])
+    assert transfers == ["tolist"] and accelerator.reduced == accelerator.num_processes - 1
+
+
+def test_the_rank_that_tells_how_the_run_ended_may_have_no_image():
+    guard = watching(Ranks([0.0], 1.0), [1, 2], limit=1)
+    _, faults, _ = guard.read(torch.tensor(math.nan), [False])
+    told = r"the last with the gradient, because of another rank\. What was saved is sound; .* if there is one"
+    with pytest.raises(cli_utils.UserError, match=told):
+        guard.judge(faults, 3)
+
+
+def test_a_rank_is_not_blamed_for_another(recipe, tmp_path):
+    script, flags = recipe
+    if script is train_sd3_lpl_flow:
+        pytest.skip("the loops are the same")
+    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
+             str(runs.ROOT / "tests" / "poisoned.py"), script.__name__, "1", "3,4", *map(str, flags),
+             "--max_train_steps", "5", "--output_dir", str(tmp_path)]  # fmt: skip
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-3000:]
+    told = dict(re.findall(r"warning: step (\d is skipped on rank \d), not finite: (.*)", result.stderr))
+    assert len(told) == result.stderr.count("warning: step") == 4
+    for step in (3, 4):
+        assert told[f"{step} is skipped on rank 0"] == "the gradient, because of another rank"
+        guilty = told[f"{step} is skipped on rank 1"]
+        assert guilty.startswith("the diffusion loss of ") and guilty.count(".png") == 1, "no LPL, no other image"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -397,6 +474,57 @@ def test_a_loading_process_that_is_told_to_end_by_the_run_ends():
     process.terminate()
     process.join(10)
     assert process.exitcode == 0
+
+
+LOADING_PROCESS = """
+import multiprocessing, os, sys, time, guard_utils
+
+def work():
+    if sys.argv[1] == "late":  # the run is gone before its process is asked to look
+        while os.getppid() == multiprocessing.parent_process().pid:
+            time.sleep(0.01)
+    guard_utils.PARENT_CHECK = float(sys.argv[2])
+    guard_utils.leave_signals_to_the_run()
+    os.write(1, b"%d\\n" % os.getpid())
+    time.sleep(1000)
+
+if __name__ == "__main__":
+    process = multiprocessing.get_context("fork").Process(target=work)
+    process.start()
+    os.write(1, b"%d\\n" % process.pid)
+    process.join()
+"""
+
+
+def is_gone(pid, within):
+    """Whether a process has ended, or does in so many seconds; one that nobody has waited for has ended as well."""
+    end = time.monotonic() + within
+    while time.monotonic() < end:
+        stat = Path("/proc", str(pid), "stat")
+        with contextlib.suppress(FileNotFoundError, ProcessLookupError):
+            if stat.read_text().rpartition(")")[2].split()[0] != "Z":
+                time.sleep(0.05)
+                continue
+        return True
+    return False
+
+
+@pytest.mark.parametrize("case", ["in time", "late", "asked"])
+def test_a_loading_process_whose_run_was_killed_ends(case):
+    """By itself, though the run was gone before it could look, and at once when anybody sends it SIGTERM."""
+    words = [sys.executable, "-c", LOADING_PROCESS, case, "100" if case == "asked" else "0.5"]
+    process = start(words, cwd=runs.ROOT, stdout=subprocess.PIPE)
+    pid = int(process.stdout.readline())
+    if case != "late":
+        assert int(process.stdout.readline()) == pid
+        os.kill(pid, signal.SIGTERM)  # not from the run
+        assert not is_gone(pid, 1.5), "it leaves when the run says so"
+    process.kill()
+    process.wait()
+    if case == "asked":
+        assert not is_gone(pid, 0.5)
+        os.kill(pid, signal.SIGTERM)
+    assert is_gone(pid, 20)
 
 
 def test_one_of_two_ranks_is_asked_and_both_stop(recipe, tmp_path):

@@ -553,6 +553,24 @@ def test_plan_names_what_is_trained(flags, tmp_path, capsys):
         assert part in said, part
 
 
+@pytest.mark.parametrize(("schedule", "warmup", "warned"), [
+    ("cosine", None, 500), ("constant_with_warmup", 3, 3), ("linear", 4, 4), ("cosine", 2, None),
+    ("polynomial", 0, None), ("constant", None, None), ("constant", 3, None),
+])  # fmt: skip
+def test_a_warm_up_that_outlasts_the_run_is_told(flags, tmp_path, capsys, schedule, warmup, warned):
+    AcceleratorState._reset_state(True)
+    at = flags.index("--lr_warmup_steps")
+    words = [*flags[:at], *flags[at + 2 :], "--max_train_steps", 3, "--lr_scheduler", schedule, "--dry_run"]
+    words += ["--output_dir", tmp_path] + (["--lr_warmup_steps", warmup] if warmup is not None else [])
+    args = train_sdxl_lpl.parse_args(list(map(str, words)))
+    train_sdxl_lpl.main(args, *input_utils.find_images(args))
+    said = [line for line in capsys.readouterr().out.splitlines() if "warming up" in line]
+    assert said == ([] if warned is None else [
+        "warning: the learning rate is still warming up when the run ends: "
+        f"--lr_warmup_steps {warned} of 3 steps; lower it"
+    ])  # fmt: skip
+
+
 def test_memory_of_optimizers():
     class Args:
         optimizer, use_8bit_adam = "adamw", False
