@@ -165,10 +165,14 @@ class StopSignals:
 
     @contextlib.contextmanager
     def unhurried(self):
-        """Between steps, to draw, to measure or to save: the watchdog does not count. The ranks leave it together."""
+        """Between steps, to draw, to measure or to save: the watchdog counts minutes for seconds.
+
+        The ranks leave it together. The first, which works the longest, waits for the others as in a step.
+        """
         began, self._in_no_hurry = time.monotonic(), True
         try:
             yield
+            self._in_no_hurry = not self.accelerator.is_main_process
             self.accelerator.wait_for_everyone()
         finally:
             self._in_no_hurry = False
@@ -206,7 +210,7 @@ class StopSignals:
             if self._reached.wait(min(left, 0.5)):
                 return
             now = time.monotonic()
-            left -= 0 if self._in_no_hurry else now - before
+            left -= (now - before) / (60 if self._in_no_hurry else 1)
             before = now
         os.write(2, b"the step does not end: is another rank gone? giving up; the last checkpoint is sound\n")
         if "--debug" in sys.argv:

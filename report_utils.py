@@ -248,7 +248,10 @@ def lock(folder):
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()
-        yield
+        try:
+            yield
+        finally:
+            Path(file.name).unlink(missing_ok=True)
 
 
 def model_card(args, kind, steps, images_per_step, images, gate):
