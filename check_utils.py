@@ -76,7 +76,7 @@ def check_flags(args):
     check_quantization(args)
     check_optimizer_flags(args)
     check_installed(args)
-    check_machine(args)
+    check_build(args)
     check_lpl_flags(args)
 
 
@@ -228,7 +228,7 @@ def is_for_cpus_only():
     return metadata.version("torch").endswith("+cpu") and not metadata.entry_points(group="torch.backends")
 
 
-def check_machine(args):
+def check_build(args):
     """Flags that need a GPU, where PyTorch is installed without; where none is found, the run says it later."""
     needing = {
         "--mixed_precision fp16": (args.mixed_precision == "fp16", "use bf16 or no"),

@@ -165,18 +165,23 @@ def save_checkpoint(output_dir, step, state, save_model, limit=None, is_main=Tru
 def kept_if_unwritten(save):
     """For writing the result: where that fails, call save(), so that its steps are in a checkpoint at least.
 
+    save: for this rank alone; None where a checkpoint takes all ranks, of which the others can't know.
     Raises UserError in place of the error of a disk that is full or can't be written to.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
+        failed = f"the result can't be written ({error})"
+        if save is None:
+            raise UserError(f"{failed}. Free some space; --resume_from_checkpoint latest does what came after "
+                            "the last checkpoint once more") from error  # fmt: skip
         try:
             save()
         except UserError as second:
-            raise UserError(f"the result can't be written ({error}), nor a checkpoint: {second}") from error
+            raise UserError(f"{failed}, nor a checkpoint: {second}") from error
         raise UserError(
-            f"the result can't be written ({error}); its steps are saved. Free some space, and give the same command "
-            "with --resume_from_checkpoint latest: it writes the result"
+            f"{failed}; its steps are saved. Free some space, and give the same command with --resume_from_checkpoint "
+            "latest: it writes the result"
         ) from error
 
 

@@ -60,12 +60,13 @@ class Guard:
         gradients all share, it is the gradient of no images.
         """
         watched, self.watched = self.watched, []
-        asked = torch.tensor([float(wish) for wish in wishes], device=self.accelerator.device)
+        packed = [grad_norm.detach().float().reshape(1), *(values for _, values, _ in watched)]
         if self.accelerator.num_processes > 1:
-            asked = self.accelerator.reduce(asked, "sum")
-        packed = [grad_norm.detach().float().reshape(1), asked, *(values for _, values, _ in watched)]
+            asked = torch.tensor([float(wish) for wish in wishes], device=self.accelerator.device)
+            packed.append(self.accelerator.reduce(asked, "sum"))
         norm, *values = torch.cat(packed).tolist()
-        wishes, values = [count > 0 for count in values[: len(wishes)]], values[len(wishes) :]
+        if self.accelerator.num_processes > 1:
+            wishes = [count > 0 for count in values[len(values) - len(wishes) :]]
         if math.isfinite(norm):
             return True, [], wishes
         faults = []

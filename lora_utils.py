@@ -56,11 +56,6 @@ def add_adapters(args, models, pipeline_class, targets):
                 parameter.data = parameter.data.float()
 
 
-def lora_layers(args, targets):
-    """The names in --lora_layers, or the recipe's own."""
-    return [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else targets
-
-
 def read_lora(args, models, pipeline_class):
     """Load --init_lora into the models by diffusers' own loaders; returns the names of the parts that it had."""
     flag = f"--init_lora {args.init_lora}"

@@ -162,13 +162,17 @@ def check_files(args, components, replaced):
     components, replaced: see `safety_utils.check_weights`, which has looked at their names before.
     """
     for component in components:
-        flag, name, subfolder, _, variant = place_of(args, component, replaced)
-        folder = Path(name, subfolder)
-        if not folder.is_dir():  # on the Hub
-            continue
-        for path in weight_files(f"{flag} {name}", folder, variant):
+        flag, paths = weights_here(args, component, replaced)
+        for path in paths:
             problem = weight_problem(path)
-            require(not problem, f"{flag} {name}: {component}/{path.name} {problem}")
+            require(not problem, f"{flag}: {component}/{path.name} {problem}")
+
+
+def weights_here(args, component, replaced):
+    """(flag with its value, weight files on disk of what is loaded for a component); none of a model on the Hub."""
+    flag, name, subfolder, _, variant = place_of(args, component, replaced)
+    folder, flag = Path(name, subfolder), f"{flag} {name}"
+    return flag, weight_files(flag, folder, variant) if folder.is_dir() else []
 
 
 def weight_files(flag, folder, variant):
@@ -232,12 +236,11 @@ def tensors_of(path):
 
 def fingerprint(args, part, replaced):
     """What tells a denoiser's weights from others: of files here, samples of their content, else the Hub's name."""
-    flag, name, subfolder, revision, variant = place_of(args, part, replaced)
-    folder = Path(name, subfolder)
-    if not folder.is_dir():
+    _, name, _, revision, _ = place_of(args, part, replaced)
+    if not Path(name).is_dir():
         return f"hub:{name}@{revision or 'main'}"
     digest = hashlib.sha256()
-    for path in weight_files(f"{flag} {name}", folder, variant):
+    for path in weights_here(args, part, replaced)[1]:
         size = path.stat().st_size
         with open(path, "rb") as file:
             for piece in range(PIECES):
@@ -248,19 +251,19 @@ def fingerprint(args, part, replaced):
 
 
 def check_lora_layers(args, part, replaced):
-    """Refuse names in --lora_layers that no layer of the denoiser has, where its files are here to tell.
-
-    part, replaced: see `safety_utils.place_of`.
-    """
-    flag, name, subfolder, _, variant = place_of(args, part, replaced)
-    folder = Path(name, subfolder)
-    paths = weight_files(f"{flag} {name}", folder, variant) if args.lora_layers and folder.is_dir() else []
+    """Refuse names in --lora_layers that no layer of the denoiser has, where its files are here to tell."""
+    paths = weights_here(args, part, replaced)[1] if args.lora_layers else []
     if not paths or any(path.suffix != ".safetensors" for path in paths):
         return
     tensors = {name: entry for path in paths for name, entry in tensors_of(path)[0].items()}
     layers = [name.removesuffix(".weight") for name, entry in tensors.items()
               if name.endswith(".weight") and len(entry["shape"]) > 1]  # fmt: skip
-    require_layers(part, [name.strip() for name in args.lora_layers.split(",")], layers)
+    require_layers(part, lora_layers(args, ()), layers)
+
+
+def lora_layers(args, targets):
+    """The names in --lora_layers, or the recipe's own."""
+    return [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else targets
 
 
 def require_layers(part, wanted, names):

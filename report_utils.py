@@ -1,6 +1,7 @@
 """What a run leaves in its folder and shows: its flags, log rows, progress, picture grids, the card, `run.png`."""
 
 import contextlib
+import fcntl
 import json
 import math
 import os
@@ -16,11 +17,6 @@ from hub_utils import Card, check_access
 from input_utils import save_report
 from resume_utils import set_aside
 from train_utils import Metrics
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
 
 
 @contextlib.contextmanager
@@ -235,8 +231,7 @@ def lock(folder):
     """
     with open(folder / ".lock", "a+") as file:
         try:
-            if fcntl is not None:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             file.seek(0)
             raise UserError(
@@ -251,7 +246,7 @@ def lock(folder):
         try:
             yield
         finally:
-            Path(file.name).unlink(missing_ok=True)
+            (folder / ".lock").unlink(missing_ok=True)
 
 
 def model_card(args, kind, steps, images_per_step, images, gate):

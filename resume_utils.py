@@ -312,7 +312,7 @@ def differs(key, found, value):
     if key == "base_weights":  # a name on the Hub and files can't be compared
         before = found.get(key) or ""
         return bool(value) and before.partition(":")[0] == value.partition(":")[0] and before != value
-    return (key in found or key != "recipe") and found.get(key) != value  # early checkpoints did not have it
+    return found.get(key) != value
 
 
 def named_folder(args):

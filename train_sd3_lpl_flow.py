@@ -159,7 +159,7 @@ import train_utils
 from cache_utils import encode_images, model_identity, rows_of
 from export_utils import save_kohya, save_single_file
 from guard_utils import StopSignals
-from lora_utils import adapters, add_adapters, load_lora, lora_layers, save_lora
+from lora_utils import adapters, add_adapters, load_lora, save_lora
 from lpl_utils import estimate_z0, lpl_noise_scale, noise_to_signal
 from train_utils import (
     build_recipe,
@@ -344,7 +344,7 @@ def build_denoiser(args, dtype, device):
 
 def lora_targets(args):
     """Layers of the transformer that get a LoRA: those of --lora_layers in the blocks of --lora_blocks."""
-    layers = lora_layers(args, LORA_TARGETS)
+    layers = preflight_utils.lora_layers(args, LORA_TARGETS)
     if not args.lora_blocks:
         return layers
     return [f"transformer_blocks.{int(block)}.{layer}" for block in args.lora_blocks.split(",") for layer in layers]
@@ -769,14 +769,17 @@ def train(args, images, held_out, plan, accelerator, signals):
                 reporter.log_images(gallery.draw(step), step)
             reporter.draw_run()
 
+    def write_checkpoint(step):
+        trained = shard_utils.gathered(bare_denoiser, accelerator.is_main_process)
+        checkpoint_utils.save_checkpoint(
+            args.output_dir, step, state, lambda folder: save_weights(folder, trained, args),
+            args.checkpoints_total_limit, accelerator.is_main_process,
+        )  # fmt: skip
+
     def save(step):
         with signals.unhurried():
             if takes_part:
-                trained = shard_utils.gathered(bare_denoiser, accelerator.is_main_process)
-                checkpoint_utils.save_checkpoint(
-                    args.output_dir, step, state, lambda folder: save_weights(folder, trained, args),
-                    args.checkpoints_total_limit, accelerator.is_main_process,
-                )  # fmt: skip
+                write_checkpoint(step)
         clock.saved()
 
     validation_due = train_utils.validation_schedule(args, len(images), plan.batch_size)
@@ -822,7 +825,8 @@ def train(args, images, held_out, plan, accelerator, signals):
         reporter.stopped(done)
         return False
     if takes_part:
-        with checkpoint_utils.kept_if_unwritten(lambda: save(done)), train_utils.averaged_weights(ema, parameters):
+        last = None if together else lambda: write_checkpoint(done)
+        with checkpoint_utils.kept_if_unwritten(last), train_utils.averaged_weights(ema, parameters):
             trained = shard_utils.gathered(bare_denoiser, accelerator.is_main_process)
             if accelerator.is_main_process:
                 save_result(args, trained, plan.schedule)

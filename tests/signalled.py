@@ -1,7 +1,8 @@
 """Run a script that gets a signal at a given place, which then takes longer than the watchdog's patience.
 
-python tests/signalled.py SCRIPT FUNCTION CALL SIGNAL FLAGS...: at its CALL-th call, the script's FUNCTION first sends
-the signal to its process, and to all other ranks.
+python tests/signalled.py SCRIPT FUNCTION CALL SIGNAL FLAGS...: at its CALL-th call by the first rank, the script's
+FUNCTION first sends the signal to its process, and to all other ranks. HANG for a signal: to those SIGSTOP, to its own
+SIGTERM.
 """
 
 import importlib
@@ -33,10 +34,12 @@ def signalled(function, call, number):
 
     def wrapper(*args, **kwargs):
         calls[0] += 1
-        if calls[0] == call:
+        if calls[0] == call and os.environ.get("RANK", "0") == "0":
             for rank in ranks():
-                os.kill(rank, number)
-            time.sleep(4 * PATIENCE)
+                own = signal.SIGTERM if number == "HANG" else signal.Signals[number]
+                os.kill(rank, own if rank == os.getpid() or number != "HANG" else signal.SIGSTOP)
+            if number != "HANG":
+                time.sleep(4 * PATIENCE)
         return function(*args, **kwargs)
 
     return wrapper
@@ -46,6 +49,6 @@ if __name__ == "__main__":
     name, function, call, number, *words = sys.argv[1:]
     script = importlib.import_module(name)
     guard_utils.PATIENCE = PATIENCE
-    setattr(script, function, signalled(getattr(script, function), int(call), signal.Signals[number]))
+    setattr(script, function, signalled(getattr(script, function), int(call), number))
     args = script.parse_args(words)
     script.main(args, *input_utils.find_images(args))

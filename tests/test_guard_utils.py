@@ -331,15 +331,18 @@ def test_the_watchdog_ends_a_run_whose_step_does_not_end():
     assert time.monotonic() - asked > 0.5 and b"giving up; the last checkpoint is sound" in process.stderr.read()
 
 
-def signalled(script, function, call, *flags, number="SIGTERM", ranks=1):
-    """Run a script that gets a signal as it calls one of its functions for the `call`-th time."""
+def signalled_words(script, function, call, number, ranks, flags):
+    """The command of a run that gets a signal as it calls one of its functions for the `call`-th time."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
     words = [str(runs.ROOT / "tests" / "signalled.py"), script.__name__, function, str(call), number]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    return [*(launcher if ranks > 1 else [sys.executable]), *words, *map(str, flags)]
+
+
+def signalled(script, function, call, *flags, number="SIGTERM", ranks=1):
+    """Such a run, to its end."""
     return subprocess.run(
-        [*(launcher if ranks > 1 else [sys.executable]), *words, *map(str, flags)],
-        env=environment, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        signalled_words(script, function, call, number, ranks, flags), capture_output=True, text=True, timeout=300
+    )
 
 
 PICTURES = ["--validation_prompt", "a red apple", "the sun", "--num_validation_images", 1, "--validation_steps", 2]
@@ -354,6 +357,18 @@ def test_a_signal_while_pictures_are_drawn(recipe, tmp_path):
     assert steps_of(tmp_path) == [3] and "Stopped after step 3" in result.stdout
     assert {path.name for path in tmp_path.glob("validation/*.png")} == {"step-0.png"}
     assert (tmp_path / "run.png").is_file()
+
+
+def test_a_signal_while_the_held_out_loss_is_measured(recipe, tmp_path):
+    """With one process it is broken off between batches, and half a measurement is not logged."""
+    script, flags = recipe
+    if script is train_sdxl_lpl:
+        pytest.skip("the loops are the same")
+    flags = [*flags, "--validation_split", 4, "--validation_steps", 2, "--max_train_steps", 1000]
+    result = signalled(script, "held_out_step", 21, *flags, "--output_dir", tmp_path)  # twice ten levels before
+    assert result.returncode == 0, result.stderr
+    rows = [json.loads(line) for line in (tmp_path / "logs" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation/diffusion_loss" in row] == [0] and steps_of(tmp_path) == [3]
 
 
 @pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
@@ -397,22 +412,48 @@ def test_ranks_wait_for_the_one_that_draws(recipe, tmp_path):
     assert steps_of(tmp_path) == [3]
 
 
-def test_a_rank_that_hangs_does_not_keep_the_other_from_ending(recipe, tmp_path):
+@pytest.mark.parametrize("place", ["training_step", "save_weights"])
+def test_a_rank_that_hangs_does_not_keep_the_other_from_ending(place, recipe, tmp_path):
+    """In a step, and while the first rank writes a checkpoint, after which it waits for the other."""
     script, flags = recipe
     if script is train_sd3_lpl_flow:
         pytest.skip("the loops are the same")
-    process = started(two_ranks(script, [*flags, "--checkpointing_steps", 1], tmp_path), tmp_path)
-    ranks = ranks_of(process, script)
-    os.kill(ranks[1], signal.SIGSTOP)
-    os.kill(ranks[0], signal.SIGTERM)
+    flags = [*flags, "--checkpointing_steps", 1, "--max_train_steps", 3000, "--output_dir", tmp_path]
+    process = start(
+        signalled_words(script, place, 3, "HANG", 2, flags), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
+        text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    while True:  # until one rank stands still
+        states = {pid: state_of(pid) for pid in children(process.pid)}
+        if "T" in states.values():
+            break
+        assert process.poll() is None, process.stderr.read()[-2000:]
+        time.sleep(0.02)
+    [hung] = [pid for pid, state in states.items() if state == "T"]
+    [other] = states.keys() - {hung}
     asked = time.monotonic()
-    while Path("/proc", str(ranks[0])).exists():
-        assert time.monotonic() - asked < 45
-        time.sleep(0.1)
-    assert time.monotonic() - asked > 10, "it had time for its step"
-    os.kill(ranks[1], signal.SIGKILL)
-    assert process.wait(timeout=60) != 0
-    assert resume_utils.latest_checkpoint(tmp_path) is not None
+    while state_of(other) not in ("", "Z"):
+        assert time.monotonic() - asked < 20
+        time.sleep(0.05)
+    os.kill(hung, signal.SIGKILL)
+    assert process.wait(timeout=60) != 0 and "giving up; the last checkpoint is sound" in process.stderr.read()
+    assert resume_utils.latest_checkpoint(tmp_path).name == (
+        "checkpoint-2" if place == "training_step" else "checkpoint-3"
+    )
+
+
+def children(pid):
+    """Process numbers of a launcher's ranks."""
+    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "signalled.py"], capture_output=True, text=True).stdout
+    return [int(word) for word in found.split()]
+
+
+def state_of(pid):
+    """A process' letter in /proc: T for stopped, Z for ended; "" when there is none."""
+    try:
+        return Path("/proc", str(pid), "stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return ""
 
 
 def test_a_run_that_fails_takes_its_loading_processes_along(recipe, tmp_path):

@@ -489,7 +489,7 @@ FLAGS = """
 --report_to paper | --report_to | is 'paper' | choose from tensorboard
 --enable_xformers_memory_efficient_attention | --enable_ | xformers is not installed | requirements-xformers.txt
 --resume_from_checkpoint checkpoint-12 | --resume_from_checkpoint checkpoint-12 | no checkpoint there | or latest
---resume_from_checkpoint {checkpoint} | --resume_from_checkpoint | of another run (use_lora was None | give its flags
+--resume_from_checkpoint {checkpoint} | --resume_from_checkpoint | of another run (recipe was None | give its flags
 --output_dir {another} --resume_from_checkpoint latest | checkpoint-4 | seed was 7, is 0 | start without
 --use_lora --lora_layers to_q,to_x | --lora_layers | the unet has no layer called to_x | such as to_q,to_v
 --output_dir {sd3run} --resume_from_checkpoint latest | checkpoint-4 | recipe was SD3, is SDXL | start without
