@@ -1,7 +1,7 @@
-"""What keeps a run from being lost while it trains: steps that are not finite, signals to stop, and a watchdog.
+"""What keeps a run from being lost while it trains: steps that are not finite, full disks, signals, a watchdog.
 
-Both are settled once per optimizer step, in one packed read: `Guard.read` is the only place where the loop waits for
-the device.
+Faults and signals are settled once per optimizer step, in one packed read: `Guard.read` is the only place where the
+loop waits for the device.
 """
 
 import contextlib
@@ -126,6 +126,23 @@ class Guard:
         names = [self.name_of(image) for image in fault.images]
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         return f"the {fault.term} of {shown}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Files that a run can do without
+
+TOLD = set()  # what has been warned of
+
+
+@contextlib.contextmanager
+def dispensable(what):
+    """Inside, a file that can't be written (a full disk) is a warning: for a log or a picture no run has to end."""
+    try:
+        yield
+    except OSError as error:
+        if what not in TOLD:
+            TOLD.add(what)
+            print(f"\nwarning: {what} can't be written ({error}); training goes on", file=sys.stderr, flush=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -6,26 +6,17 @@ import json
 import math
 import os
 import platform
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
 from cli_utils import SECRETS, UserError, save_recipe
+from guard_utils import dispensable
 from hub_utils import Card, check_access
 from input_utils import save_report
 from resume_utils import set_aside
 from train_utils import Metrics
-
-
-@contextlib.contextmanager
-def dispensable(what):
-    """Inside, a file that can't be written (a full disk) is a warning: for a log or a picture no run has to end."""
-    try:
-        yield
-    except OSError as error:
-        print(f"warning: {what} can't be written ({error}); training goes on", file=sys.stderr)
 
 
 def row_of(line):
@@ -105,7 +96,8 @@ class Reporter:
         """A row of values for the metrics file and the trackers."""
         if self.main:
             self.history.append(step, values)
-            self.accelerator.log(values, step=step)
+            with dispensable("the trackers' log"):
+                self.accelerator.log(values, step=step)
 
     def _pass_on(self, step, values, bar):
         self.log(step, values)
@@ -125,13 +117,14 @@ class Reporter:
         """Validation pictures, [(prompt, [images])], to the trackers."""
         if not self.main:
             return
-        for tracker in self.accelerator.trackers:
-            if tracker.name == "tensorboard":
-                for number, (_, images) in enumerate(rows):
-                    stacked = np.stack([np.asarray(image) for image in images])
-                    tracker.writer.add_images(f"validation/{number}", stacked, step, dataformats="NHWC")
-            elif tracker.name == "wandb":
-                tracker.log_images({prompt: images for prompt, images in rows}, step=step)
+        with dispensable("the trackers' log"):
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    for number, (_, images) in enumerate(rows):
+                        stacked = np.stack([np.asarray(image) for image in images])
+                        tracker.writer.add_images(f"validation/{number}", stacked, step, dataformats="NHWC")
+                elif tracker.name == "wandb":
+                    tracker.log_images({prompt: images for prompt, images in rows}, step=step)
         with dispensable("validation images"):
             for number, image in enumerate(image for _, images in rows for image in images):
                 image.save(self.output_dir / f"image_{number}.png")

@@ -28,7 +28,7 @@ from data_utils import (
     collate,
     stratified_uniform,
 )
-from guard_utils import Guard, leave_signals_to_the_run
+from guard_utils import Guard, dispensable, leave_signals_to_the_run
 from image_utils import DataError
 from input_utils import largest_size
 from lora_utils import is_text_encoder
@@ -519,7 +519,8 @@ def end(accelerator):
     interpreter's lock, for a thread of the group that waits for this lock.
     """
     accelerator.free_memory()
-    accelerator.end_training()
+    with dispensable("the trackers' log"):
+        accelerator.end_training()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

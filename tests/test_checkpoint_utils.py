@@ -37,6 +37,7 @@ from resume_utils import (
     list_checkpoints,
     named_folder,
     newest_good,
+    run_identity,
     set_aside,
     tidy,
     verify_checkpoint,
@@ -45,8 +46,8 @@ from resume_utils import (
 
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 FILES = [WEIGHTS, "unet/config.json", "training_state.safetensors", "training_state.json", MANIFEST]
-IDENTITY = {"use_lora": False, "seed": 3, "use_ema": False, "optimizer": "adamw", "use_8bit_adam": False,
-            "timestep_sampling": "uniform"}  # fmt: skip
+FLAGS = {"use_lora": False, "seed": 3, "use_ema": False, "optimizer": "adamw", "use_8bit_adam": False,
+         "timestep_sampling": "uniform"}  # fmt: skip
 
 
 def build(kind="adamw", width=8, ema=True, scaler=True, auto_weight=True):
@@ -66,7 +67,7 @@ def build(kind="adamw", width=8, ema=True, scaler=True, auto_weight=True):
         torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=3) if scaler else None,
         EMAModel(model.parameters(), decay=0.9) if ema else None,
         AutoWeight() if auto_weight else None,
-        IDENTITY,
+        run_identity(argparse.Namespace(**FLAGS)),
     )
 
 
@@ -130,7 +131,7 @@ def flip(path, position, mask=1):
 
 
 def arguments(folder, which="latest"):
-    return argparse.Namespace(resume_from_checkpoint=which, output_dir=str(folder), **IDENTITY)
+    return argparse.Namespace(resume_from_checkpoint=which, output_dir=str(folder), **FLAGS)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

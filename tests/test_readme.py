@@ -152,7 +152,7 @@ ALLOWED = {
     "export_utils": {"cli_utils", "lora_utils"},
     "train_utils": DATA | CHECKS | {"cache_utils", "guard_utils", "lora_utils", "lpl_utils", "shard_utils"},
     "plan_utils": DATA | CHECKS | {"cache_utils", "lora_utils", "lpl_utils", "shard_utils", "train_utils"},
-    "report_utils": {"cli_utils", "hub_utils", "input_utils", "resume_utils", "train_utils"},
+    "report_utils": {"cli_utils", "guard_utils", "hub_utils", "input_utils", "resume_utils", "train_utils"},
     "train_sdxl_lpl": UTILS,
     "train_sd3_lpl_flow": UTILS,
 }

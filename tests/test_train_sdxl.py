@@ -14,12 +14,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
+from accelerate.tracking import GeneralTracker
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import checkpoint_utils
+import guard_utils
 import input_utils
 import train_sdxl_lpl
 import train_utils
@@ -259,13 +262,35 @@ def test_the_result_does_not_fit_on_the_disk(flags, tmp_path, monkeypatch):
         run(*flags, "--output_dir", tmp_path, "--seed", 8, "--checkpointing_steps", 9)
 
 
-def test_a_log_that_can_not_be_written_ends_no_run(flags, tmp_path, capsys):
+class TrackerOnFullDisk(GeneralTracker):
+    """A tracker whose every write finds no space."""
+
+    name, requires_logging_directory, tracker = "full", False, None
+
+    def store_init_configuration(self, values):
+        pass
+
+    def log(self, values, step=None, **more):
+        Path("/dev/full").write_text(str(values))
+
+    def finish(self):
+        Path("/dev/full").write_text("end")
+
+
+def test_a_log_that_can_not_be_written_ends_no_run(flags, tmp_path, capsys, monkeypatch):
+    """Neither the run's own log nor a tracker's; each is told of once."""
+    monkeypatch.setattr(guard_utils, "TOLD", set())
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "metrics.jsonl").symlink_to("/dev/full")
     flags = [*map(str, flags), "--use_lora", "--max_train_steps", "2", "--output_dir", str(tmp_path)]
     args = train_sdxl_lpl.parse_args(flags)
+    tracked = {"log_with": TrackerOnFullDisk()}
+    monkeypatch.setattr(train_utils, "Accelerator", lambda **settings: Accelerator(**settings | tracked))
     train_sdxl_lpl.main(args, *input_utils.find_images(args))
-    assert weights(tmp_path) and "warning: the log can't be written" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert weights(tmp_path)
+    for what in ("the log", "the trackers' log"):
+        assert said.count(f"warning: {what} can't be written ([Errno 28] No space left on device)") == 1
 
 
 def test_two_runs_do_not_write_into_one_folder(flags, tmp_path):
