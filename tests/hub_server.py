@@ -70,12 +70,17 @@ class HubServer(ThreadingHTTPServer):
         """tokens: {token: user}; a user may write to the repositories of that name, and read all."""
         super().__init__(("127.0.0.1", 0), Handler)
         self.tokens = tokens
-        self.repositories, self.objects = {}, {}
-        self.requests = []  # kinds, in order of arrival
-        self.fault = None
+        self.empty()
         self.lock = threading.Lock()
         self.url = f"http://127.0.0.1:{self.server_port}"
         self.released = threading.Event()  # ends what stalls
+
+    def empty(self):
+        """Forget all: no repositories, no faults. Objects that are there already would not be sent again."""
+        self.repositories, self.objects = {}, {}
+        self.requests = []  # kinds, in order of arrival
+        self.fault = None
+        return self
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()

@@ -1,15 +1,18 @@
 """Processes that tests start: none outlives its test, however that ends."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
+import sys
 import time
 import uuid
 from pathlib import Path
 
 MARK = "STARTED_BY_TEST"  # an environment variable that all descendants inherit, also those in groups of their own
 STARTED = []  # (process, its mark)
+ROOT = Path(__file__).parents[1]
 
 
 def start(words, *, env=None, **options):
@@ -61,3 +64,9 @@ def ended(words, **options):
     finally:
         [at] = [at for at, (other, _) in enumerate(STARTED) if other is process]
         kill(*STARTED.pop(at))
+
+
+def printed_by(code, *options):
+    """What Python code prints in a process of its own, in the repository, as JSON."""
+    words = [sys.executable, *options, "-c", code]
+    return json.loads(subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.PIPE).stdout)

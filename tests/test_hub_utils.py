@@ -96,11 +96,7 @@ def server():
 
 @pytest.fixture
 def hub(server):
-    """The server, empty and without faults."""
-    for state in (server.repositories, server.objects, server.requests):
-        state.clear()
-    server.fault = None
-    return server
+    return server.empty()
 
 
 @pytest.fixture(scope="module")

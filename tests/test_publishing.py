@@ -23,11 +23,7 @@ def server():
 
 @pytest.fixture
 def hub(server):
-    """The server, empty and without faults: what is there already would not be sent again."""
-    for state in (server.repositories, server.objects, server.requests):
-        state.clear()
-    server.fault = None
-    return server
+    return server.empty()
 
 
 def start(words, hub, home, token=SECRET):
