@@ -142,16 +142,18 @@ class CaptionRules:
 
     def text(self, caption: str, shuffle: int = 0) -> str:
         """The caption in the given one of its orders, 0 <= shuffle < shuffles."""
+        own = {tag.lower() for tag in _tags(self.trigger_word)}
         if self.shuffle_tags:
             tags = _tags(caption)
-            front = max(self.keep_tags, bool(self.trigger_word) and self._begins(caption))  # "sks dog on a beach, red"
-            kept, moved = tags[:front], tags[front:]
+            kept, moved = ([tag for tag in part if tag.lower() not in own]
+                           for part in (tags[: self.keep_tags], tags[self.keep_tags :]))  # fmt: skip
+            if own and not kept and moved and self._begins(moved[0]):  # such as "sks dog on a beach"
+                kept, moved = moved[:1], moved[1:]
             # From the caption itself, not from the seed: another run finds the same orders in the cache.
             rng = addressed_rng(int(digest(caption=caption)[:15], 16), shuffle, "tags")
             caption = ", ".join([*kept, *(moved[place] for place in rng.permutation(len(moved)))])
         if self._begins(caption):
             return caption
-        own = {tag.lower() for tag in _tags(self.trigger_word)}
         others = [tag for tag in _tags(caption) if tag.lower() not in own]
         if len(others) < len(_tags(caption)):
             caption = ", ".join(others)

@@ -27,6 +27,7 @@ import train_sd3_lpl_flow
 import train_sdxl_lpl
 from checkpoint_utils import TrainingState, save_checkpoint
 from cli_utils import UserError
+from resume_utils import run_identity
 from tests import processes, runs
 from tests.fsdp_on_cpu import launch_environment
 from tests.runs import ROOT
@@ -263,8 +264,8 @@ def test_sd3_goes_on_sharded_where_one_process_stopped(sd3_folder, pictures, cac
 # One decision for all ranks
 
 
-IDENTITY = {"use_lora": False, "seed": 3, "use_ema": False, "optimizer": "adamw", "use_8bit_adam": False,
-            "timestep_sampling": "uniform"}  # fmt: skip
+RUN = {"use_lora": False, "seed": 3, "use_ema": False, "optimizer": "adamw", "use_8bit_adam": False,
+       "timestep_sampling": "uniform"}  # fmt: skip
 
 
 def checkpoint(folder, step, content=b"weights"):
@@ -272,7 +273,7 @@ def checkpoint(folder, step, content=b"weights"):
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1)
-    state = TrainingState(optimizer, schedule, identity=IDENTITY)
+    state = TrainingState(optimizer, schedule, identity=run_identity(SimpleNamespace(**RUN)))
     return save_checkpoint(folder, step, state, lambda place: (place / "weights").write_bytes(content))
 
 
@@ -292,7 +293,7 @@ def test_the_first_rank_decides_and_the_others_look(tmp_path):
     (first / "damaged" / "checkpoint-20" / "weights").write_bytes(b"WEIGHTS")
     cases = ["shared", "newer-elsewhere", "damaged", "fresh", "missing", "other", "cut"]
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, str(ROOT / "tests" / "resume_on_ranks.py"), str(tmp_path), json.dumps(IDENTITY), *cases],
+    subprocess.run([*launch, str(ROOT / "tests" / "resume_on_ranks.py"), str(tmp_path), json.dumps(RUN), *cases],
                    check=True, capture_output=True, timeout=100)  # fmt: skip
     answers = [json.loads((tmp_path / f"answer-{rank}.json").read_text()) for rank in range(2)]
     for case in cases:
