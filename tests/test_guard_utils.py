@@ -42,6 +42,10 @@ def recipe(request, pictures, cache_dir):
     return SCRIPTS[request.param], flags
 
 
+# The loops of the two scripts are the same (test_twins), so that what takes long is tried with one of them.
+WITH_SDXL, WITH_SD3 = (pytest.mark.parametrize("recipe", [name], indirect=True) for name in SCRIPTS)
+
+
 def poison(monkeypatch, script, term, calls):
     """Make one term of the loss NaN for the first image of a batch, in the given calls of the training step."""
     count = [0]
@@ -179,10 +183,9 @@ def test_the_rank_that_tells_how_the_run_ended_may_have_no_image():
         guard.judge(faults, 3)
 
 
+@WITH_SDXL
 def test_a_rank_is_not_blamed_for_another(recipe, tmp_path):
     script, flags = recipe
-    if script is train_sd3_lpl_flow:
-        pytest.skip("the loops are the same")
     words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
              str(runs.ROOT / "tests" / "poisoned.py"), script.__name__, "1", "3,4", *map(str, flags),
              "--max_train_steps", "5", "--output_dir", str(tmp_path)]  # fmt: skip
@@ -267,11 +270,12 @@ def steps_of(folder):
     return sorted(int(path.name.split("-")[1]) for path in Path(folder).glob("checkpoint-*"))
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    ("recipe", "number"), [("sdxl", signal.SIGTERM), ("sdxl", signal.SIGINT), ("sd3", signal.SIGUSR1)],
+    indirect=["recipe"],
+)  # fmt: skip
 def test_a_signal_saves_and_the_next_start_goes_on_to_the_same_end(recipe, tmp_path, number):
     script, flags = recipe
-    if script is train_sd3_lpl_flow and number != signal.SIGTERM:
-        pytest.skip("the loops are the same: one signal is enough")
     flags = [*flags, "--dataloader_num_workers", 2, "--checkpointing_steps", 1000]
     process = started(command(script, *flags, "--max_train_steps", 3000, "--output_dir", tmp_path), tmp_path)
     os.killpg(process.pid, number)  # the group: Ctrl-C reaches the loader's processes too
@@ -359,11 +363,10 @@ def test_a_signal_while_pictures_are_drawn(recipe, tmp_path):
     assert (tmp_path / "run.png").is_file()
 
 
+@WITH_SD3
 def test_a_signal_while_the_held_out_loss_is_measured(recipe, tmp_path):
     """With one process it is broken off between batches, and half a measurement is not logged."""
     script, flags = recipe
-    if script is train_sdxl_lpl:
-        pytest.skip("the loops are the same")
     flags = [*flags, "--validation_split", 4, "--validation_steps", 2, "--max_train_steps", 1000]
     result = signalled(script, "held_out_step", 21, *flags, "--output_dir", tmp_path)  # twice ten levels before
     assert result.returncode == 0, result.stderr
@@ -371,41 +374,36 @@ def test_a_signal_while_the_held_out_loss_is_measured(recipe, tmp_path):
     assert [row["step"] for row in rows if "validation/diffusion_loss" in row] == [0] and steps_of(tmp_path) == [3]
 
 
-@pytest.mark.parametrize("number", ["SIGTERM", "SIGINT"])
+@pytest.mark.parametrize(("recipe", "number"), [("sdxl", "SIGTERM"), ("sd3", "SIGINT")], indirect=["recipe"])
 def test_a_signal_before_the_first_step(recipe, tmp_path, number):
     script, flags = recipe
-    if script is train_sd3_lpl_flow and number == "SIGTERM":
-        pytest.skip("the loops are the same")
     result = signalled(script, "prepare_recipe", 1, *flags, "--output_dir", tmp_path, number=number)
     assert result.returncode == 0 and "Traceback" not in result.stderr
     assert f"{number}: stopped before the first step; what is encoded is kept" in result.stderr
     assert not steps_of(tmp_path)
 
 
+@WITH_SDXL
 def test_a_signal_while_a_checkpoint_is_written(recipe, tmp_path):
     script, flags = recipe
-    if script is train_sd3_lpl_flow:
-        pytest.skip("the loops are the same")
     flags = [*flags, "--checkpointing_steps", 2, "--max_train_steps", 1000, "--output_dir", tmp_path]
     result = signalled(script, "save_weights", 1, *flags)
     assert result.returncode == 0 and steps_of(tmp_path) == [2, 3]
     assert resume_utils.latest_checkpoint(tmp_path).name == "checkpoint-3"
 
 
+@WITH_SDXL
 def test_a_signal_while_the_result_is_written(recipe, tmp_path):
     script, flags = recipe
-    if script is train_sdxl_lpl:
-        pytest.skip("the loops are the same")
     result = signalled(script, "save_result", 1, *flags, "--max_train_steps", 2, "--output_dir", tmp_path)
     assert result.returncode == 0 and "the result is written first" in result.stderr
     assert (tmp_path / "pytorch_lora_weights.safetensors").is_file() and (tmp_path / "README.md").is_file()
 
 
+@WITH_SDXL
 def test_ranks_wait_for_the_one_that_draws(recipe, tmp_path):
     """A signal to all, while the first draws and the other is at the next step: nobody gives up."""
     script, flags = recipe
-    if script is train_sd3_lpl_flow:
-        pytest.skip("the loops are the same")
     flags = [*flags, *PICTURES, "--max_train_steps", 1000, "--output_dir", tmp_path]
     result = signalled(script, "draw", 2, *flags, ranks=2)
     assert result.returncode == 0 and "giving up" not in result.stderr, result.stderr
@@ -413,11 +411,10 @@ def test_ranks_wait_for_the_one_that_draws(recipe, tmp_path):
 
 
 @pytest.mark.parametrize("place", ["training_step", "save_weights"])
+@WITH_SDXL
 def test_a_rank_that_hangs_does_not_keep_the_other_from_ending(place, recipe, tmp_path):
     """In a step, and while the first rank writes a checkpoint, after which it waits for the other."""
     script, flags = recipe
-    if script is train_sd3_lpl_flow:
-        pytest.skip("the loops are the same")
     flags = [*flags, "--checkpointing_steps", 1, "--max_train_steps", 3000, "--output_dir", tmp_path]
     process = start(
         signalled_words(script, place, 3, "HANG", 2, flags), stderr=subprocess.PIPE, stdout=subprocess.DEVNULL,
@@ -568,6 +565,7 @@ def test_a_loading_process_whose_run_was_killed_ends(case):
     assert is_gone(pid, 20)
 
 
+@WITH_SD3
 def test_one_of_two_ranks_is_asked_and_both_stop(recipe, tmp_path):
     script, flags = recipe
     process = started(two_ranks(script, flags, tmp_path), tmp_path)
@@ -576,6 +574,7 @@ def test_one_of_two_ranks_is_asked_and_both_stop(recipe, tmp_path):
     assert len(steps_of(tmp_path)) == 1
 
 
+@WITH_SDXL
 def test_a_rank_that_dies_takes_the_other_along(recipe, tmp_path):
     script, flags = recipe
     process = started(two_ranks(script, flags, tmp_path), tmp_path)
@@ -587,7 +586,7 @@ def test_a_rank_that_dies_takes_the_other_along(recipe, tmp_path):
     assert not any(Path("/proc", str(pid)).exists() for pid in ranks)
 
 
-@pytest.mark.parametrize("steps", [2, 3000], ids=["finished", "stopped"])
+@pytest.mark.parametrize(("recipe", "steps"), [("sdxl", 2), ("sd3", 3000)], indirect=["recipe"])
 def test_the_shared_model_goes_before_the_group_of_ranks(recipe, tmp_path, steps):
     """In the other order a rank may hang for ever as it ends, seldom enough to be missed by all other tests."""
     script, flags = recipe
