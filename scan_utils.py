@@ -13,6 +13,7 @@ Importing this file, and scanning a folder, import neither torch nor datasets, s
 before its slow imports.
 """
 
+import contextlib
 import json
 import os
 import re
@@ -61,6 +62,7 @@ from table_utils import (
     with_facts,
 )
 
+MOST_LISTED = 10  # mistakes in one message
 Named = dict[str, Any]  # {"count": how many, "first": [the names of the first few]}
 
 
@@ -241,6 +243,8 @@ class _Task:
     bad: list[tuple[str, str]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     defaulted: int = 0
+    mistakes: list[str] = field(default_factory=list)  # the first of them
+    num_mistakes: int = 0
 
     def __post_init__(self) -> None:
         for columns in (
@@ -276,9 +280,28 @@ class _Task:
                 f"{counted(count, unit)} in {self.asked.place} {one if count == 1 else many}: {names}."
             )
 
+    @contextlib.contextmanager
+    def noting(self) -> Iterator[None]:
+        """Inside, a DataError is a mistake in one caption or line; `refuse_mistakes` tells of all together."""
+        try:
+            yield
+        except DataError as error:
+            self.num_mistakes += 1
+            if self.num_mistakes <= MOST_LISTED:
+                self.mistakes.append(str(error))
+
+    def refuse_mistakes(self) -> None:
+        """Raise a DataError for the mistakes that were noted, if any were: nobody wants to hear of one a start."""
+        if self.num_mistakes == 1:
+            raise DataError(self.mistakes[0])
+        if self.mistakes:
+            found = "".join(f"\n  {mistake}" for mistake in self.mistakes) + _more(self.num_mistakes)
+            raise DataError(f"{self.asked.flag}: {self.num_mistakes} mistakes in {self.asked.place}:{found}")
+
     def add_entries(self, rows: Iterable[tuple]) -> None:
-        """Rows of `entries`."""
+        """Rows of `entries`; mistakes that were noted while they were made are refused."""
         self.facts.insert("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        self.refuse_mistakes()
 
     def captions(
         self, cell: Any, default: str | None, place: str, what: str, unit: str, empty_allowed: bool = False
@@ -410,11 +433,21 @@ def _read_sidecars(task: _Task) -> None:
         "WHERE (t.path IS NULL OR t.size != s.size OR t.mtime_ns != s.mtime_ns) "
         "AND NOT s.second AND EXISTS (SELECT 1 FROM pictures p WHERE p.stem = s.stem) ORDER BY s.path"
     )
-    task.facts.update(
-        query,
-        lambda item: read_caption_file(task.asked.root / item[0], item[1]),
-        lambda item, text: task.db.execute("INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?)", (*item, text)),
-    )
+
+    def read(item: tuple) -> str | DataError:  # in a thread
+        try:
+            return read_caption_file(task.asked.root / item[0], item[1])
+        except DataError as error:
+            return error
+
+    def store(item: tuple, text: str | DataError) -> None:
+        with task.noting():
+            if isinstance(text, DataError):
+                raise text
+            task.db.execute("INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?)", (*item, text))
+
+    task.facts.update(query, read, store)
+    task.refuse_mistakes()
 
 
 def _add_pictures(task: _Task) -> None:
@@ -435,8 +468,9 @@ def _add_pictures(task: _Task) -> None:
                 continue
             place = str(asked.root / (sidecar or path))
             cell = caption_lines(text) if text is not None and asked.caption_per_line else text
-            captions = task.captions(cell, default, place, "the caption", "image")
-            yield path, captions, path, 0, None, size, mtime_ns, place
+            with task.noting():
+                captions = task.captions(cell, default, place, "the caption", "image")
+                yield path, captions, path, 0, None, size, mtime_ns, place
 
     task.add_entries(entries())
     if bare:
@@ -489,12 +523,12 @@ def _add_listing(task: _Task, listing: str) -> None:
         for place, row in listing_rows(asked.root / listing, asked.image_column, asked.caption_column, needed):
             column = asked.image_column if asked.image_column in row else "file_name"
             require_column(column, row, place, "--image_column")
-            name = listed_name(row[column], column, os.path.dirname(listing), root, place)
-            default = asked.default(name)
-            if default is None:
+            if needed:
                 require_column(asked.caption_column, row, place, "--caption_column")
-            captions = task.captions(row.get(asked.caption_column), default, place, what, "line")
-            yield name, captions, name, 0, None, None, None, place
+            with task.noting():
+                name = listed_name(row[column], column, os.path.dirname(listing), root, place)
+                captions = task.captions(row.get(asked.caption_column), asked.default(name), place, what, "line")
+                yield name, captions, name, 0, None, None, None, place
 
     task.add_entries(entries())
 
@@ -508,17 +542,19 @@ def _check_listed(task: _Task) -> None:
     # The rest is missing, or hidden, or below a link, or does not end like an image.
     rest = db.execute("SELECT rowid, path, place FROM entries WHERE size IS NULL ORDER BY rowid").fetchall()
     for row, path, place in rest:
-        status, reason = listed_status(path, root, place)
-        if status is not None:
-            db.execute("UPDATE entries SET size = ?, mtime_ns = ? WHERE rowid = ?", (*status, row))
-            continue
-        if not task.asked.skip_bad:
-            raise DataError(
-                f"{place}: {brief(path)} is listed, but {reason} in {task.asked.place}. "
-                "Correct the line, or leave out all such lines with --on_bad_image skip."
-            )
-        db.execute("DELETE FROM entries WHERE rowid = ?", (row,))
-        task.missing.append(f"{place}: {shown(path)}")
+        with task.noting():
+            status, reason = listed_status(path, root, place)
+            if status is not None:
+                db.execute("UPDATE entries SET size = ?, mtime_ns = ? WHERE rowid = ?", (*status, row))
+            elif task.asked.skip_bad:
+                db.execute("DELETE FROM entries WHERE rowid = ?", (row,))
+                task.missing.append(f"{place}: {shown(path)}")
+            else:
+                raise DataError(
+                    f"{place}: {brief(path)} is listed, but {reason} in {task.asked.place}. "
+                    "Correct the line, or leave out all such lines with --on_bad_image skip."
+                )
+    task.refuse_mistakes()
     if task.missing:
         task.warnings.append(
             f"{counted(len(task.missing), 'listed file')} left out: not there: {first_names(task.missing)}."
@@ -594,8 +630,9 @@ def _add_members(task: _Task) -> None:
             elif text is None and default is None:
                 bare.append(name if len(bare) <= FIRST_NAMES else "")
                 continue
-            captions = task.captions(cell, default, place, what, "sample")
-            yield name, captions, path, offset, length, size, mtime_ns, place
+            with task.noting():
+                captions = task.captions(cell, default, place, what, "sample")
+                yield name, captions, path, offset, length, size, mtime_ns, place
 
     task.add_entries(entries())
     if bare:
@@ -620,9 +657,9 @@ def _scan_dataset(task: _Task, dataset: Any) -> Scan:
             texts = cell if isinstance(cell, (list, tuple)) else [cell]
             if default is None:
                 num_empty += any(isinstance(text, str) and not text.strip() for text in texts) or not texts
-            captions = task.captions(cell, default, place, "the caption", "row", empty_allowed=default is None)
-            size, mtime_ns = files.get(index, (0, 0))
-            yield f"{index:09d}", captions, "", index, None, size, mtime_ns, place
+            with task.noting():
+                captions = task.captions(cell, default, place, "the caption", "row", empty_allowed=default is None)
+                yield f"{index:09d}", captions, "", index, None, *files.get(index, (0, 0)), place
 
     task.add_entries(entries())
     if num_empty:
@@ -721,8 +758,12 @@ def _refuse_all_bad(task: _Task) -> None:
 
 
 def _listed(bad: list[tuple[str, str]]) -> str:
-    rest = f"\n  and {len(bad) - 10} more" if len(bad) > 10 else ""
-    return "".join(f"\n  {name}: {reason}" for name, reason in bad[:10]) + rest
+    return "".join(f"\n  {name}: {reason}" for name, reason in bad[:MOST_LISTED]) + _more(len(bad))
+
+
+def _more(count: int) -> str:
+    """The last line of a list of the first few of so many."""
+    return f"\n  and {count - MOST_LISTED} more" if count > MOST_LISTED else ""
 
 
 def _forget_vanished(facts: Facts) -> None:

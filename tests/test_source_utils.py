@@ -177,6 +177,52 @@ def test_captions(tmp_path, case):
     assert scan.defaulted == (expected in (["xyz"], ["red fox"], ["the set"]))
 
 
+MISTAKES = {  # case: (how 14 samples are made, of which 12 have a mistake; what the lines about those must hold)
+    "caption files": (
+        lambda folder: [path.with_suffix(".txt").write_bytes(b"\xff") for path in numbered(folder)[2:]],
+        ["0002.txt: not UTF-8", "0011.txt: not UTF-8"],
+    ),
+    "empty caption files": (
+        lambda folder: [path.with_suffix(".txt").write_text("") for path in numbered(folder)[2:]],
+        ["0002.txt: the caption is empty", "0011.txt: the caption is empty"],
+    ),
+    "captions in a listing": (
+        lambda folder: listing(folder, *[{"file_name": path.name, "text": [3, "a"][index < 2]}
+                                         for index, path in enumerate(numbered(folder))]),
+        ["metadata.jsonl:3: the caption 'text' must be text, not 3", "metadata.jsonl:12: "],
+    ),
+    "files in a listing": (
+        lambda folder: listing(folder, *[{"file_name": f"{index + 12 * (index > 1):04d}.png", "text": "a"}
+                                         for index, _ in enumerate(numbered(folder))]),
+        ["metadata.jsonl:3: '0014.png' is listed, but there is no such file in ", "metadata.jsonl:12: '0023.png' "],
+    ),
+    "shard": (
+        lambda folder: tar(folder / "s.tar", *[member for index in range(14) for member in (
+            (f"{index}.png", image_bytes()), (f"{index}.txt", [b" ", b"a"][index < 2]))]),
+        ["s.tar: 2.txt: the caption is empty", "s.tar: 11.txt: "],
+    ),
+}  # fmt: skip
+
+
+def numbered(folder):
+    """14 pictures with captions."""
+    return sorted(captioned(folder, 14).glob("*.png"))
+
+
+@pytest.mark.parametrize("case", MISTAKES)
+def test_all_mistakes_are_told_at_once(tmp_path, case):
+    make, (first, tenth) = MISTAKES[case]
+    make(tmp_path / "set")
+    head, *mistakes, end = refusal(tmp_path / "set").splitlines()
+    assert head == f"--train_data_dir: 12 mistakes in {tmp_path / 'set'}:" and end == "  and 2 more"
+    assert len(mistakes) == 10 and first in mistakes[0] and tenth in mistakes[9]
+
+
+def test_a_column_that_is_in_no_row_is_one_mistake(tmp_path):
+    listing(tmp_path / "set", *[{"file_name": path.name} for path in numbered(tmp_path / "set")])
+    assert refusal(tmp_path / "set").count("there is no column 'text'") == 1
+
+
 def test_the_first_caption_file_counts(tmp_path):
     picture(tmp_path / "set/a.png", caption="txt").with_suffix(".caption").write_text("caption")
     (tmp_path / "set/a.TXT").write_text("TXT")
