@@ -281,14 +281,20 @@ class FlagParser(argparse.ArgumentParser):
         return values if action.nargs in ("+", "*") else values[0]
 
 
-def save_recipe(
-    args,
-    path,
-    skip=("config", "embedded_default", "base_weights", "dry_run", "debug", "local_rank", "resume_from_checkpoint"),
-):
-    """Write the resolved flags, secrets left out, as a YAML file that `--config` reads."""
-    flags = {key: value for key, value in vars(args).items() if key not in SECRETS and key not in skip}
-    Path(path).write_text(yaml.safe_dump(flags, sort_keys=False), encoding="utf-8")
+NOT_IN_RECIPES = ("config", "embedded_default", "base_weights", "dry_run", "debug", "local_rank",
+                  "resume_from_checkpoint", *SECRETS)  # fmt: skip
+
+
+def recipe_text(args):
+    """The resolved flags, secrets left out, as YAML that `--config` reads."""
+    return yaml.safe_dump(
+        {key: value for key, value in vars(args).items() if key not in NOT_IN_RECIPES}, sort_keys=False
+    )
+
+
+def save_recipe(args, path):
+    """Write the resolved flags into a file."""
+    Path(path).write_text(recipe_text(args), encoding="utf-8")
 
 
 def print_configuration(args, say):

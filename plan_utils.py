@@ -17,6 +17,7 @@ from cli_utils import require
 from data_report_utils import report_lines
 from lora_utils import lora_config
 from lpl_utils import DecoderStages, LatentPerceptualLoss
+from resume_utils import changes_since
 from shard_utils import is_sharded
 from store_utils import digest, write_whole
 from train_utils import HELD_OUT_LEVELS, lpl_config
@@ -212,15 +213,17 @@ def check_machine(args):
             "out")  # fmt: skip
 
 
-def print_plan(args, report, accelerator, total_steps):
+def print_plan(args, report, accelerator, plan):
     """Configuration, data, steps and validation. report: on the data, from `check_data`."""
-    say = accelerator.print
+    say, total_steps = accelerator.print, plan.total_steps
     batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     images, held_out = report["images"], report["held_out"]
     cli_utils.print_configuration(args, say)
     say("\n" + "\n".join(report_lines(report)) + "\n")
     for warning in warnings_about(args, total_steps):
         say(f"warning: {warning}")
+    if plan.resume_from is not None and (changes := changes_since(args, plan.resume_from, images)):
+        say(f"Goes on from {plan.resume_from}; since then changed: {'; '.join(changes)}")
     say(f"Steps: {total_steps} of {batch} images ({args.train_batch_size} per device x {accelerator.num_processes} "
         f"x {args.gradient_accumulation_steps} accumulated); {images / batch:.1f} steps an epoch, "
         f"{total_steps * batch / images:.1f} epochs")  # fmt: skip

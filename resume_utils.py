@@ -12,7 +12,9 @@ import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from cli_utils import UserError, require
+import yaml
+
+from cli_utils import UserError, recipe_text, require
 from store_utils import sync_to_disk
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
@@ -376,3 +378,18 @@ def run_identity(args):
     if args.use_lora:  # it is worth nothing on other weights than those it is trained on
         identity["base_weights"] = getattr(args, "base_weights", None)
     return identity | {name: getattr(args, name) for name in names}
+
+
+def changes_since(args, folder, images):
+    """["resolution was 512, is 1024", ...]: flags and number of images that differ from those of a checkpoint's run.
+
+    Of the files beside the checkpoint; [] where they are not there or can't be read.
+    """
+    try:
+        before = yaml.safe_load((folder.parent / RUN_MARK).read_text(encoding="utf-8"))
+        before["images"] = json.loads((folder.parent / "data_report.json").read_text(encoding="utf-8"))["images"]
+    except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
+        return []
+    now = yaml.safe_load(recipe_text(args)) | {"images": images}
+    return [f"{name} was {before[name]}, is {value}" for name, value in now.items()
+            if name in before and before[name] != value and name != "output_dir"]  # fmt: skip

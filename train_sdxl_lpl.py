@@ -595,7 +595,7 @@ def check_and_print_plan(args, scan, held_out, plan, accelerator):
     report = plan_utils.check_data(args, scan, held_out, load_tokenizers(args), accelerator)
     denoiser, vae = build_on_meta(args, plan.dtype, lpl_dtype(args, accelerator.mixed_precision))
     plan_utils.check_machine(args)
-    plan_utils.print_plan(args, report, accelerator, plan.total_steps)
+    plan_utils.print_plan(args, report, accelerator, plan)
     how = f"{plan.schedule.prediction_type} prediction, {str(plan.dtype)[6:]}"
     plan_utils.print_models(args, denoiser.models(), how, say)
     if args.use_lpl:

@@ -311,6 +311,27 @@ def test_two_runs_do_not_write_into_one_folder(flags, tmp_path):
     assert (tmp_path / "previous-1").is_dir()
 
 
+def test_a_resumed_run_says_what_has_changed(flags, pictures, tmp_path, capsys):
+    """Flags and the number of pictures; nothing where nothing has, or where the earlier flags can't be read."""
+    flags = [*flags, "--use_lora", "--checkpointing_steps", 1, "--output_dir", tmp_path / "out"]
+    run(*flags, "--max_train_steps", 1, "--hub_token", "hf_first")
+    more = shutil.copytree(pictures, tmp_path / "more")
+    shutil.copy(next(more.glob("*.png")), more / "another.png")
+    (more / "another.txt").write_text("one more")
+    resumed = [*flags, "--resume_from_checkpoint", "latest", "--hub_token", "hf_second"]
+    capsys.readouterr()
+    run(*resumed, "--max_train_steps", 1)
+    assert "since then" not in capsys.readouterr().out
+    run(*resumed, "--max_train_steps", 2, "--train_data_dir", more, "--train_batch_size", 2, "--use_lpl")
+    [line] = [line for line in capsys.readouterr().out.splitlines() if "since then changed" in line]
+    told = dict(part.split(" was ") for part in line.split(": ", 1)[1].split("; "))
+    assert told == {"train_data_dir": f"{pictures}, is {more}", "train_batch_size": "4, is 2", "images": "6, is 7",
+                    "use_lpl": "False, is True", "max_train_steps": "1, is 2"}  # fmt: skip
+    (tmp_path / "out" / "config.yaml").write_text("[")
+    run(*resumed, "--max_train_steps", 3)
+    assert "since then" not in capsys.readouterr().out
+
+
 def test_a_lora_goes_on_with_its_own_base_model_only(flags, sdxl_folder, tmp_path):
     """The same weights in another folder are the same model; others are not, whatever the folder is called."""
     flags = [*flags, "--use_lora", "--checkpointing_steps", 1, "--output_dir", tmp_path / "out"]
