@@ -34,7 +34,7 @@ demo-sd3: .venv/.requirements ## the same with the tiny Stable Diffusion 3; pict
 	$(LAUNCH) train_sd3_lpl_flow.py --use_lpl --output_dir runs/demo-sd3 $(ARGS)
 
 test: .venv/.requirements-dev ## run all tests
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile $(ARGS)
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 chaos: .venv/.requirements-dev ## kill training runs 200 times at random moments, and see that nothing is lost
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.chaos $(ARGS)

@@ -58,7 +58,7 @@ def errors_for_people(debug):
         if debug:
             raise
         if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, OwnError):
-            print(f"error: {error}", file=sys.stderr)
+            print(f"error: {error}\n", end="", file=sys.stderr)  # one write, as other ranks may say theirs
         else:
             time.sleep(1)  # when one rank ends the launcher ends them all, and the first has to be heard
         sys.exit(2)

@@ -106,7 +106,8 @@ class Guard:
         self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
         told = "; ".join(self.describe(fault) for fault in faults)
         rank = f" on rank {self.accelerator.process_index}" if self.accelerator.num_processes > 1 else ""
-        print(f"warning: step {step} is skipped{rank}, not finite: {told}", file=sys.stderr, flush=True)
+        # the line in one write: torchrun starts ranks unbuffered, and theirs would run into each other
+        print(f"warning: step {step} is skipped{rank}, not finite: {told}\n", end="", file=sys.stderr, flush=True)
         if self.in_a_row >= self.limit:
             raise UserError(
                 f"{self.in_a_row} steps in a row were not finite (--max_nonfinite_steps), the last with {told}. "

@@ -88,5 +88,24 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # curves and refusals are those of a CPU
 
 
+LONG = (
+    "guard_utils",
+    "train_sdxl",
+    "sdxl_options",
+    "train_sd3",
+    "readme",
+    "run_data",
+    "chaos",
+    "publishing",
+    "scaling",
+)
+
+
+def pytest_collection_modifyitems(items):
+    """Files that take minutes come first, the longest ahead, so that parallel workers end together."""
+    places = {f"test_{name}": place for place, name in enumerate(LONG)}
+    items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
+
+
 def pytest_unconfigure():
     shutil.rmtree(HOME, ignore_errors=True)
