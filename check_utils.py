@@ -128,21 +128,16 @@ def wants(name):
 
 
 def check_launch(args):
-    """What accelerate is configured for: DeepSpeed is not supported, and sharded not every flag."""
-    require(
-        not wants("DEEPSPEED"),
-        "accelerate is configured for DeepSpeed, which is not supported: it clips and steps inside its engine, out of "
-        "reach of --max_nonfinite_steps, and its checkpoints are pickled. FSDP2 shards the same things: accelerate "
-        "launch --config_file configs/fsdp2.yaml",
-    )
-    if not wants("FSDP"):
+    """What accelerate is configured for: a sharded run can't have every flag."""
+    if not wants("FSDP") and not wants("DEEPSPEED"):
         return
-    require(not args.use_lora, "--use_lora is not supported under FSDP: a LoRA's own state is small; train it with "
+    by = "DeepSpeed" if wants("DEEPSPEED") else "FSDP"
+    require(not args.use_lora, f"--use_lora is not supported under {by}: a LoRA's own state is small; train it with "
             "configs/ddp.yaml, a large model in 4 bits with --bnb_quantization_config_path")  # fmt: skip
     require(args.optimizer == "adamw" and not args.use_8bit_adam,
             f"{'--use_8bit_adam' if args.use_8bit_adam else f'--optimizer {args.optimizer}'} works on whole tensors; "
-            "under FSDP leave it out: AdamW's state is sharded anyway")  # fmt: skip
-    require(not args.torch_compile, "--torch_compile is not supported under FSDP: leave it out")
+            f"under {by} leave it out: AdamW's state is sharded anyway")  # fmt: skip
+    require(not args.torch_compile, f"--torch_compile is not supported under {by}: leave it out")
 
 
 def exclude(args, *names):
