@@ -35,7 +35,7 @@ def zero_stage(accelerator):
 
 
 def check_zero_devices():
-    """Raise UserError for DeepSpeed without GPUs: accelerate would take each rank for alone. Tests say it themselves."""
+    """Raise UserError for DeepSpeed without GPUs: accelerate would take each rank for alone. Tests ask for it."""
     require(
         not wants("DEEPSPEED") or torch.accelerator.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu",
         "accelerate is configured for DeepSpeed, which needs GPUs, and none is here: leave it out",
@@ -51,7 +51,7 @@ def set_up_zero(accelerator, max_grad_norm):
 
 
 def engine_config(accelerator):
-    """DeepSpeed's configuration. No `bf16`: weights and their sums stay in float32, and autocast computes, as always."""
+    """DeepSpeed's configuration. No `bf16`: weights and sums stay in float32, and autocast computes, as always."""
     plugin = accelerator.state.deepspeed_plugin
     clip = plugin.gradient_clipping
     return {
@@ -103,7 +103,7 @@ def has_engine(model):
 class ZeroAdamW:
     """AdamW, of whose state each rank has a part, as loop and checkpoints know an optimizer.
 
-    optimizer: what the LR schedule knows; its groups have the settings and the model's parameters, but it has no state.
+    optimizer: what the LR schedule knows; its groups have the settings and the model's parameters, it has no state.
     The one in the engine has flat parts for parameters, and gets the settings before every step.
     """
 
