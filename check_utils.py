@@ -147,13 +147,18 @@ def check_launch(args):
 DEEPSPEED = "0.19.8"  # the first that is known to skip a step whose gradients are not finite in float32 too
 
 
-def check_deepspeed(args):
-    """DeepSpeed as it is installed, and as accelerate's file sets it: what is a flag here is not to be set there."""
+def check_installed_deepspeed():
+    """That DeepSpeed is there, and new enough."""
     require(importlib.util.find_spec("deepspeed"),
             "accelerate is configured for DeepSpeed, which is not installed: pip install deepspeed")  # fmt: skip
     found = metadata.version("deepspeed")
     require(Version(found) >= Version(DEEPSPEED), f"DeepSpeed is {found}; it must be {DEEPSPEED} or newer, which "
             "skips steps that are not finite: pip install -U deepspeed")  # fmt: skip
+
+
+def check_deepspeed(args):
+    """DeepSpeed as it is installed, and as accelerate's file sets it: what is a flag here is not to be set there."""
+    check_installed_deepspeed()
 
     def setting(name, default="none"):
         return os.environ.get(f"ACCELERATE_{name}".upper(), default)

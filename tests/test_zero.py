@@ -21,7 +21,7 @@ import train_sdxl_lpl
 from cli_utils import UserError
 from tests import processes, runs
 from tests.runs import ROOT
-from tests.test_scaling import assert_same, rows, scaling_flags, wait_for
+from tests.test_scaling import FLAGS, assert_same, rows, scaling_flags, wait_for
 from zero_utils import BUCKET, numel, part_of
 
 needs_deepspeed = pytest.mark.skipif(
@@ -52,13 +52,14 @@ def run_on_ranks(count, log, stage, *words):
 @pytest.fixture(scope="module")
 def reference(sdxl_folder, pictures, cache_dir, tmp_path_factory):
     """(flags, folder of one process' run of 4 steps), with all that a rank can do wrong."""
-    flags = scaling_flags(sdxl_folder, pictures, cache_dir, ["--ema_decay", 0.5, *MORE])
+    flags = scaling_flags(sdxl_folder, pictures, cache_dir, MORE)
     folder = tmp_path_factory.mktemp("one")
     runs.run(train_sdxl_lpl, *flags, *END, "--gradient_accumulation_steps", 4, "--output_dir", folder)
     return flags, folder
 
 
-MORE = ["--gradient_checkpointing", "--validation_split", 3, "--lpl_t_threshold", 600, "--validation_steps", 2]
+MORE = ["--gradient_checkpointing", "--validation_split", 3, "--lpl_t_threshold", 600, "--validation_steps", 2,
+        "--ema_decay", 0.5, "--lr_scheduler", "constant_with_warmup", "--lr_warmup_steps", 3]  # fmt: skip
 END = ["--validation_prompt", "apple", "--validation_compare", "--num_validation_images", 1, "--max_train_steps", 4,
        "--checkpointing_steps", 2]  # fmt: skip
 
@@ -169,10 +170,6 @@ def test_too_many_in_a_row_end_the_run(sdxl_folder, pictures, cache_dir, tmp_pat
 # What is refused
 
 
-FLAGS = {"use_lora": False, "optimizer": "adamw", "use_8bit_adam": False, "torch_compile": False,
-         "mixed_precision": None, "gradient_accumulation_steps": 2, "max_grad_norm": 1.0}  # fmt: skip
-
-
 @pytest.fixture
 def launched(monkeypatch):
     """Function (flags, settings of accelerate) -> check_launch of them, under DeepSpeed as this program needs it."""
@@ -180,7 +177,7 @@ def launched(monkeypatch):
     def check(flags=(), **settings):
         for name, value in {"USE_DEEPSPEED": "true", "DEEPSPEED_ZERO_STAGE": "2", **settings}.items():
             monkeypatch.setenv(f"ACCELERATE_{name}", value)
-        check_utils.check_launch(SimpleNamespace(**{**FLAGS, **dict(flags)}))
+        check_utils.check_launch(SimpleNamespace(**{**FLAGS, "gradient_accumulation_steps": 2, **dict(flags)}))
 
     monkeypatch.setattr(check_utils.importlib.util, "find_spec", lambda name: True)
     monkeypatch.setattr(check_utils.metadata, "version", lambda name: check_utils.DEEPSPEED)
