@@ -144,7 +144,7 @@ def check_launch(args):
         check_deepspeed(args)
 
 
-DEEPSPEED = "0.19.8"  # the first that is known to skip a step whose gradients are not finite in float32 too
+DEEPSPEED = "0.19.8"  # skips a step whose gradients are not finite in float32 too; older ones were not tried
 
 
 def check_installed_deepspeed():
