@@ -6,6 +6,8 @@ import os
 from importlib import metadata
 from pathlib import Path
 
+from packaging.version import Version
+
 from cli_utils import PATHS, REPOSITORY, require
 from input_utils import target_sizes
 from model_utils import hub_like, read_json
@@ -128,21 +130,55 @@ def wants(name):
 
 
 def check_launch(args):
-    """What accelerate is configured for: DeepSpeed is not supported, and sharded not every flag."""
-    require(
-        not wants("DEEPSPEED"),
-        "accelerate is configured for DeepSpeed, which is not supported: it clips and steps inside its engine, out of "
-        "reach of --max_nonfinite_steps, and its checkpoints are pickled. FSDP2 shards the same things: accelerate "
-        "launch --config_file configs/fsdp2.yaml",
-    )
-    if not wants("FSDP"):
+    """What accelerate is configured for: a sharded run can't have every flag."""
+    if not wants("FSDP") and not wants("DEEPSPEED"):
         return
-    require(not args.use_lora, "--use_lora is not supported under FSDP: a LoRA's own state is small; train it with "
+    by = "DeepSpeed" if wants("DEEPSPEED") else "FSDP"
+    require(not args.use_lora, f"--use_lora is not supported under {by}: a LoRA's own state is small; train it with "
             "configs/ddp.yaml, a large model in 4 bits with --bnb_quantization_config_path")  # fmt: skip
     require(args.optimizer == "adamw" and not args.use_8bit_adam,
             f"{'--use_8bit_adam' if args.use_8bit_adam else f'--optimizer {args.optimizer}'} works on whole tensors; "
-            "under FSDP leave it out: AdamW's state is sharded anyway")  # fmt: skip
-    require(not args.torch_compile, "--torch_compile is not supported under FSDP: leave it out")
+            f"under {by} leave it out: AdamW's state is sharded anyway")  # fmt: skip
+    require(not args.torch_compile, f"--torch_compile is not supported under {by}: leave it out")
+    if wants("DEEPSPEED"):
+        check_deepspeed(args)
+
+
+DEEPSPEED = "0.19.8"  # skips a step whose gradients are not finite in float32 too; older ones were not tried
+
+
+def check_installed_deepspeed():
+    """That DeepSpeed is there, and new enough."""
+    require(importlib.util.find_spec("deepspeed"),
+            "accelerate is configured for DeepSpeed, which is not installed: pip install deepspeed")  # fmt: skip
+    found = metadata.version("deepspeed")
+    require(Version(found) >= Version(DEEPSPEED), f"DeepSpeed is {found}; it must be {DEEPSPEED} or newer, which "
+            "skips steps that are not finite: pip install -U deepspeed")  # fmt: skip
+
+
+def check_deepspeed(args):
+    """DeepSpeed as it is installed, and as accelerate's file sets it: what is a flag here is not to be set there."""
+    check_installed_deepspeed()
+
+    def setting(name, default="none"):
+        return os.environ.get(f"ACCELERATE_{name}".upper(), default)
+
+    require((args.mixed_precision or setting("mixed_precision")) != "fp16",
+            "--mixed_precision fp16 is not supported under DeepSpeed; use bf16")  # fmt: skip
+    stage, file = setting("deepspeed_zero_stage", "2"), setting("deepspeed_config_file")
+    require(file == "none", f"deepspeed_config_file {file} is not supported: give zero_stage in accelerate's own "
+            "file, as configs/zero2.yaml does")  # fmt: skip
+    require(stage in ("2", "3"), f"zero_stage is {stage}; it must be 2 or 3, as in configs/zero2.yaml and "
+            "configs/zero3.yaml; what fits on every GPU is for configs/ddp.yaml")  # fmt: skip
+    for name in ("offload_optimizer_device", "offload_param_device"):
+        device = setting(f"deepspeed_{name}")
+        require(device == "none", f"{name} {device} is not supported: set it to none; more GPUs make every part "
+                "smaller")  # fmt: skip
+    for name, flag in {"gradient_accumulation_steps": "gradient_accumulation_steps",
+                       "gradient_clipping": "max_grad_norm"}.items():  # fmt: skip
+        value, ours = setting(name, ""), getattr(args, flag)
+        require(value in ("", str(ours), f"{ours:g}"),
+                f"{name} is {value} in accelerate's file, and --{flag} {ours:g}: leave it out there")  # fmt: skip
 
 
 def exclude(args, *names):

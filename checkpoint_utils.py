@@ -35,7 +35,16 @@ from resume_utils import (
     tidy,
     write_manifest,
 )
-from shard_utils import distributed_like, from_all_ranks, from_first_rank, gather, is_part, local_part, sharded_like
+from shard_utils import (
+    distributed_like,
+    from_all_ranks,
+    from_first_rank,
+    gather,
+    is_part,
+    local_part,
+    sharded_like,
+    whole_bytes,
+)
 from store_utils import sync_to_disk
 
 SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer: a resumed run may change them
@@ -75,8 +84,8 @@ def checkpoint_bytes(state, parameters=()):
     """
 
     def size(value):
-        if isinstance(value, torch.Tensor):
-            return value.numel() * value.element_size()
+        if isinstance(value, torch.Tensor) or is_part(value):
+            return whole_bytes(value)
         if isinstance(value, dict):
             return sum(map(size, value.values()))
         return sum(map(size, value)) if isinstance(value, (list, tuple)) else 0
@@ -222,8 +231,10 @@ def optimizer_to_tensors(optimizer):
         if isinstance(value, dict):
             for name, entry in value.items():
                 flatten(f"{path}/{name}", entry)
+        elif is_part(value):
+            tensors[path] = value
         elif isinstance(value, torch.Tensor):
-            tensors[path] = value if is_part(value) else apart(value, storages)
+            tensors[path] = apart(value, storages)
         else:
             rest["values"][path] = value
 
@@ -269,7 +280,7 @@ class TrainingState:
         tensors = {f"optimizer/{name}": value for name, value in tensors.items()}
         if self.ema is not None:
             pairs = zip(self.ema.shadow_params, parameters_of(self.optimizer), strict=True)
-            tensors |= {f"ema/{index}": sharded_like(*pair).contiguous() for index, pair in enumerate(pairs)}
+            tensors |= {f"ema/{index}": sharded_like(*pair) for index, pair in enumerate(pairs)}
         if self.auto_weight is not None:
             tensors |= {f"auto_weight/{name}": value for name, value in self.auto_weight.state_dict().items()}
         return gather(tensors, keep), rest

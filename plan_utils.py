@@ -21,6 +21,7 @@ from resume_utils import changes_since
 from shard_utils import is_sharded
 from store_utils import digest, write_whole
 from train_utils import HELD_OUT_LEVELS, lpl_config
+from zero_utils import BUCKET, zero_stage
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,8 @@ def print_memory(parts, denoiser, accelerator):
     """The estimate for one GPU; parts: [(what, bytes)]."""
     say = accelerator.print
     if is_sharded(accelerator):
-        parts = parts_of_a_rank(parts, next(iter(denoiser.models().values())), accelerator.num_processes)
+        [model] = denoiser.models().values()
+        parts = parts_of_a_rank(parts, model, accelerator.num_processes, zero_stage(accelerator))
     total = gigabytes(sum(size for _, size in parts))
     say(
         f"Memory, estimated: {total}: " + ", ".join(f"{what} {gigabytes(size)}" for what, size in parts if size) + "\n"
@@ -292,10 +294,19 @@ def gathered_bytes(model):
     return 2 * rest + 4 * max(blocks, default=0)
 
 
-def parts_of_a_rank(parts, model, ranks):
-    """`memory_parts` for one of `ranks` GPUs among which FSDP distributes a model."""
-    mine = [(what, size / ranks if what in SHARDED else size) for what, size in parts]
-    return [*mine, ("gathered layers", gathered_bytes(model))]
+def parts_of_a_rank(parts, model, ranks, stage=0):
+    """`memory_parts` for one of `ranks` GPUs among which FSDP distributes a model, or DeepSpeed's ZeRO of a stage.
+
+    ZeRO-2 leaves weights and EMA whole; each rank updates a part of the weights in a copy of its own.
+    """
+    whole = ("weights", "EMA") if stage == 2 else ()
+    mine = [(what, size / ranks if what in SHARDED and what not in whole else size) for what, size in parts]
+    if not stage:
+        return [*mine, ("gathered layers", gathered_bytes(model))]
+    bucket = 4 * min(BUCKET, sum(parameter.numel() for parameter in model.parameters()))
+    if stage == 2:
+        return [*mine, ("part that is updated", dict(parts)["weights"] / ranks), ("exchange", 2 * bucket)]
+    return [*mine, ("gathered layers", 2 * bucket), ("exchange", 2 * bucket)]
 
 
 def memory_parts(args, weights, trained, activations, vae):

@@ -1,8 +1,8 @@
-"""Sharded training (FSDP2): what can be sharded, parts of tensors and whole ones, and ranks that agree.
+"""Sharded training (FSDP2, ZeRO): what can be sharded, parts of tensors and whole ones, and ranks that agree.
 
-Under FSDP2 every parameter is a DTensor, of which each rank holds a part. Checkpoints and results are those of one
-process: whole tensors, gathered one at a time and kept by the first rank alone, so that a run goes on with any number
-of ranks, sharded or not.
+Under FSDP2 every parameter is a DTensor, of which each rank holds a part; for DeepSpeed's ZeRO see `zero_utils`.
+Checkpoints and results are those of one process: whole tensors, gathered one at a time and kept by the first rank
+alone, so that a run goes on with any number of ranks, sharded or not.
 """
 
 import contextlib
@@ -14,21 +14,30 @@ from accelerate.utils import DistributedType
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+import zero_utils
 from check_utils import wants
 from cli_utils import require
+from zero_utils import Part, is_divided
 
 # ---------------------------------------------------------------------------------------------------------------------
 # What can be sharded
 
 
 def is_sharded(accelerator):
+    """Whether FSDP or DeepSpeed divides the training's state among the ranks: they draw, measure and save together."""
+    return is_fsdp(accelerator) or zero_utils.is_zero(accelerator)
+
+
+def is_fsdp(accelerator):
     """Whether FSDP distributes the model over the ranks."""
     return accelerator.distributed_type == DistributedType.FSDP
 
 
-def set_up_sharding(accelerator):
-    """Set FSDP up for this program. Raises UserError for what accelerate is configured for and can't be done."""
-    if not is_sharded(accelerator):
+def set_up_sharding(accelerator, max_grad_norm=0.0):
+    """Set FSDP or DeepSpeed up. Raises UserError for what accelerate is configured for and can't be done."""
+    if zero_utils.is_zero(accelerator):
+        return zero_utils.set_up_zero(accelerator, max_grad_norm)
+    if not is_fsdp(accelerator):
         require(
             not wants("FSDP"), "accelerate is configured for FSDP, which needs GPUs, and none is here: leave it out"
         )
@@ -51,32 +60,48 @@ def set_up_sharding(accelerator):
 
 
 def home(accelerator):
-    """The device on which a model is built: FSDP moves it to the GPU block by block, each rank its part."""
+    """The device on which a model is built: one that is sharded goes to the GPU piece by piece, each rank its part."""
     return torch.device("cpu") if is_sharded(accelerator) else accelerator.device
 
 
 def prepare(accelerator, denoiser, optimizer):
     """accelerate's `prepare`, for a `Denoiser`; afterwards the optimizer's groups have the parameters that count.
 
-    Under FSDP its one model is sharded in place, so that it can be called by itself too, as a pipeline does.
+    Sharded, its one model is so in place, so that it can be called by itself too, as a pipeline does.
     """
     if not is_sharded(accelerator):
         return accelerator.prepare(denoiser, optimizer)
     [model] = denoiser.models().values()
-    _, optimizer = accelerator.prepare(model, optimizer)
-    torch.set_autocast_cache_enabled(False)  # it would keep a copy of every weight that FSDP lets go of
+    if is_fsdp(accelerator):
+        _, optimizer = accelerator.prepare(model, optimizer)
+        autocast = accelerator.autocast
+    else:
+        engine, optimizer = zero_utils.initialize(accelerator, model, optimizer)
+        denoiser, autocast = type(denoiser)(engine), zero_utils.autocast(accelerator)
+    torch.set_autocast_cache_enabled(False)  # it would keep a copy of every weight that is let go of
     forward = denoiser.forward
 
     def in_autocast(*args, **kwargs):  # which `prepare` does itself for models that it doesn't shard
-        with accelerator.autocast():
+        with autocast():
             return forward(*args, **kwargs).float()
 
     denoiser.forward = in_autocast
     return denoiser, optimizer
 
 
+def clip(accelerator, optimizer, parameters, max_norm):
+    """Clip the gradients, and give their norm, the same on every rank. DeepSpeed also makes the step, if it's finite.
+
+    max_norm: for all but DeepSpeed, which was told by `set_up_sharding`.
+    """
+    if isinstance(optimizer, zero_utils.ZeroAdamW):
+        return optimizer.clip_and_step()
+    return whole(accelerator.clip_grad_norm_(parameters, max_norm))
+
+
 def reshard(model):
     """Let go of gathered weights: without a backward pass some stay, and would hide what is written to the parts."""
+    zero_utils.let_go(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
@@ -100,11 +125,18 @@ def evaluation(model):
 
 def is_part(value):
     """Whether this rank has a part of it only."""
-    return isinstance(value, DTensor)
+    return isinstance(value, DTensor | Part) or is_divided(value)
+
+
+def whole_bytes(tensor):
+    """Bytes of the whole tensor."""
+    return zero_utils.numel(tensor) * tensor.element_size()
 
 
 def local_part(tensor):
     """This rank's part of a tensor, in the same memory; a tensor that is not sharded itself."""
+    if is_divided(tensor):
+        return tensor.ds_tensor.detach().requires_grad_(tensor.requires_grad)
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.detach().to_local().requires_grad_(tensor.requires_grad)
@@ -112,20 +144,29 @@ def local_part(tensor):
 
 def whole(tensor):
     """The whole tensor on every rank; all of them have to ask."""
+    if isinstance(tensor, Part):
+        return tensor.whole()
+    if is_divided(tensor):
+        return zero_utils.joined(tensor.ds_tensor, tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def sharded_like(part, tensor):
-    """A rank's part of a tensor that is sharded like another one, as a tensor."""
+    """A rank's part of a tensor that is sharded like another one, contiguous, as what `whole` takes."""
+    if is_divided(tensor):
+        return Part(tensor, lambda: zero_utils.joined(part, tensor))
     if not isinstance(tensor, DTensor):
-        return part
+        return part.contiguous()
     return DTensor.from_local(
         part.to(tensor.device), tensor.device_mesh, tensor.placements, shape=tensor.shape, stride=tensor.stride()
-    )
+    ).contiguous()
 
 
 def distributed_like(value, tensor):
     """A whole value, which every rank has, sharded like a tensor of its shape; other values as they are."""
+    if is_divided(tensor):
+        same = isinstance(value, torch.Tensor) and value.shape == tensor.ds_shape
+        return zero_utils.part_of(value, tensor) if same else value
     if not isinstance(tensor, DTensor) or not isinstance(value, torch.Tensor) or value.shape != tensor.shape:
         return value
     return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
@@ -137,17 +178,19 @@ def gather(tensors, keep):
     for name, tensor in tensors.items():
         value = whole(tensor)
         if keep:
-            found[name] = value.cpu() if isinstance(tensor, DTensor) else value
+            found[name] = value.cpu() if is_part(tensor) else value
     return found
 
 
 def gathered(denoiser, keep):
     """The `Denoiser` with whole weights, on the CPU if it was sharded; None where `keep` is false. All ranks ask."""
-    if not any(isinstance(parameter, DTensor) for parameter in denoiser.parameters()):
+    if not any(is_part(parameter) for parameter in denoiser.parameters()):
         return denoiser if keep else None
     [model] = denoiser.models().values()
     reshard(model)
-    tensors = gather(model.state_dict(), keep)
+    tensors = {name: value if is_divided(value) else value.detach()
+               for name, value in model.state_dict(keep_vars=True).items()}  # fmt: skip
+    tensors = gather(tensors, keep)
     if not keep:
         return None
     kind = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))  # diffusers' own class
@@ -159,6 +202,8 @@ def gathered(denoiser, keep):
 
 def load_state(model, tensors):
     """`load_state_dict` with whole tensors, which every rank has, for a model that may be sharded."""
+    if zero_utils.has_engine(model):
+        return zero_utils.load_weights(model, tensors)
     own = model.state_dict()
     model.load_state_dict({name: distributed_like(value, own.get(name)) for name, value in tensors.items()})
 

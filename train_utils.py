@@ -35,7 +35,8 @@ from lora_utils import is_text_encoder
 from lpl_utils import AutoWeight, DecoderStages, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
 from model_utils import read_json
 from safety_utils import loading
-from shard_utils import is_sharded, local_part, set_up_sharding, whole
+from shard_utils import clip, is_sharded, local_part, set_up_sharding
+from zero_utils import check_zero_devices
 
 HELD_OUT_LEVELS = 10  # noise levels at which the held-out loss is measured
 HELD_OUT_SEED = 0  # of its noise: not --seed, so that runs with different seeds can be compared
@@ -380,8 +381,10 @@ def start_accelerator(args):
     logging_dir = Path(args.output_dir, args.logging_dir)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     patience = timedelta(hours=12)  # other ranks wait while the first encodes and draws; NCCL's own is 10 minutes
+    check_zero_devices()
+    sharded = wants("FSDP") or wants("DEEPSPEED")
     accelerator = Accelerator(
-        cpu=ranks > 1 and not torch.accelerator.is_available() and not wants("FSDP"),  # it would take each for alone
+        cpu=ranks > 1 and not torch.accelerator.is_available() and not sharded,  # it would take each for alone
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -395,7 +398,7 @@ def start_accelerator(args):
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("--mixed_precision fp16 needs a GPU, and none is here; use bf16 or no")
-    set_up_sharding(accelerator)
+    set_up_sharding(accelerator, args.max_grad_norm)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
     return accelerator
@@ -497,7 +500,7 @@ def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metric
     A step that is not finite is skipped and leaves everything as it was. Returns (whether it was made, *whether any
     rank has each of the wishes); wishes: this rank's, bools.
     """
-    grad_norm = whole(accelerator.clip_grad_norm_(parameters, args.max_grad_norm or math.inf))  # 0: no clipping
+    grad_norm = clip(accelerator, optimizer, parameters, args.max_grad_norm or math.inf)  # 0: no clipping
     finite, faults, wishes = guard.read(grad_norm, wishes)
     guard.judge(faults, step, under_scaler=accelerator.scaler is not None)
     if finite:

@@ -127,7 +127,9 @@ def test_linked_files_are_there():
 DATA = {"data_report_utils", "data_utils", "image_utils", "scan_utils", "source_utils", "store_utils", "table_utils"}
 CHECKS = {"check_utils", "cli_utils", "input_utils", "model_utils", "preflight_utils", "resume_utils", "safety_utils"}
 UTILS = DATA | CHECKS | {"cache_utils", "checkpoint_utils", "export_utils", "guard_utils", "hub_utils", "lora_utils",
-                         "lpl_utils", "plan_utils", "report_utils", "shard_utils", "train_utils"}  # fmt: skip
+                         "lpl_utils", "plan_utils", "report_utils", "shard_utils", "train_utils",
+                         "zero_utils"}  # fmt: skip
+SHARDING = {"shard_utils", "zero_utils"}
 ALLOWED = {
     "lpl_utils": set(),
     "image_utils": set(),
@@ -149,11 +151,12 @@ ALLOWED = {
     "cache_utils": DATA | {"input_utils", "model_utils"},
     "checkpoint_utils": {"cli_utils", "resume_utils", "shard_utils", "store_utils"},
     "guard_utils": {"cli_utils"},
-    "shard_utils": {"check_utils", "cli_utils"},
+    "shard_utils": {"check_utils", "cli_utils", "zero_utils"},
+    "zero_utils": {"check_utils", "cli_utils"},
     "lora_utils": {"cli_utils", "preflight_utils"},
     "export_utils": {"cli_utils", "lora_utils"},
-    "train_utils": DATA | CHECKS | {"cache_utils", "guard_utils", "lora_utils", "lpl_utils", "shard_utils"},
-    "plan_utils": DATA | CHECKS | {"cache_utils", "lora_utils", "lpl_utils", "shard_utils", "train_utils"},
+    "train_utils": DATA | CHECKS | SHARDING | {"cache_utils", "guard_utils", "lora_utils", "lpl_utils"},
+    "plan_utils": DATA | CHECKS | SHARDING | {"cache_utils", "lora_utils", "lpl_utils", "train_utils"},
     "report_utils": {"cli_utils", "guard_utils", "hub_utils", "input_utils", "resume_utils", "train_utils"},
     "train_sdxl_lpl": UTILS,
     "train_sd3_lpl_flow": UTILS,

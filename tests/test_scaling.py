@@ -31,6 +31,7 @@ from resume_utils import run_identity
 from tests import processes, runs
 from tests.fsdp_on_cpu import launch_environment
 from tests.runs import ROOT
+from tests.zero_on_cpu import launch_environment as zero_environment
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import memory
@@ -44,25 +45,32 @@ PAGE = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
-def test_accelerate_takes_the_file_and_every_key_of_it(path):
+def test_accelerate_takes_the_file_and_every_key_of_it(path, monkeypatch):
     config, text = load_config_from_file(str(path)), path.read_text()
     assert text.startswith("# ") and "not run on" in text.lower().split("compute_environment")[0]
     flags = vars(launch_command_parser().parse_args(["train_sdxl_lpl.py"]))
-    for key in config.fsdp_config or {}:
+    for key in [*(config.fsdp_config or {}), *(config.deepspeed_config or {})]:
         assert key in flags, key  # accelerate itself takes any
-    settings = launch_environment(path)
+    settings = zero_environment(path) if "zero" in path.stem else launch_environment(path)
     assert settings["ACCELERATE_MIXED_PRECISION"] == "bf16"
+    if "zero" in path.stem:
+        assert settings["ACCELERATE_DEEPSPEED_ZERO_STAGE"] == path.stem[-1]
+        monkeypatch.setattr(check_utils, "check_installed_deepspeed", lambda: None)
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        assert check_utils.wants("DEEPSPEED")
+        check_utils.check_launch(SimpleNamespace(**FLAGS))
     assert ("ACCELERATE_USE_FSDP" in settings) == ("fsdp" in path.stem)
     if "fsdp" in path.stem:
         assert settings["FSDP_VERSION"] == "2" and settings["FSDP_AUTO_WRAP_POLICY"] == "TRANSFORMER_BASED_WRAP"
 
 
-def test_a_typo_in_a_key_would_be_seen(tmp_path):
+def test_a_typo_in_a_key_would_be_seen(tmp_path, monkeypatch):
     path, right = tmp_path / "fsdp2.yaml", yaml.safe_load((ROOT / "configs" / "fsdp2.yaml").read_text())
 
     def check(config):
         path.write_text("# not run on GPUs\n" + yaml.dump(config))
-        test_accelerate_takes_the_file_and_every_key_of_it(path)
+        test_accelerate_takes_the_file_and_every_key_of_it(path, monkeypatch)
 
     check(right)
     for wrong in ({"num_process": 8}, {"fsdp_config": right["fsdp_config"] | {"fsdp_versoin": 2}}):
@@ -85,7 +93,8 @@ def accelerator_with(monkeypatch, **settings):
     )  # fmt: skip
 
 
-FLAGS = {"use_lora": False, "optimizer": "adamw", "use_8bit_adam": False, "torch_compile": False}
+FLAGS = {"use_lora": False, "optimizer": "adamw", "use_8bit_adam": False, "torch_compile": False,
+         "mixed_precision": None, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -131,10 +140,9 @@ def test_settings_that_are_supported_are_not(monkeypatch):
         shard_utils.set_up_sharding(accelerator)
 
 
-@pytest.mark.parametrize(("name", "said"), [("DEEPSPEED", "configs/fsdp2.yaml"), ("FSDP", "needs GPUs")])
-def test_deepspeed_and_fsdp_without_gpus_are_refused(name, said, flags, tmp_path, monkeypatch):
-    monkeypatch.setenv(f"ACCELERATE_USE_{name}", "true")
-    with pytest.raises(UserError, match=said):
+def test_fsdp_without_gpus_is_refused(flags, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match="needs GPUs"):
         runs.run(train_sdxl_lpl, *flags, "--output_dir", tmp_path)
 
 
