@@ -84,11 +84,14 @@ def write_configurations(folder, pipeline_class, denoiser, denoiser_config, vae_
 RANKS = (1, 2, 4, 8, 16)
 
 
-def estimate(model, way, resolution, lpl, ranks=1):
+SHARDINGS = {"": 0, ", ZeRO-2": 2, ", ZeRO-3": 3}  # the model's name in the table has this behind it; nothing is FSDP2
+
+
+def estimate(model, way, resolution, lpl, ranks=1, stage=0):
     """{what: bytes} on one GPU of a run in bfloat16 with gradient checkpointing and one image per device.
 
     way: of WAYS; its name may say fp16 or 4 bits.
-    ranks: among so many GPUs FSDP distributes the model, if more than one.
+    ranks: among so many GPUs FSDP distributes the model, if more than one; or DeepSpeed's ZeRO of a stage, if not 0.
     """
     script, *configurations = MODELS[model]
     with tempfile.TemporaryDirectory() as folder:
@@ -104,7 +107,7 @@ def estimate(model, way, resolution, lpl, ranks=1):
         models = script.build_on_meta(args, *dtypes)  # under fp16 the loss has its decoder in float32
         parts = script.memory_estimate(args, *models, dtypes[0])
         if ranks > 1:
-            parts = plan_utils.parts_of_a_rank(parts, next(iter(models[0].models().values())), ranks)
+            parts = plan_utils.parts_of_a_rank(parts, next(iter(models[0].models().values())), ranks, stage)
         return dict(parts)
 
 
@@ -123,12 +126,12 @@ def table(rows):
 
 
 def scaling_table(totals):
-    """The table of docs/scaling.md, Markdown; totals: {(model, number of GPUs): bytes on each}."""
+    """The table of docs/scaling.md, Markdown; totals: {(row, number of GPUs): bytes on each}."""
     heads = [f"{ranks} GPU" + "s" * (ranks > 1) for ranks in RANKS]
     lines = ["| all weights, 1024 px, with LPL | " + " | ".join(heads) + " |",
              "|---|" + "---:|" * len(RANKS)]  # fmt: skip
-    for model in MODELS:
-        lines.append(f"| {model} | " + " | ".join(f"{totals[model, ranks] / 1e9:.1f} GB" for ranks in RANKS) + " |")
+    for row in dict.fromkeys(row for row, _ in totals):
+        lines.append(f"| {row} | " + " | ".join(f"{totals[row, ranks] / 1e9:.1f} GB" for ranks in RANKS) + " |")
     return "\n".join(lines)
 
 
@@ -157,8 +160,10 @@ def main():
     put_table(PAGE, table(rows))
     totals = {}
     for model in MODELS:
-        for ranks in RANKS:
-            totals[model, ranks] = sum(estimate(model, "all weights", 1024, True, ranks).values())
+        for name, stage in SHARDINGS.items():
+            for ranks in RANKS:
+                parts = estimate(model, "all weights", 1024, True, ranks, stage)
+                totals[model + name, ranks] = sum(parts.values())
     print(scaling_table(totals))
     put_table(SCALING_PAGE, scaling_table(totals))
     if args.json:
