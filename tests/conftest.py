@@ -80,6 +80,7 @@ def nothing_goes_on():
 
 def pytest_addoption(parser):
     parser.addoption("--update-golden", action="store_true", help="write the golden curves anew")
+    parser.addoption("--slow", action="store_true", help="also what another test tries in another form")
     parser.addoption("--gpu", action="store_true", help="let tests see a GPU: for those that need one")
 
 
@@ -88,21 +89,16 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # curves and refusals are those of a CPU
 
 
-LONG = (
-    "guard_utils",
-    "train_sdxl",
-    "sdxl_options",
-    "train_sd3",
-    "readme",
-    "run_data",
-    "chaos",
-    "publishing",
-    "scaling",
-)
+LONG = ("guard_utils", "train_sdxl", "chaos", "sdxl_options", "train_sd3", "run_data", "zero", "readme", "publishing",
+        "scaling")  # fmt: skip
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
     """Files that take minutes come first, the longest ahead, so that parallel workers end together."""
+    if not config.getoption("--slow"):
+        for item in items:
+            if item.get_closest_marker("slow"):
+                item.add_marker(pytest.mark.skip(reason="takes long; see --slow"))
     places = {f"test_{name}": place for place, name in enumerate(LONG)}
     items.sort(key=lambda item: places.get(item.path.stem, len(LONG)))
 

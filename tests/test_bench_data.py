@@ -3,6 +3,8 @@
 import json
 import sys
 
+import pytest
+
 from tests.runs import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -19,6 +21,7 @@ def test_a_second_scan_opens_no_files(tmp_path):
     assert list(tmp_path.iterdir()) == [output]
 
 
+@pytest.mark.slow
 def test_real_runs_are_watched_on_stores_that_were_filled(tmp_path, capsys):
     """Sixteen pictures are encoded, the rest is put into the stores; a run then starts at once."""
     output = tmp_path / "figures.json"

@@ -10,7 +10,7 @@ from tests import chaos
 @pytest.mark.timeout(900)
 def test_killed_runs_end_as_if_they_had_never_been_killed(sdxl_folder, sd3_folder, pictures, tmp_path):
     cells, environment = chaos.small_grid(), dict(os.environ)
-    outcomes = chaos.run_grid(cells, 32, tmp_path, {"sdxl": sdxl_folder, "sd3": sd3_folder}, pictures)
+    outcomes = chaos.run_grid(cells, 30, tmp_path, {"sdxl": sdxl_folder, "sd3": sd3_folder}, pictures)
     lines = "\n".join(chaos.report(outcomes))
     print(lines)
     _, resumes, same = chaos.total(outcomes)

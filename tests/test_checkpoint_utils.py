@@ -27,6 +27,7 @@ from checkpoint_utils import (
     TrainingState,
     checkpoint_bytes,
     checkpoint_to_resume,
+    kept_if_unwritten,
     save_checkpoint,
 )
 from cli_utils import UserError
@@ -223,6 +224,14 @@ def test_a_pickle_in_the_folder_is_refused_not_read(save):
     folder = save(4)
     (folder / "training_state.bin").write_bytes(b"\x80\x04.")
     assert verify_checkpoint(folder) == "training_state.bin is not in its manifest"
+
+
+def test_a_result_that_only_all_ranks_could_save_is_told_as_lost_since_the_last_checkpoint():
+    told = r"^the result can't be written \(.*\)\. .* after the last checkpoint once more$"
+    with pytest.raises(UserError, match=told), kept_if_unwritten(None):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(ValueError), kept_if_unwritten(None):
+        raise ValueError("nothing about writing")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -245,6 +245,7 @@ def test_sdxl_is_trained_killed_resumed_and_saved(sdxl_folder, pictures, cache_d
     assert type(pipeline.unet).__name__ == "UNet2DConditionModel"
 
 
+@pytest.mark.slow
 def test_sd3_goes_on_sharded_where_one_process_stopped(sd3_folder, pictures, cache_dir, tmp_path):
     """A checkpoint of one process is resumed by two with a part each, asked to stop, and ended by one."""
     flags = scaling_flags(sd3_folder, pictures, cache_dir, ["--checkpointing_steps", 2])

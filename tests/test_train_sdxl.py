@@ -29,7 +29,7 @@ import train_utils
 from cli_utils import UserError
 from lpl_utils import LPLGate
 from tests.processes import start
-from tests.runs import tensors_of
+from tests.runs import ROOT, tensors_of
 from tests.sdxl import command, draw, run, weights
 
 GOLDEN = Path(__file__).parent / "golden"
@@ -260,6 +260,18 @@ def test_the_result_does_not_fit_on_the_disk(flags, tmp_path, monkeypatch):
         patch.setattr(train_sdxl_lpl, "save_kohya", full)
         patch.setattr(checkpoint_utils, "write_manifest", full)
         run(*flags, "--output_dir", tmp_path, "--seed", 8, "--checkpointing_steps", 9)
+
+
+def test_the_result_of_two_ranks_does_not_fit_on_the_disk(flags, tmp_path):
+    """The first one alone saves what the result would have been; the other waits for nothing."""
+    flags = [*map(str, flags), "--use_lora", "--max_train_steps", "2", "--output_dir", str(tmp_path)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
+    words = [*launch, "tests/full_disk.py", "train_sdxl_lpl", *flags]
+    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    assert result.returncode != 0 and "its steps are saved" in result.stderr, result.stderr[-3000:]
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
+    run(*flags, "--resume_from_checkpoint", "latest")
+    assert weights(tmp_path)
 
 
 class TrackerOnFullDisk(GeneralTracker):

@@ -27,7 +27,7 @@ from zero_utils import BUCKET, numel, part_of
 needs_deepspeed = pytest.mark.skipif(
     check_utils.importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
 )
-STAGES = pytest.mark.parametrize("stage", [2, 3])
+slow = pytest.mark.slow
 
 
 @contextlib.contextmanager
@@ -65,7 +65,7 @@ END = ["--validation_prompt", "apple", "--validation_compare", "--num_validation
 
 
 @needs_deepspeed
-@STAGES
+@pytest.mark.parametrize("stage", [pytest.param(2, marks=slow), 3])
 def test_sdxl_is_trained_killed_resumed_and_saved(reference, stage, tmp_path):
     """Two ranks, killed and resumed: the weights, state, held-out losses and pictures of one process.
 
@@ -100,6 +100,7 @@ def test_sdxl_is_trained_killed_resumed_and_saved(reference, stage, tmp_path):
     assert start[0] == start[1]
 
 
+@slow
 @needs_deepspeed
 def test_sd3_goes_on_where_one_process_stopped(sd3_folder, pictures, cache_dir, tmp_path):
     """A checkpoint of one process is resumed by three ranks, whose parts are padded; one gets SIGTERM, all save."""
@@ -134,7 +135,7 @@ def is_rank(pid):
 
 
 @needs_deepspeed
-@STAGES
+@pytest.mark.parametrize("stage", [2, pytest.param(3, marks=slow)])
 def test_a_step_that_is_not_finite_is_skipped_and_named(stage, sdxl_folder, pictures, cache_dir, tmp_path):
     """One rank has a loss that is no number: nothing changes on any, it is counted, and the next step is made."""
     flags = scaling_flags(sdxl_folder, pictures, cache_dir, ["--lr_scheduler", "linear"])
