@@ -97,15 +97,18 @@ FLAGS = {"use_lora": False, "optimizer": "adamw", "use_8bit_adam": False, "torch
          "mixed_precision": None, "gradient_accumulation_steps": 1, "max_grad_norm": 1.0}  # fmt: skip
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ({"use_lora": True}, r"--use_lora is not .*configs/ddp.yaml"),
-        ({"optimizer": "prodigy"}, "--optimizer prodigy works on whole tensors"),
-        ({"use_8bit_adam": True}, "--use_8bit_adam works on whole tensors"),
-        ({"torch_compile": True}, "--torch_compile is not supported under FSDP"),
-    ],
-)
+def refused_under(name):
+    """Mark with what is refused where FSDP or DeepSpeed shards the model: (flags, what the message says)."""
+    cases = [
+        ({"use_lora": True}, f"--use_lora is not supported under {name}.*configs/ddp.yaml"),
+        ({"optimizer": "prodigy"}, f"--optimizer prodigy works on whole tensors; under {name}"),
+        ({"use_8bit_adam": True}, f"--use_8bit_adam works on whole tensors; under {name}"),
+        ({"torch_compile": True}, f"--torch_compile is not supported under {name}"),
+    ]
+    return pytest.mark.parametrize(("flags", "said"), cases)
+
+
+@refused_under("FSDP")
 def test_flags_that_cannot_be_sharded_are_refused_under_fsdp_only(flags, said, monkeypatch):
     args = SimpleNamespace(**{**FLAGS, **flags})
     monkeypatch.delenv("ACCELERATE_USE_FSDP", raising=False)

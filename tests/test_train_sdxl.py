@@ -290,19 +290,22 @@ class TrackerOnFullDisk(GeneralTracker):
 
 
 def test_a_log_that_can_not_be_written_ends_no_run(flags, tmp_path, capsys, monkeypatch):
-    """Neither the run's own log nor a tracker's; each is told of once."""
+    """Neither the run's own log, a tracker's nor a picture; each is told of once."""
     monkeypatch.setattr(guard_utils, "TOLD", set())
     (tmp_path / "logs").mkdir()
-    (tmp_path / "logs" / "metrics.jsonl").symlink_to("/dev/full")
+    for name in ("logs/metrics.jsonl", "run.png", "image_0.png"):
+        (tmp_path / name).symlink_to("/dev/full")
+    (tmp_path / "validation").write_text("a file in the place of a folder")
     flags = [*map(str, flags), "--use_lora", "--max_train_steps", "2", "--output_dir", str(tmp_path)]
+    flags += ["--validation_prompt", "apple", "--num_validation_images", "1", "--validation_steps", "1"]
     args = train_sdxl_lpl.parse_args(flags)
     tracked = {"log_with": TrackerOnFullDisk()}
     monkeypatch.setattr(train_utils, "Accelerator", lambda **settings: Accelerator(**settings | tracked))
     train_sdxl_lpl.main(args, *input_utils.find_images(args))
     said = capsys.readouterr().err
     assert weights(tmp_path)
-    for what in ("the log", "the trackers' log"):
-        assert said.count(f"warning: {what} can't be written ([Errno 28] No space left on device)") == 1
+    for what in ("the log", "the trackers' log", "run.png", "validation images", "the validation grid"):
+        assert said.count(f"warning: {what} can't be written ([Errno ") == 1, what
 
 
 def test_two_runs_do_not_write_into_one_folder(flags, tmp_path):

@@ -21,7 +21,7 @@ import train_sdxl_lpl
 from cli_utils import UserError
 from tests import processes, runs
 from tests.runs import ROOT
-from tests.test_scaling import FLAGS, assert_same, rows, scaling_flags, wait_for
+from tests.test_scaling import FLAGS, assert_same, refused_under, rows, scaling_flags, wait_for
 from zero_utils import BUCKET, numel, part_of
 
 needs_deepspeed = pytest.mark.skipif(
@@ -185,16 +185,7 @@ def launched(monkeypatch):
     return check
 
 
-@pytest.mark.parametrize(
-    ("flags", "said"),
-    [
-        ({"use_lora": True}, r"--use_lora is not supported under DeepSpeed.*configs/ddp.yaml"),
-        ({"optimizer": "prodigy"}, "--optimizer prodigy works on whole tensors; under DeepSpeed"),
-        ({"use_8bit_adam": True}, "--use_8bit_adam works on whole tensors"),
-        ({"torch_compile": True}, "--torch_compile is not supported under DeepSpeed"),
-        ({"mixed_precision": "fp16"}, "use bf16"),
-    ],
-)
+@refused_under("DeepSpeed")
 def test_flags_that_are_refused(flags, said, launched):
     launched()
     with pytest.raises(UserError, match=said):
@@ -215,9 +206,12 @@ def test_flags_that_are_refused(flags, said, launched):
     ],
 )
 def test_settings_that_are_refused(settings, said, launched):
+    """And --mixed_precision, which counts more than accelerate's file."""
     launched({}, GRADIENT_CLIPPING="1.0", GRADIENT_ACCUMULATION_STEPS="2", DEEPSPEED_ZERO_STAGE="3")
     with pytest.raises(UserError, match=said):
         launched({}, **settings)
+    with pytest.raises(UserError, match="use bf16"):
+        launched({"mixed_precision": "fp16"}, DEEPSPEED_ZERO_STAGE="3", MIXED_PRECISION="bf16")
 
 
 def test_deepspeed_that_is_not_there_or_too_old_is_refused(launched, monkeypatch):
