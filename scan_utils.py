@@ -427,7 +427,7 @@ def _find_files(task: _Task) -> tuple[FolderWalk, list[str]]:
 
 
 def _read_sidecars(task: _Task) -> None:
-    """Bring `texts` up to date: the caption files that stand beside an image."""
+    """Bring `texts` up to date: the caption files beside images. `_add_pictures` refuses what is noted here."""
     query = (
         "SELECT s.path, s.size, s.mtime_ns FROM sidecars s LEFT JOIN texts t ON t.path = s.path "
         "WHERE (t.path IS NULL OR t.size != s.size OR t.mtime_ns != s.mtime_ns) "
@@ -447,7 +447,6 @@ def _read_sidecars(task: _Task) -> None:
             task.db.execute("INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?)", (*item, text))
 
     task.facts.update(query, read, store)
-    task.refuse_mistakes()
 
 
 def _add_pictures(task: _Task) -> None:

@@ -218,6 +218,15 @@ def test_all_mistakes_are_told_at_once(tmp_path, case):
     assert len(mistakes) == 10 and first in mistakes[0] and tenth in mistakes[9]
 
 
+def test_files_that_are_no_text_and_empty_ones_are_told_together(tmp_path):
+    first, second, *_ = numbered(tmp_path / "set")
+    first.with_suffix(".txt").write_bytes(b"\xff")
+    second.with_suffix(".txt").write_text("")
+    for options in (NO_DEFAULT, DEFAULT):
+        message = refusal(tmp_path / "set", **options)
+        assert "0000.txt: not UTF-8" in message and ("0001.txt: the caption is empty" in message) == (not options)
+
+
 def test_a_column_that_is_in_no_row_is_one_mistake(tmp_path):
     listing(tmp_path / "set", *[{"file_name": path.name} for path in numbered(tmp_path / "set")])
     assert refusal(tmp_path / "set").count("there is no column 'text'") == 1
