@@ -1,4 +1,4 @@
-"""Saving and loading the state of a pretraining run: weights, optimizer, average and step, without pickle."""
+"""What all pretrainings share: their state on disk (without pickle) and their arithmetic."""
 
 import json
 import os
@@ -45,3 +45,9 @@ def load_state(folder, model, optimizer, ema):
     groups = optimizer.state_dict()["param_groups"]
     optimizer.load_state_dict({"state": state, "param_groups": groups})
     return info["step"]
+
+
+def autocast():
+    """bfloat16 autocast on CPUs that compute in it; elsewhere float32, which is many times faster than emulation."""
+    computes = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.autocast("cpu", torch.bfloat16, enabled=computes)

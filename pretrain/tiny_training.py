@@ -9,12 +9,13 @@ import numpy as np
 import torch
 from diffusers.training_utils import EMAModel
 from PIL import Image
+from safetensors.torch import save_file
 from tokenizers import pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerFast
 
-from pretrain.emoji_images import concept, load_emoji
-from pretrain.resumable import load_state, save_state
+from pretrain.emoji_images import concept, held_out, load_emoji
+from pretrain.resumable import autocast, load_state, save_state
 
 SIZE = 64  # px of the pictures, 8 x 8 latents
 MARGIN = 8  # px of extra size that random crops move in
@@ -35,6 +36,10 @@ def add_training_arguments(parser, steps, batch_size):
     parser.add_argument("--learning_rate", type=float, default=1e-3)
     parser.add_argument("--save_every", type=int, default=300, help="steps between saved states")
     parser.add_argument("--sample_every", type=int, default=1200, help="steps between sample grids")
+    parser.add_argument("--keep_every", type=int, help="steps between averaged weights that are kept, in float16")
+    parser.add_argument(
+        "--hold_out", action="store_true", help="leave out the pictures that train_autoencoder.py holds out"
+    )
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="of the sample grids")
     parser.add_argument("--max_megabytes", type=float, default=15.0, help="of the saved pipeline, 10^6 bytes each")
     parser.add_argument("--seed", type=int, default=0)
@@ -95,6 +100,15 @@ def tokenize(pipeline, captions):
     return torch.stack(ids)
 
 
+def load_training_pictures(args, size):
+    """Images and captions as `load_emoji` returns them; with --hold_out without the held-out pictures."""
+    images, captions = load_emoji(args.work_dir, size)
+    if not args.hold_out:
+        return images, captions
+    kept = ~held_out(captions)
+    return images[kept], [caption for caption, keep in zip(captions, kept, strict=True) if keep]
+
+
 @torch.no_grad()
 def encode_pictures(vae, args, crops=0):
     """Posteriors of each picture whole and cropped at random corners, in memory for the whole training.
@@ -103,8 +117,8 @@ def encode_pictures(vae, args, crops=0):
     says, float32 (N, 1 + crops, channels, 8, 8), and the crops' corners in px, int64 (N, 1 + crops, 2) as (top, left).
     There are no flips: names tell left from right.
     """
-    whole, _ = load_emoji(args.work_dir, SIZE)
-    large, _ = load_emoji(args.work_dir, SIZE + MARGIN)
+    whole, _ = load_training_pictures(args, SIZE)
+    large, _ = load_training_pictures(args, SIZE + MARGIN)
     corners = np.random.default_rng(args.seed).integers(MARGIN + 1, size=(len(whole), 1 + crops, 2))
     corners[:, 0] = 0  # the whole picture
     means, stds = [], []
@@ -115,7 +129,7 @@ def encode_pictures(vae, args, crops=0):
             for column, (top, left) in enumerate(corners[row])
         ]
         pictures = torch.from_numpy(np.stack(variants)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             posterior = vae.encode(pictures.contiguous(memory_format=torch.channels_last)).latent_dist
         means.append(posterior.mean.float().unflatten(0, (-1, 1 + crops)))
         stds.append(posterior.std.float().unflatten(0, (-1, 1 + crops)))
@@ -182,6 +196,12 @@ def finish(pipeline, args, folder, **options):
     print(f"saved {folder}: {size:.2f} MB")
 
 
+def save_average(nets, ema, path):
+    """Write the averaged weights of all nets in float16; tensors are named `net.parameter`."""
+    averages = zip(nets.named_parameters(), ema.shadow_params, strict=True)
+    save_file({name: average.to(torch.float16).contiguous() for (name, _), average in averages}, path)
+
+
 def train(pipeline, names, args, started, step_loss):
     """Train the parts called `names`, with saved states and sample grids on the way; then put in the average.
 
@@ -224,6 +244,8 @@ def train(pipeline, names, args, started, step_loss):
             with open(output_dir / "progress.csv", "a", newline="") as file:
                 csv.writer(file).writerow(row)
             tqdm.write(f"step {row[0]}: {row[1]} s, loss {row[2]:.4f}, {row[3]} samples/s")
+        if args.keep_every and ((step + 1) % args.keep_every == 0 or last):
+            save_average(nets, ema, output_dir / f"average-{step + 1:06}.safetensors")
         if (step + 1) % args.sample_every == 0 and not last:
             ema.store(nets.parameters())
             ema.copy_to(nets.parameters())

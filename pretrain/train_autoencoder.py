@@ -32,7 +32,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from pretrain.emoji_images import held_out, load_emoji
-from pretrain.resumable import load_state, save_state
+from pretrain.resumable import autocast, load_state, save_state
 
 SIZE = 64  # px the tiny pipelines work at
 MARGIN = 8  # px of extra size that random crops move in
@@ -200,7 +200,7 @@ def main(argv=None):
                 vae.quant_conv.requires_grad_(False)
         rng = np.random.Generator(np.random.Philox(key=args.seed, counter=[0, 0, 0, step]))
         pictures = draw_batch(whole, large, rng, args.batch_size).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with autocast():
             posterior = vae.encode(pictures).latent_dist
             std = posterior.std.float()
             noise = torch.from_numpy(rng.standard_normal(std.shape, dtype=np.float32))

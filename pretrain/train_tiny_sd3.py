@@ -35,7 +35,7 @@ from diffusers import (
 from tokenizers import Tokenizer, models, trainers
 from transformers import CLIPTextModelWithProjection, T5Config, T5EncoderModel, T5Tokenizer
 
-from pretrain.emoji_images import load_emoji
+from pretrain.resumable import autocast
 from pretrain.tiny_training import (
     SIZE,
     TRAIN_STEPS,
@@ -44,6 +44,7 @@ from pretrain.tiny_training import (
     clip_configs,
     encode_pictures,
     finish,
+    load_training_pictures,
     sampling_probabilities,
     tokenize,
     train,
@@ -227,7 +228,7 @@ def train_loss(pipeline, batch):
     """
     sigmas = batch["sigmas"].view(-1, 1, 1, 1)
     noisy = (1 - sigmas) * batch["latents"] + sigmas * batch["noise"]
-    with torch.autocast("cpu", torch.bfloat16):
+    with autocast():
         states, pooled, bias = encode_text(pipeline, batch)
         bias = torch.cat([torch.zeros(noisy[0, 0].numel() // 4), bias])
         predicted = pipeline.transformer(
@@ -283,7 +284,7 @@ def main(argv=None):
     started = time.time()
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    _, captions = load_emoji(args.work_dir, SIZE)
+    _, captions = load_training_pictures(args, SIZE)
     pipeline = build_pipeline(args, captions)
     posteriors = encode_pictures(pipeline.vae.to(memory_format=torch.channels_last), args)
     tokens, probabilities = tokenize_all(pipeline, captions), sampling_probabilities(captions)

@@ -26,7 +26,7 @@ from diffusers import AutoencoderKL, EulerDiscreteScheduler, StableDiffusionXLPi
 from diffusers.models.attention_processor import AttnProcessor
 from transformers import CLIPTextModel, CLIPTextModelWithProjection
 
-from pretrain.emoji_images import load_emoji
+from pretrain.resumable import autocast
 from pretrain.tiny_training import (
     SIZE,
     TRAIN_STEPS,
@@ -35,6 +35,7 @@ from pretrain.tiny_training import (
     clip_configs,
     encode_pictures,
     finish,
+    load_training_pictures,
     sampling_probabilities,
     tokenize,
     train,
@@ -51,6 +52,7 @@ def parse_args(argv=None):
     parser.add_argument("--text_layers", type=int, default=3)
     parser.add_argument("--vocabulary", type=int, default=1000, help="tokens, the 512 bytes and two specials included")
     parser.add_argument("--caption_dropout", type=float, default=0.1)
+    parser.add_argument("--prediction_type", choices=("epsilon", "v_prediction"), default="epsilon")
     parser.add_argument("--snr_gamma", type=float, default=5.0, help="min-SNR weighting")
     parser.add_argument("--crops", type=int, default=0, help="shifted and cropped variants encoded of each picture")
     return parser.parse_args(argv)
@@ -85,7 +87,7 @@ def build_pipeline(args, captions):
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="epsilon",
+        prediction_type=args.prediction_type,
         timestep_spacing="leading",
         steps_offset=1,
     )
@@ -109,26 +111,32 @@ def encode_text(text_encoder, text_encoder_2, ids):
     return torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1), second.text_embeds
 
 
-def min_snr_weights(alphas_cumprod, gamma):
-    """Loss weights (T,) of epsilon prediction: min(SNR, gamma) / SNR."""
+def min_snr_weights(alphas_cumprod, gamma, prediction_type):
+    """Loss weights (T,): min(SNR, gamma) / SNR for epsilon, min(SNR, gamma) / (SNR + 1) for v prediction.
+
+    Source: Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", 2023.
+    """
     snr = alphas_cumprod / (1 - alphas_cumprod)
-    return snr.clamp(max=gamma) / snr
+    return snr.clamp(max=gamma) / (snr if prediction_type == "epsilon" else snr + 1)
 
 
 def train_loss(pipeline, batch, schedule):
-    """Weighted mean squared error of the predicted noise; a scalar.
+    """Weighted mean squared error of the predicted noise or velocity; a scalar.
 
     `batch` holds ids (2, B, 77), keep (B,) as 0 or 1, latents and noise (B, 4, 8, 8), timesteps (B,), time_ids (B, 6).
     """
     alphas_cumprod, weights = schedule
     alphas = alphas_cumprod[batch["timesteps"]].view(-1, 1, 1, 1)
     noisy = alphas.sqrt() * batch["latents"] + (1 - alphas).sqrt() * batch["noise"]
-    with torch.autocast("cpu", torch.bfloat16):
+    target = batch["noise"]
+    if pipeline.scheduler.config.prediction_type == "v_prediction":
+        target = alphas.sqrt() * batch["noise"] - (1 - alphas).sqrt() * batch["latents"]
+    with autocast():
         states, pooled = encode_text(pipeline.text_encoder, pipeline.text_encoder_2, batch["ids"])
         added = {"text_embeds": pooled * batch["keep"].view(-1, 1), "time_ids": batch["time_ids"]}
         states = states * batch["keep"].view(-1, 1, 1)
         predicted = pipeline.unet(noisy, batch["timesteps"], states, added_cond_kwargs=added).sample
-    errors = (predicted.float() - batch["noise"]).pow(2).mean(dim=(1, 2, 3))
+    errors = (predicted.float() - target).pow(2).mean(dim=(1, 2, 3))
     return (errors * weights[batch["timesteps"]]).mean()
 
 
@@ -159,12 +167,12 @@ def main(argv=None):
     started = time.time()
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    _, captions = load_emoji(args.work_dir, SIZE)
+    _, captions = load_training_pictures(args, SIZE)
     pipeline = build_pipeline(args, captions)
     posteriors = encode_pictures(pipeline.vae.to(memory_format=torch.channels_last), args, args.crops)
     ids, probabilities = tokenize(pipeline, captions), sampling_probabilities(captions)
     alphas_cumprod = pipeline.scheduler.alphas_cumprod.clone()
-    schedule = alphas_cumprod, min_snr_weights(alphas_cumprod, args.snr_gamma)
+    schedule = alphas_cumprod, min_snr_weights(alphas_cumprod, args.snr_gamma, args.prediction_type)
 
     # on a CPU, PyTorch's fused attention takes half of the time of a step: the plain one doubles the speed
     pipeline.unet.set_attn_processor(AttnProcessor())
