@@ -19,14 +19,35 @@ import os
 import sys
 from pathlib import Path
 
-import check_utils
-import cli_utils
-import input_utils
-import model_utils
-import preflight_utils
-from cli_utils import REPOSITORY, errors_for_people, require
-from resume_utils import check_resume, run_identity
-from safety_utils import check_weights, loading
+from lpl_finetuning.base_model import (
+    check_base_model,
+    check_files,
+    check_init_lora,
+    check_lora_layers,
+    check_model,
+    check_sdxl,
+    check_weights,
+    is_plan_only,
+    loading,
+    lora_layers,
+    model_file,
+    read_json,
+    weights_fingerprint,
+)
+from lpl_finetuning.data.scan import find_images
+from lpl_finetuning.errors import errors_for_people, quiet_libraries, require
+from lpl_finetuning.flag_checks import check_flags
+from lpl_finetuning.flags import (
+    REPOSITORY,
+    FlagParser,
+    add_data_arguments,
+    add_lpl_arguments,
+    add_model_arguments,
+    add_run_arguments,
+    add_training_arguments,
+)
+from lpl_finetuning.results.hub import check_publishing
+from lpl_finetuning.training.checkpoint_folders import check_resume, run_identity
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sdxl" / "train.yaml"
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
@@ -37,10 +58,10 @@ LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 def build_parser():
     """All flags of the recipe."""
-    parser = cli_utils.FlagParser(__doc__)
-    cli_utils.add_model_arguments(parser)
-    cli_utils.add_data_arguments(parser, resolution=1024)
-    cli_utils.add_training_arguments(parser, train_batch_size=16, num_train_epochs=100, adam_weight_decay=1e-2)
+    parser = FlagParser(__doc__)
+    add_model_arguments(parser)
+    add_data_arguments(parser, resolution=1024)
+    add_training_arguments(parser, train_batch_size=16, num_train_epochs=100, adam_weight_decay=1e-2)
     group = parser.add_argument_group("diffusion")
     add = group.add_argument
     add(
@@ -55,8 +76,8 @@ def build_parser():
     add("--timestep_bias_begin", type=int, default=0, help="first biased timestep under range (default: %(default)s)")
     add("--timestep_bias_end", type=int, default=1000, help="end of the range, excluded (default: %(default)s)")
     add("--timestep_bias_portion", type=float, default=0.25, help="biased share of timesteps (default: %(default)s)")
-    cli_utils.add_lpl_arguments(parser)
-    cli_utils.add_run_arguments(parser, validation_epochs=1)
+    add_lpl_arguments(parser)
+    add_run_arguments(parser, validation_epochs=1)
     return parser
 
 
@@ -65,7 +86,7 @@ def parse_args(argv=None):
     args = build_parser().parse(argv, embedded_default=EMBEDDED_DEFAULT)
     if args.embedded_default:
         print(f"No model and no data named: using the embedded examples, {EMBEDDED_DEFAULT.relative_to(REPOSITORY)}.")
-    check_utils.check_flags(args)
+    check_flags(args)
     require(not args.single_file or args.prediction_type != "sample",
             "--single_file: other programs can't tell --prediction_type sample from epsilon")  # fmt: skip
     require(args.snr_gamma is None or args.snr_gamma > 0, f"--snr_gamma is {args.snr_gamma}; it must be above 0")
@@ -76,17 +97,17 @@ def parse_args(argv=None):
             f"--timestep_bias_multiplier is {args.timestep_bias_multiplier}; it must be above 0")  # fmt: skip
     require(0 < args.timestep_bias_portion <= 1,
             f"--timestep_bias_portion is {args.timestep_bias_portion}; it must be above 0 and at most 1")  # fmt: skip
-    preflight_utils.check_publishing(args)
-    preflight_utils.check_base_model(args, "StableDiffusionXL", COMPONENTS)
+    check_publishing(args)
+    check_base_model(args, "StableDiffusionXL", COMPONENTS)
     unet = ("unet", "UNet2DConditionModel", "pretrained_unet_model_name_or_path")
-    configs = preflight_utils.check_model(args, unet, scheduler=(False, ("EDM", "FlowMatch")))
-    if not preflight_utils.is_plan_only(args):
+    configs = check_model(args, unet, scheduler=(False, ("EDM", "FlowMatch")))
+    if not is_plan_only(args):
         check_weights(args, WEIGHTS, REPLACED)
-        preflight_utils.check_files(args, WEIGHTS, REPLACED)
-        preflight_utils.check_lora_layers(args, "unet", REPLACED)
-    preflight_utils.check_sdxl(args, configs)
-    preflight_utils.check_init_lora(args)
-    args.base_weights = preflight_utils.fingerprint(args, "unet", REPLACED)
+        check_files(args, WEIGHTS, REPLACED)
+        check_lora_layers(args, "unet", REPLACED)
+    check_sdxl(args, configs)
+    check_init_lora(args)
+    args.base_weights = weights_fingerprint(args, "unet", REPLACED)
     check_resume(args)
     return args
 
@@ -95,41 +116,75 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a busy CPU to a halt
     with errors_for_people("--debug" in sys.argv):
         ARGS = parse_args()
-        SCAN, HELD_OUT = input_utils.find_images(ARGS)
-        cli_utils.quiet_libraries(ARGS.debug)
+        SCAN, HELD_OUT = find_images(ARGS)
+        quiet_libraries(ARGS.debug)
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from tqdm.auto import tqdm
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-import cache_utils
-import checkpoint_utils
-import hub_utils
-import plan_utils
-import report_utils
-import shard_utils
-import train_utils
-from cache_utils import encode_images, model_identity, rows_of
-from export_utils import save_kohya, save_single_file
-from guard_utils import StopSignals
-from lora_utils import adapters, add_adapters, load_lora, save_lora
-from lpl_utils import estimate_z0, lpl_noise_scale, noise_to_signal
-from train_utils import (
-    build_recipe,
-    choose_prompts,
+from lpl_finetuning.data import encoding
+from lpl_finetuning.data.encoding import encode_images, model_identity, rows_of
+from lpl_finetuning.results.export import save_kohya, save_single_file
+from lpl_finetuning.results.hub import check_access, model_card, publish_or_exit, tell_how_to_publish, write_card
+from lpl_finetuning.training.checkpoints import (
+    CheckpointClock,
+    TrainingState,
+    checkpoint_to_resume,
+    kept_if_unwritten,
+    save_checkpoint,
+)
+from lpl_finetuning.training.guard import StopSignals
+from lpl_finetuning.training.models import (
+    adapters,
+    add_adapters,
+    load_lora,
     load_part,
     load_part_config,
     load_vae,
-    lpl_dtype,
     parameter_groups,
+    quantization,
+    save_lora,
+    vae_config,
+)
+from lpl_finetuning.training.objective import (
+    build_recipe,
+    choose_prompts,
+    gate_from_flags,
+    lpl_dtype,
     sample_latents,
     sample_noise,
     sample_timesteps,
     seed_lora_dropout,
     to_device,
-    vae_config,
 )
+from lpl_finetuning.training.optimization import (
+    averaged_weights,
+    build_ema,
+    build_lr_scheduler,
+    build_optimizer,
+    optimize,
+    sync_gradients,
+)
+from lpl_finetuning.training.plan import (
+    SavedBytes,
+    check_data,
+    check_machine,
+    latent_size,
+    memory_parts,
+    plan_run,
+    print_lpl_plan,
+    print_memory,
+    print_models,
+    print_plan,
+    weight_bytes,
+)
+from lpl_finetuning.training.reporter import Reporter, learning_rates, metric_names
+from lpl_finetuning.training.run import batches, end, open_output_dir, start_accelerator
+from lpl_finetuning.training.sharding import evaluation, gathered, home, is_sharded, load_state, prepare
+from lpl_finetuning.training.validation import Gallery, draw_prompts, held_out_losses, validation_schedule
+from lpl_utils import estimate_z0, lpl_noise_scale, noise_to_signal
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The noise schedule
@@ -227,7 +282,7 @@ def denoiser_place(args):
     other = args.pretrained_unet_model_name_or_path
     if not other:
         return args.pretrained_model_name_or_path, "unet", args.revision, args.variant
-    return other, "unet" if model_utils.model_file(other, "config.json", subfolder="unet") else "", None, None
+    return other, "unet" if model_file(other, "config.json", subfolder="unet") else "", None, None
 
 
 class Denoiser(torch.nn.Module):
@@ -264,7 +319,7 @@ def build_denoiser(args, dtype, device):
     name, subfolder, revision, variant = denoiser_place(args)
     unet = UNet2DConditionModel.from_pretrained(
         name, subfolder=subfolder, revision=revision, variant=variant,
-        dtype=dtype if args.use_lora else torch.float32, **train_utils.quantization(args, dtype),
+        dtype=dtype if args.use_lora else torch.float32, **quantization(args, dtype),
         **loading(args),
     )  # fmt: skip
     text_encoders = load_text_encoders(args, dtype, "cpu") if args.train_text_encoder else ()
@@ -279,7 +334,7 @@ def build_denoiser(args, dtype, device):
 
 def lora_targets(args):
     """Layers of the UNet that get a LoRA."""
-    return preflight_utils.lora_layers(args, LORA_TARGETS)
+    return lora_layers(args, LORA_TARGETS)
 
 
 def prepare_for_training(denoiser, args):
@@ -362,7 +417,7 @@ def fill_caches(args, images, held_out, dtype, accelerator):
         text_encoders.cache_clear()  # one model at a time
         return encode_images(cuts, vae())
 
-    return cache_utils.fill_caches(
+    return encoding.fill_caches(
         args, images, held_out, accelerator, prompt_id, prompt_bytes(args, dtype), vae_config(args), encode,
         encode_latents,
     )  # fmt: skip
@@ -480,8 +535,8 @@ def draw(denoiser, vae, data, recipe):
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     prompt_of = functools.partial(pipeline_prompt, denoiser=denoiser, data=data, recipe=recipe)
-    with shard_utils.evaluation(denoiser):
-        return train_utils.draw_prompts(pipeline, prompt_of, vae, recipe, num_inference_steps=25)
+    with evaluation(denoiser):
+        return draw_prompts(pipeline, prompt_of, vae, recipe, num_inference_steps=25)
 
 
 def pipeline_prompt(prompts, denoiser, data, recipe):
@@ -517,7 +572,7 @@ def load_weights(folder, denoiser, args):
         load_lora(folder, denoiser.models())
     else:
         saved = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
-        shard_utils.load_state(denoiser.unet, saved.state_dict())
+        load_state(denoiser.unet, saved.state_dict())
 
 
 def save_result(args, denoiser, schedule):
@@ -547,7 +602,7 @@ def save_result(args, denoiser, schedule):
 
 def lpl_gate(args):
     """Which samples get the loss; with no threshold given: t < 200, a fifth of uniform timesteps."""
-    return train_utils.gate_from_flags(args, t_threshold=200)
+    return gate_from_flags(args, t_threshold=200)
 
 
 def build_on_meta(args, dtype, vae_dtype):
@@ -569,12 +624,12 @@ def build_on_meta(args, dtype, vae_dtype):
 def memory_estimate(args, denoiser, vae, dtype):
     """[(what, bytes)] that training needs on one device; from shapes, nothing is run."""
     batch, unet = args.train_batch_size, denoiser.unet
-    weights = plan_utils.weight_bytes(args, denoiser.models())
+    weights = weight_bytes(args, denoiser.models())
     trained = [parameter for group in parameter_groups(denoiser, args) for parameter in group["params"]]
     trained = [torch.empty_like(parameter) for parameter in trained]  # of their own dtype, which changes now
     denoiser.to(dtype)  # what autocast would run in: the meta device has no autocast
-    size, width = plan_utils.latent_size(args, vae), unet.config.projection_class_embeddings_input_dim
-    with torch.device("meta"), plan_utils.SavedBytes() as activations:
+    size, width = latent_size(args, vae), unet.config.projection_class_embeddings_input_dim
+    with torch.device("meta"), SavedBytes() as activations:
         if args.train_text_encoder:
             ids = torch.zeros(batch, 77, dtype=torch.long)
             prompt = {"input_ids": ids, "input_ids_2": ids}
@@ -586,23 +641,23 @@ def memory_estimate(args, denoiser, vae, dtype):
             }
         latents = torch.randn(batch, unet.config.in_channels, *size, dtype=dtype)
         denoiser(latents, torch.zeros(batch, dtype=torch.long), prompt, torch.randn(batch, 6, dtype=dtype))
-    return plan_utils.memory_parts(args, weights, trained, activations.total, vae)
+    return memory_parts(args, weights, trained, activations.total, vae)
 
 
 def check_and_print_plan(args, scan, held_out, plan, accelerator):
     """Check what needs no weights, and say what will happen; returns the report on the data. Raises UserError."""
     say = accelerator.print
-    report = plan_utils.check_data(args, scan, held_out, load_tokenizers(args), accelerator)
+    report = check_data(args, scan, held_out, load_tokenizers(args), accelerator)
     denoiser, vae = build_on_meta(args, plan.dtype, lpl_dtype(args, accelerator.mixed_precision))
-    plan_utils.check_machine(args)
-    plan_utils.print_plan(args, report, accelerator, plan)
+    check_machine(args)
+    print_plan(args, report, accelerator, plan)
     how = f"{plan.schedule.prediction_type} prediction, {str(plan.dtype)[6:]}"
-    plan_utils.print_models(args, denoiser.models(), how, say)
+    print_models(args, denoiser.models(), how, say)
     if args.use_lpl:
         gate = lpl_gate(args)
         share = plan.schedule.gated_share(gate)
-        plan_utils.print_lpl_plan(args, gate, share, "--lpl_t_threshold 200", vae, say)
-    plan_utils.print_memory(memory_estimate(args, denoiser, vae, plan.dtype), denoiser, accelerator)
+        print_lpl_plan(args, gate, share, "--lpl_t_threshold 200", vae, say)
+    print_memory(memory_estimate(args, denoiser, vae, plan.dtype), denoiser, accelerator)
     return report
 
 
@@ -612,8 +667,8 @@ def check_and_print_plan(args, scan, held_out, plan, accelerator):
 
 def prepare_recipe(args, accelerator, schedule, dtype, data):
     """(recipe, autoencoder or None): everything but the models that are trained, loaded."""
-    index = model_utils.model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    empty_is_zero = model_utils.read_json(index).get("force_zeros_for_empty_prompt", True)
+    index = model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
+    empty_is_zero = read_json(index).get("force_zeros_for_empty_prompt", True)
     empty = data.prompt("")
     if empty_is_zero and not args.train_text_encoder:
         empty = {name: torch.zeros_like(value) for name, value in empty.items()}
@@ -622,44 +677,42 @@ def prepare_recipe(args, accelerator, schedule, dtype, data):
 
 def main(args, scan, held_out=()):
     """The run, from the plan to the published model."""
-    accelerator = train_utils.start_accelerator(args)
-    resume_from = checkpoint_utils.checkpoint_to_resume(args, accelerator)
-    plan = plan_utils.plan_run(args, accelerator, Schedule(args), len(scan.images), resume_from)
+    accelerator = start_accelerator(args)
+    resume_from = checkpoint_to_resume(args, accelerator)
+    plan = plan_run(args, accelerator, Schedule(args), len(scan.images), resume_from)
     report = check_and_print_plan(args, scan, held_out, plan, accelerator)
     if args.dry_run:
         return
-    folder = report_utils.open_output_dir(args, accelerator, plan.resume_from, report)
+    folder = open_output_dir(args, accelerator, plan.resume_from, report, check_access)
     with folder, StopSignals(accelerator) as signals:
         is_done = train(args, scan.images, held_out, plan, accelerator, signals)
-    train_utils.end(accelerator)
+    end(accelerator)
     if not (is_done and args.push_to_hub and accelerator.is_main_process):
         return
     if signals.requested is not None:
-        hub_utils.tell_how_to_publish(args.output_dir, args.hub_model_id, args.hub_private_repo)
+        tell_how_to_publish(args.output_dir, args.hub_model_id, args.hub_private_repo)
     else:
-        hub_utils.publish_or_exit(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+        publish_or_exit(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
 
 
 def train(args, images, held_out, plan, accelerator, signals):
     """Everything that needs the weights, up to the result on disk; returns whether it came to its end."""
     data = fill_caches(args, images, held_out, plan.dtype, accelerator)
     recipe, vae = prepare_recipe(args, accelerator, plan.schedule, plan.dtype, data)
-    bare_denoiser = build_denoiser(args, plan.dtype, shard_utils.home(accelerator))
+    bare_denoiser = build_denoiser(args, plan.dtype, home(accelerator))
     if args.scale_lr:
         args.learning_rate *= plan.batch_size
         args.text_encoder_lr = args.text_encoder_lr and args.text_encoder_lr * plan.batch_size
-    optimizer = train_utils.build_optimizer(args, parameter_groups(bare_denoiser, args))
-    lr_scheduler = train_utils.build_lr_scheduler(args, optimizer, plan.total_steps)
-    denoiser, optimizer = shard_utils.prepare(accelerator, bare_denoiser, optimizer)
+    optimizer = build_optimizer(args, parameter_groups(bare_denoiser, args))
+    lr_scheduler = build_lr_scheduler(args, optimizer, plan.total_steps)
+    denoiser, optimizer = prepare(accelerator, bare_denoiser, optimizer)
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    ema = train_utils.build_ema(args, parameters)
-    state = checkpoint_utils.TrainingState(
-        optimizer, lr_scheduler, accelerator.scaler, ema, recipe.auto_weight, run_identity(args)
-    )
-    together = shard_utils.is_sharded(accelerator)  # drawing and saving are for all ranks, not the first alone
+    ema = build_ema(args, parameters)
+    state = TrainingState(optimizer, lr_scheduler, accelerator.scaler, ema, recipe.auto_weight, run_identity(args))
+    together = is_sharded(accelerator)  # drawing and saving are for all ranks, not the first alone
     takes_part = accelerator.is_main_process or together
     recipe.broken_off = lambda: signals.requested is not None and not together
-    gallery = report_utils.Gallery(args, lambda: draw(bare_denoiser, vae, data, recipe), accelerator.is_main_process)
+    gallery = Gallery(args, lambda: draw(bare_denoiser, vae, data, recipe), accelerator.is_main_process)
     if takes_part and args.validation_compare:
         gallery.draw_start()
     first_step = 0
@@ -670,19 +723,19 @@ def train(args, images, held_out, plan, accelerator, signals):
         if first_step >= plan.total_steps:
             accelerator.print(f"--max_train_steps {plan.total_steps} is reached already: saving the result once more")
     guard = recipe.guard
-    clock = checkpoint_utils.CheckpointClock(args.checkpointing_steps, args.checkpointing_minutes)
-    reporter = report_utils.Reporter(args, accelerator, "SDXL", train_utils.metric_names(args), first_step)
+    clock = CheckpointClock(args.checkpointing_steps, args.checkpointing_minutes)
+    reporter = Reporter(args, accelerator, "SDXL", metric_names(args), first_step)
     metrics = reporter.metrics
 
     def measure_held_out():
         measure = functools.partial(held_out_step, denoiser=bare_denoiser, recipe=recipe)
-        with shard_utils.evaluation(bare_denoiser):
-            return train_utils.held_out_losses(data, recipe, accelerator, conditioning, measure)
+        with evaluation(bare_denoiser):
+            return held_out_losses(data, recipe, accelerator, conditioning, measure)
 
     def validate(step):
         if not held_out and not args.validation_prompt:
             return
-        with signals.unhurried(), reporter.paused(), train_utils.averaged_weights(ema, parameters):
+        with signals.unhurried(), reporter.paused(), averaged_weights(ema, parameters):
             if held_out and (losses := measure_held_out()):
                 reporter.log(step, losses)
             if args.validation_prompt and takes_part:
@@ -690,8 +743,8 @@ def train(args, images, held_out, plan, accelerator, signals):
             reporter.draw_run()
 
     def write_checkpoint(step):
-        trained = shard_utils.gathered(bare_denoiser, accelerator.is_main_process)
-        checkpoint_utils.save_checkpoint(
+        trained = gathered(bare_denoiser, accelerator.is_main_process)
+        save_checkpoint(
             args.output_dir, step, state, lambda folder: save_weights(folder, trained, args),
             args.checkpoints_total_limit, accelerator.is_main_process,
         )  # fmt: skip
@@ -702,8 +755,8 @@ def train(args, images, held_out, plan, accelerator, signals):
                 write_checkpoint(step)
         clock.saved()
 
-    validation_due = train_utils.validation_schedule(args, len(images), plan.batch_size)
-    loader = contextlib.closing(train_utils.batches(args, data, accelerator, first_step, plan.total_steps))
+    validation_due = validation_schedule(args, len(images), plan.batch_size)
+    loader = contextlib.closing(batches(args, data, accelerator, first_step, plan.total_steps))
     if first_step == 0:
         validate(0)
     done = first_step
@@ -716,20 +769,20 @@ def train(args, images, held_out, plan, accelerator, signals):
             parts = torch.zeros(2, device=accelerator.device)  # diffusion loss and LPL term, for the auto weight
             for micro_step in range(args.gradient_accumulation_steps):
                 last = micro_step + 1 == args.gradient_accumulation_steps
-                with train_utils.sync_gradients(accelerator, denoiser, last):
+                with sync_gradients(accelerator, denoiser, last):
                     loss, micro_parts = training_step(next(micro_batches), denoiser, recipe, step, metrics)
                     accelerator.backward(loss)
                 parts += micro_parts / args.gradient_accumulation_steps
             done = step + 1
             wishes = (signals.requested is not None, accelerator.is_main_process and clock.late())
-            finite, stop, late = train_utils.optimize(
+            finite, stop, late = optimize(
                 args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics, guard, done, wishes
             )
             if not finite:
                 metrics.restore(before)
             elif recipe.auto_weight is not None and step >= args.lpl_start:
                 recipe.auto_weight.update(*accelerator.reduce(parts, "mean"))
-            rates = train_utils.learning_rates(optimizer) | guard.counts()
+            rates = learning_rates(optimizer) | guard.counts()
             reporter.step(done, plan.batch_size, rates, bar, last=stop or done == plan.total_steps)
             if stop:
                 signals.reached()
@@ -746,14 +799,14 @@ def train(args, images, held_out, plan, accelerator, signals):
         return False
     if takes_part:
         last = None if together else lambda: write_checkpoint(done)
-        with checkpoint_utils.kept_if_unwritten(last), train_utils.averaged_weights(ema, parameters):
-            trained = shard_utils.gathered(bare_denoiser, accelerator.is_main_process)
+        with kept_if_unwritten(last), averaged_weights(ema, parameters):
+            trained = gathered(bare_denoiser, accelerator.is_main_process)
             if accelerator.is_main_process:
                 save_result(args, trained, plan.schedule)
     validate(done)
     if accelerator.is_main_process:
-        card = report_utils.model_card(args, "sdxl", plan.total_steps, plan.batch_size, len(images), lpl_gate(args))
-        hub_utils.write_card(Path(args.output_dir), card)
+        card = model_card(args, "sdxl", plan.total_steps, plan.batch_size, len(images), lpl_gate(args))
+        write_card(Path(args.output_dir), card)
     reporter.finish()
     return True
 

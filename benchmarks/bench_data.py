@@ -47,10 +47,12 @@ import numpy as np
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-import cli_utils
-import input_utils
-from scan_utils import scan_folder
-from store_utils import TensorStore, encode_missing
+from lpl_finetuning import errors
+from lpl_finetuning.data.encoding import encode_missing
+from lpl_finetuning.data.samples import caption_rules, framing
+from lpl_finetuning.data.scan import find_images, scan_folder
+from lpl_finetuning.data.store import TensorStore
+from lpl_finetuning.files import cache_folder
 
 COUNTS = {"scan": [10_000], "memory": [1_000, 10_000, 100_000], "loader": [10_000], "encode": [256]}
 DIFFERENT = 200  # JPEGs
@@ -208,16 +210,16 @@ class Watched:
 def child(file, started, *flags):
     """The script as it would run by itself, but for its loader, which is watched; notes go to a JSON file."""
     notes = {"started": float(started), "asked": [], "waited": []}
-    quiet = cli_utils.quiet_libraries
+    quiet = errors.quiet_libraries
 
     def watch(debug):  # the first thing that the script calls after its checks, before its slow imports
         quiet(debug)
-        import train_utils
+        from lpl_finetuning.training import run
 
-        make = train_utils.batches
-        train_utils.batches = lambda *more: Watched(make(*more), notes)
+        make = run.batches
+        run.batches = lambda *more: Watched(make(*more), notes)
 
-    cli_utils.quiet_libraries = watch
+    errors.quiet_libraries = watch
     sys.argv = ["train_sdxl_lpl.py", *flags]
     runpy.run_path(str(ROOT / "train_sdxl_lpl.py"), run_name="__main__")
     notes["VmHWM"] = resident("VmHWM")
@@ -237,20 +239,20 @@ def train(work, flags, *more):
 
 def fill_stores(flags):
     """Put random rows into both stores of a run for all that is missing there; the first rows give the shapes."""
-    cli_utils.quiet_libraries(False)
+    errors.quiet_libraries(False)
     import torch
 
-    import cache_utils
     import train_sdxl_lpl
+    from lpl_finetuning.data.encoding import captions_to_encode, images_to_encode
 
     args = train_sdxl_lpl.parse_args(flags)
-    images = input_utils.find_images(args)[0].images
+    images = find_images(args)[0].images
     keys = {
-        "prompts": cache_utils.captions_to_encode(args, input_utils.caption_rules(args), images),
-        "latents": cache_utils.images_to_encode(images, input_utils.framing(args, images)),
+        "prompts": captions_to_encode(args, caption_rules(args), images),
+        "latents": images_to_encode(images, framing(args, images)),
     }
     for kind, pairs in keys.items():
-        [folder] = (input_utils.cache_folder(args) / kind).iterdir()
+        [folder] = (cache_folder(args) / kind).iterdir()
         store, names = TensorStore(folder), (key for key, _ in tqdm(pairs, f"filling {kind}", leave=False))
         first = next(names)
         shapes = {name: (value.shape, value.dtype) for name, value in store.get(first).items()}
@@ -316,31 +318,31 @@ def measure_loader(args, count, work):
 
 def measure_encode(args, count, work):
     """Rows: images a second with and without preparation ahead, in turns."""
-    cli_utils.quiet_libraries(False)
+    errors.quiet_libraries(False)
     import torch
 
-    import cache_utils
     import train_sdxl_lpl
+    from lpl_finetuning.data.encoding import cut, encode_images, images_to_encode
 
     pictures = work / "pictures"
     make_photographs(pictures, count)
     flags = ["--pretrained_model_name_or_path", str(ROOT / "examples" / "tiny-sdxl"), "--train_data_dir",
              str(pictures), "--resolution", "64", "--center_crop", "--cache_dir", str(work)]  # fmt: skip
     parsed = train_sdxl_lpl.parse_args(flags)
-    images = input_utils.find_images(parsed)[0].images
-    items = list(cache_utils.images_to_encode(images, input_utils.framing(parsed, images)))
+    images = find_images(parsed)[0].images
+    items = list(images_to_encode(images, framing(parsed, images)))
     vae = train_sdxl_lpl.load_vae(parsed, torch.float32, torch.device("cpu"))
-    encode = functools.partial(cache_utils.encode_images, vae=vae)
+    encode = functools.partial(encode_images, vae=vae)
 
     def one_after_the_other(batch):
-        return encode([cache_utils.cut(item) for item in batch])
+        return encode([cut(item) for item in batch])
 
     seconds = {"ahead": [], "in turn": []}
     for number in range(args.rounds):
         for way, values in seconds.items():
             store, started = TensorStore(work / f"{way}-{number}"), time.perf_counter()
             if way == "ahead":
-                encode_missing(store, items, encode, 16, "encoding images", prepare=cache_utils.cut, show=False)
+                encode_missing(store, items, encode, 16, "encoding images", prepare=cut, show=False)
             else:
                 encode_missing(store, items, one_after_the_other, 16, "encoding images", show=False)
             values.append(time.perf_counter() - started)

@@ -18,9 +18,10 @@ sys.path.insert(0, str(ROOT))
 
 import torch
 
-import plan_utils
 import train_sd3_lpl_flow
 import train_sdxl_lpl
+from lpl_finetuning.files import gigabytes
+from lpl_finetuning.training.plan import parts_of_a_rank
 
 PAGE, SCALING_PAGE = ROOT / "docs" / "memory.md", ROOT / "docs" / "scaling.md"
 NF4 = ROOT / "configs" / "nf4.json"
@@ -107,7 +108,7 @@ def estimate(model, way, resolution, lpl, ranks=1, stage=0):
         models = script.build_on_meta(args, *dtypes)  # under fp16 the loss has its decoder in float32
         parts = script.memory_estimate(args, *models, dtypes[0])
         if ranks > 1:
-            parts = plan_utils.parts_of_a_rank(parts, next(iter(models[0].models().values())), ranks, stage)
+            parts = parts_of_a_rank(parts, next(iter(models[0].models().values())), ranks, stage)
         return dict(parts)
 
 
@@ -155,7 +156,7 @@ def main():
                     model,
                     way,
                     resolution,
-                    *[plan_utils.gigabytes(sum(parts.values())) for parts in rows[model, way, resolution]],
+                    *[gigabytes(sum(parts.values())) for parts in rows[model, way, resolution]],
                 )
     put_table(PAGE, table(rows))
     totals = {}

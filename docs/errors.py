@@ -2,7 +2,7 @@
 
 The page is its own source. Under each subject stand entries: a block of messages, then what a person wrote about them.
 This script adds messages that are new to the last subject, marked as to be written, and removes those that are gone;
-everything else stays as it is. `tests/test_errors_doc.py` fails while anything would change or is to be written.
+everything else stays as it is. `tests/docs/test_errors.py` fails while anything would change or is to be written.
 """
 
 import ast

@@ -1,6 +1,6 @@
 """Kill runs at random moments, let them resume, and compare with runs that were never killed.
 
-    python -m tests.chaos --kills 200        # what `make chaos` does; tests/test_chaos.py does 30
+    python -m tests.chaos --kills 200        # what `make chaos` does; tests/processes/test_chaos.py does 30
 
 Every run is a process of its own that gets a real SIGKILL. The processes are forked from one that has imported PyTorch
 and both scripts, since most of a short run would otherwise be imports; what they do from the flags on is the scripts'
@@ -103,13 +103,13 @@ def work(script, flags, environment, log):
     sys.argv[1:] = flags
     import importlib
 
-    import cli_utils
-    import input_utils
+    from lpl_finetuning import errors
+    from lpl_finetuning.data import scan
 
     module = importlib.import_module(script)
-    with cli_utils.errors_for_people(debug=True):
+    with errors.errors_for_people(debug=True):
         args = module.parse_args(flags)
-        module.main(args, *input_utils.find_images(args))
+        module.main(args, *scan.find_images(args))
 
 
 class Launcher:
@@ -203,7 +203,7 @@ def kill(processes, first=0):
 
 def state_of(folder):
     """Every tensor and number that a finished run leaves: its result, and its last checkpoint with all its state."""
-    from resume_utils import verify_checkpoint
+    from lpl_finetuning.training.checkpoint_folders import verify_checkpoint
     from tests.runs import tensors_of, weights
 
     last = Path(folder, f"checkpoint-{STEPS}")

@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-from tests import processes
+from tests import children
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ["OMP_NUM_THREADS"] = "1"  # the last bits of a sum follow from it; and the tests fill the cores themselves
@@ -75,7 +75,7 @@ def flags(sdxl_folder, pictures, cache_dir):
 def nothing_goes_on():
     """What a test has started and not ended, because it failed, ends with it."""
     yield
-    processes.end_all()
+    children.end_all()
 
 
 def pytest_addoption(parser):
@@ -89,7 +89,7 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # curves and refusals are those of a CPU
 
 
-LONG = ("guard_utils", "train_sdxl", "chaos", "sdxl_options", "train_sd3", "run_data", "zero", "readme", "publishing",
+LONG = ("guard", "train_sdxl", "chaos", "sdxl_options", "train_sd3", "run_data", "zero", "readme", "publishing",
         "scaling")  # fmt: skip
 
 

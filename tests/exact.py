@@ -34,7 +34,7 @@ CASES = {
     "--validation_split 2",
     "sd3-full-lpl": "sd3 --use_lpl --use_ema --gradient_accumulation_steps 2 --lpl_norm_type batch",
     "sd3-full": "sd3 --weighting_scheme cosmap --timestep_shift auto --aspect_ratio_buckets auto",
-    "sd3-lora-lpl": "sd3 --use_lpl --use_lora --lora_blocks 0,2 --lpl_norm_type default --lpl_t_threshold 400 "
+    "sd3-lora-lpl": "sd3 --use_lpl --use_lora --lora_blocks 0,1 --lpl_norm_type default --lpl_t_threshold 400 "
     "--gradient_checkpointing --validation_split 2 --validation_steps 2 --dataloader_num_workers 1",
     "sd3-lora-text": "sd3 --use_lpl --use_lora --train_text_encoder --proportion_empty_prompts 0.5 --use_8bit_adam "
     "--weighting_scheme mode --precondition_outputs 1",

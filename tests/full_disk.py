@@ -8,8 +8,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import input_utils
-from cli_utils import errors_for_people
+from lpl_finetuning.data import scan
+from lpl_finetuning.errors import errors_for_people
 
 
 def full(*args):
@@ -23,4 +23,4 @@ if __name__ == "__main__":
     script.save_result = full
     with errors_for_people(debug=False):
         args = script.parse_args(words)
-        script.main(args, *input_utils.find_images(args))
+        script.main(args, *scan.find_images(args))

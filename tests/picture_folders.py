@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from image_utils import DataError
-from scan_utils import scan_folder
+from lpl_finetuning.data.scan import scan_folder
+from lpl_finetuning.errors import DataError
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 ROW = {"file_name": "a.png", "text": "a"}

@@ -14,7 +14,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import input_utils
+from lpl_finetuning.data import scan
 
 
 def poisoned(denoise, calls):
@@ -35,4 +35,4 @@ if __name__ == "__main__":
     if os.environ["RANK"] == rank:
         script.denoise = poisoned(script.denoise, set(map(int, calls.split(","))))
     args = script.parse_args(words)
-    script.main(args, *input_utils.find_images(args))
+    script.main(args, *scan.find_images(args))

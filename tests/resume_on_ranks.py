@@ -14,9 +14,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import checkpoint_utils
-import resume_utils
-from cli_utils import UserError
+from lpl_finetuning import files
+from lpl_finetuning.errors import UserError
+from lpl_finetuning.training import checkpoints
 
 if __name__ == "__main__":
     root, identity, cases = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
@@ -27,14 +27,14 @@ if __name__ == "__main__":
         num_processes=world, process_index=rank, is_main_process=rank == 0, device=torch.device("cpu")
     )
     hashed, answers = [], {}
-    sha256_of = resume_utils.sha256_of
-    resume_utils.sha256_of = lambda path: hashed.append(Path(path).name) or sha256_of(path)
-    checkpoint_utils.sha256_of = resume_utils.sha256_of
+    sha256_of = files.sha256_of
+    files.sha256_of = lambda path: hashed.append(Path(path).name) or sha256_of(path)
+    checkpoints.sha256_of = files.sha256_of
     for case in cases:
         args = argparse.Namespace(resume_from_checkpoint="latest", output_dir=case, **identity)
         hashed.clear()
         try:
-            answer = checkpoint_utils.checkpoint_to_resume(args, accelerator)
+            answer = checkpoints.checkpoint_to_resume(args, accelerator)
         except UserError as error:
             answer = f"error: {error}"
         answers[case] = [answer and str(answer), sorted(set(hashed))]

@@ -11,7 +11,7 @@ import torch
 from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
-import input_utils
+from lpl_finetuning.data import scan
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -20,7 +20,7 @@ def run(script, *flags):
     """A script's main, in this process: the rows of its metrics file. script: the module."""
     AcceleratorState._reset_state(True)
     args = script.parse_args([str(flag) for flag in flags])
-    script.main(args, *input_utils.find_images(args))
+    script.main(args, *scan.find_images(args))
     path = Path(args.output_dir, args.logging_dir, "metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
 

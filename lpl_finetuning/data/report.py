@@ -1,0 +1,312 @@
+"""The report on the data of a run: what a scan found, in numbers, in remarks, and on one page of the terminal.
+
+What this file holds, in order:
+
+1. the report: a dictionary that `data_report.json` is written from;
+2. statistics of formats, sizes, captions and copies;
+3. remarks: sentences about what deserves a look;
+4. the page.
+
+Importing this file imports neither torch nor datasets. Sizes are (height, width) in pixels.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from lpl_finetuning.data.images import assign_buckets, lost_share
+from lpl_finetuning.data.samples import target_sizes
+from lpl_finetuning.data.scan import Scan
+from lpl_finetuning.data.tables import (
+    ROWS_AT_ONCE,
+    SEPARATOR,
+    CaptionedImage,
+    ImageTable,
+    contents_of,
+    select,
+    sizes_of,
+)
+from lpl_finetuning.errors import FIRST_NAMES, DataError, be, counted, first_names, shown
+
+
+def data_report(args, scan, held_out):
+    """The report on the data of a run, `data.report.build_report`."""
+    sizes = target_sizes(args) if args.aspect_ratio_buckets else None
+    return build_report(scan, held_out, args.resolution, sizes, args.train_batch_size)
+
+
+def check_strict(args, report):
+    """Under --strict, everything that the report on the data remarks upon is an error."""
+    if args.strict and report["remarks"]:
+        raise DataError("--strict: " + "\n  ".join(["the report on the data remarks:", *report["remarks"]]))
+
+
+def save_report(report, path):
+    """Write the report on the data as JSON."""
+    Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. The report
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_report(
+    scan: Scan,
+    held_out: Sequence[CaptionedImage],
+    resolution: int,
+    buckets: Sequence[tuple[int, int]] | None = None,
+    batch_size: int = 1,
+) -> dict[str, Any]:
+    """What is in the data, as numbers and names that JSON can hold.
+
+    Args:
+        scan: its images are those to train on.
+        held_out: images to validate with.
+        resolution: `--resolution`, the side of the square that images are cropped to without buckets.
+        buckets: sizes, of which each image goes to the one of the nearest aspect ratio.
+        batch_size: of a micro-batch; a bucket with fewer images is remarked upon.
+
+    Returns:
+        Among others "remarks": sentences about what deserves a look.
+    """
+    images, targets = scan.images, list(buckets or [(resolution, resolution)])
+    sizes = sizes_of(images)
+    report: dict[str, Any] = {
+        "source": scan.source,
+        "images": len(images),
+        "held_out": len(held_out),
+        "bad": [list(pair) for pair in scan.bad],
+        "missing": list(scan.missing),
+        "unlisted": scan.unlisted,
+        "repeated": scan.repeated,
+        "unused_captions": scan.unused_captions,
+        **_formats_and_notes(images),
+        "sizes": _size_statistics(sizes),
+        "captions": {**_caption_statistics(images), "default": scan.defaulted},
+        "duplicates": _duplicates(images),
+        "in_both": _in_both(images, held_out),
+    }
+    if len(images):
+        report |= _buckets(images, sizes, targets)
+        report["very_wide_or_tall"] = _named(images, sizes.max(axis=1) > 4 * sizes.min(axis=1))
+    report["batch_size"], report["bucketed"] = batch_size, buckets is not None
+    report["remarks"] = [*scan.warnings, *_remarks(report)]
+    return report
+
+
+def _buckets(
+    images: Sequence[CaptionedImage], sizes: np.ndarray, targets: Sequence[tuple[int, int]]
+) -> dict[str, Any]:
+    """How many images go to each target size, what they lose there, and which are smaller."""
+    chosen = assign_buckets(sizes, targets)
+    short = np.zeros(len(sizes), dtype=bool)
+    buckets = []
+    for number, target in enumerate(targets):
+        members = np.flatnonzero(chosen == number)
+        short[members] = (sizes[members] < np.array(target)).any(axis=1)
+        lost = float(lost_share(sizes[members], target).mean()) if len(members) else 0.0
+        buckets.append({"size": list(target), "images": len(members), "lost": round(lost, 4)})
+    return {"buckets": buckets, "below_resolution": _named(images, short)}
+
+
+def _named(images: Sequence[CaptionedImage], mask: np.ndarray) -> dict[str, Any]:
+    rows = np.flatnonzero(mask)
+    first = [shown(image.name) for image in select(images, rows[:FIRST_NAMES])]
+    return {"count": len(rows), "first": first}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Statistics
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _formats_and_notes(images: Sequence[CaptionedImage]) -> dict[str, Any]:
+    formats: Counter = Counter()
+    notes: dict[str, dict] = {}
+    if isinstance(images, ImageTable):  # a list knows nothing of these
+        for name, format_name, joined in images.columns("name, format, notes"):
+            formats[format_name] += 1
+            for note in joined.split(",") if joined else ():
+                found = notes.setdefault(note, {"count": 0, "first": []})
+                found["count"] += 1
+                if len(found["first"]) < FIRST_NAMES:
+                    found["first"].append(shown(name))
+    return {"formats": dict(formats.most_common()), "notes": dict(sorted(notes.items()))}
+
+
+def _size_statistics(sizes: np.ndarray) -> dict[str, list[float]]:
+    if not len(sizes):
+        return {}
+    columns = {"height": sizes[:, 0], "width": sizes[:, 1]}
+    columns["megapixels"] = sizes[:, 0].astype(np.float64) * sizes[:, 1] / 1e6
+    return {name: _spread(column) for name, column in columns.items()}
+
+
+def _spread(values: np.ndarray) -> list[float]:
+    return [round(float(value), 3) for value in (values.min(), np.median(values), values.max())]
+
+
+def _caption_statistics(images: Sequence[CaptionedImage]) -> dict[str, Any]:
+    if isinstance(images, ImageTable):
+        rows = (row[0].split(SEPARATOR) for row in images.columns("captions"))
+    else:
+        rows = (image.captions for image in images)
+    lengths, hashes, several = [np.empty(0, np.int32)], [np.empty(0, np.uint64)], 0
+    batch: list[str] = []
+
+    def flush() -> None:
+        lengths.append(np.array([len(text) for text in batch], dtype=np.int32))
+        keys = b"".join(hashlib.blake2b(text.encode(), digest_size=8).digest() for text in batch)
+        hashes.append(np.frombuffer(keys, dtype=np.uint64))
+        batch.clear()
+
+    for captions in rows:
+        several += len(captions) > 1
+        batch += captions
+        if len(batch) >= ROWS_AT_ONCE:
+            flush()
+    flush()
+    characters = np.concatenate(lengths)
+    return {
+        "count": len(characters),
+        "different": len(np.unique(np.concatenate(hashes))),
+        "images_with_several": several,
+        "empty": int((characters == 0).sum()),
+        "length": _spread(characters) if len(characters) else [],
+    }
+
+
+def _duplicates(images: Sequence[CaptionedImage]) -> dict[str, Any]:
+    """Groups of images with the same bytes under different names."""
+    contents = contents_of(images)
+    order = np.argsort(contents, kind="stable")
+    same = contents[order[1:]] == contents[order[:-1]]
+    groups, first, group = 0, [], []
+    extra = 0
+
+    def close() -> None:
+        nonlocal groups, extra, group
+        names = sorted({image.name for image in select(images, np.array(group))})
+        if len(names) > 1:
+            groups, extra = groups + 1, extra + len(names) - 1
+            if len(first) < FIRST_NAMES:
+                first.append([shown(name) for name in names[:FIRST_NAMES]])
+        group = []
+
+    for place in np.flatnonzero(same):
+        if group and group[-1] != order[place]:  # another run of equal neighbours
+            close()
+        if not group:
+            group.append(int(order[place]))
+        group.append(int(order[place + 1]))
+    if group:
+        close()
+    return {"groups": groups, "copies": extra, "first": sorted(first)}
+
+
+def _in_both(images: Sequence[CaptionedImage], held_out: Sequence[CaptionedImage]) -> dict[str, Any]:
+    """Images to validate with that are trained on too."""
+    if not len(held_out) or not len(images):
+        return {"count": 0, "first": []}
+    return _named(held_out, np.isin(contents_of(held_out), contents_of(images)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Remarks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _remarks(report: dict[str, Any]) -> list[str]:
+    nothing = {"count": 0, "first": []}
+    remarks = [
+        *_remark(report["notes"].get("animated", nothing), "is animated; the first frame is used",
+                 "are animated; the first frame is used"),
+        *_remark_on_copies(report["duplicates"]),
+        *_remark(report["in_both"], "to validate with is trained on too", "to validate with are trained on too"),
+        *_remark(report.get("below_resolution", nothing), "is enlarged to reach its size",
+                 "are enlarged to reach their size"),
+        *_remark(report.get("very_wide_or_tall", nothing), "is wider or taller than 4:1",
+                 "are wider or taller than 4:1"),
+    ]  # fmt: skip
+    if report["bucketed"]:
+        for bucket in report.get("buckets", ()):
+            if 0 < bucket["images"] < report["batch_size"]:
+                height, width = bucket["size"]
+                held, batch = counted(bucket["images"], "image"), f"a batch of {report['batch_size']}"
+                remarks.append(f"The bucket of {height} x {width} px holds {held}, fewer than {batch}.")
+    return remarks
+
+
+def _remark(found: dict[str, Any], one: str, many: str) -> list[str]:
+    if not found["count"]:
+        return []
+    names = first_names(found["first"], total=found["count"])
+    return [f"{counted(found['count'], 'image')} {one if found['count'] == 1 else many}: {names}."]
+
+
+def _remark_on_copies(found: dict[str, Any]) -> list[str]:
+    if not found["groups"]:
+        return []
+    names = "; ".join(" = ".join(group) for group in found["first"])
+    are_copies = "is a copy of another" if found["copies"] == 1 else "are copies of others"
+    return [f"{counted(found['copies'], 'image')} {are_copies}: {names}."]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The page
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def report_lines(report: dict[str, Any]) -> list[str]:
+    """The report as one page for the terminal: at most 40 lines."""
+    rows = [("captions from", report["source"]), ("images", f"{report['images']}, held out: {report['held_out']}")]
+    if report["formats"]:
+        rows.append(("formats", ", ".join(f"{name or '?'} {count}" for name, count in report["formats"].items())))
+    if report["notes"]:
+        rows.append(("notes", ", ".join(f"{name} {found['count']}" for name, found in report["notes"].items())))
+    for name, values in report["sizes"].items():
+        unit = "" if name == "megapixels" else " px"
+        rows.append((name, f"{values[0]:g} to {values[2]:g}{unit}, median {values[1]:g}"))
+    captions = report["captions"]
+    rows.append(("captions", f"{captions['count']}, {captions['different']} different"))
+    if captions["images_with_several"]:
+        several = captions["images_with_several"]
+        have = "has" if several == 1 else "have"
+        rows[-1] = ("captions", f"{rows[-1][1]}, {counted(several, 'image')} {have} several")
+    if captions["default"]:
+        rows.append(("", f"{captions['default']} {be(captions['default'])} the default caption"))
+    if captions["length"]:
+        low, middle, high = captions["length"]
+        rows.append(("length", f"{low:g} to {high:g} characters, median {middle:g}"))
+    skipped = len(report["bad"]) + len(report["missing"])
+    if skipped:
+        rows.append(("left out", f"{counted(skipped, 'image')}, see the remarks"))
+    lines = [f"{name:<14}{value}" for name, value in rows]
+    lines += _bucket_lines(report)
+    room = 40 - len(lines) - 1
+    for remark in report["remarks"][:room]:
+        lines.append(f"! {remark}")
+    if len(report["remarks"]) > room:
+        lines.append(f"! and {len(report['remarks']) - room} more remarks")
+    return lines
+
+
+def _bucket_lines(report: dict[str, Any]) -> list[str]:
+    filled = sorted((b for b in report.get("buckets", ()) if b["images"]), key=lambda bucket: -bucket["images"])
+    if not filled:
+        return []
+    lines = [f"{'size (h x w)':<14}{'images':>8}  {'cropped':>7}"]
+    for bucket in filled[:12]:
+        height, width = bucket["size"]
+        bar = "#" * max(1, round(30 * bucket["images"] / filled[0]["images"]))
+        lines.append(f"{f'{height} x {width}':<14}{bucket['images']:>8}  {bucket['lost']:>7.1%}  {bar}")
+    if len(filled) > 12:
+        rest = sum(bucket["images"] for bucket in filled[12:])
+        lines.append(f"{f'{len(filled) - 12} more':<14}{rest:>8}")
+    return lines

@@ -1,0 +1,569 @@
+"""Captioned images, and the SQLite files that hold them and what is known about them.
+
+What this file holds, in order:
+
+1. captioned images: a name, captions, and where the bytes are;
+2. tables of them on the disk, which take no memory at a million rows;
+3. choosing among images: selections of rows, and the images held out for validation;
+4. facts: what earlier scans learnt about files, so that unchanged ones are not read again;
+5. words that messages about images are made of.
+
+Two kinds of SQLite files lie in `<cache folder>/lpl/scans`. `images-<digest>.sqlite` is a table that a run trains on:
+it is named by its rows and never changes, and is removed when nobody has opened it for a month.
+`files-<digest>.sqlite` has the facts about one folder or data set: it may be deleted at any time, and the images are
+read again then.
+
+Importing this file imports neither torch nor datasets. Sizes are (height, width) in pixels; N counts images.
+"""
+
+import contextlib
+import hashlib
+import operator
+import os
+import sqlite3
+import tempfile
+import time
+import uuid
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import PIL
+from filelock import FileLock
+
+from lpl_finetuning.errors import DataError, because, counted, shown
+
+SEPARATOR = "\0"  # between the captions of one image in a table; sorts before every character, and is in none
+ROWS_AT_ONCE = 1000
+COMMIT_SECONDS = 2.0  # what is lost at most when a scan is killed
+OLD_SECONDS = 30 * 24 * 3600  # a table that was not opened for so long is removed
+
+Result = TypeVar("Result")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Captioned images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class DatasetImage:
+    """The image in one row of a `datasets.Dataset` whose only column holds undecoded images."""
+
+    dataset: Any
+    index: int
+    column: str
+
+    def read_bytes(self) -> bytes:
+        """The bytes of the image file, as they were uploaded.
+
+        Raises:
+            DataError: there is no image in this row, or its file can't be read.
+        """
+        cell = self.dataset[self.index][self.column]
+        if cell is None or (cell["bytes"] is None and not cell["path"]):
+            raise DataError(f"{self}: there is no image in this row. Remove the row from the data set.")
+        if cell["bytes"] is not None:
+            return cell["bytes"]
+        return read_bytes(Path(cell["path"]))
+
+    def __str__(self) -> str:
+        return f"row {self.index} (column {self.column!r}) of the data set"
+
+
+@dataclass(frozen=True)
+class CaptionedImage:
+    """An image with its captions.
+
+    `name` is unique enough to sort by and to show: of a file its path relative to the folder, with `/`. `content` is
+    the sha256 of the image file, hex. `size` is upright. Of a `file` that is a tar, the image is the `length` bytes
+    from `offset`.
+    """
+
+    name: str
+    captions: tuple[str, ...]
+    content: str
+    size: tuple[int, int]
+    file: Path | DatasetImage
+    offset: int = 0
+    length: int | None = None
+
+    @property
+    def caption(self) -> str:
+        """The first of the captions."""
+        return self.captions[0]
+
+    @property
+    def place(self) -> str:
+        """Where the image is, for messages."""
+        if self.length is None:
+            return shown(str(self.file))
+        return f"{shown(str(self.file))} (member {shown(self.name.split(f'{self.file.name}/', 1)[-1])})"
+
+    def read_bytes(self) -> bytes:
+        """The bytes of the image file, undecoded, and sure to be those that were scanned.
+
+        Raises:
+            DataError: the file has vanished or changed, or can't be read.
+        """
+        if isinstance(self.file, Path):
+            data = read_bytes(self.file, self.offset, self.length)
+        else:
+            data = self.file.read_bytes()
+        if hashlib.sha256(data).hexdigest() != self.content:
+            raise DataError(f"{self.place}: the file has changed since it was scanned. Start again with the new file.")
+        return data
+
+
+def read_bytes(path: Path, offset: int = 0, length: int | None = None) -> bytes:
+    """A file, or `length` bytes of it from `offset`.
+
+    Raises:
+        DataError: it can't be read.
+    """
+    try:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return file.read(-1 if length is None else length)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{shown(str(path))}: can't be read: {because(error)}.") from error
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Tables
+# ---------------------------------------------------------------------------------------------------------------------
+
+TABLE_LAYOUT = (
+    "CREATE TABLE images (row INTEGER PRIMARY KEY, name TEXT, captions TEXT, content TEXT, height INTEGER, "
+    "width INTEGER, path TEXT, offset INTEGER, length INTEGER, format TEXT, notes TEXT)"
+)
+_OF_AN_IMAGE = "name, captions, content, height, width, path, offset, length"
+_COLUMNS = f"{_OF_AN_IMAGE}, format, notes"  # only the report asks for the last two
+
+
+class ImageTable(Sequence[CaptionedImage]):
+    """Captioned images in an immutable SQLite file, sorted by (name, captions), or a selection of them.
+
+    Rows are read when they are asked for, so memory does not grow with their number. Each process opens a connection
+    of its own: the table may be handed to DataLoader workers, forked or spawned.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike,
+        root: str | os.PathLike = "",
+        dataset: Any = None,
+        column: str = "",
+        rows: np.ndarray | None = None,
+    ):
+        """
+        Args:
+            path: of the SQLite file.
+            root: the folder that the files' paths are relative to.
+            dataset: `datasets.Dataset` that the images are in, if they are not files.
+            column: its only column, of undecoded images.
+            rows: which rows of the file, int64 (N,), each 0 <= row < the number of rows; all if None.
+
+        Raises:
+            DataError: the file is missing or damaged.
+        """
+        self.path, self.root, self._dataset, self._column = Path(path), Path(root), dataset, column
+        self._pid, self._connection = -1, None
+        try:
+            (self._total,) = self._execute("SELECT count FROM header").fetchone()
+            (last,) = self._execute("SELECT max(row) FROM images").fetchone()
+        except (sqlite3.Error, TypeError) as error:
+            raise DataError(f"{self.path}: not a table of images ({error}). Start again to have it made.") from error
+        if last != self._total - 1:
+            raise DataError(f"{self.path}: the table of images is incomplete. Delete it, and start again.")
+        self._rows = None if rows is None else self._checked(rows)
+
+    def _checked(self, rows: np.ndarray) -> np.ndarray:
+        rows = np.asarray(rows, dtype=np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= self._total):
+            raise IndexError(f"Rows must be at least 0 and less than {self._total}.")
+        return rows
+
+    def _execute(self, query: str, values: Sequence = ()) -> sqlite3.Cursor:
+        if self._pid != os.getpid():  # first use, or a forked worker: its parent's connection is not to be shared
+            address = f"{self.path.resolve().as_uri()}?mode=ro&immutable=1"
+            try:
+                self._connection = sqlite3.connect(address, uri=True, check_same_thread=False)
+            except sqlite3.Error as error:
+                raise DataError(f"{self.path}: can't be opened ({error}). Start again to have it made.") from error
+            with contextlib.suppress(OSError):
+                os.utime(self.path)  # in use: see `_remove_old`
+            self._connection.execute("PRAGMA cache_size = -1024")  # KiB
+            self._pid = os.getpid()
+        return self._connection.execute(query, values)
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_pid": -1, "_connection": None}  # an open file can't go to a spawned worker
+
+    def __len__(self) -> int:
+        return self._total if self._rows is None else len(self._rows)
+
+    def __getitem__(self, index):
+        """The image at an index; for a slice the table of its rows."""
+        if isinstance(index, slice):
+            return self.select(np.arange(*index.indices(len(self)), dtype=np.int64))
+        index, length = operator.index(index), len(self)
+        if not -length <= index < length:
+            raise IndexError(f"There is no image {index} among {length}.")
+        row = index % length if self._rows is None else int(self._rows[index])
+        return self._image(self._execute(f"SELECT {_OF_AN_IMAGE} FROM images WHERE row = ?", (row,)).fetchone())
+
+    def _image(self, row: tuple) -> CaptionedImage:
+        name, captions, content, height, width, path, offset, length = row
+        if self._dataset is None:
+            file = self.root / path
+        else:
+            file, offset = DatasetImage(self._dataset, offset, self._column), 0
+        return CaptionedImage(name, tuple(captions.split(SEPARATOR)), content, (height, width), file, offset, length)
+
+    def __iter__(self) -> Iterator[CaptionedImage]:
+        return map(self._image, self.columns(_OF_AN_IMAGE))
+
+    def select(self, rows: np.ndarray) -> "ImageTable":
+        """The images at these indices of this table, integers (M,), in their order. The file is shared.
+
+        Raises:
+            IndexError: an index below 0 or beyond the table.
+        """
+        rows = np.asarray(rows, dtype=np.int64)
+        if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
+            raise IndexError(f"Indices must be at least 0 and less than {len(self)}.")
+        rows = rows if self._rows is None else self._rows[rows]
+        return ImageTable(self.path, self.root, self._dataset, self._column, rows)
+
+    def columns(self, names: str) -> Iterator[tuple]:
+        """Rows of columns ("name, format"), in the order of this table, a few at a time."""
+        for start in range(0, len(self), ROWS_AT_ONCE):
+            if self._rows is None:
+                where = "row >= ? AND row < ? ORDER BY row"
+                yield from self._execute(f"SELECT {names} FROM images WHERE {where}", (start, start + ROWS_AT_ONCE))
+                continue
+            rows = self._rows[start : start + ROWS_AT_ONCE].tolist()
+            where = f"row IN ({','.join(map(str, rows))})"
+            found = {row[0]: row[1:] for row in self._execute(f"SELECT row, {names} FROM images WHERE {where}")}
+            yield from (found[row] for row in rows)
+
+    def sizes(self) -> np.ndarray:
+        """int32 (N, 2), (height, width)."""
+        return np.fromiter(self.columns("height, width"), dtype=(np.int32, 2), count=len(self))
+
+    def contents(self) -> np.ndarray:
+        """sha256 of each image file, hex, 'S64' (N,)."""
+        return np.fromiter((row[0].encode() for row in self.columns("content")), dtype="S64", count=len(self))
+
+    def __repr__(self) -> str:
+        return f"ImageTable({str(self.path)!r}, {len(self)} images)"
+
+
+def store_table(
+    facts: "Facts", query: str, root: Path | None = None, dataset: Any = None, column: str = ""
+) -> ImageTable:
+    """The table of the rows of a query, written unless a scan has written the same one. Old tables are removed.
+
+    Args:
+        facts: the database that the query asks; the table lies in the same folder.
+        query: for the columns name, captions, content, height, width, path, offset, length, format and notes.
+        root, dataset, column: see `ImageTable`.
+    """
+    db = facts.db
+    db.execute(TABLE_LAYOUT.replace("TABLE images", "TEMP TABLE final"))
+    number = "row_number() OVER (ORDER BY name, captions, offset) - 1"
+    db.execute(f"INSERT INTO final SELECT {number}, {_COLUMNS} FROM ({query})")
+    state, total = hashlib.sha256(), 0
+    for row in db.execute("SELECT * FROM final ORDER BY row"):
+        state.update(repr(row).encode("utf-8", "surrogatepass"))
+        total += 1
+    path = facts.folder / f"images-{state.hexdigest()[:32]}.sqlite"
+    try:
+        table = ImageTable(path, os.path.abspath(root) if root else "", dataset, column)
+    except DataError:  # not there, or damaged
+        _write_table(db, path, total)
+        table = ImageTable(path, os.path.abspath(root) if root else "", dataset, column)
+    _remove_old(facts.folder, path)
+    return table
+
+
+def _write_table(db: sqlite3.Connection, path: Path, total: int) -> None:
+    """Write the temporary table `final` into a file of its own, whole or not at all."""
+    temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
+    try:
+        db.execute("ATTACH ? AS made", (str(temporary),))
+        try:
+            db.execute("PRAGMA made.journal_mode = OFF")
+            db.execute("PRAGMA made.synchronous = FULL")
+            db.execute("BEGIN")
+            db.execute(TABLE_LAYOUT.replace("TABLE images", "TABLE made.images"))
+            db.execute("INSERT INTO made.images SELECT * FROM final ORDER BY row")
+            db.execute("CREATE TABLE made.header (count INTEGER)")
+            db.execute("INSERT INTO made.header VALUES (?)", (total,))
+            db.execute("COMMIT")
+        except BaseException:
+            if db.in_transaction:
+                db.execute("ROLLBACK")
+            raise
+        finally:
+            db.execute("DETACH made")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _remove_old(scans: Path, used: Path) -> None:
+    """Remove the tables that nobody has opened for long, and what killed scans left.
+
+    A process that has one open can go on reading it. The time of a file is that of its last opening or, where the disk
+    keeps it, its last reading.
+    """
+    limit = time.time() - OLD_SECONDS
+    for path in (*scans.glob("images-*.sqlite"), *scans.glob(".tmp-*")):
+        with contextlib.suppress(OSError):  # another scan was faster, or it belongs to somebody else
+            status = path.stat()
+            if path != used and max(status.st_atime, status.st_mtime) < limit:
+                path.unlink()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. Choosing among images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def sizes_of(images: Sequence[CaptionedImage]) -> np.ndarray:
+    """int32 (N, 2), (height, width), of a table or of any other sequence."""
+    if isinstance(images, ImageTable):
+        return images.sizes()
+    return np.array([image.size for image in images], dtype=np.int32).reshape(-1, 2)
+
+
+def contents_of(images: Sequence[CaptionedImage]) -> np.ndarray:
+    """sha256 of each image file, hex, 'S64' (N,), of a table or of any other sequence."""
+    if isinstance(images, ImageTable):
+        return images.contents()
+    return np.array([image.content.encode() for image in images], dtype="S64")
+
+
+def select(images: Sequence[CaptionedImage], rows: np.ndarray) -> Sequence[CaptionedImage]:
+    """The images at these indices, integers (M,): a view of a table, a list of anything else."""
+    return images.select(rows) if isinstance(images, ImageTable) else [images[int(row)] for row in rows]
+
+
+def hold_out(
+    images: Sequence[CaptionedImage], amount: float
+) -> tuple[Sequence[CaptionedImage], Sequence[CaptionedImage]]:
+    """(training images, held-out images): which are held out follows from their content alone.
+
+    Adding pictures to a folder later moves few of the others, and copies of one picture are never on both sides.
+
+    Args:
+        images: all images, a table or a list.
+        amount: a share of them if below 1, else their number.
+
+    Returns:
+        Two selections, in the order of the images.
+
+    Raises:
+        DataError: nothing would be left on one of the two sides.
+    """
+    ranks = np.array([hashlib.sha256(content).hexdigest().encode() for content in contents_of(images)], dtype="S64")
+    count = round(amount if amount >= 1 else amount * len(images))
+    limit = np.sort(ranks)[count - 1] if 0 < count <= len(images) else b""
+    held_out, training = np.flatnonzero(ranks <= limit), np.flatnonzero(ranks > limit)
+    if not len(held_out) or not len(training):
+        raise DataError(
+            f"--validation_split {amount:g} of {counted(len(images), 'image')} leaves {len(training)} to train on and "
+            f"{len(held_out)} to validate with; both must be at least 1."
+        )
+    return select(images, training), select(images, held_out)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Facts
+# ---------------------------------------------------------------------------------------------------------------------
+
+_FACTS_LAYOUT = (  # of images, caption files, shards and their members; each with size and time of the file
+    "CREATE TABLE facts (path TEXT, offset INTEGER, size INTEGER, mtime_ns INTEGER, content TEXT, format TEXT, "
+    "height INTEGER, width INTEGER, notes TEXT, error TEXT, PRIMARY KEY (path, offset)) WITHOUT ROWID",
+    "CREATE TABLE texts (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, text TEXT) WITHOUT ROWID",
+    "CREATE TABLE tars (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, remarks TEXT) WITHOUT ROWID",
+    "CREATE TABLE members (path TEXT, offset INTEGER, length INTEGER, name TEXT, caption_name TEXT, text TEXT, "
+    "is_json INTEGER, PRIMARY KEY (path, offset)) WITHOUT ROWID",
+)
+# Another layout or other names, or another Pillow with other verdicts, and everything is read anew.
+FACTS_VERSION = int(hashlib.sha256(f"2 {PIL.__version__} {_FACTS_LAYOUT}".encode()).hexdigest()[:7], 16)
+
+
+class Facts:
+    """What is known about one folder or data set, in a SQLite file that any number of processes share.
+
+    `db` is its connection, in which a scan also has temporary tables of its own. Statements commit at once unless they
+    are between BEGIN and COMMIT.
+    """
+
+    def __init__(self, path: Path):
+        self.folder, self.lock = path.parent, FileLock(f"{path}.lock")
+        with self.lock:
+            self.db = sqlite3.connect(path, timeout=600, isolation_level=None)
+            try:
+                self._prepare()
+            except BaseException:
+                self.db.close()
+                raise
+
+    def _prepare(self) -> None:
+        self.db.execute("PRAGMA cache_size = -8192")  # KiB
+        self.db.execute("PRAGMA temp.cache_size = -8192")
+        self.db.execute("PRAGMA synchronous = NORMAL")
+        if self.db.execute("PRAGMA user_version").fetchone()[0] == FACTS_VERSION:
+            return
+        self.db.execute("BEGIN IMMEDIATE")
+        for (name,) in self.db.execute("SELECT name FROM sqlite_master WHERE type = 'table'").fetchall():
+            self.db.execute(f'DROP TABLE "{name}"')
+        for statement in _FACTS_LAYOUT:
+            self.db.execute(statement)
+        self.db.execute(f"PRAGMA user_version = {FACTS_VERSION}")
+        self.db.execute("COMMIT")
+
+    def close(self) -> None:
+        """Close the connection."""
+        self.db.close()
+
+    def insert(self, query: str, rows: Iterable[tuple]) -> None:
+        """Many rows in one transaction; nothing is held in memory."""
+        self.db.execute("BEGIN")
+        try:
+            self.db.executemany(query, rows)
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
+
+    def update(
+        self, query: str, learn: Callable[[tuple], Any], store: Callable[[tuple, Any], Any], progress: str = ""
+    ) -> None:
+        """Learn what is unknown: `learn(row)` for each row of a query, in threads, then `store(row, what was learnt)`.
+
+        When nothing is unknown, nothing is locked. Otherwise one process works and the others wait, and find it done.
+        What was learnt is committed every few seconds, and when an error or Ctrl-C ends the work. `progress` names a
+        progress bar.
+        """
+        if self.db.execute(f"SELECT 1 FROM ({query}) LIMIT 1").fetchone() is None:
+            return
+        with self.lock:
+            # A table of its own: the query reads what the update writes.
+            self.db.execute("DROP TABLE IF EXISTS temp.todo")
+            self.db.execute(f"CREATE TEMP TABLE todo AS {query}")
+            (total,) = self.db.execute("SELECT count(*) FROM todo").fetchone()
+            self.db.execute("BEGIN IMMEDIATE")
+            last = time.monotonic()
+            try:
+                for row, learnt in _with_progress(_in_threads(learn, self._todo()), total, progress):
+                    store(row, learnt)
+                    if time.monotonic() - last > COMMIT_SECONDS:
+                        self.db.execute("COMMIT")
+                        self.db.execute("BEGIN IMMEDIATE")
+                        last = time.monotonic()
+            finally:
+                if self.db.in_transaction:
+                    self.db.execute("COMMIT")
+
+    def _todo(self) -> Iterator[tuple]:
+        last, query = 0, f"SELECT rowid, * FROM todo WHERE rowid > ? LIMIT {ROWS_AT_ONCE}"
+        while rows := self.db.execute(query, (last,)).fetchall():
+            yield from (row[1:] for row in rows)
+            last = rows[-1][0]
+
+    def forget(self, table: str, known: str) -> None:
+        """Delete the rows of a table whose paths a query does not give."""
+        gone = f"FROM {table} WHERE path NOT IN ({known})"
+        if self.db.execute(f"SELECT 1 {gone} LIMIT 1").fetchone():
+            with self.lock:
+                self.db.execute(f"DELETE {gone}")
+
+
+def _in_threads(work: Callable[[tuple], Any], items: Iterable[tuple]) -> Iterator[tuple[tuple, Any]]:
+    """(item, work(item)) in the items' order; only a few are taken ahead."""
+    threads = os.cpu_count() or 1
+    pending: deque = deque()
+    with ThreadPoolExecutor(threads) as pool:
+        try:
+            for item in items:
+                pending.append((item, pool.submit(work, item)))
+                if len(pending) > 4 * threads:
+                    done, future = pending.popleft()
+                    yield done, future.result()
+            while pending:
+                done, future = pending.popleft()
+                yield done, future.result()
+        finally:
+            for _, future in pending:
+                future.cancel()
+
+
+def _with_progress(items: Iterable, total: int, progress: str) -> Iterable:
+    if not progress:
+        return items
+    from tqdm import tqdm
+
+    return tqdm(items, progress, total, unit=" images", delay=1, leave=False)
+
+
+def _scans_folder(cache_dir: str | os.PathLike | None) -> tuple[Path, list[str]]:
+    """The folder of the SQLite files, and a warning where it is a temporary one."""
+    root = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    folder = root / "lpl" / "scans"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder, []
+    except OSError as error:
+        temporary = Path(tempfile.mkdtemp(prefix="lpl-scans-"))
+        return temporary, [
+            f"{folder} can't be written ({because(error)}); what is learnt about the images is kept in {temporary}, "
+            "and will be read again by the next run. Name another folder with --cache_dir."
+        ]
+
+
+def with_facts(cache_dir: str | os.PathLike | None, key: bytes, work: Callable[[Facts, list[str]], Result]) -> Result:
+    """`work(facts, warnings)` with the facts that are kept under a key; once more if they turn out to be damaged.
+
+    Args:
+        cache_dir: `--cache_dir`; the user's cache if None.
+        key: of the folder or data set.
+        work: its warnings are about the cache.
+
+    Raises:
+        DataError: the file of the facts can't be used.
+    """
+    scans, warnings = _scans_folder(cache_dir)
+    path = scans / f"files-{hashlib.sha256(key).hexdigest()[:32]}.sqlite"
+    for attempt in (1, 2):
+        try:
+            with contextlib.closing(Facts(path)) as facts:
+                return work(facts, [*warnings])
+        except (sqlite3.DatabaseError, OSError) as error:
+            # Damage is a DatabaseError itself; a full disk and the like are kinds of it.
+            if attempt == 2 or type(error) is not sqlite3.DatabaseError:
+                raise DataError(
+                    f"{path}: can't be used ({error}). Is the disk full? Name another folder with --cache_dir."
+                ) from error
+            warnings.append(f"{path} was damaged; it was removed, and the images are read anew.")
+            with FileLock(f"{path}.lock"):
+                _remove_damaged(path)
+    raise AssertionError("unreachable")
+
+
+def _remove_damaged(path: Path) -> None:
+    """Remove a damaged file, unless another rank has done so and made a new one."""
+    with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(sqlite3.connect(path)) as db:
+        if db.execute("PRAGMA quick_check(1)").fetchone() == ("ok",):
+            return
+    for suffix in ("", "-journal"):
+        Path(f"{path}{suffix}").unlink(missing_ok=True)

@@ -1,0 +1,122 @@
+"""Flags and recipe files, and errors for people: what runs before the slow imports.
+
+Nothing here imports torch, so that a wrong flag is answered at once.
+"""
+
+import contextlib
+import errno
+import logging
+import os
+import signal
+import sys
+import time
+import warnings
+from collections.abc import Sequence
+from typing import Any
+
+
+class UserError(ValueError):
+    """A mistake that the user can put right; its message names the flag or file, what was found and what to do."""
+
+
+def require(condition, message):
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+class OwnError(UserError):
+    """One that this rank alone may have; of the others, which all ranks have, the first tells."""
+
+
+@contextlib.contextmanager
+def errors_for_people(debug):
+    """Turn a UserError (or a data error) into one message and exit status 2, Ctrl-C into 130; `--debug` shows all."""
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except (UserError, DataError) as error:
+        if debug:
+            raise
+        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, OwnError):
+            print(f"error: {error}\n", end="", file=sys.stderr)  # one write, as other ranks may say theirs
+        else:
+            time.sleep(1)  # when one rank ends the launcher ends them all, and the first has to be heard
+        sys.exit(2)
+    except OSError as error:
+        if debug or error.errno is None:
+            raise
+        advice = {
+            errno.EACCES: "give one that you may use", errno.EPERM: "give one that you may use",
+            errno.ENOSPC: "free some space, or name another folder", errno.EDQUOT: "free some space",
+            errno.EFBIG: "files may not be that large here: name another folder",
+            errno.EROFS: "that disk is read-only: name another folder",
+        }.get(error.errno, "--debug shows where that was")  # fmt: skip
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; {advice}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("\nstopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def quiet_libraries(debug):
+    """Before the slow imports: only the libraries' errors are shown, so that ours can be read; Ctrl-C just ends."""
+    if debug:
+        return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `errors_for_people` sees to it again
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging  # the light part of transformers
+
+    transformers_logging.disable_progress_bar()
+
+
+class DataError(ValueError):
+    """A mistake in the user's data. The message names the flag or file, what was found there, and what to do."""
+
+
+FIRST_NAMES = 5  # of many, in a message
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Words
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def shown(name: str) -> str:
+    """A name as it can be printed: line breaks, bytes that are not UTF-8 and the like are escaped."""
+    return name if name.isprintable() else repr(name)[1:-1]
+
+
+def brief(value: Any) -> str:
+    """A value as Python writes it, cut where it is long."""
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "…"
+
+
+def because(error: Exception) -> str:
+    """What an error says, without its number and file."""
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def counted(number: int, unit: str) -> str:
+    """ "1 image", "2 images"."""
+    return f"{number} {unit}{'s' * (number != 1)}"
+
+
+def be(number: int) -> str:
+    """ "is" or "are"."""
+    return "is" if number == 1 else "are"
+
+
+def first_names(names: Sequence[str], total: int | None = None) -> str:
+    """The first few of many names; `total` where there are more than these."""
+    names, total = list(names[:FIRST_NAMES]), len(names) if total is None else total
+    return ", ".join(map(shown, names)) + (", …" if total > len(names) else "")

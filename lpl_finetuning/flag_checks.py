@@ -1,0 +1,313 @@
+"""Flags against their ranges and against each other: what needs neither a model nor the data."""
+
+import importlib.util
+import math
+import os
+from importlib import metadata
+from pathlib import Path
+
+from packaging.version import Version
+
+from lpl_finetuning.base_model import hub_like, read_json
+from lpl_finetuning.data.samples import target_sizes
+from lpl_finetuning.errors import require
+from lpl_finetuning.flags import PATHS, REPOSITORY
+
+POSITIVE = (
+    "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples",
+    "rank", "lora_alpha", "lr_num_cycles", "checkpointing_steps", "checkpointing_minutes",
+    "checkpoints_total_limit", "max_nonfinite_steps", "logging_steps",
+    "validation_steps", "validation_epochs", "validation_split", "max_validation_samples", "lpl_batch_size",
+    "lpl_threshold_resolution", "lpl_sigma_threshold", "tag_shuffles", "adam_epsilon",
+)  # fmt: skip
+NOT_NEGATIVE = (
+    "learning_rate", "text_encoder_lr", "lr_warmup_steps", "lr_power", "adam_weight_decay", "max_grad_norm", "seed",
+    "ema_update_after_step", "dataloader_num_workers", "num_validation_images", "lpl_start", "keep_tags",
+    "cache_variants",
+)  # fmt: skip
+AT_MOST = {  # beyond it is a slip of the finger, which would be noticed late
+    "max_train_steps": 10**9, "num_train_epochs": 10**9, "resolution": 16384, "dataloader_num_workers": 256,
+    "train_batch_size": 10**6, "gradient_accumulation_steps": 10**6, "rank": 10**4,
+}  # fmt: skip
+SHARES = ("proportion_empty_prompts", "lora_dropout", "ema_decay")
+LORA_ONLY = (
+    "rank", "lora_alpha", "lora_layers", "lora_dropout", "use_dora", "train_text_encoder", "init_lora",
+    "output_kohya_format", "bnb_quantization_config_path",
+)  # fmt: skip
+
+
+ENDLESS = ("max_grad_norm", "lpl_sigma_threshold")  # may be infinite: no clipping, no gate
+
+
+def check_flags(args):
+    """Ranges and contradictions of the shared flags."""
+    for name, value in vars(args).items():
+        require(not isinstance(value, float) or math.isfinite(value) or (value > 0 and name in ENDLESS),
+                f"--{name} is {value}; it must be a finite number")  # fmt: skip
+    for name, value in ((name, getattr(args, name)) for name in POSITIVE):
+        require(value is None or value > 0, f"--{name} is {value}; it must be above 0")
+    for name, value in ((name, getattr(args, name)) for name in NOT_NEGATIVE):
+        require(value is None or value >= 0, f"--{name} is {value}; it must be 0 or more")
+    for name, most in AT_MOST.items():
+        value = getattr(args, name)
+        require(value is None or value <= most, f"--{name} is {value}; it can be {most} at most")
+    for name, value in ((name, getattr(args, name)) for name in SHARES):
+        require(0 <= value <= 1, f"--{name} is {value}; it must lie between 0 and 1")
+    for name, why in {"lora_dropout": "nothing would be learnt", "ema_decay": "the average would never move"}.items():
+        require(getattr(args, name) < 1, f"--{name} is {getattr(args, name)}; it must be below 1, or {why}")
+    require(args.seed < 2**64, f"--seed is {args.seed}; it must be less than 2**64")
+    require(args.resolution > 0 and args.resolution % 8 == 0,
+            f"--resolution is {args.resolution}; it must be a multiple of 8, because the latents are 8 times smaller, "
+            f"e.g. {max(8, args.resolution // 8 * 8)}")  # fmt: skip
+    require(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: give the base model's "
+            "folder or Hub name, or leave the data out too for a demonstration")  # fmt: skip
+    exclude(args, "train_data_dir", "instance_data_dir")
+    args.train_data_dir, args.instance_data_dir = args.train_data_dir or args.instance_data_dir, None
+    require(args.train_data_dir or args.dataset_name, "no data: give --train_data_dir FOLDER or --dataset_name NAME")
+    exclude(args, "train_data_dir", "dataset_name")
+    exclude(args, "validation_split", "validation_data_dir")
+    for name in ("train_data_dir", "validation_data_dir"):
+        check_data_folder(name, getattr(args, name))
+    check_dataset_name(args)
+    require(not args.validation_compare or args.validation_prompt, "--validation_compare needs a --validation_prompt")
+    if args.num_validation_images == 0:
+        args.validation_prompt, args.validation_compare = None, False
+    check_data_flags(args)
+    check_output_dir(args)
+    check_launch(args)
+    check_lora_flags(args)
+    check_quantization(args)
+    check_optimizer_flags(args)
+    check_installed(args)
+    check_build(args)
+    check_lpl_flags(args)
+
+
+def check_data_folder(name, folder):
+    """A flag that names a folder of images."""
+    if folder is None:
+        return
+    kind = "a data set on the Hub is --dataset_name" if name == "train_data_dir" else "check the spelling"
+    require(Path(folder).exists(), f"--{name} {folder}: there is no such folder; {kind}")
+    require(Path(folder).is_dir(), f"--{name} {folder} is a file; name the folder that holds it, unpacked if it is "
+            "an archive other than tar")  # fmt: skip
+
+
+def check_dataset_name(args):
+    """--dataset_name: a folder, or a name that the Hub can have."""
+    name = args.dataset_name
+    require(name or not args.dataset_config_name, "--dataset_config_name does nothing without --dataset_name")
+    require(not name or Path(name).is_dir() or hub_like(name), f"--dataset_name {name}: there is no such folder, and "
+            "Hub names have the form owner/name; a folder of images is --train_data_dir")  # fmt: skip
+
+
+def check_output_dir(args):
+    """The output folder must not be this repository, nor hold what the run starts from; it can be written to."""
+    for name in ("output_dir", "cache_dir"):
+        if getattr(args, name):
+            folder = Path(getattr(args, name))
+            there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
+            require(there.is_dir(), f"--{name} {folder}: {there} is a file; name a folder")
+            require(os.access(there, os.W_OK | os.X_OK),
+                    f"--{name} {folder}: no permission to write in {there}; name another folder")  # fmt: skip
+    logs = Path(args.output_dir, args.logging_dir)
+    require(not logs.exists() or logs.is_dir(), f"--logging_dir {args.logging_dir}: {logs} is a file; name a folder")
+    output_dir = Path(args.output_dir).resolve()
+    for name in ("train_data_dir", "validation_data_dir"):
+        inside = getattr(args, name) and output_dir.is_relative_to(Path(getattr(args, name)).resolve())
+        require(not inside, f"--output_dir {args.output_dir} lies in --{name} {getattr(args, name)}: the run's own "
+                "pictures would be trained on; name a folder outside")  # fmt: skip
+    require(output_dir != REPOSITORY, f"--output_dir {args.output_dir} is this repository: name a folder of its own")
+    for name in (*PATHS[:4], "init_lora"):
+        value = getattr(args, name, None)
+        inside = value and Path(value).exists() and Path(value).resolve().is_relative_to(output_dir)
+        require(not inside, f"--{name} {value} lies in --output_dir {args.output_dir}, which the run will write to: "
+                "name another output folder")  # fmt: skip
+
+
+def wants(name):
+    """Whether accelerate's configuration asks for FSDP or DEEPSPEED."""
+    return os.environ.get(f"ACCELERATE_USE_{name}", "false").lower() == "true"
+
+
+def check_launch(args):
+    """What accelerate is configured for: a sharded run can't have every flag."""
+    if not wants("FSDP") and not wants("DEEPSPEED"):
+        return
+    by = "DeepSpeed" if wants("DEEPSPEED") else "FSDP"
+    require(not args.use_lora, f"--use_lora is not supported under {by}: a LoRA's own state is small; train it with "
+            "configs/ddp.yaml, a large model in 4 bits with --bnb_quantization_config_path")  # fmt: skip
+    require(args.optimizer == "adamw" and not args.use_8bit_adam,
+            f"{'--use_8bit_adam' if args.use_8bit_adam else f'--optimizer {args.optimizer}'} works on whole tensors; "
+            f"under {by} leave it out: AdamW's state is sharded anyway")  # fmt: skip
+    require(not args.torch_compile, f"--torch_compile is not supported under {by}: leave it out")
+    if wants("DEEPSPEED"):
+        check_deepspeed(args)
+
+
+DEEPSPEED = "0.19.8"  # skips a step whose gradients are not finite in float32 too; older ones were not tried
+
+
+def check_installed_deepspeed():
+    """That DeepSpeed is there, and new enough."""
+    require(importlib.util.find_spec("deepspeed"),
+            "accelerate is configured for DeepSpeed, which is not installed: pip install deepspeed")  # fmt: skip
+    found = metadata.version("deepspeed")
+    require(Version(found) >= Version(DEEPSPEED), f"DeepSpeed is {found}; it must be {DEEPSPEED} or newer, which "
+            "skips steps that are not finite: pip install -U deepspeed")  # fmt: skip
+
+
+def check_deepspeed(args):
+    """DeepSpeed as it is installed, and as accelerate's file sets it: what is a flag here is not to be set there."""
+    check_installed_deepspeed()
+
+    def setting(name, default="none"):
+        return os.environ.get(f"ACCELERATE_{name}".upper(), default)
+
+    require((args.mixed_precision or setting("mixed_precision")) != "fp16",
+            "--mixed_precision fp16 is not supported under DeepSpeed; use bf16")  # fmt: skip
+    stage, file = setting("deepspeed_zero_stage", "2"), setting("deepspeed_config_file")
+    require(file == "none", f"deepspeed_config_file {file} is not supported: give zero_stage in accelerate's own "
+            "file, as configs/zero2.yaml does")  # fmt: skip
+    require(stage in ("2", "3"), f"zero_stage is {stage}; it must be 2 or 3, as in configs/zero2.yaml and "
+            "configs/zero3.yaml; what fits on every GPU is for configs/ddp.yaml")  # fmt: skip
+    for name in ("offload_optimizer_device", "offload_param_device"):
+        device = setting(f"deepspeed_{name}")
+        require(device == "none", f"{name} {device} is not supported: set it to none; more GPUs make every part "
+                "smaller")  # fmt: skip
+    for name, flag in {"gradient_accumulation_steps": "gradient_accumulation_steps",
+                       "gradient_clipping": "max_grad_norm"}.items():  # fmt: skip
+        value, ours = setting(name, ""), getattr(args, flag)
+        require(value in ("", str(ours), f"{ours:g}"),
+                f"{name} is {value} in accelerate's file, and --{flag} {ours:g}: leave it out there")  # fmt: skip
+
+
+def exclude(args, *names):
+    """Refuse more than one of these flags."""
+    given = [f"--{name}" for name in names if getattr(args, name)]
+    require(len(given) < 2, f"{' and '.join(given)} exclude each other: give one")
+
+
+def check_lora_flags(args):
+    """Flags that make no sense without --use_lora, or together."""
+    require(not (args.single_file and args.use_lora),
+            "--single_file is for whole models; a LoRA for other programs is --output_kohya_format")  # fmt: skip
+    for name in LORA_ONLY:
+        require(args.use_lora or not getattr(args, name), f"--{name} does nothing without --use_lora")
+    for name in ("rank", "lora_alpha", "lora_layers", "use_dora"):
+        require(not (args.init_lora and getattr(args, name)), f"--init_lora brings its own --{name}: leave that out")
+    require(not (args.use_dora and args.output_kohya_format),
+            "--use_dora and --output_kohya_format exclude each other: kohya's format can't hold DoRA; "
+            "leave one out")  # fmt: skip
+    require(args.text_encoder_lr is None or args.train_text_encoder,
+            "--text_encoder_lr does nothing without --train_text_encoder")  # fmt: skip
+
+
+def check_quantization(args):
+    """The file of --bnb_quantization_config_path: it must be there and say what it wants."""
+    path = args.bnb_quantization_config_path
+    if not path:
+        return
+    flag = f"--bnb_quantization_config_path {path}"
+    require(Path(path).is_file(), f"{flag}: there is no such file; write a JSON file of a BitsAndBytesConfig")
+    content = read_json(path)
+    example = '{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"} or {"load_in_8bit": true}'
+    require(isinstance(content, dict), f"{flag}: found {type(content).__name__}; expected {example}")
+    bits = [bool(content.get(name)) for name in ("load_in_4bit", "load_in_8bit")]
+    require(sum(bits) == 1, f"{flag}: it sets {'both' if all(bits) else 'neither'} of load_in_4bit and load_in_8bit; "
+            f"expected {example}")  # fmt: skip
+    kind = content.get("bnb_4bit_quant_type", "fp4")
+    require(kind in ("fp4", "nf4"), f"{flag}: bnb_4bit_quant_type is {kind!r}; it must be nf4 or fp4")
+    known = {"quant_method", "_load_in_4bit", "_load_in_8bit", "load_in_4bit", "load_in_8bit"}
+    wrong = [name for name in content if name not in known and not name.startswith(("bnb_4bit_", "llm_int8_"))]
+    require(not wrong, f"{flag}: unknown {', '.join(wrong)}; expected {example}")
+
+
+def check_optimizer_flags(args):
+    """Contradictions among the optimizers' and EMA's flags."""
+    require(args.optimizer == "adamw" or not args.use_8bit_adam,
+            f"--use_8bit_adam and --optimizer {args.optimizer} exclude each other: leave one out")  # fmt: skip
+    require(args.optimizer != "prodigy" or args.text_encoder_lr in (None, args.learning_rate),
+            "--optimizer prodigy has one step size for all: leave --text_encoder_lr out")  # fmt: skip
+    for name in ("adam_beta1", "adam_beta2"):
+        require(0 <= getattr(args, name) < 1, f"--{name} is {getattr(args, name)}; it must be at least 0 and below 1")
+    require(args.lr_scheduler != "polynomial" or args.learning_rate > 1e-7,
+            "--lr_scheduler polynomial ends at 1e-7: --learning_rate must be above that")  # fmt: skip
+    require(args.optimizer != "prodigy" or args.learning_rate > 0, "--optimizer prodigy needs --learning_rate above 0")
+    for name, default in {"offload_ema": False, "foreach_ema": False, "ema_update_after_step": 0,
+                          "ema_decay": 0.9999}.items():  # fmt: skip
+        require(args.use_ema or getattr(args, name) == default, f"--{name} does nothing without --use_ema")
+
+
+def check_installed(args):
+    """Libraries that a flag needs and requirements.txt does not bring."""
+    needed = {
+        "--enable_xformers_memory_efficient_attention": (
+            args.enable_xformers_memory_efficient_attention, "xformers",
+            "pip install -r requirements-xformers.txt, or leave the flag out: PyTorch's attention saves memory too",
+        ),
+        f"--report_to {args.report_to}": (
+            args.report_to in ("tensorboard", "wandb", "comet_ml"), args.report_to,
+            f"pip install {args.report_to}, or give --report_to none",
+        ),
+        "--optimizer prodigy": (args.optimizer == "prodigy", "prodigyopt", "pip install -r requirements.txt"),
+        "--use_8bit_adam": (args.use_8bit_adam, "bitsandbytes", "pip install -r requirements.txt"),
+        f"--bnb_quantization_config_path {args.bnb_quantization_config_path}": (
+            args.bnb_quantization_config_path, "bitsandbytes", "pip install -r requirements.txt",
+        ),
+    }  # fmt: skip
+    for flag, (wanted, package, hint) in needed.items():
+        require(not wanted or importlib.util.find_spec(package), f"{flag}: {package} is not installed; {hint}")
+
+
+def is_for_cpus_only():
+    """Whether PyTorch, as installed, can use no GPU at all: its build for CPUs, and no plug-in for other devices."""
+    return metadata.version("torch").endswith("+cpu") and not metadata.entry_points(group="torch.backends")
+
+
+def check_build(args):
+    """Flags that need a GPU, where PyTorch is installed without; where none is found, the run says it later."""
+    needing = {
+        "--mixed_precision fp16": (args.mixed_precision == "fp16", "use bf16 or no"),
+        "--enable_xformers_memory_efficient_attention": (
+            args.enable_xformers_memory_efficient_attention, "leave it out: PyTorch's attention saves memory too",
+        ),
+        "--bnb_quantization_config_path": (args.bnb_quantization_config_path, "leave it out"),
+    }  # fmt: skip
+    for flag, (wanted, advice) in needing.items():
+        require(not wanted or not is_for_cpus_only(),
+                f"{flag} needs a GPU, and PyTorch is installed here for CPUs only; {advice}")  # fmt: skip
+
+
+def check_lpl_flags(args):
+    """Ranges and contradictions of the loss' flags."""
+    for name, default in {"lpl_weight": "auto", "lpl_share": 0.2, "lpl_scale": False, "lpl_start": 0}.items():
+        require(args.use_lpl or getattr(args, name) == default, f"--{name} does nothing without --use_lpl")
+    require(
+        args.lpl_weight == "auto" or args.lpl_share == 0.2,
+        "--lpl_share does nothing beside a --lpl_weight: leave one out",
+    )
+    exclude(args, "lpl_t_threshold", "lpl_sigma_threshold")
+    if args.lpl_t_threshold is not None:
+        require(0 < args.lpl_t_threshold <= 1000,
+                f"--lpl_t_threshold is {args.lpl_t_threshold}; give a timestep above 0 and up to 1000")  # fmt: skip
+    require(args.lpl_threshold_resolution is None or args.lpl_sigma_threshold is not None,
+            "--lpl_threshold_resolution scales --lpl_sigma_threshold: give both")  # fmt: skip
+    require(not args.lpl_start or not args.max_train_steps or args.lpl_start < args.max_train_steps,
+            f"--lpl_start is {args.lpl_start}, but the run ends at --max_train_steps {args.max_train_steps}: the loss "
+            "would never be used; give a lower --lpl_start")  # fmt: skip
+    require(0 < args.lpl_share < 1, f"--lpl_share is {args.lpl_share}; it must lie between 0 and 1")
+    require(args.lpl_num_blocks >= 0, f"--lpl_num_blocks is {args.lpl_num_blocks}; it must be 0 or more")
+
+
+def check_data_flags(args):
+    """Contradictions among the flags about captions and crops."""
+    target_sizes(args)
+    require(not (args.center_crop and args.cache_variants),
+            "--cache_variants are random crops: leave it or --center_crop out")  # fmt: skip
+    require(args.shuffle_tags or not args.keep_tags, "--keep_tags does nothing without --shuffle_tags")
+    require(args.shuffle_tags or args.tag_shuffles == 8, "--tag_shuffles does nothing without --shuffle_tags")
+    require(args.train_data_dir or not args.caption_from_folder, "--caption_from_folder needs a --train_data_dir")
+    require(args.train_data_dir or not args.caption_per_line, "--caption_per_line needs a --train_data_dir")
+    require(not (args.instance_prompt and args.caption_from_folder),
+            "--instance_prompt and --caption_from_folder exclude each other: give one")  # fmt: skip

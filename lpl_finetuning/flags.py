@@ -1,0 +1,450 @@
+"""Flags and recipe files, and errors for people: what runs before the slow imports.
+
+Nothing here imports torch, so that a wrong flag is answered at once.
+"""
+
+import argparse
+import difflib
+import os
+from pathlib import Path
+
+import yaml
+
+from lpl_finetuning.data.images import INTERPOLATIONS
+from lpl_finetuning.errors import UserError, require
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+OPTIMIZERS = ("adamw", "prodigy", "adafactor")
+TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
+MODEL_OR_DATA = {"pretrained_model_name_or_path", "dataset_name", "train_data_dir", "instance_data_dir"}
+PATHS = (
+    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "pretrained_unet_model_name_or_path",
+    "pretrained_transformer_model_name_or_path", "train_data_dir", "instance_data_dir", "validation_data_dir",
+    "init_lora", "bnb_quantization_config_path",
+)  # fmt: skip
+HOME = (*PATHS, "dataset_name", "output_dir", "cache_dir", "config", "resume_from_checkpoint")  # ~ is the home folder
+SECRETS = ("hub_token",)  # flags whose values never reach a file, a log or a tracker
+
+
+# Flags of other scripts that people bring along, and what to do here.
+_ACCELERATE = "it is a flag of accelerate launch: write it before the script's name"
+_NO_PRIOR = "prior preservation is not in these scripts; leave it out"
+_ENCODED_ONCE = "leave it out: latents and prompts are always encoded once and kept"
+_PRODIGY = "leave it out: it is on with --optimizer prodigy"
+ELSEWHERE = dict.fromkeys(
+    ("num_processes", "num_machines", "multi_gpu", "gpu_ids", "main_process_port", "config_file", "use_deepspeed",
+     "use_fsdp", "num_cpu_threads_per_process", "dynamo_backend", "machine_rank"), _ACCELERATE,
+) | dict.fromkeys(
+    ("with_prior_preservation", "prior_loss_weight", "class_data_dir", "class_prompt", "num_class_images",
+     "prior_generation_precision", "sample_batch_size"), _NO_PRIOR,
+) | dict.fromkeys(
+    ("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "vae_encode_batch_size",
+     "vae_batch_size", "precompute_latents"), _ENCODED_ONCE,
+) | dict.fromkeys(("prodigy_safeguard_warmup", "prodigy_use_bias_correction", "prodigy_decouple"), _PRODIGY) | {
+    "network_dim": "use --rank", "network_alpha": "use --lora_alpha", "network_dropout": "use --lora_dropout",
+    "network_module": "use --use_lora", "network_weights": "use --init_lora", "lora_rank": "use --rank",
+    "max_train_epochs": "use --num_train_epochs", "repeats": "use --num_train_epochs",
+    "batch_size": "use --train_batch_size", "lr": "use --learning_rate", "unet_lr": "use --learning_rate",
+    "optimizer_type": "use --optimizer", "use_prodigy": "use --optimizer prodigy",
+    "min_snr_gamma": "use --snr_gamma", "v_parameterization": "use --prediction_type v_prediction",
+    "save_every_n_steps": "use --checkpointing_steps", "save_every_n_epochs": "use --checkpointing_steps",
+    "save_steps": "use --checkpointing_steps", "resume": "use --resume_from_checkpoint",
+    "enable_bucket": "use --aspect_ratio_buckets auto", "keep_tokens": "use --keep_tags",
+    "shuffle_caption": "use --shuffle_tags", "caption_dropout_rate": "use --proportion_empty_prompts",
+    "flip_aug": "use --random_flip", "color_aug": "colours are never changed; leave it out",
+    "xformers": "use --enable_xformers_memory_efficient_attention",
+    "sdpa": "leave it out: PyTorch's attention is what is used", "output_name": "use --output_dir",
+    "sample_prompts": "use --validation_prompt", "caption_extension": "captions are .txt or .caption files",
+    "vae": "use --pretrained_vae_model_name_or_path", "save_model_as": "leave it out: weights are safetensors",
+    "fp16": "use --mixed_precision fp16", "bf16": "use --mixed_precision bf16",
+    "push": "use --push_to_hub", "wandb": "use --report_to wandb",
+    "snr_gamma": "rectified flow has --weighting_scheme instead", "prediction_type": "rectified flow has no choice",
+    "pretrained_unet_model_name_or_path": "use --pretrained_transformer_model_name_or_path",
+    "pretrained_transformer_model_name_or_path": "use --pretrained_unet_model_name_or_path",
+    "weighting_scheme": "it is of train_sd3_lpl_flow.py; SDXL has --snr_gamma and --timestep_bias_strategy",
+    "max_sequence_length": "it is of train_sd3_lpl_flow.py; SDXL's text encoders take 77 tokens",
+    "lora_blocks": "it is of train_sd3_lpl_flow.py; use --lora_layers",
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Parsing: flags, then a recipe file, then defaults
+
+
+class FlagParser(argparse.ArgumentParser):
+    """An ArgumentParser with named groups, no abbreviations, and a suggestion for a misspelt flag."""
+
+    def __init__(self, description, takes_part_of_a_recipe=False):
+        """takes_part_of_a_recipe: a file for --config may have flags of other scripts too, which are left out."""
+        self.takes_part_of_a_recipe = takes_part_of_a_recipe
+        super().__init__(
+            description=description,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def flags(self):
+        """dest -> action of everything but --help."""
+        return {action.dest: action for action in self._actions if action.dest != "help"}
+
+    def error(self, message):
+        """Called by argparse; "argument --x: expected one argument" becomes a message of ours."""
+        flag, _, rest = message.removeprefix("argument ").partition(": ")
+        if rest.startswith("expected"):
+            raise UserError(f"{flag}: no value follows it; give one (one that begins with a dash as {flag}=-1)")
+        if rest.startswith("ignored explicit argument"):
+            raise UserError(f"{flag} takes no value, found {rest[26:]}; write {flag} alone to set it, or leave it out")
+        raise UserError(message.removeprefix("argument "))
+
+    def _get_value(self, action, arg_string):
+        return self.convert(action, arg_string, "/".join(action.option_strings) or action.dest)
+
+    def _check_value(self, action, value):
+        pass  # `convert` has looked at the choices
+
+    def convert(self, action, text, place):
+        """The value that a text means for a flag; UserError begins with `place`."""
+        try:
+            value = action.type(text) if action.type else text
+        except (ValueError, argparse.ArgumentTypeError) as error:
+            kind = {int: "whole number", float: "number"}.get(action.type)
+            if kind:
+                raise UserError(f"{place} is {text!r}; it must be a {kind}") from None
+            raise UserError(f"{place} is {text!r}; {error}") from None
+        if action.choices and value not in action.choices:
+            near = difflib.get_close_matches(str(value), map(str, action.choices), n=1)
+            meant = f"did you mean {near[0]}? " if near else ""
+            raise UserError(f"{place} is {text!r}; {meant}choose from {', '.join(map(str, action.choices))}")
+        return value
+
+    def parse(self, argv=None, embedded_default=None):
+        """Parse `argv`; a flag that is not there takes its value from --config, then from its default.
+
+        embedded_default: path of the recipe that is used when neither a base model nor data are named.
+        """
+        missing = object()
+        namespace = argparse.Namespace(**dict.fromkeys(self.flags(), missing))
+        namespace, words = self.parse_known_args(argv, namespace)
+        switches = {f"--no-{dest}": dest for dest, action in self.flags().items() if is_switch(action)}
+        unknown = [word for word in words if word not in switches]
+        for off in (word for word in words if word in switches):
+            on = off.replace("--no-", "--", 1)
+            require(getattr(namespace, switches[off]) is not True, f"{on} and {off} exclude each other: give one")
+            setattr(namespace, switches[off], False)
+        if unknown:
+            raise UserError("; ".join(self._unknown(unknown)))
+        given = {dest: value for dest, value in vars(namespace).items() if value is not missing}
+        defaults = {dest: action.default for dest, action in self.flags().items()}
+        recipe = self.read_recipe(given["config"]) if given.get("config") else {}
+        named = given.keys() | recipe.keys()
+        if embedded_default and not named & MODEL_OR_DATA:
+            recipe = self.read_recipe(embedded_default) | recipe
+            recipe["embedded_default"] = True
+        values = {"embedded_default": False} | defaults | recipe | given
+        for name in HOME:  # a shell leaves the ~ of --flag=~/x alone
+            if isinstance(values.get(name), str):
+                values[name] = os.path.expanduser(values[name])
+        return argparse.Namespace(**values)
+
+    def _unknown(self, words):
+        """A message for each unknown flag, and for each argument that is not the value of one."""
+        options = [option for action in self._actions for option in action.option_strings]
+        previous = ""
+        for word in words:
+            if word.startswith("-") and not is_number(word):
+                name = word.split("=")[0]
+                near = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), options, n=1)
+                advice = ELSEWHERE.get(name.lstrip("-").replace("-", "_"))
+                if not advice:
+                    advice = f"did you mean {near[0]}?" if near else "--help lists all flags"
+                yield f"unknown flag {name}: {advice}"
+            elif not word.strip():
+                yield f"unknown argument {word!r}: a backslash that continues a line must be its last character"
+            elif not previous.startswith("-"):
+                switch = word.lower() in ("true", "false", "1", "0", "yes", "no")
+                advice = "switches such as --use_lora take no value" if switch else "a value with blanks needs quotes"
+                yield f"unknown argument {word}: {advice}"
+                break  # the words that follow belong to it
+            previous = word
+
+    def read_recipe(self, path):
+        """The flags in a YAML file, checked as on the command line. Relative paths in it are seen from its folder."""
+        path = Path(path)
+        require(not path.is_dir(), f"--config {path} is a folder; name a YAML file such as those in configs/recipes")
+        require(path.is_file(), f"--config {path}: there is no such file; the recipes are in configs/recipes")
+        try:
+            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            text = " ".join(str(error).split())
+            raise UserError(f"--config {path}: not valid YAML: {text}; write lines such as `rank: 16`") from None
+        except (OSError, UnicodeDecodeError) as error:
+            raise UserError(f"--config {path}: can't be read as text ({error}); name a YAML file") from None
+        if not isinstance(content, dict):
+            found = type(content).__name__
+            raise UserError(f"--config {path}: found a {found}; expected lines such as `learning_rate: 1e-4`")
+        if self.takes_part_of_a_recipe:
+            content = {key: value for key, value in content.items() if key in self.flags()}
+            print(f"--config {path}: taken are {', '.join(content) or 'no flags'}; the others are not about the data")
+        return {key: self._recipe_value(path, key, value) for key, value in content.items()}
+
+    def _recipe_value(self, path, key, value):
+        action = self.flags().get(key)
+        if action is None:
+            near = difflib.get_close_matches(str(key), self.flags(), n=1)
+            advice = f"did you mean {near[0]}?" if near else "its keys are flags without their dashes"
+            raise UserError(f"--config {path}: unknown key {key}; {ELSEWHERE.get(key, advice)}")
+        if value is None:
+            require(action.default is None, f"--config {path}: {key} has no value; give one, or remove the line")
+            return None
+        if is_switch(action):
+            if not isinstance(value, bool):
+                raise UserError(f"--config {path}: {key} is {value!r}; it must be true or false")
+            return value
+        if isinstance(value, dict) or (isinstance(value, list) and (action.nargs not in ("+", "*") or not value)):
+            raise UserError(f"--config {path}: {key} is {value!r}; it takes one value")
+        if value is False and "no" in (action.choices or ()):  # YAML reads a bare no as false
+            value = "no"
+        values = value if isinstance(value, list) else [value]
+        values = [self.convert(action, str(item), f"--config {path}: {key}") for item in values]
+        if key in PATHS and (path.parent / values[0]).exists():
+            values = [str((path.parent / values[0]).resolve())]
+        return values if action.nargs in ("+", "*") else values[0]
+
+
+NOT_IN_RECIPES = ("config", "embedded_default", "base_weights", "dry_run", "debug", "local_rank",
+                  "resume_from_checkpoint", *SECRETS)  # fmt: skip
+
+
+def recipe_text(args):
+    """The resolved flags, secrets left out, as YAML that `--config` reads."""
+    return yaml.safe_dump(
+        {key: value for key, value in vars(args).items() if key not in NOT_IN_RECIPES}, sort_keys=False
+    )
+
+
+def save_recipe(args, path):
+    """Write the resolved flags into a file."""
+    Path(path).write_text(recipe_text(args), encoding="utf-8")
+
+
+def print_configuration(args, say):
+    """The flags that are set, in one line, secrets left out."""
+    flags = {key: value for key, value in sorted(vars(args).items()) if key not in SECRETS}
+    say(
+        "\nConfiguration: " + ", ".join(f"{key}={value}" for key, value in flags.items() if value not in (None, False))
+    )
+
+
+def weight_or_auto(text):
+    """Type of --lpl_weight: "auto" or a number, 0 or more."""
+    if text == "auto":
+        return text
+    if not is_number(text) or not float(text) >= 0:
+        raise argparse.ArgumentTypeError("it must be auto or a number, 0 or more")
+    return float(text)
+
+
+def is_number(text):
+    """Whether a text is a number, finite or not."""
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def is_switch(action):
+    """Whether a flag is on or off: `parse` takes --name, and --no-name against a recipe or a default that is on."""
+    return action.nargs == 0 and action.dest != "help"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Argument groups that the recipes share
+
+
+def add_model_arguments(parser):
+    """What is trained."""
+    group = parser.add_argument_group("model")
+    add = group.add_argument
+    add("--pretrained_model_name_or_path", help="Hub name or folder of the base pipeline (diffusers layout)")
+    add("--revision", help="revision of the base model on the Hub")
+    add("--variant", help="file variant of the base model, e.g. fp16")
+    add("--allow_pickle", action="store_true", help="load weights that are there as pickles (.bin) only, which can "
+        "run programs; without it safetensors only")  # fmt: skip
+    add("--pretrained_vae_model_name_or_path", help="another autoencoder, e.g. madebyollin/sdxl-vae-fp16-fix")
+    add("--single_file", action="store_true", help="save a whole model as one file too, model.safetensors for ComfyUI "
+        "and (SDXL) A1111")  # fmt: skip
+    group = parser.add_argument_group("LoRA")
+    add = group.add_argument
+    add("--use_lora", action="store_true", help="train a LoRA; without it the whole denoiser is trained")
+    add("--rank", type=int, help="rank of the LoRA (default: 4)")
+    add("--lora_alpha", type=float, help="its strength is alpha / rank (default: the rank)")
+    add("--lora_dropout", type=float, default=0.0, help="dropout in LoRA layers (default: %(default)s)")
+    add("--lora_layers", help="comma-separated layer names that get a LoRA (default: attention projections)")
+    add("--use_dora", action="store_true", help="learn magnitude and direction apart (DoRA); slower")
+    add("--train_text_encoder", action="store_true", help="give the CLIP text encoders a LoRA too")
+    add("--init_lora", help="go on from this LoRA, a file, folder or Hub name; rank, alpha and layers are the file's")
+    add("--bnb_quantization_config_path", help="JSON file of a BitsAndBytesConfig: the frozen denoiser in 4 or 8 "
+        "bits, on a GPU")  # fmt: skip
+    add("--output_kohya_format", action="store_true", help="save it for ComfyUI, sd-scripts and (SDXL) A1111 too")
+
+
+def add_data_arguments(parser, resolution):
+    """What it is trained on."""
+    group = parser.add_argument_group("data")
+    add = group.add_argument
+    add("--train_data_dir", help="folder of images, also in folders within it, with metadata.jsonl, .csv or .parquet "
+        "or a .txt file beside each image, or of WebDataset shards (*.tar)")  # fmt: skip
+    add("--dataset_name", help="data set on the Hub, or a folder written by datasets' save_to_disk")
+    add("--dataset_config_name", help="configuration of that data set")
+    add("--instance_data_dir", help="the same as --train_data_dir, as the DreamBooth scripts call it")
+    add("--instance_prompt", help="caption of all images that have none")
+    add("--image_column", default="image", help="column with the image (default: %(default)s)")
+    add("--caption_column", default="text", help="column with the caption (default: %(default)s)")
+    add("--caption_from_folder", action="store_true", help="the folder's name is the caption of images without one")
+    add("--caption_per_line", action="store_true", help="each line of a .txt file is a caption of its own; one is "
+        "drawn in each epoch")  # fmt: skip
+    add("--trigger_word", default="", help="stands before every caption that does not begin with it as a whole word")
+    add("--shuffle_tags", action="store_true", help="shuffle what stands between the commas of a caption")
+    add("--keep_tags", type=int, default=0, help="keep the first N tags in front (default: %(default)s)")
+    add("--tag_shuffles", type=int, default=8, help="orders of each caption that are encoded; one is drawn in each "
+        "epoch (default: %(default)s)")  # fmt: skip
+    add("--on_bad_image", choices=("error", "skip"), default="error", help="what to do about images that can't be "
+        "used (default: %(default)s)")  # fmt: skip
+    add("--strict", action="store_true", help="stop at anything that the report on the data remarks upon")
+    add("--max_train_samples", type=int, help="use only the first N images")
+    add("--cache_dir", help="folder of data sets and of encoded latents and prompts (default: the user's cache)")
+    add("--resolution", type=int, default=resolution, help="training size in px (default: %(default)s)")
+    add("--aspect_ratio_buckets", help='train on several shapes: "h,w;h,w", or auto for those of constant area around '
+        "--resolution, multiples of 64")  # fmt: skip
+    add("--center_crop", action="store_true", help="crop the middle instead of a random part")
+    add("--cache_variants", type=int, default=0, help="encode N random crops of each image once, instead of a "
+        "new one in every step (default: %(default)s)")  # fmt: skip
+    add("--random_flip", action="store_true", help="flip half of the images left to right")
+    add("--image_interpolation_mode", choices=INTERPOLATIONS, default="lanczos", help="default: %(default)s")
+    add("--proportion_empty_prompts", type=float, default=0.0, help="share of captions dropped (default: %(default)s)")
+    add("--dataloader_num_workers", type=int, default=0, help="processes that load data (default: %(default)s)")
+
+
+def add_training_arguments(parser, train_batch_size, num_train_epochs, adam_weight_decay):
+    """How it is trained."""
+    group = parser.add_argument_group("training")
+    add = group.add_argument
+    add("--output_dir", default="sd-model-finetuned", help="default: %(default)s")
+    add("--seed", type=int, default=0, help="every draw follows from it (default: %(default)s)")
+    add("--train_batch_size", type=int, default=train_batch_size, help="per device (default: %(default)s)")
+    add("--num_train_epochs", type=int, default=num_train_epochs, help="default: %(default)s")
+    add("--max_train_steps", type=int, help="optimizer steps; overrides --num_train_epochs")
+    add("--gradient_accumulation_steps", type=int, default=1, help="default: %(default)s")
+    add("--gradient_checkpointing", action="store_true", help="less memory, more time")
+    add("--learning_rate", type=float, default=1e-4, help="default: %(default)s")
+    add("--scale_lr", action="store_true", help="multiply it by devices, accumulation and batch size")
+    add("--lr_scheduler", choices=LR_SCHEDULERS, default="constant", help="default: %(default)s")
+    add("--lr_warmup_steps", type=int, default=500, help="optimizer steps in which the rate rises from 0; without "
+        "effect under --lr_scheduler constant (default: %(default)s)")  # fmt: skip
+    add("--lr_num_cycles", type=int, default=1, help="restarts of cosine_with_restarts (default: %(default)s)")
+    add("--lr_power", type=float, default=1.0, help="power of polynomial (default: %(default)s)")
+    add("--text_encoder_lr", type=float, help="learning rate of the text encoders (default: --learning_rate)")
+    add("--optimizer", type=str.lower, choices=OPTIMIZERS, default="adamw",
+        help="prodigy finds the step size itself: give it --learning_rate 1 (default: %(default)s)")  # fmt: skip
+    add("--use_8bit_adam", action="store_true", help="AdamW of bitsandbytes, with a quarter of the state")
+    add("--adam_beta1", type=float, default=0.9, help="default: %(default)s")
+    add("--adam_beta2", type=float, default=0.999, help="default: %(default)s")
+    add("--adam_weight_decay", type=float, default=adam_weight_decay, help="default: %(default)s")
+    add("--adam_epsilon", type=float, default=1e-8, help="default: %(default)s")
+    add("--max_nonfinite_steps", type=int, default=10, help="stop after N steps in a row whose loss or gradient is "
+        "not finite; each of them is skipped (default: %(default)s)")  # fmt: skip
+    add("--max_grad_norm", type=float, default=1.0, help="default: %(default)s")
+    add("--use_ema", action="store_true", help="average the weights; the average is what is saved and validated")
+    add("--ema_decay", type=float, default=0.9999, help="reached gradually (default: %(default)s)")
+    add("--ema_update_after_step", type=int, default=0, help="average from this step on (default: %(default)s)")
+    add("--offload_ema", action="store_true", help="keep the average in the CPU's memory: slower, less GPU memory")
+    add("--foreach_ema", action="store_true", help="average all tensors in one call: faster, more memory")
+    add("--mixed_precision", choices=("no", "fp16", "bf16"), help="default: what accelerate is configured with")
+    add("--allow_tf32", action="store_true", help="faster float32 on Ampere and later GPUs")
+    add("--enable_xformers_memory_efficient_attention", action="store_true",
+        help="xformers' attention; PyTorch's own is as good on most GPUs")  # fmt: skip
+    add("--torch_compile", action="store_true", help="compile the denoiser: slow start, faster steps")
+    add("--noise_offset", type=float, default=0.0, help="scale of noise that is constant per channel (default: 0)")
+    add("--timestep_sampling", choices=("independent", "stratified"), default="independent",
+        help="stratified spreads the timesteps of a step as evenly as possible, and so the samples that get the "
+        "perceptual loss; each sample's distribution stays the same (default: %(default)s)")  # fmt: skip
+
+
+def add_lpl_arguments(parser):
+    """The latent perceptual loss."""
+    group = parser.add_argument_group("latent perceptual loss")
+    add = group.add_argument
+    add("--use_lpl", action="store_true", help="add the latent perceptual loss to the objective")
+    add("--lpl_weight", type=weight_or_auto, default="auto", metavar="{auto,NUMBER}",
+        help="auto keeps the loss at --lpl_share of the total (default: %(default)s)")  # fmt: skip
+    add("--lpl_share", type=float, default=0.2, help="share of the total under auto (default: %(default)s)")
+    add("--lpl_t_threshold", type=float, help="apply it where the timestep is below this, on a scale of 0 to 1000 "
+        "(SDXL: 200 if no threshold is given)")  # fmt: skip
+    add("--lpl_sigma_threshold", type=float, help="or where noise / signal is at most this (SD3: 3 if no "
+        "threshold is given; the paper: 3 to 6)")  # fmt: skip
+    add("--lpl_threshold_resolution", type=float, help="resolution that --lpl_sigma_threshold is meant for, px")
+    add("--lpl_loss_type", choices=("mse", "l1"), default="mse", help="default: %(default)s")
+    add("--lpl_norm_type", choices=("standard", "shared", "default", "batch"), default="standard",
+        help="how features are normalised; a weight means nothing without it (default: %(default)s)")  # fmt: skip
+    add("--lpl_pow_law", action="store_true", default=True,
+        help="weight deeper layers by the inverse of their size (default: on; --no-lpl_pow_law)")  # fmt: skip
+    add("--lpl_num_blocks", type=int, default=4, help="up blocks of the decoder that are used (default: %(default)s)")
+    add("--lpl_remove_outliers", action="store_true", default=True,
+        help="leave out activations of huge magnitude (default: on; --no-lpl_remove_outliers)")  # fmt: skip
+    add("--lpl_scale", action="store_true", help="weight each sample by alpha^2 / (alpha^2 + sigma^2)")
+    add("--lpl_start", type=int, default=0, help="first optimizer step that it applies to (default: %(default)s)")
+    add(
+        "--lpl_batch_size",
+        type=int,
+        help="samples in the decoder at a time (default: by the resolution, 1 at 1024 px)",
+    )
+    add(
+        "--lpl_checkpointing",
+        choices=("none", "stage"),
+        help="default: stage with --gradient_checkpointing, else none",
+    )
+    add("--lpl_vae_dtype", choices=("float32", "bfloat16", "float16"),
+        help="dtype of the decoder in the loss (default: bfloat16 under bf16, else float32)")  # fmt: skip
+
+
+def add_run_arguments(parser, validation_epochs):
+    """Checkpoints, validation, logs."""
+    group = parser.add_argument_group("checkpoints")
+    add = group.add_argument
+    add("--checkpointing_steps", type=int, default=500, help="optimizer steps between them (default: %(default)s)")
+    add("--checkpointing_minutes", type=float, help="minutes between them, besides the steps")
+    add("--checkpoints_total_limit", type=int, help="keep at most N; the oldest goes after the newest is safe")
+    add("--resume_from_checkpoint", help="a checkpoint folder, or latest")
+    group = parser.add_argument_group("validation")
+    add = group.add_argument
+    add("--validation_prompt", nargs="+", help="one or several prompts to draw, always with the same seeds")
+    add("--num_validation_images", type=int, default=4, help="per prompt (default: %(default)s)")
+    add("--validation_epochs", type=int, default=validation_epochs, help="epochs between grids (default: %(default)s)")
+    add("--validation_steps", type=int, help="optimizer steps between grids; overrides --validation_epochs")
+    add("--validation_split", type=float, help="share of the images (or, from 1 up, number) that is held out: the "
+        "loss on them tells learning from memorising")  # fmt: skip
+    add("--validation_data_dir", help="or a folder of captioned images that are held out")
+    add("--max_validation_samples", type=int, default=64, help="held-out images that are used (default: %(default)s)")
+    add("--validation_compare", action="store_true",
+        help="draw each prompt by the model that the run started from too, with the same seeds")  # fmt: skip
+    group = parser.add_argument_group("logging")
+    add = group.add_argument
+    add("--report_to", choices=TRACKERS, default="tensorboard", help="default: %(default)s")
+    add("--logging_dir", default="logs", help="below the output folder (default: %(default)s)")
+    add("--logging_steps", type=int, default=10, help="optimizer steps between log rows (default: %(default)s)")
+    group = parser.add_argument_group("publishing")
+    add = group.add_argument
+    add("--push_to_hub", action="store_true", help="publish the result on the Hugging Face Hub")
+    add("--hub_model_id", help="owner/name or name there (default: the output folder's name)")
+    add("--hub_token", help="prefer `hf auth login` or HF_TOKEN: other users of a machine can see command lines")
+    add("--hub_private_repo", action="store_true", help="make the repository private if this run creates it")
+    group = parser.add_argument_group("other")
+    add = group.add_argument
+    add("--config", help="YAML file that sets any flag; the command line wins, --no-NAME over a switch that is on")
+    add("--dry_run", action="store_true", help="check everything, print the plan and stop")
+    add("--debug", action="store_true", help="show tracebacks")
+    add("--local_rank", type=int, default=-1, help="accepted for compatibility")
+    add("--debug_loss", action="store_true", help="accepted for compatibility: every loss is logged anyway")
+    add("--enable_npu_flash_attention", action="store_true", help="accepted for compatibility")

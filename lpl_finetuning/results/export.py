@@ -1,0 +1,377 @@
+"""Results in the layouts that other programs read: a LoRA in kohya's format, and a whole pipeline as one file.
+
+A LoRA is given as `parts`, as `training.models.adapters` returns it: {"unet" or "transformer", "text_encoder",
+"text_encoder_2": (layers, config)}, as far as trained.
+
+"Original" names are those of Stability AI's code. ComfyUI, A1111 and sd-scripts build the same modules and look LoRA
+layers up by these names, and diffusers knows them. Diffusers' own block numbers are read by fewer: older sd-scripts
+ignore them, A1111 misplaces an upsampler with them, and diffusers itself loses `add_embedding`. Of SD3,
+diffusers reads no kohya file at all: it takes its own, which lies beside it.
+"""
+
+import math
+import os
+import re
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
+from peft.utils.other import get_pattern_key
+from safetensors.torch import save_file
+
+from lpl_finetuning.errors import require
+from lpl_finetuning.training.models import nested
+
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
+KOHYA_PREFIXES = {
+    "unet": "lora_unet_",
+    "transformer": "lora_unet_",
+    "text_encoder": "lora_te1_",
+    "text_encoder_2": "lora_te2_",
+}
+COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
+SD3_COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Names, from diffusers and transformers to the original
+
+UNET_ENDS = {
+    "conv_in": "input_blocks.0.0",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+    "conv_norm_out": "out.0",
+    "conv_out": "out.2",
+}
+UNET_LAYER = re.compile(
+    r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+)
+UNET_PARTS = {
+    "norm1": "in_layers.0",
+    "conv1": "in_layers.2",
+    "time_emb_proj": "emb_layers.1",
+    "norm2": "out_layers.0",
+    "conv2": "out_layers.3",
+    "conv_shortcut": "skip_connection",
+    "conv": "conv",
+}
+MMDIT_ENDS = {
+    "pos_embed.proj": "x_embedder.proj",
+    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
+    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
+    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
+    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
+    "context_embedder": "context_embedder",
+    "norm_out.linear": "final_layer.adaLN_modulation.1",
+    "proj_out": "final_layer.linear",
+}
+MMDIT_PARTS = {  # of a block; qkv.0, .1 and .2 are the thirds of one layer
+    "norm1.linear": "x_block.adaLN_modulation.1",
+    "attn.to_q": "x_block.attn.qkv.0",
+    "attn.to_k": "x_block.attn.qkv.1",
+    "attn.to_v": "x_block.attn.qkv.2",
+    "attn.norm_q": "x_block.attn.ln_q",
+    "attn.norm_k": "x_block.attn.ln_k",
+    "attn.to_out.0": "x_block.attn.proj",
+    "attn2.to_q": "x_block.attn2.qkv.0",
+    "attn2.to_k": "x_block.attn2.qkv.1",
+    "attn2.to_v": "x_block.attn2.qkv.2",
+    "attn2.norm_q": "x_block.attn2.ln_q",
+    "attn2.norm_k": "x_block.attn2.ln_k",
+    "attn2.to_out.0": "x_block.attn2.proj",
+    "ff.net.0.proj": "x_block.mlp.fc1",
+    "ff.net.2": "x_block.mlp.fc2",
+    "norm1_context.linear": "context_block.adaLN_modulation.1",
+    "attn.add_q_proj": "context_block.attn.qkv.0",
+    "attn.add_k_proj": "context_block.attn.qkv.1",
+    "attn.add_v_proj": "context_block.attn.qkv.2",
+    "attn.norm_added_q": "context_block.attn.ln_q",
+    "attn.norm_added_k": "context_block.attn.ln_k",
+    "attn.to_add_out": "context_block.attn.proj",
+    "ff_context.net.0.proj": "context_block.mlp.fc1",
+    "ff_context.net.2": "context_block.mlp.fc2",
+}
+MMDIT_LAYER = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
+THIRD = re.compile(r"(.+qkv)[._]([012])(\..+)")  # a name of MMDIT_PARTS, or kohya's form of it, with what follows
+VAE_PARTS = {
+    "down_blocks.": "down.",
+    ".resnets.": ".block.",
+    "samplers.0.": "sample.",
+    "mid_block.attentions.0.group_norm": "mid.attn_1.norm",
+    "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out",
+    "mid_block.attentions.0.to_": "mid.attn_1.",
+    "conv_norm_out": "norm_out",
+    "conv_shortcut": "nin_shortcut",
+}
+OPEN_CLIP_PARTS = {
+    "text_model.": "",
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "encoder.layers.": "transformer.resblocks.",
+    "layer_norm1": "ln_1",
+    "layer_norm2": "ln_2",
+    "mlp.fc1": "mlp.c_fc",
+    "mlp.fc2": "mlp.c_proj",
+    "self_attn.": "attn.",
+    "q_proj.": "in_proj_",
+    "final_layer_norm": "ln_final",
+    "text_projection.weight": "text_projection",
+}
+
+
+def unet_name(module, config):
+    """The original name of a module of the UNet. Layers are numbered through all blocks, samplers included."""
+    if module in UNET_ENDS:
+        return UNET_ENDS[module]
+    match = UNET_LAYER.fullmatch(module)
+    part = match and (match[5] if match[3] == "attentions" else UNET_PARTS.get(match[5]))
+    require(part, f"unet.{module} has no place in SDXL's original layout, which other programs read: "
+            "leave --output_kohya_format or --single_file out")  # fmt: skip
+    side, block, kind, layer = match.groups()[:4]
+    layer, slot = int(layer), int(kind == "attentions")  # each layer: slot 0 its resnet, slot 1 its transformer
+    if side is None:
+        return f"middle_block.{2 * layer + slot}.{part}"
+    last = config.layers_per_block
+    if kind == "downsamplers":
+        layer, part = last, "op"
+    elif kind == "upsamplers":
+        layer, slot = last, 1 + ("Attn" in config.up_block_types[int(block)])
+    number = int(block) * (last + 1) + layer
+    return f"input_blocks.{1 + number}.{slot}.{part}" if side == "down" else f"output_blocks.{number}.{slot}.{part}"
+
+
+def mmdit_name(module):
+    """The original name of a module of SD3's transformer; `….qkv.0` to `….qkv.2` are the thirds of `….qkv`."""
+    match = MMDIT_LAYER.fullmatch(module)
+    part = MMDIT_PARTS.get(match[2]) if match else MMDIT_ENDS.get(module)
+    require(part, f"transformer.{module} has no place in SD3's original layout, which other programs read: "
+            "leave --output_kohya_format or --single_file out")  # fmt: skip
+    return f"joint_blocks.{match[1]}.{part}" if match else part
+
+
+def to_shift_and_scale(module, value, config):
+    """Rows of SD3's `module` in the original order: shift, then scale, where diffusers' is scale, then shift."""
+    last_context = f"transformer_blocks.{config.num_layers - 1}.norm1_context.linear"
+    return torch.cat(value.chunk(2)[::-1]) if module in ("norm_out.linear", last_context) else value
+
+
+def vae_name(parameter, num_blocks):
+    """The original name of a parameter of the autoencoder: up blocks count down, middle resnets from 1."""
+    parameter = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{num_blocks - 1 - int(match[1])}", parameter)
+    parameter = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", parameter)
+    return replace_all(parameter, VAE_PARTS)
+
+
+def replace_all(name, parts):
+    """`name` with each key of `parts` replaced by its value, in order."""
+    for ours, original in parts.items():
+        name = name.replace(ours, original)
+    return name
+
+
+def write(path, tensors, metadata):
+    """Write a safetensors file that is whole or not there, even when the process is killed."""
+    temporary = Path(f"{path}.tmp")
+    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+    os.replace(temporary, path)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+def kohya_state_dict(parts, denoiser_config):
+    """The layers under kohya's names: `lora_unet_….lora_down.weight` (r, …), `.lora_up.weight` (…, r), `.alpha` ().
+
+    Readers scale a layer by its alpha / r. Diffusers loses alphas that differ within a model, so each is `lora_alpha`,
+    and where `alpha_pattern` or rank-stabilised LoRA ask for another strength, `lora_up` is multiplied.
+    """
+    tensors = {}
+    for part, (layers, config) in parts.items():
+        for key, value in layers.items():
+            module, _, matrix = key.removesuffix(".weight").rpartition(".")
+            require(matrix in ("lora_A", "lora_B"), f"{part}.{key}: kohya's format holds plain LoRA only; drop "
+                    "--use_dora or --output_kohya_format")  # fmt: skip
+            name = KOHYA_PREFIXES[part] + original_name(part, module, denoiser_config).replace(".", "_")
+            if matrix == "lora_B":
+                alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
+                factor = alpha / config.lora_alpha * (math.sqrt(value.shape[1]) if config.use_rslora else 1)
+                value = value if factor == 1 else value * factor
+                value = to_shift_and_scale(module, value, denoiser_config) if part == "transformer" else value
+                tensors[f"{name}.alpha"] = torch.tensor(float(config.lora_alpha))
+            tensors[f"{name}.{'lora_up' if matrix == 'lora_B' else 'lora_down'}.weight"] = value
+    return fuse_thirds(tensors)
+
+
+def original_name(part, module, denoiser_config):
+    """The original name of a module of a part of the pipeline."""
+    if part == "unet":
+        return unet_name(module, denoiser_config)
+    return mmdit_name(module) if part == "transformer" else nested(module)
+
+
+def fuse_thirds(tensors):
+    """Join the LoRAs of queries, keys and values, named `…_qkv_0` to `…_qkv_2`, to one of the layer `…_qkv`.
+
+    Its rank is R, the sum of theirs, and its `lora_up` (3 width, R) is block-diagonal, with rows of zeros for a third
+    that has no LoRA. Its alpha is the sum of those of its n thirds: of equal rank r, they keep their strength, as
+    n alpha / (n r) = alpha / r; otherwise the `lora_up` of one of rank r is multiplied by R / (n r).
+    """
+    layers = {}
+    for name in [name for name in tensors if THIRD.fullmatch(name)]:
+        layer, third, leaf = THIRD.fullmatch(name).groups()
+        layers.setdefault(layer, {}).setdefault(leaf, {})[int(third)] = tensors.pop(name)
+    for layer, leaves in layers.items():
+        downs, ups = leaves[".lora_down.weight"], leaves[".lora_up.weight"]
+        rank, width = sum(map(len, downs.values())), len(next(iter(ups.values())))
+        ups = {third: up * (rank / (len(ups) * up.shape[1])) for third, up in ups.items()}
+        blocks = [ups.get(third, torch.zeros(width, 0)) for third in range(3)]
+        tensors[f"{layer}.lora_down.weight"] = torch.cat([downs[third] for third in sorted(downs)])
+        tensors[f"{layer}.lora_up.weight"] = torch.block_diag(*blocks)
+        tensors[f"{layer}.alpha"] = sum(leaves[".alpha"].values())
+    return tensors
+
+
+def kohya_version(denoiser_config):
+    """(network module, base model's version) as sd-scripts writes and reads them."""
+    if "joint_attention_dim" not in denoiser_config:
+        return "networks.lora", "sdxl_base_v1-0"
+    if denoiser_config.qk_norm is None:
+        return "networks.lora_sd3", "3-medium"
+    return "networks.lora_sd3", "3-5-medium" if denoiser_config.dual_attention_layers else "3-5-large"
+
+
+def save_kohya(folder, parts, denoiser_config):
+    """Write `pytorch_lora_weights_kohya.safetensors`, a LoRA for ComfyUI, sd-scripts and (SDXL only) A1111.
+
+    denoiser_config: of the UNet or the transformer. SD3's readers take heads of width 64 for granted where they read a
+    whole model, not in a LoRA, so one for a smaller model is written like any other.
+    """
+    tensors = kohya_state_dict(parts, denoiser_config)
+    ranks = {value.shape[0] for name, value in tensors.items() if "lora_down" in name}
+    alphas = {value.item() for name, value in tensors.items() if name.endswith(".alpha")}
+    module, version = kohya_version(denoiser_config)
+    metadata = {
+        "format": "pt",
+        "ss_network_module": module,
+        "ss_base_model_version": version,
+        "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
+    }
+    write(Path(folder, KOHYA_FILE), tensors, metadata)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The whole pipeline in one file
+
+
+def original_unet(unet):
+    """The UNet's tensors under their original names."""
+    tensors = {}
+    for parameter, value in unet.state_dict().items():
+        module, _, leaf = parameter.rpartition(".")
+        tensors[f"{unet_name(module, unet.config)}.{leaf}"] = value
+    return tensors
+
+
+def original_transformer(transformer):
+    """SD3's transformer's tensors under their original names; queries, keys and values in one, (3 width, …)."""
+    tensors, thirds = {}, {}
+    for parameter, value in transformer.state_dict().items():
+        module, _, leaf = parameter.rpartition(".")
+        name = leaf if module == "pos_embed" else f"{mmdit_name(module)}.{leaf}"
+        if match := THIRD.fullmatch(name):
+            thirds.setdefault(match[1] + match[3], {})[match[2]] = value
+        else:
+            tensors[name] = to_shift_and_scale(module, value, transformer.config)
+    return tensors | {name: torch.cat([found[third] for third in "012"]) for name, found in thirds.items()}
+
+
+def original_vae(vae):
+    """The autoencoder's tensors under their original names; there its attention is 1x1 convolutions, (C, C, 1, 1)."""
+    require(
+        type(vae) is AutoencoderKL,
+        f"vae: {type(vae).__name__} has no place in the original layout; leave --single_file out",
+    )
+    tensors = {vae_name(name, len(vae.config.up_block_types)): value for name, value in vae.state_dict().items()}
+    return {name: value[:, :, None, None] if ".attn_1." in name and value.ndim == 2 else value
+            for name, value in tensors.items()}  # fmt: skip
+
+
+def open_clip(text_encoder):
+    """A text encoder's tensors as OpenCLIP keeps them: queries, keys and values in one, the projection transposed."""
+    ours = text_encoder.state_dict()
+    tensors = {}
+    for name, value in ours.items():
+        if ".q_proj." in name:
+            value = torch.cat([ours[name.replace(".q_proj.", f".{which}_proj.")] for which in "qkv"])
+        if not re.search(r"\.[kv]_proj\.", name):
+            tensors[replace_all(name, OPEN_CLIP_PARTS)] = value.T if name == "text_projection.weight" else value
+    return tensors
+
+
+def original_state_dict(unet, vae, text_encoder, text_encoder_2):
+    """A whole SDXL under the names of Stability AI's file, less its constants `position_ids` and `logit_scale`."""
+    return {
+        **{f"model.diffusion_model.{name}": value for name, value in original_unet(unet).items()},
+        **{f"first_stage_model.{name}": value for name, value in original_vae(vae).items()},
+        **{f"conditioner.embedders.0.transformer.{nested(name)}": value
+           for name, value in text_encoder.state_dict().items()},
+        **{f"conditioner.embedders.1.model.{name}": value for name, value in open_clip(text_encoder_2).items()},
+    }  # fmt: skip
+
+
+def original_sd3_state_dict(transformer, vae, text_encoder, text_encoder_2, text_encoder_3):
+    """A whole SD3 under the names of Stability AI's file; text_encoder_3 (T5) may be None.
+
+    Readers take the projection of `text_encoder` (CLIP-L) for the identity: ComfyUI skips it, diffusers sets it. Any
+    other is multiplied into the first layer that sees its output, (width, pooled), so that nothing is lost.
+    """
+    clip_l, clip_g = text_encoder.state_dict(), text_encoder_2.state_dict()
+    t5 = text_encoder_3.state_dict() if text_encoder_3 is not None else {}
+    if t5:  # one tensor, which diffusers' loader looks for under both names; a file holds no tensor twice
+        t5["encoder.embed_tokens.weight"] = t5["shared.weight"].clone()
+    mmdit = original_transformer(transformer)
+    projection, pooled = clip_l["text_projection.weight"], mmdit["y_embedder.mlp.0.weight"]
+    mmdit["y_embedder.mlp.0.weight"] = torch.cat([pooled[:, : len(projection)] @ projection.to(pooled),
+                                                  pooled[:, len(projection) :]], dim=1)  # fmt: skip
+    clip_l["text_projection.weight"] = torch.eye(projection.shape[1])
+    return {
+        **{f"model.diffusion_model.{name}": value for name, value in mmdit.items()},
+        **{f"first_stage_model.{name}": value for name, value in original_vae(vae).items()},
+        **{f"text_encoders.clip_l.transformer.{nested(name)}": value for name, value in clip_l.items()},
+        **{f"text_encoders.clip_g.transformer.{nested(name)}": value for name, value in clip_g.items()},
+        **{f"text_encoders.t5xxl.transformer.{name}": value for name, value in t5.items()},
+    }
+
+
+LAYOUTS = {  # pipeline class: (its models, what makes one dictionary of them)
+    StableDiffusionXLPipeline: (COMPONENTS, original_state_dict),
+    StableDiffusion3Pipeline: (SD3_COMPONENTS, original_sd3_state_dict),
+}
+
+
+def save_single_file(pipeline, path, dtype=torch.float16):
+    """Write a whole SDXL or SD3 (the pipeline, or its folder) as the single file that ComfyUI (SDXL: A1111) loads.
+
+    Programs that read it know a v-prediction model by the empty tensor `v_pred` and its zero terminal SNR by `ztsnr`,
+    and take everything else for granted. SDXL: the shapes, the noise schedule, 0.13025 as the scale of the latents.
+    SD3: as many heads, of width 64, as blocks, a timestep shift of 3, 1.5305 and 0.0609 as scale and shift.
+    """
+    if not isinstance(pipeline, DiffusionPipeline):
+        pipeline = DiffusionPipeline.from_pretrained(pipeline, dtype=dtype, use_safetensors=True)
+    require(type(pipeline) in LAYOUTS, f"{type(pipeline).__name__}: single files are there for SDXL and SD3")
+    components, layout = LAYOUTS[type(pipeline)]
+    schedule, models = pipeline.scheduler.config, [getattr(pipeline, name) for name in components]
+    prediction_type = schedule.get("prediction_type", "epsilon")  # flow matching has no choice of it
+    require(prediction_type in ("epsilon", "v_prediction"),
+            f"prediction type {prediction_type}: other programs know epsilon and v_prediction")  # fmt: skip
+    require(not any(".lora_A." in name for model in models if model is not None for name in model.state_dict()),
+            "the pipeline has a LoRA loaded: call its fuse_lora() and unload_lora_weights() before")  # fmt: skip
+    tensors = {name: value.to("cpu", dtype) for name, value in layout(*models).items()}
+    if prediction_type == "v_prediction":
+        tensors["v_pred"] = torch.tensor([])
+    if schedule.get("rescale_betas_zero_snr", False):
+        tensors["ztsnr"] = torch.tensor([])
+    write(path, tensors, {"format": "pt"})

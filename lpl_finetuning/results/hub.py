@@ -1,0 +1,547 @@
+"""Publish a finished run on the Hugging Face Hub: its model card, an allow-list of files, one commit.
+
+    python -m lpl_finetuning.publish my-lora --hub_model_id me/my-lora      # what a run whose upload failed asks for
+
+The token comes from HF_TOKEN or from `hf auth login`. Before training, `check_access` tells whether it may write;
+afterwards, `write_card` and `publish_or_exit`. Nothing here imports torch; the Hub client is imported on first use.
+"""
+
+import contextlib
+import os
+import re
+import shlex
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from lpl_finetuning.base_model import model_file, read_json
+from lpl_finetuning.errors import UserError, require
+
+
+def check_publishing(args):
+    """What can be known about --push_to_hub without asking the Hub."""
+    for name in ("hub_model_id", "hub_private_repo"):
+        require(args.push_to_hub or not getattr(args, name), f"--{name} does nothing without --push_to_hub")
+    if args.push_to_hub:
+        check_name(args.hub_model_id or Path(args.output_dir).resolve().name)
+        find_token(args.hub_token)
+
+
+def model_card(args, kind, steps, images_per_step, images, gate):
+    """What the model card says of a run; kind: "sdxl" or "sd3", images: trained on, gate: the `LPLGate`."""
+    lpl = {}
+    if args.use_lpl:
+        threshold = "timesteps below" if gate.t_threshold is not None else "noise / signal up to"
+        lpl = {
+            "weight": f"auto, {args.lpl_share:g} of the loss" if args.lpl_weight == "auto" else args.lpl_weight,
+            f"applied at {threshold}": gate.limit,
+            "normalization": args.lpl_norm_type,
+            "loss": args.lpl_loss_type,
+            "decoder stages": 1 + args.lpl_num_blocks,
+            "depth weighting": args.lpl_pow_law,
+            "outliers masked": args.lpl_remove_outliers,
+            "noise scale": args.lpl_scale,
+            "from step": args.lpl_start or None,
+        }
+    training = {
+        "steps": steps,
+        "images per step": images_per_step,
+        "resolution": args.resolution,
+        "learning rate": args.learning_rate,
+        "schedule": args.lr_scheduler,
+        "optimizer": "8-bit AdamW" if args.use_8bit_adam else args.optimizer,
+        "precision": {"no": "float32", None: None}.get(args.mixed_precision, args.mixed_precision),
+        "trained": ("LoRA" if args.use_lora else "all weights")
+        + (" with the text encoders" * args.train_text_encoder),
+        "EMA": args.use_ema,
+        "seed": args.seed,
+    }
+    return Card(
+        name=args.hub_model_id or Path(args.output_dir).resolve().name,
+        kind=kind,
+        base_model=args.pretrained_model_name_or_path,
+        revision=args.revision,
+        lora=args.use_lora,
+        lpl=lpl,
+        training=training,
+        dataset=args.dataset_name,
+        num_images=images,
+        prompts=tuple(args.validation_prompt or ()),
+        images_per_prompt=args.num_validation_images,
+        prediction_type=getattr(args, "prediction_type", None),
+    )
+
+
+PATIENCE = 20  # seconds that a failing request is tried again
+PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}
+MODEL_NAMES = {"sdxl": "Stable Diffusion XL", "sd3": "Stable Diffusion 3"}
+MODEL_TAGS = {"sdxl": "stable-diffusion-xl", "sd3": "sd3"}
+PAPER = "https://openreview.net/forum?id=y4DtzADzd1"
+
+# The allow-list: names at the top of the folder, and names in the folders of a pipeline's parts.
+RESULT_FILES = re.compile(
+    r"README\.md|image_\d+\.png|model_index\.json|(pytorch_lora_weights(_kohya)?|model)\.safetensors"
+)
+PART_FILES = re.compile(
+    r"(diffusion_pytorch_model|model)(\.\w+)?(-\d+-of-\d+)?\.safetensors"  # weights: variants, shards
+    r"|(diffusion_pytorch_model|model)\.safetensors\.index(\.\w+)?\.json"
+    r"|(\w+_)?config\.json"
+    r"|tokenizer\.json|vocab\.(json|txt)|merges\.txt|special_tokens_map\.json|added_tokens\.json|\w[\w.]*\.model"
+    r"|chat_template\.jinja"
+)
+
+
+class PublishError(RuntimeError):
+    """A failed upload; its message says what happened, where the result is and which command tries again."""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The Hub client, made to give up in time and to keep the token to itself
+
+
+class Patience:
+    """Limits how long the Hub client goes on with a request that fails.
+
+    By itself it repeats one up to five times, waits in between for as long as the server asks, and has no timeout.
+    Inside `with Patience(seconds):` a request is repeated for so many seconds after it first failed, and may be
+    silent for 10 s longer.
+    """
+
+    def __init__(self, seconds):
+        self.seconds = seconds
+        self.failing_since = {}  # request -> time of its first failure, None while there is none
+
+    def __enter__(self):
+        from huggingface_hub import set_client_factory
+
+        set_client_factory(self.client)
+        return self
+
+    def __exit__(self, *exception):
+        from huggingface_hub import set_client_factory
+        from huggingface_hub.utils._http import default_client_factory
+
+        set_client_factory(default_client_factory)
+
+    def client(self):
+        """The client that huggingface_hub makes, with a timeout and our hooks after its own."""
+        from huggingface_hub.utils._http import default_client_factory
+
+        client = default_client_factory()
+        client.timeout = self.seconds + 10
+        ours = {"request": self.before, "response": self.after}
+        client.event_hooks = {kind: [*client.event_hooks[kind], hook] for kind, hook in ours.items()}
+        return client
+
+    def elapsed(self, request):
+        """Seconds since the request first failed, which it has."""
+        key, now = (request.method, str(request.url)), time.monotonic()
+        if self.failing_since.get(key) is None:
+            self.failing_since[key] = now
+        return now - self.failing_since[key]
+
+    def before(self, request):
+        """Called with every request: one that is seen again has failed."""
+        key = (request.method, str(request.url))
+        if key not in self.failing_since:
+            self.failing_since[key] = None
+        elif self.elapsed(request) > self.seconds:
+            raise TimeoutError(f"no good answer from {request.url.host} for {self.seconds:g} s")
+
+    def after(self, response):
+        """Called with every answer: raises what the client would raise after its last try, when no time is left."""
+        from huggingface_hub.utils import hf_raise_for_status, parse_ratelimit_headers
+
+        status, request = response.status_code, response.request
+        if status < 400:
+            self.failing_since.pop((request.method, str(request.url)), None)
+        elif status in (408, 429) or status >= 500:
+            limit = parse_ratelimit_headers(response.headers) if status == 429 else None
+            asked = response.headers.get("Retry-After", "")
+            wait = limit.reset_in_seconds if limit and not limit.remaining else int(asked) if asked.isdigit() else 1
+            if self.elapsed(request) + wait > self.seconds:
+                hf_raise_for_status(response)
+        if status > 400 and request.url.path.endswith("/validate-yaml"):
+            hf_raise_for_status(response)  # the client would read an error page as JSON before looking at the status
+
+
+@contextlib.contextmanager
+def brisk_xet(patience):
+    """Inside, an upload to Xet storage that fails is given up within half a minute, not ten; the user's settings win.
+
+    That upload is not made by the HTTP client: it has retries of its own, read from the environment by each session.
+    """
+    from huggingface_hub.utils._xet import abort_xet_session
+
+    settings = {
+        "HF_XET_CLIENT_RETRY_MAX_ATTEMPTS": "2",
+        "HF_XET_CLIENT_CONNECT_TIMEOUT": f"{patience + 10:.0f}s",  # not READ_TIMEOUT: a slow line needs its time
+    }
+    ours = settings.keys() - os.environ.keys()
+    os.environ.update({name: settings[name] for name in ours})
+    abort_xet_session()  # the one that downloaded the base model: the next use makes another
+    try:
+        yield
+    finally:
+        for name in ours:
+            del os.environ[name]
+        abort_xet_session()
+
+
+def find_token(token=None):
+    """The token given, else that of HF_TOKEN or `hf auth login`; UserError when there is none, or no proper one."""
+    from huggingface_hub import get_token
+
+    token = (token or get_token() or "").strip()
+    require(token, "no token for the Hub: create one with write permission at https://huggingface.co/settings/tokens "
+                   "and set HF_TOKEN, or run `hf auth login`")  # fmt: skip
+    require(re.fullmatch(r"[!-~]+", token),
+            "--hub_token / HF_TOKEN has blanks or other characters that no token has; copy it again")  # fmt: skip
+    return token
+
+
+def check_name(repo_id):
+    """UserError unless it is a name that a repository can have."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    try:
+        validate_repo_id(repo_id)
+    except HFValidationError as error:
+        raise UserError(f"--hub_model_id {repo_id}: give owner/name or name ({error})") from None
+
+
+def in_a_line(error, token):
+    """What went wrong, from an exception of the Hub client, without the token."""
+    from httpx2 import TransportError
+    from huggingface_hub.errors import HfHubHTTPError
+
+    while error.__cause__ is not None and not isinstance(error, HfHubHTTPError | TransportError):
+        error = error.__cause__
+    if isinstance(error, KeyboardInterrupt | TimeoutError):
+        line = str(error) or "interrupted"
+    elif isinstance(error, TransportError):
+        line = f"the Hub cannot be reached or closed the connection ({type(error).__name__}: {error})"
+    elif isinstance(error, HfHubHTTPError):
+        status = error.response.status_code
+        hints = {
+            401: "it does not accept the token",
+            403: "the token has no permission to write there",
+            404: "there is no such repository, or the token may not see it",
+            429: "too many requests: wait some minutes",
+        }
+        line = f"the Hub answered {status}, {hints.get(status, error.response.reason_phrase)}"
+        line += f" ({error.server_message})" if error.server_message else ""
+    else:
+        line = f"{type(error).__name__}: {error}"
+    return " ".join(line.replace(token, "***").split())[:500]
+
+
+def check_access(repo_id, token=None, private=False, patience=PATIENCE):
+    """Before training: create the repository if need be, check that the token may write, return the id owner/name.
+
+    Without a usable answer from the Hub (no network, a server error) it prints a warning and returns `repo_id`.
+
+    Raises UserError for a missing or refused token, a name that cannot be used, and offline mode.
+    """
+    from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub.errors import HfHubHTTPError
+
+    check_name(repo_id)
+    token = find_token(token)
+    require(not is_offline_mode(), "--push_to_hub needs the network, but HF_HUB_OFFLINE is set: unset one of them")
+    try:
+        with Patience(patience):
+            api = HfApi(token=token)
+            repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+            api.auth_check(repo_id, write=True)  # creating one that exists succeeds with a read-only token
+    except Exception as error:
+        line = in_a_line(error, token)
+        status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
+        if 400 <= status < 500 and status not in (408, 429):
+            raise UserError(
+                f"--push_to_hub: {line}; give a token with write permission for {repo_id} in HF_TOKEN (or "
+                "--hub_token), or another --hub_model_id"
+            ) from None
+        print(f"warning: could not check access to {repo_id} on the Hub ({line}); publishing is tried after training")
+    return repo_id
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The model card
+
+
+@dataclass(frozen=True)
+class Card:
+    """What the model card says. `lpl` and `training` are {setting: value} for its tables; `lpl` is empty without LPL.
+
+    name: owner/name on the Hub, or only a name; kind: sdxl or sd3; base_model, dataset: as given to the run, a name on
+    the Hub or a path (paths are never shown); prediction_type: when the run was given one, so that a LoRA's snippet
+    sets it. Image number n of prompt p is `image_{p * images_per_prompt + n}.png`.
+    """
+
+    name: str
+    kind: str
+    base_model: str
+    lora: bool
+    lpl: dict = field(default_factory=dict)
+    training: dict = field(default_factory=dict)
+    revision: str | None = None
+    dataset: str | None = None
+    num_images: int | None = None
+    prompts: tuple[str, ...] = ()
+    images_per_prompt: int = 0
+    prediction_type: str | None = None
+
+
+def write_card(folder, card):
+    """Write `folder/README.md`: metadata, gallery of the validation images that are there, snippet, settings."""
+    from huggingface_hub import ModelCard, ModelCardData
+
+    folder = Path(folder)
+    base, dataset = hub_name(card.base_model), hub_name(card.dataset)
+    licence = base_licence(card.base_model, card.revision)
+    if not licence:
+        print(f"note: found no licence in the base model's card; you may want to add one to {folder / 'README.md'}")
+    tags = [MODEL_TAGS[card.kind], "text-to-image", "diffusers", "diffusers-training"]
+    data = ModelCardData(
+        base_model=base,
+        datasets=[dataset] if dataset else None,
+        **licence,
+        library_name="diffusers",
+        pipeline_tag="text-to-image",
+        tags=tags + ["lora"] * card.lora + ["lpl"] * bool(card.lpl),
+        widget=gallery(folder, card) or None,
+    )
+    parts = [
+        f"# {card.name.split('/')[-1]}",
+        "<Gallery />" if data.widget else "",
+        description(card, base, dataset),
+        f"## Use\n\n```python\n{snippet(card, base)}\n```",
+        f"## Latent perceptual loss\n\n{table(card.lpl)}" if card.lpl else "",
+        f"## Training\n\n{table(card.training)}" if card.training else "",
+    ]
+    text = "\n\n".join(part for part in parts if part)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
+
+
+def base_licence(base_model, revision=None):
+    """{license, license_name, license_link}, as far as the base model's own card has and can be read for them."""
+    from huggingface_hub import metadata_load
+
+    try:
+        with Patience(5):
+            path = model_file(base_model, "README.md", revision)
+        metadata = (metadata_load(path) if path else None) or {}
+    except Exception:  # no network, no access, damaged YAML: all the same to a card
+        return {}
+    if not metadata.get("license"):
+        return {}
+    licence = {key: metadata[key] for key in ("license", "license_name", "license_link") if metadata.get(key)}
+    if "://" not in str(licence.get("license_link", "://")):  # a file of the base model's repository
+        file = licence.pop("license_link")
+        if hub_name(base_model):
+            licence["license_link"] = f"https://huggingface.co/{base_model}/blob/{revision or 'main'}/{file}"
+    return licence
+
+
+def gallery(folder, card):
+    """The widget of the metadata: each validation image that is there, with its prompt."""
+    numbered = enumerate(prompt for prompt in card.prompts for _ in range(card.images_per_prompt))
+    return [
+        {"text": prompt or " ", "output": {"url": f"image_{number}.png"}}
+        for number, prompt in numbered
+        if (folder / f"image_{number}.png").is_file()
+    ]
+
+
+def description(card, base, dataset):
+    """What it is, in a sentence or two."""
+    what = "A LoRA for" if card.lora else "A fine-tuned version of"
+    model = f"[{base}](https://huggingface.co/{base})" if base else f"a local {MODEL_NAMES[card.kind]} model"
+    images = f"{card.num_images} images" if card.num_images else "images"
+    data = (
+        f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else f"a private collection of {images}"
+    )
+    loss = (
+        f"with the [latent perceptual loss]({PAPER}) (LPL), which compares features of the VAE's decoder for the "
+        "predicted and the true latents"
+        if card.lpl
+        else "without the latent perceptual loss"
+    )
+    return f"{what} {model}, trained on {data} {loss}."
+
+
+def snippet(card, base):
+    """Python that loads the result and draws the first prompt."""
+    pipeline = PIPELINES[card.kind]
+    loaded = (base or "path/to/the/base/model") if card.lora else card.name
+    lines = [
+        "import torch",
+        f"from diffusers import {pipeline}",
+        "",
+        'device = "cuda" if torch.cuda.is_available() else "cpu"',
+        f'pipe = {pipeline}.from_pretrained("{loaded}", dtype=torch.float16).to(device)',
+    ]
+    if card.lora:
+        lines.append(f'pipe.load_lora_weights("{card.name}")')
+    if card.lora and card.prediction_type:
+        config = f'pipe.scheduler.config, prediction_type="{card.prediction_type}"'
+        lines.append(f"pipe.scheduler = pipe.scheduler.from_config({config})")
+    prompt = card.prompts[0] if card.prompts else "a photo of a red apple"
+    return "\n".join([*lines, f"image = pipe({prompt!r}).images[0]"])
+
+
+def table(settings):
+    """A Markdown table of {setting: value}; unset ones are left out, and so are paths."""
+
+    def shown(value):
+        if isinstance(value, bool):
+            return "yes" if value else "no"
+        if isinstance(value, float):
+            return f"{value:g}"
+        text = str(value)
+        if re.search(r"(?<![\w:/])(/|~/|\.\.?/)\w", text) or os.path.exists(text):
+            return "a local file"
+        return " ".join(text.replace("|", "\\|").split())
+
+    rows = [f"| {name} | {shown(value)} |" for name, value in settings.items() if value is not None]
+    return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is published
+
+
+def publishable_files(folder):
+    """The files of a result that the allow-list names, sorted; links are never among them.
+
+    Raises UserError when there is no result, or a pipeline of which a part or its weights are missing.
+    """
+    root = Path(folder).resolve()
+    require(root.is_dir(), f"{folder}: there is no such folder; name the output folder of a run")
+    files = allowed(root, RESULT_FILES)
+    if root / "model_index.json" in files:
+        for part in pipeline_parts(root):
+            found = allowed(root / part, PART_FILES)
+            names = {path.name for path in found}
+            # a part with a config.json is a model; tokenizers and schedulers call theirs otherwise
+            weights = any(name.endswith(".safetensors") for name in names) or "config.json" not in names
+            require(
+                names and weights,
+                f"{folder}: {part}/, named in model_index.json, is not all there; let the run finish",
+            )
+            files += found
+    require(any(path.suffix == ".safetensors" for path in files),
+            f"{folder}: nothing to publish: it has no pytorch_lora_weights.safetensors, no model.safetensors and no "
+            "pipeline with a model_index.json")  # fmt: skip
+    return sorted(files)
+
+
+def allowed(folder, names):
+    """The plain files of a folder whose names match; none when the folder itself is a link."""
+    if folder.is_symlink() or not folder.is_dir():
+        return []
+    return [
+        path for path in folder.iterdir() if names.fullmatch(path.name) and path.is_file() and not path.is_symlink()
+    ]
+
+
+def pipeline_parts(folder):
+    """Names of the parts that a pipeline's model_index.json says it has."""
+    index = read_json(folder / "model_index.json")
+    require(
+        isinstance(index, dict),
+        f"{folder / 'model_index.json'}: not the index of a pipeline; let the run finish",
+    )
+    return [
+        name
+        for name, value in index.items()
+        if re.fullmatch(r"[a-z]\w*", name) and isinstance(value, list) and value and value[0]
+    ]
+
+
+def hub_name(name_or_path):
+    """The name of a model or data set on the Hub; None for a folder or file here, and for what cannot be a name."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id
+
+    if not name_or_path or os.path.exists(name_or_path):
+        return None
+    try:
+        validate_repo_id(name_or_path)
+    except HFValidationError:
+        return None
+    return name_or_path
+
+
+def forget_local_paths(files):
+    """Empty the `_name_or_path` of JSON files where it is a path: save_pretrained writes where each part came from."""
+
+    def forget(match):
+        return match[0] if hub_name(match[2]) else f'{match[1]}""'
+
+    for path in files:
+        if path.suffix == ".json" and "name_or_path" in (text := path.read_text(encoding="utf-8")):
+            cleaned = re.sub(r'("_?name_or_path"\s*:\s*)"((?:[^"\\]|\\.)*)"', forget, text)
+            if cleaned != text:
+                temporary = path.with_name(f".{path.name}.tmp")
+                temporary.write_text(cleaned, encoding="utf-8")
+                os.replace(temporary, path)
+
+
+def publish(folder, repo_id, token=None, private=False, patience=PATIENCE):
+    """Upload a result in one commit, all of it or nothing, and return the address of its page.
+
+    Local paths in the pipeline's configuration are emptied first. The repository is created if need be.
+
+    Raises UserError when there is nothing to publish, no token or no possible name; PublishError for every failure
+    after that, whatever its kind.
+    """
+    check_name(repo_id)
+    token = find_token(token)
+    root = Path(folder).resolve()
+    files = publishable_files(folder)
+    from huggingface_hub import CommitOperationAdd, HfApi
+
+    try:
+        forget_local_paths(files)
+        with Patience(patience), brisk_xet(patience):
+            api = HfApi(token=token)
+            repository = api.create_repo(repo_id, private=private or None, exist_ok=True)
+            operations = [CommitOperationAdd(path.relative_to(root).as_posix(), path) for path in files]
+            api.create_commit(repository.repo_id, operations, commit_message="Upload weights and model card")
+            return str(repository)
+    except (Exception, KeyboardInterrupt) as error:
+        raise PublishError(
+            f"{repo_id} was not published: {in_a_line(error, token)}\n"
+            f"The result is safe in {folder}. To try again:\n"
+            f"    {retry_command(folder, repo_id, private)}"
+        ) from None
+
+
+def retry_command(folder, repo_id, private):
+    """The command line that publishes a folder; its paths are relative where they lie below the current folder."""
+
+    def short(path):
+        relative = os.path.relpath(path)
+        return os.path.abspath(path) if relative.startswith((os.pardir, "-")) else relative
+
+    words = ["python", "-m", "lpl_finetuning.publish", short(folder), "--hub_model_id", repo_id]
+    return shlex.join(words + ["--hub_private_repo"] * private)
+
+
+def publish_or_exit(folder, repo_id, token=None, private=False, patience=PATIENCE):
+    """Publish and print the page's address; a failed upload is told and ends the process with status 3."""
+    try:
+        print(f"Published: {publish(folder, repo_id, token, private, patience)}")
+    except PublishError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(3)
+
+
+def tell_how_to_publish(folder, repo_id, private=False):
+    """Instead of publishing, where the run was asked to stop."""
+    print(f"Not published, since the run was asked to stop. This publishes it:\n    "
+          f"{retry_command(folder, repo_id, private)}")  # fmt: skip

@@ -1,0 +1,387 @@
+"""Checkpoints: the state of a run in safetensors and JSON, never pickle.
+
+A checkpoint is written to `.tmp-checkpoint-N`, its manifest last; then the folder is renamed to `checkpoint-N`, and
+only then is the oldest deleted. So whatever moment a run is killed at, the checkpoint before is whole. What makes a
+folder a checkpoint is in `training.checkpoint_folders`.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import platform
+import re
+import shutil
+import time
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from lpl_finetuning.errors import UserError
+from lpl_finetuning.files import megabytes, sha256_of, sync_to_disk
+from lpl_finetuning.training.checkpoint_folders import (
+    MANIFEST,
+    Damaged,
+    check_sizes,
+    choose_checkpoint,
+    is_complete,
+    list_checkpoints,
+    old_place,
+    read_manifest,
+    remove,
+    set_damaged_aside,
+    tidy,
+    write_manifest,
+)
+from lpl_finetuning.training.sharding import (
+    distributed_like,
+    from_all_ranks,
+    from_first_rank,
+    gather,
+    is_part,
+    local_part,
+    sharded_like,
+    whole_bytes,
+)
+
+SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer: a resumed run may change them
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
+
+
+class CheckpointClock:
+    """When a checkpoint is due: every `steps` steps, or once `minutes` (None: never) went by since the last.
+
+    Ranks count the same steps, but not the same minutes: there the main process decides. now: counts seconds.
+    """
+
+    def __init__(self, steps, minutes=None, now=time.monotonic):
+        self.steps, self.minutes, self.now = steps, minutes, now
+        self.last = now()
+
+    def due(self, step):
+        """Whether `step` optimizer steps are a multiple of `steps`."""
+        return step % self.steps == 0
+
+    def late(self):
+        """Whether the minutes have gone by."""
+        return self.minutes is not None and self.now() - self.last >= 60 * self.minutes
+
+    def saved(self):
+        """A checkpoint was written: count the minutes from here."""
+        self.last = self.now()
+
+
+def checkpoint_bytes(state, parameters=()):
+    """Bytes of the tensors in a checkpoint: those of `state`, a TrainingState, and the trained `parameters`.
+
+    An optimizer has no state before its first step, so ask after it.
+    """
+
+    def size(value):
+        if isinstance(value, torch.Tensor) or is_part(value):
+            return whole_bytes(value)
+        if isinstance(value, dict):
+            return sum(map(size, value.values()))
+        return sum(map(size, value)) if isinstance(value, (list, tuple)) else 0
+
+    averaged = parameters_of(state.optimizer) if state.ema is not None else []
+    means = state.auto_weight.state_dict() if state.auto_weight is not None else {}
+    return sum(map(size, [state.optimizer.state_dict()["state"], averaged, means, list(parameters)]))
+
+
+def bytes_needed(output_dir, state):
+    """About the size of the next checkpoint: the last one's, or the tensors' when there is none."""
+    if found := list_checkpoints(output_dir):
+        return sum(entry["size"] for entry in read_manifest(found[-1][1])["files"].values())
+    return checkpoint_bytes(state, parameters_of(state.optimizer))
+
+
+def check_room(output_dir, needed):
+    """Raise UserError when fewer than `needed` bytes are free where a checkpoint is to be written."""
+    free = shutil.disk_usage(output_dir).free
+    if free < needed:
+        raise UserError(
+            f"--output_dir {output_dir}: a checkpoint needs {megabytes(needed)}, only {megabytes(free)} are free. "
+            f"Nothing was written{last_one(output_dir)}. Free some space, keep fewer checkpoints with "
+            "--checkpoints_total_limit, or choose another --output_dir"
+        )
+
+
+def last_one(output_dir):
+    """The part of a message that says what is still there."""
+    found = list_checkpoints(output_dir)
+    return f" and {found[-1][1].name} is intact" if found else ""
+
+
+def write_error(error, final):
+    """The UserError for a failed write of a checkpoint, or None when the error is no failed write."""
+    code = error.errno if isinstance(error, OSError) else None
+    if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
+        code = int(match[1])  # safetensors has an error of its own for them
+    elif not isinstance(error, OSError):
+        return None
+    full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    advice = ". Free some space, keep fewer checkpoints with --checkpoints_total_limit, or choose another --output_dir"
+    kept = f"the unfinished folder was removed{last_one(final.parent)}"
+    if full:
+        return UserError(f"disk full while saving {final} ({error}): {kept}{advice}")
+    return UserError(f"can't save {final} ({error}): {kept}")
+
+
+def save_checkpoint(output_dir, step, state, save_model, limit=None, is_main=True):
+    """Write checkpoint-`step`, and only then remove the oldest beyond `limit`. Returns its folder.
+
+    state: a TrainingState; save_model: called with the folder, writes the trained weights in their usual layout;
+    is_main: the other ranks only give their parts of what is sharded.
+    Raises UserError when the disk is too small or a write fails: then the last checkpoint is as it was.
+    """
+    collected = state.collect(is_main)
+    if not is_main:
+        return None
+    output_dir = Path(output_dir)
+    final, temporary = output_dir / f"checkpoint-{step}", output_dir / f".tmp-checkpoint-{step}"
+    try:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        tidy(output_dir)
+        check_room(output_dir, bytes_needed(output_dir, state))
+        temporary.mkdir()
+        save_model(temporary)
+        state.save(temporary, step, collected)
+        write_manifest(temporary, step)
+        put_in_place(temporary, final)
+    except BaseException as error:  # Ctrl-C too leaves no half
+        with contextlib.suppress(OSError):
+            tidy(output_dir)
+        if (clear := write_error(error, final)) is not None:
+            raise clear from error
+        raise
+    prune(output_dir, final, limit)
+    return final
+
+
+@contextlib.contextmanager
+def kept_if_unwritten(save):
+    """For writing the result: where that fails, call save(), so that its steps are in a checkpoint at least.
+
+    save: for this rank alone; None where a checkpoint takes all ranks, of which the others can't know.
+    Raises UserError in place of the error of a disk that is full or can't be written to.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        failed = f"the result can't be written ({error})"
+        if save is None:
+            raise UserError(f"{failed}. Free some space; --resume_from_checkpoint latest does what came after "
+                            "the last checkpoint once more") from error  # fmt: skip
+        try:
+            save()
+        except UserError as second:
+            raise UserError(f"{failed}, nor a checkpoint: {second}") from error
+        raise UserError(
+            f"{failed}; its steps are saved. Free some space, and give the same command with --resume_from_checkpoint "
+            "latest: it writes the result"
+        ) from error
+
+
+def put_in_place(temporary, final):
+    """Give a finished folder its name. One of that name stays, as `old_place`, until the new one has it."""
+    if final.exists() and not is_complete(final):
+        set_damaged_aside(final)
+    if final.exists():
+        os.replace(final, old_place(final))
+    os.replace(temporary, final)
+    sync_to_disk(final.parent)
+    if old_place(final).exists():
+        remove(old_place(final))
+
+
+def prune(output_dir, newest, limit):
+    """Delete the oldest checkpoints beyond `limit` (None: keep all), never the one just written."""
+    others = [folder for _, folder in list_checkpoints(output_dir) if folder != newest]
+    for folder in others[: max(0, len(others) + 1 - limit)] if limit else []:
+        remove(folder)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The state of a run
+
+
+def parameters_of(optimizer):
+    """All parameters, in the order of its state."""
+    return [value for group in optimizer.param_groups for value in group["params"]]
+
+
+def optimizer_to_tensors(optimizer):
+    """An optimizer's state as (tensors by path, JSON-able rest); bitsandbytes nests its entries in dictionaries."""
+    state = optimizer.state_dict()
+    tensors, rest, storages = {}, {"param_groups": state["param_groups"], "values": {}}, set()
+
+    def flatten(path, value):
+        if isinstance(value, dict):
+            for name, entry in value.items():
+                flatten(f"{path}/{name}", entry)
+        elif is_part(value):
+            tensors[path] = value
+        elif isinstance(value, torch.Tensor):
+            tensors[path] = apart(value, storages)
+        else:
+            rest["values"][path] = value
+
+    for index, entries in state["state"].items():
+        flatten(str(index), entries)
+    return tensors, rest
+
+
+def apart(tensor, storages):
+    """A contiguous tensor that shares no memory with those seen before, which safetensors would refuse."""
+    storage = tensor.untyped_storage().data_ptr()
+    if storage in storages:
+        return tensor.clone()
+    storages.add(storage)
+    return tensor.contiguous()
+
+
+def load_optimizer(optimizer, tensors, rest):
+    """Put back what `optimizer_to_tensors` took, made whole; each rank keeps its part where that is sharded."""
+    parameters, state = parameters_of(optimizer), {}
+    for path, value in {**tensors, **rest["values"]}.items():
+        index, *names, last = path.split("/")
+        entries = state.setdefault(int(index), {})
+        for name in names:
+            entries = entries.setdefault(name, {})
+        entries[last] = distributed_like(value, parameters[int(index)])
+    optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
+
+
+class TrainingState:
+    """All of a run that is not weights: optimizer, LR schedule, scaler, EMA, LPL's running means, position.
+
+    Noise, timesteps and data order follow from the seed and the step, so no generator has a state to save.
+    """
+
+    def __init__(self, optimizer, lr_scheduler, scaler=None, ema=None, auto_weight=None, identity=None):
+        self.optimizer, self.lr_scheduler, self.scaler = optimizer, lr_scheduler, scaler
+        self.ema, self.auto_weight, self.identity = ema, auto_weight, identity or {}
+
+    def collect(self, keep):
+        """(all tensors by name, what else the optimizer has), whole; ranks that don't `keep` them give their parts."""
+        tensors, rest = optimizer_to_tensors(self.optimizer)
+        tensors = {f"optimizer/{name}": value for name, value in tensors.items()}
+        if self.ema is not None:
+            pairs = zip(self.ema.shadow_params, parameters_of(self.optimizer), strict=True)
+            tensors |= {f"ema/{index}": sharded_like(*pair) for index, pair in enumerate(pairs)}
+        if self.auto_weight is not None:
+            tensors |= {f"auto_weight/{name}": value for name, value in self.auto_weight.state_dict().items()}
+        return gather(tensors, keep), rest
+
+    def save(self, folder, step, collected):
+        """Write training_state.safetensors and training_state.json into a folder. collected: by `collect`."""
+        tensors, rest = collected
+        schedule = {name: value for name, value in self.lr_scheduler.state_dict().items() if is_plain(value)}
+        info = {
+            "step": step,
+            "optimizer": rest,
+            "lr_scheduler": schedule,
+            "scaler": self.scaler.state_dict() if self.scaler else None,
+            "ema_step": self.ema.optimization_step if self.ema is not None else None,
+            "identity": self.identity,
+        }
+        save_file(tensors, Path(folder) / "training_state.safetensors")
+        (Path(folder) / "training_state.json").write_text(json.dumps(info, indent=1))
+
+    def load(self, folder):
+        """Restore from a checkpoint's folder; returns its step."""
+        info = json.loads((Path(folder) / "training_state.json").read_text())
+        tensors = load_file(Path(folder) / "training_state.safetensors")
+        part = {}
+        for name, value in tensors.items():
+            kind, rest = name.split("/", 1)
+            part.setdefault(kind, {})[rest] = value
+        settings = [{key: group[key] for key in SETTINGS if key in group} for group in self.optimizer.param_groups]
+        load_optimizer(self.optimizer, part.get("optimizer", {}), info["optimizer"])
+        self.lr_scheduler.load_state_dict(info["lr_scheduler"])
+        self._take_settings(settings)
+        if self.scaler and info["scaler"]:
+            self.scaler.load_state_dict(info["scaler"])
+        if self.ema is not None:
+            pairs = zip(self.ema.shadow_params, parameters_of(self.optimizer), strict=True)
+            for index, (shadow, parameter) in enumerate(pairs):
+                shadow.copy_(local_part(distributed_like(part["ema"][str(index)], parameter)))
+            self.ema.optimization_step = info["ema_step"]
+        if self.auto_weight is not None and "auto_weight" in part:
+            self.auto_weight.load_state_dict(part["auto_weight"])
+        return info["step"]
+
+    def _take_settings(self, settings):
+        """What the flags say now counts, not what they said when the checkpoint was written."""
+        for index, (group, now) in enumerate(zip(self.optimizer.param_groups, settings, strict=True)):
+            for key, value in now.items():
+                before = tuple(group[key]) if isinstance(group[key], list) else group[key]
+                if before != value:
+                    print(f"{key} was {before} in the checkpoint, is {value} from now on")
+                    group[key] = value
+            rate = now["initial_lr"] * self.lr_scheduler.lr_lambdas[index](self.lr_scheduler.last_epoch)
+            if self.lr_scheduler.base_lrs[index] != now["initial_lr"]:
+                self.lr_scheduler.base_lrs[index], group["lr"] = now["initial_lr"], rate
+
+
+def is_plain(value):
+    """Whether JSON can hold it."""
+    if isinstance(value, (list, tuple)):
+        return all(is_plain(item) for item in value)
+    return isinstance(value, (int, float, str, bool, type(None)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Resuming with several ranks
+
+
+def checkpoint_to_resume(args, accelerator=None):
+    """The folder to resume from, or None for a fresh start. Raises UserError for a damaged one or another run's.
+
+    Nothing is changed. The first rank alone reads the files and decides for all; the others look whether they have the
+    same folder, which those of another machine may not, and if one has not, all of them raise UserError.
+    """
+    if accelerator is None or accelerator.num_processes == 1:
+        return choose_checkpoint(args)
+    decision, problem = {}, None
+    if accelerator.is_main_process:
+        try:
+            folder = choose_checkpoint(args)
+            decision = {"folder": str(folder), "manifest": sha256_of(folder / MANIFEST)} if folder else {}
+        except UserError as error:
+            decision = {"error": str(error)}
+    decision = from_first_rank(decision, accelerator)
+    if "error" in decision:
+        raise UserError(decision["error"])
+    if not decision:
+        return None
+    folder = Path(decision["folder"])
+    if not accelerator.is_main_process:
+        problem = what_differs(folder, decision["manifest"])
+    problems = [f"{name}: {said}" for name, said in from_all_ranks([platform.node(), problem], accelerator) if said]
+    if problems:
+        raise UserError(
+            f"--resume_from_checkpoint {args.resume_from_checkpoint}: the first rank goes on from {folder}, but not "
+            f"all machines have it ({'; '.join(dict.fromkeys(problems))}). --output_dir must lie on a disk that all "
+            "of them share, or the folder be copied to each"
+        )
+    return folder
+
+
+def what_differs(folder, manifest):
+    """None where a folder holds the checkpoint with this sha256 of its manifest, by the files' sizes, else why not."""
+    try:
+        if not folder.is_dir():
+            raise Damaged(f"there is no {folder}")
+        check_sizes(folder, read_manifest(folder))
+        if sha256_of(folder / MANIFEST) != manifest:
+            raise Damaged(f"{folder} is another checkpoint")
+    except (Damaged, OSError) as error:
+        return str(error)
+    return None

@@ -1,0 +1,217 @@
+"""LoRA adapters: into models, from flags or from a file, and out to files that load everywhere.
+
+`models` is a dictionary of the models that get an adapter, by the names that diffusers gives them in LoRA files:
+`unet` or `transformer`, `text_encoder`, `text_encoder_2`.
+"""
+
+import torch
+from diffusers import AutoencoderKL
+from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
+from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from safetensors.torch import load_file
+from torch import nn
+
+from lpl_finetuning.base_model import loading, read_json, require_layers
+from lpl_finetuning.errors import UserError, require
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
+ADAPTER = "default"
+
+
+def is_text_encoder(part):
+    """Whether a part of a pipeline is a text encoder, by its name."""
+    return part.startswith("text_encoder")
+
+
+def add_adapters(args, models, pipeline_class, targets):
+    """Give each model an adapter, in float32 and trainable; all other weights are frozen.
+
+    targets: names of the denoiser's layers that get one. With --init_lora shape and weights come from that file.
+    Raises UserError for layers that do not exist, or a file that does not fit.
+    """
+    for model in models.values():
+        model.requires_grad_(False)
+    found = read_lora(args, models, pipeline_class) if args.init_lora else {}
+    for part, model in models.items():
+        if part in found:
+            continue
+        layers = TEXT_ENCODER_TARGETS if is_text_encoder(part) else targets
+        config = LoraConfig(
+            r=args.rank or 4,
+            lora_alpha=args.lora_alpha or args.rank or 4,
+            lora_dropout=args.lora_dropout,
+            use_dora=args.use_dora,
+            init_lora_weights="gaussian",
+            target_modules=list(layers),
+        )
+        require_layers(part, layers, [name for name, _ in model.named_modules()])
+        try:
+            model.add_adapter(config, adapter_name=ADAPTER)
+        except ValueError as error:  # e.g. a layer of a kind that can't have one
+            raise UserError(f"--lora_layers: {error}") from None
+    for model in models.values():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.requires_grad_(True)
+                parameter.data = parameter.data.float()
+
+
+def read_lora(args, models, pipeline_class):
+    """Load --init_lora into the models by diffusers' own loaders; returns the names of the parts that it had."""
+    flag = f"--init_lora {args.init_lora}"
+    try:
+        tensors, *alphas, metadata = pipeline_class.lora_state_dict(  # SD3's has no alphas
+            args.init_lora,
+            return_lora_metadata=True,
+            use_safetensors=True,
+            unet_config=getattr(models.get("unet"), "config", None),
+        )
+    except Exception as error:  # no such file or repository, no network, not a safetensors file: many kinds
+        raise UserError(f"{flag}: no LoRA could be read there ({type(error).__name__}: {error})") from None
+    found = {name.split(".")[0] for name in tensors}
+    left = sorted(found - models.keys())
+    hint = "; add --train_text_encoder" if all(is_text_encoder(part) for part in left) else ""
+    require(not left, f"{flag}: it has layers for {', '.join(left)}, which this run does not train{hint}")
+    for part in found:
+        model, own = models[part], sum(name.startswith(part + ".") for name in tensors)
+        more = {"adapter_name": ADAPTER, "metadata": metadata}
+        if is_text_encoder(part):
+            load = pipeline_class.load_lora_into_text_encoder
+            more |= {"text_encoder": model, "prefix": part, "network_alphas": alphas[0] if alphas else None}
+        else:
+            load = getattr(pipeline_class, f"load_lora_into_{part}")
+            more |= {part: model} | ({"network_alphas": alphas[0]} if alphas else {})
+        try:
+            load(tensors, **more)
+        except (RuntimeError, ValueError) as error:
+            raise UserError(
+                f"{flag}: it does not fit this model's {part}, give one made for it: {str(error)[:300]}"
+            ) from None
+        fitting = len(adapter_state(model))
+        require(
+            fitting == own,
+            f"{flag}: it has {own} tensors for the {part}, of which this model takes {fitting}; "
+            "give one made for this model",
+        )
+        if args.lora_dropout:
+            for module in model.modules():
+                if isinstance(module, LoraLayer):
+                    module.lora_dropout[ADAPTER] = nn.Dropout(args.lora_dropout)
+    return found
+
+
+def lora_config(model):
+    """The PEFT configuration of a model's adapter."""
+    return model.peft_config[ADAPTER]
+
+
+def adapter_state(model):
+    """{name: tensor} of a model's adapter, as PEFT names them."""
+    return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+
+
+def adapters(models):
+    """{part: (layers, config)}: the adapters' tensors in float32, under PEFT's names, and their configurations."""
+    return {
+        part: ({name: value.float() for name, value in adapter_state(model).items()}, lora_config(model))
+        for part, model in models.items()
+    }
+
+
+def nested(name):
+    """A text encoder's name as other programs know it: transformers 5 drops the "text_model." of `CLIPTextModel`."""
+    return name if name.startswith(("text_model.", "text_projection")) else "text_model." + name
+
+
+def save_lora(folder, parts, pipeline_class):
+    """Write `pytorch_lora_weights.safetensors` in diffusers' format, with the configurations as metadata.
+
+    parts: see `adapters`. The layers of text encoders get their nested names. Their configurations name modules
+    without "text_model.", which matches the nested and the flat model alike.
+    """
+    arguments = {}
+    for part, (layers, config) in parts.items():
+        metadata = config.to_dict()
+        if is_text_encoder(part):
+            layers = {nested(name): value for name, value in layers.items()}
+            for field in ("rank_pattern", "alpha_pattern"):
+                metadata[field] = {key.removeprefix("text_model."): value for key, value in metadata[field].items()}
+        if not isinstance(metadata["target_modules"], str):
+            metadata["target_modules"] = sorted(x.removeprefix("text_model.") for x in metadata["target_modules"])
+        arguments |= {f"{part}_lora_layers": layers, f"{part}_lora_adapter_metadata": metadata}
+    pipeline_class.save_lora_weights(folder, **arguments)
+
+
+def load_lora(folder, models):
+    """Put back what `save_lora` wrote, into models that have their adapters."""
+    tensors = load_file(folder / LORA_FILE)
+    for part, model in models.items():
+        prefix = part + "."
+        if is_text_encoder(part) and not hasattr(model, "text_model"):
+            prefix += "text_model."
+        layers = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        fits = layers.keys() == adapter_state(model).keys()
+        wrong = set_peft_model_state_dict(model, layers, adapter_name=ADAPTER) if fits else None
+        require(
+            fits and not wrong.unexpected_keys,
+            f"{folder}: its LoRA has other layers for the {part} than this run's (--lora_layers, --rank, --use_dora)",
+        )
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer and schedule
+
+
+def quantization(args, dtype):
+    """Arguments of `from_pretrained` for --bnb_quantization_config_path; 4-bit weights compute in `dtype`."""
+    if not args.bnb_quantization_config_path:
+        return {}
+    from diffusers import BitsAndBytesConfig
+
+    settings = {"bnb_4bit_compute_dtype": str(dtype)[6:]} | read_json(args.bnb_quantization_config_path)
+    return {"quantization_config": BitsAndBytesConfig(**settings)}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Models of the base pipeline
+
+
+def load_part(args, cls, subfolder, **more):
+    """One component of the base pipeline."""
+    return cls.from_pretrained(args.pretrained_model_name_or_path, subfolder=subfolder, revision=args.revision, **more)
+
+
+def load_part_config(args, cls, subfolder):
+    """The config.json of one component."""
+    return cls.load_config(args.pretrained_model_name_or_path, subfolder=subfolder, revision=args.revision)
+
+
+def load_vae(args, dtype, device):
+    """The frozen autoencoder, evaluated in `dtype`, channels-last."""
+    if args.pretrained_vae_model_name_or_path:
+        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype, **loading(args))
+    else:
+        vae = load_part(args, AutoencoderKL, "vae", variant=args.variant, dtype=dtype, **loading(args))
+    return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+
+
+def vae_config(args):
+    """The autoencoder's config.json as a dictionary, without loading weights."""
+    if args.pretrained_vae_model_name_or_path:
+        return AutoencoderKL.load_config(args.pretrained_vae_model_name_or_path)
+    return load_part_config(args, AutoencoderKL, "vae")
+
+
+def parameter_groups(denoiser, args):
+    """[{"params", "lr"}]: the denoiser's trainable parameters, then the text encoders'."""
+    text_rate = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
+    groups = [
+        {
+            "params": [parameter for parameter in model.parameters() if parameter.requires_grad],
+            "lr": text_rate if is_text_encoder(name) else args.learning_rate,
+        }
+        for name, model in denoiser.models().items()
+    ]
+    return [group for group in groups if group["params"]]

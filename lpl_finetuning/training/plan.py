@@ -1,0 +1,324 @@
+"""What is said and checked before any weights load: the plan of a run, and an estimate of its memory."""
+
+import contextlib
+import hashlib
+import json
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+
+from lpl_finetuning.base_model import read_json
+from lpl_finetuning.data.encoding import in_chunks
+from lpl_finetuning.data.report import check_strict, data_report, report_lines
+from lpl_finetuning.data.samples import caption_rules, largest_size
+from lpl_finetuning.errors import require
+from lpl_finetuning.files import cache_folder, digest, gigabytes, write_whole
+from lpl_finetuning.flags import print_configuration
+from lpl_finetuning.training.checkpoint_folders import changes_since
+from lpl_finetuning.training.models import lora_config
+from lpl_finetuning.training.objective import lpl_config
+from lpl_finetuning.training.sharding import BUCKET, is_sharded, zero_stage
+from lpl_finetuning.training.validation import HELD_OUT_LEVELS
+from lpl_utils import DecoderStages, LatentPerceptualLoss
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is settled about a run before any weights load."""
+
+    schedule: object  # noise levels, timesteps and targets: the script's `Schedule`
+    dtype: torch.dtype  # that the denoiser computes in
+    batch_size: int  # images of an optimizer step, over all ranks
+    total_steps: int  # optimizer steps
+    resume_from: Path | None  # the checkpoint that it goes on from
+
+
+def plan_run(args, accelerator, schedule, images, resume_from):
+    """The Plan of a run on so many images."""
+    dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
+    batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    total_steps = args.max_train_steps or -(-args.num_train_epochs * images // batch_size)
+    return Plan(schedule, dtype, batch_size, total_steps, resume_from)
+
+
+def latent_size(args, vae):
+    """(height, width) of the latents; of the largest bucket."""
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)
+    return tuple(side // factor for side in largest_size(args))
+
+
+def lpl_bytes(args, vae):
+    """Bytes that the loss keeps for its backward pass: of all stages, or of the largest when they are recomputed."""
+    config, size = lpl_config(args), latent_size(args, vae)
+    totals = [0]
+    for blocks in range(1 + config.num_blocks):
+        with torch.device("meta"), SavedBytes() as kept:
+            batch = min(args.train_batch_size, config.batch_size)
+            pair = torch.randn(2, batch, vae.config.latent_channels, *size)
+            LatentPerceptualLoss(vae, replace(config, num_blocks=blocks))(pair[0].requires_grad_(), pair[1])
+        totals.append(kept.total)
+    stages = [after - before for before, after in pairwise(totals)]
+    return max(stages) if config.checkpointing == "stage" else sum(stages)
+
+
+def stage_shapes(args, vae):
+    """[(C, H, W)] of the features that the loss compares; `vae` on the meta device."""
+    stages, shapes = DecoderStages(vae), []
+    x = torch.empty(1, vae.config.latent_channels, *latent_size(args, vae), device="meta")
+    for index in range(1 + args.lpl_num_blocks):
+        x = stages.run(index, x)
+        shapes.append(tuple(x.shape[1:]))
+    return shapes
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Estimates before training
+
+
+class SavedBytes:
+    """Context that counts the bytes autograd keeps for the backward pass; on meta tensors it costs nothing.
+
+    Leaves (parameters, inputs) are not counted: they are there anyway.
+    """
+
+    def __enter__(self):
+        self.storages = {}
+        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
+        self.hooks.__enter__()
+        return self
+
+    def __exit__(self, *exception):
+        self.hooks.__exit__(*exception)
+
+    def _pack(self, tensor):
+        if not (tensor.is_leaf and tensor.requires_grad):
+            storage = tensor.untyped_storage()
+            self.storages[storage._cdata] = (
+                storage,
+                storage.nbytes(),
+            )  # the storage itself: its id must not be reused
+        return tensor
+
+    @property
+    def total(self):
+        """Bytes."""
+        return sum(size for _, size in self.storages.values())
+
+
+def parameter_bytes(parameters):
+    """Bytes of a collection of parameters."""
+    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
+
+
+def weight_bytes(args, models):
+    """Bytes of all weights; with a quantized denoiser, its frozen linear layers in 4 or 8 bits."""
+    total = sum(parameter_bytes(model.parameters()) for model in models.values())
+    if not args.bnb_quantization_config_path:
+        return total
+    share = 0.5 if read_json(args.bnb_quantization_config_path).get("load_in_4bit") else 1
+    denoiser = next(iter(models.values()))
+    linear = [module.weight for module in denoiser.modules() if isinstance(module, torch.nn.Linear)]
+    frozen = [weight for weight in linear if not weight.requires_grad]
+    return int(total - sum(weight.numel() * (weight.element_size() - share) for weight in frozen))
+
+
+def optimizer_state_bytes(args, weights, count):
+    """About how many bytes an optimizer keeps for `count` parameters of `weights` bytes."""
+    if args.use_8bit_adam:
+        return 2 * count
+    return {"adamw": 2 * weights, "prodigy": 4 * weights, "adafactor": 0}[args.optimizer]
+
+
+def warnings_about(args, total_steps):
+    """Remarks on what is allowed and rarely meant, in a run of so many steps."""
+    remarks = []
+    if args.lr_scheduler != "constant" and args.lr_warmup_steps >= total_steps:
+        remarks.append(
+            f"the learning rate is still warming up when the run ends: --lr_warmup_steps {args.lr_warmup_steps} of "
+            f"{total_steps} steps; lower it"
+        )
+    if args.optimizer == "prodigy" and args.learning_rate < 0.1:
+        remarks.append(
+            f"--optimizer prodigy multiplies its own step size by --learning_rate {args.learning_rate:g}; 1 is usual"
+        )
+    if args.hub_token:
+        remarks.append(
+            "--hub_token can be seen by others in the list of processes; prefer HF_TOKEN or `hf auth login`"
+        )
+    return remarks
+
+
+def describe_lora(config):
+    """A LoRA's configuration in a few words."""
+    return f"{'DoRA' if config.use_dora else 'LoRA'} of rank {config.r}, alpha {config.lora_alpha:g}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+def truncated_captions(tokenizers, captions, folder):
+    """{tokenizer's number: how many of the captions are longer than it takes}; counted once, then read from `folder`.
+
+    captions: function that gives an iterator over them.
+    """
+    content = hashlib.sha256()
+    for caption in captions():
+        content.update(caption.encode() + b"\0")
+    kinds = [[digest(vocabulary=tokenizer.get_vocab()), tokenizer.model_max_length] for tokenizer in tokenizers]
+    path = folder / f"truncated-{digest(captions=content.hexdigest(), tokenizers=kinds)[:32]}.json"
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(path.read_text())
+    counts = [0] * len(tokenizers)
+    for chunk in in_chunks(captions(), 1000):
+        for number, tokenizer in enumerate(tokenizers):
+            ids = tokenizer(chunk).input_ids
+            counts[number] += sum(len(row) > tokenizer.model_max_length for row in ids)
+    counts = {f"tokenizer_{number + 1}" if number else "tokenizer": count for number, count in enumerate(counts)}
+    with contextlib.suppress(OSError):  # a cache that can't be written
+        write_whole(path, json.dumps(counts).encode())
+    return counts
+
+
+def check_data(args, scan, held_out, tokenizers, accelerator):
+    """The report on the data with what the tokenizers cut off; a DataError under --strict if it has remarks."""
+    report, rules = data_report(args, scan, held_out), caption_rules(args)
+
+    def captions():
+        return (rules.text(caption) for image in scan.images for caption in image.captions)
+
+    with accelerator.main_process_first():
+        counts = truncated_captions(tokenizers, captions, cache_folder(args) / "scans")
+    report["truncated"] = counts
+    if any(counts.values()):
+        which = ", ".join(f"{count} of them by {name}" for name, count in counts.items() if count)
+        report["remarks"].append(f"Captions are longer than the tokenizers take, and cut off: {which}.")
+    check_strict(args, report)
+    return report
+
+
+def check_machine(args):
+    """Raises UserError for what this machine can't do."""
+    require(not args.enable_xformers_memory_efficient_attention or torch.cuda.is_available(),
+            "--enable_xformers_memory_efficient_attention: xformers needs a CUDA GPU, and none is here: leave it "
+            "out")  # fmt: skip
+    require(not args.bnb_quantization_config_path or torch.cuda.is_available(),
+            "--bnb_quantization_config_path: quantizing needs a CUDA GPU, and none is here: leave it "
+            "out")  # fmt: skip
+
+
+def print_plan(args, report, accelerator, plan):
+    """Configuration, data, steps and validation. report: on the data, from `check_data`."""
+    say, total_steps = accelerator.print, plan.total_steps
+    batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    images, held_out = report["images"], report["held_out"]
+    print_configuration(args, say)
+    say("\n" + "\n".join(report_lines(report)) + "\n")
+    for warning in warnings_about(args, total_steps):
+        say(f"warning: {warning}")
+    if plan.resume_from is not None and (changes := changes_since(args, plan.resume_from, images)):
+        say(f"Goes on from {plan.resume_from}; since then changed: {'; '.join(changes)}")
+    say(f"Steps: {total_steps} of {batch} images ({args.train_batch_size} per device x {accelerator.num_processes} "
+        f"x {args.gradient_accumulation_steps} accumulated); {images / batch:.1f} steps an epoch, "
+        f"{total_steps * batch / images:.1f} epochs")  # fmt: skip
+    what = []
+    if args.validation_prompt:
+        what.append(f"{len(args.validation_prompt)} x {args.num_validation_images} images")
+    if held_out:
+        what.append(f"the loss of {held_out} held-out images at {HELD_OUT_LEVELS} noise levels")
+    if what:
+        every = args.validation_steps or args.validation_epochs * images / batch
+        say(f"Validation: {' and '.join(what)} every {every:g} steps"
+            + ("; --validation_steps sets another interval" if args.validation_steps is None else ""))  # fmt: skip
+
+
+def print_models(args, models, how, say):
+    """What is trained; models: {name: model}, how: of prediction and precision."""
+    for name, model in models.items():
+        trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
+        everything = sum(parameter.numel() for parameter in model.parameters())
+        kind = describe_lora(lora_config(model)) if args.use_lora else "all"
+        say(f"Training: {trainable:,} of {everything:,} parameters of the {name} ({kind})")
+    say(f"          {how}, {args.optimizer}")
+
+
+def print_lpl_plan(args, gate, share, hint, vae, say):
+    """The lines about the loss: share of gated samples, decoder stages, weight; hint: a threshold for more samples."""
+    config = lpl_config(args)
+    rule = f"t < {gate.limit:g}" if gate.t_threshold is not None else f"sigma / alpha <= {gate.limit:g}"
+    say(f"LPL: where {rule}, {100 * share:.1f} % of samples; weight {args.lpl_weight}"
+        + (f" (a share of {args.lpl_share:g} of the loss)" if args.lpl_weight == "auto" else "")
+        + f"; {config.norm_type} normalization, {config.loss_type}, at most {config.batch_size} samples at a time, "
+        f"checkpointing {config.checkpointing}, {str(vae.dtype)[6:]}")  # fmt: skip
+    shapes = stage_shapes(args, vae)
+    say("     decoder stages: " + ", ".join("x".join(map(str, shape)) for shape in shapes))
+    if share < 0.02:
+        say(f"warning: LPL applies to under 2 % of the samples and will hardly matter; {hint} would give 20 %")
+
+
+def print_memory(parts, denoiser, accelerator):
+    """The estimate for one GPU; parts: [(what, bytes)]."""
+    say = accelerator.print
+    if is_sharded(accelerator):
+        [model] = denoiser.models().values()
+        parts = parts_of_a_rank(parts, model, accelerator.num_processes, zero_stage(accelerator))
+    total = gigabytes(sum(size for _, size in parts))
+    say(
+        f"Memory, estimated: {total}: " + ", ".join(f"{what} {gigabytes(size)}" for what, size in parts if size) + "\n"
+    )
+
+
+SHARDED = ("weights", "gradients", "optimizer state", "EMA")
+
+
+def gathered_bytes(model):
+    """About how many bytes of whole weights and gradients FSDP has at a time; float32.
+
+    What is in no block stays gathered, with its gradients, and of the blocks the one that is computed and the next;
+    its gradients are there twice while they are reduced.
+    """
+    taken, sizes = set(), []
+    for module in reversed(list(model.modules())):  # the inner ones first
+        if module is model or type(module).__name__ in model._no_split_modules:
+            own = [parameter for parameter in module.parameters() if id(parameter) not in taken]
+            taken.update(map(id, own))
+            sizes.append(4 * sum(parameter.numel() for parameter in own))
+    *blocks, rest = sizes
+    return 2 * rest + 4 * max(blocks, default=0)
+
+
+def parts_of_a_rank(parts, model, ranks, stage=0):
+    """`memory_parts` for one of `ranks` GPUs among which FSDP distributes a model, or DeepSpeed's ZeRO of a stage.
+
+    ZeRO-2 leaves weights and EMA whole; each rank updates a part of the weights in a copy of its own.
+    """
+    whole = ("weights", "EMA") if stage == 2 else ()
+    mine = [(what, size / ranks if what in SHARDED and what not in whole else size) for what, size in parts]
+    if not stage:
+        return [*mine, ("gathered layers", gathered_bytes(model))]
+    bucket = 4 * min(BUCKET, sum(parameter.numel() for parameter in model.parameters()))
+    if stage == 2:
+        return [*mine, ("part that is updated", dict(parts)["weights"] / ranks), ("exchange", 2 * bucket)]
+    return [*mine, ("gathered layers", 2 * bucket), ("exchange", 2 * bucket)]
+
+
+def memory_parts(args, weights, trained, activations, vae):
+    """[(what, bytes)] that training needs on one device, every sample taken as gated.
+
+    weights: bytes of all models that are trained or run in every step; trained: the trainable parameters; activations:
+    bytes that their forward pass keeps.
+    """
+    size, count = parameter_bytes(trained), sum(parameter.numel() for parameter in trained)
+    parts = [
+        ("weights", weights),
+        ("gradients", size),
+        ("optimizer state", optimizer_state_bytes(args, size, count)),
+        ("EMA", size if args.use_ema and not args.offload_ema else 0),
+        ("activations", activations),
+    ]
+    if args.use_lpl:
+        decoder = parameter_bytes(vae.decoder.parameters())
+        parts += [("decoder", decoder), ("LPL", lpl_bytes(args, vae))]
+    return parts

@@ -1,0 +1,294 @@
+"""What a run leaves in its folder and shows: its flags, log rows, progress, picture grids, the card, `run.png`."""
+
+import contextlib
+import json
+import math
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from lpl_finetuning.files import dispensable
+from lpl_finetuning.flags import SECRETS
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics
+
+
+class Metrics:
+    """Means of detached values that stay where they are until they are read, in one transfer.
+
+    `add(name, value, count)` takes a scalar tensor (or a number of the host's) that is a sum over `count` items.
+    """
+
+    def __init__(self, device):
+        self.device = device
+        self.clear()
+
+    def clear(self):
+        """Start the next interval."""
+        self.sums, self.counts = {}, {}
+
+    def snapshot(self):
+        """All that was added so far, for `restore`."""
+        return dict(self.sums), dict(self.counts)
+
+    def restore(self, snapshot):
+        """Forget what was added since."""
+        self.sums, self.counts = snapshot
+
+    def add(self, name, value, count=1):
+        """Take in the sum of `count` items."""
+        if isinstance(value, torch.Tensor):
+            value = value.detach().to(torch.float32)
+        self.sums[name] = self.sums.get(name, 0.0) + value
+        self.counts[name] = self.counts.get(name, 0) + count
+
+    def read(self, accelerator, names):
+        """{name: mean} over ranks and the interval, of those `names` that have any item; then start anew."""
+        sums = [self.sums.get(name, 0.0) for name in names]
+        host = [0.0 if isinstance(value, torch.Tensor) else value for value in sums] + [
+            float(self.counts.get(name, 0)) for name in names
+        ]
+        packed = torch.tensor(host, device=self.device)
+        for index, value in enumerate(sums):
+            if isinstance(value, torch.Tensor):
+                packed[index] = value
+        if accelerator.num_processes > 1:
+            packed = accelerator.reduce(packed, "sum")
+        values = packed.tolist()
+        self.clear()
+        pairs = zip(names, values[: len(names)], values[len(names) :], strict=True)
+        return {name: total / count for name, total, count in pairs if count}
+
+
+METRICS = ["train_loss", "diffusion_loss", "grad_norm", "lpl/loss", "lpl/weighted_loss", "lpl/weight",
+           "lpl/num_samples", "lpl/application_ratio"]  # fmt: skip
+
+
+def metric_names(args):
+    """The log keys of a run, in the order of the packed read."""
+    layers = range(1 + args.lpl_num_blocks if args.use_lpl else 0)
+    return METRICS + [f"lpl/features/layer_{layer}/{what}" for layer in layers for what in ("loss", "outlier_ratio")]
+
+
+def learning_rates(optimizer):
+    """{log key: value}: the first group's learning rate, and under Prodigy the step size that it has found."""
+    group = optimizer.param_groups[0]
+    return {"lr": group["lr"]} | ({"lr/d*lr": group["d"] * group["lr"]} if "d" in group else {})
+
+
+def row_of(line):
+    """The row in a line of the log; an empty one for a line that a kill or a full disk left unfinished."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
+
+
+class History:
+    """The rows of log values of a run, in a file of JSON lines that a resumed run goes on with."""
+
+    def __init__(self, path, first_step):
+        self.path = Path(path)
+        self.rows = []
+        if first_step and self.path.is_file():
+            self.rows = [row for row in map(row_of, self.path.read_text(errors="replace").splitlines())
+                         if row.get("step", math.inf) <= first_step]  # fmt: skip
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.path.write_text("".join(json.dumps(row) + "\n" for row in self.rows))
+
+    def append(self, step, values):
+        """Add a row."""
+        self.rows.append({"step": step, **values})
+        with dispensable("the log"), open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+
+    def series(self, key):
+        """(steps, values) of the rows that have the key."""
+        rows = [row for row in self.rows if key in row]
+        return [row["step"] for row in rows], [row[key] for row in rows]
+
+
+class Reporter:
+    """Everything a run says while it goes: progress bar, metrics file, trackers, `run.png`."""
+
+    def __init__(self, args, accelerator, model, names, first_step):
+        """model: what is trained, "SDXL" or "SD3"; names: of the metrics; first_step: where the run goes on."""
+        self.args, self.accelerator, self.names = args, accelerator, names
+        kind, loss = "LoRA" if args.use_lora else "full", "with" if args.use_lpl else "without"
+        self.title = f"{model} {kind} fine-tuning, {loss} LPL"
+        self.metrics = Metrics(accelerator.device)
+        self.output_dir = Path(args.output_dir)
+        self.main = accelerator.is_main_process
+        if self.main:
+            self.history = History(self.output_dir / args.logging_dir / "metrics.jsonl", first_step)
+            public = {key: value for key, value in vars(args).items() if key not in SECRETS}
+            kinds = (int, float, str, bool)
+            config = {key: value if isinstance(value, kinds) else str(value) for key, value in public.items()}
+            accelerator.init_trackers(f"{model.lower()}-lpl", config)
+        self.samples, self.since, self.warned = 0, time.perf_counter(), False
+
+    @contextlib.contextmanager
+    def paused(self):
+        """Inside, the time does not count for samples per second: drawing and measuring are not training."""
+        start = time.perf_counter()
+        yield
+        self.since += time.perf_counter() - start
+
+    def step(self, step, batch_size, rates, bar, last=False):
+        """After an optimizer step: every --logging_steps read the metrics, in one transfer, and pass them on."""
+        self.samples += batch_size
+        if step % self.args.logging_steps and not last:
+            return
+        values = self.metrics.read(self.accelerator, self.names)
+        now = time.perf_counter()
+        values |= rates | {"samples_per_second": self.samples / (now - self.since)}
+        self.samples, self.since = 0, now
+        if "lpl/weighted_loss" in values:
+            values["lpl/share"] = values["lpl/weighted_loss"] / max(values["train_loss"], 1e-12)
+        if self.main:
+            self._pass_on(step, values, bar)
+
+    def log(self, step, values):
+        """A row of values for the metrics file and the trackers."""
+        if self.main:
+            self.history.append(step, values)
+            with dispensable("the trackers' log"):
+                self.accelerator.log(values, step=step)
+
+    def _pass_on(self, step, values, bar):
+        self.log(step, values)
+        if "diffusion_loss" not in values:  # no step since the last row was finite
+            return
+        shown = {"diffusion": f"{values['diffusion_loss']:.4f}", "lr": f"{values['lr']:.1e}"}
+        if "lpl/loss" in values:
+            shown |= {"LPL": f"{values['lpl/loss']:.4f}", "share": f"{100 * values.get('lpl/share', 0):.0f} %"}
+        bar.set_postfix(shown)
+        if self.args.use_lpl and not self.warned and step >= 100 and self.args.lpl_weight != "auto":
+            shares = self.history.series("lpl/share")[1]
+            if shares and sum(shares) / len(shares) < 0.01:
+                self.warned = True
+                print("warning: LPL is under 1 % of the loss and hardly matters; raise --lpl_weight, or use auto")
+
+    def log_images(self, rows, step):
+        """Validation pictures, [(prompt, [images])], to the trackers."""
+        if not self.main:
+            return
+        with dispensable("the trackers' log"):
+            for tracker in self.accelerator.trackers:
+                if tracker.name == "tensorboard":
+                    for number, (_, images) in enumerate(rows):
+                        stacked = np.stack([np.asarray(image) for image in images])
+                        tracker.writer.add_images(f"validation/{number}", stacked, step, dataformats="NHWC")
+                elif tracker.name == "wandb":
+                    tracker.log_images({prompt: images for prompt, images in rows}, step=step)
+        with dispensable("validation images"):
+            for number, image in enumerate(image for _, images in rows for image in images):
+                image.save(self.output_dir / f"image_{number}.png")
+
+    def draw_run(self):
+        """`run.png`: the run at a glance, as far as it has come."""
+        if self.main and self.history.series("train_loss")[0]:
+            with dispensable("run.png"):
+                plot_run(self.history, self.output_dir / "run.png", self.title)
+
+    def stopped(self, step):
+        """The end of a run that was asked to stop, after it was saved."""
+        self.draw_run()
+        self.accelerator.print(
+            f"\nStopped after step {step}, which is saved. --resume_from_checkpoint latest goes on from there; with "
+            f"--max_train_steps {step} as well, it makes a result of it"
+        )
+
+    def finish(self):
+        """Draw `run.png` and say what there is to look at."""
+        self.draw_run()
+        if not self.main:
+            return
+        held_out = self.history.series("validation/diffusion_loss")[1]
+        grids = sorted((self.output_dir / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
+        print(f"\nDone. Results in {self.output_dir}; the run at a glance: {self.output_dir / 'run.png'}")
+        if held_out:
+            print(f"Held-out diffusion loss: {held_out[0]:.5f} before training, {held_out[-1]:.5f} after")
+        if grids:
+            print(f"Pictures before and after: {grids[0]} and {grids[-1]}")
+
+
+def plot_run(history, path, title):
+    """Draw a run: losses, the loss per decoder layer, learning rate, throughput; and the held-out losses if any."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    held_out = history.series("validation/diffusion_loss")[0]
+    rows = 3 if held_out else 2
+    figure, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), layout="constrained")
+    losses, layers, rate, speed = axes[-2:].flat
+    for key, label in [
+        ("train_loss", "total"),
+        ("diffusion_loss", "diffusion"),
+        ("lpl/weighted_loss", "weight × LPL"),
+    ]:
+        draw_curve(losses, *history.series(key), label)
+    losses.set_title("losses in training")
+    layer = 0
+    while (series := history.series(f"lpl/features/layer_{layer}/loss"))[0]:
+        draw_curve(layers, *series, "middle block" if layer == 0 else f"up block {layer}", plt.cm.viridis(layer / 5))
+        layer += 1
+    if layer:
+        layers.set_yscale("log")
+    else:
+        layers.text(0.5, 0.5, "no LPL in these steps", ha="center", va="center", transform=layers.transAxes)
+    layers.set_title("LPL per decoder layer, unweighted")
+    draw_curve(rate, *history.series("lr"), None, smooth=False)
+    rate.set_title("learning rate")
+    rate.set_ylim(bottom=0)
+    draw_curve(speed, *history.series("samples_per_second"), None, smooth=False)
+    speed.set_title("samples per second")
+    speed.set_ylim(bottom=0)
+    if held_out:
+        plot_held_out(history, axes[0], plt.cm.viridis)
+    for axis in axes.flat:
+        axis.set_xlabel("optimizer step")
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize="small")
+    figure.suptitle(title)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plot_held_out(history, axes, colors):
+    """Held-out losses over the run, relative to before training: diffusion and LPL, means and each noise level."""
+    for axis, key, title in zip(axes, ("diffusion_loss", "lpl_loss"), ("diffusion loss", "LPL"), strict=True):
+        key = f"validation/{key}"
+        names = {name for row in history.rows for name in row if name.startswith(key + "/t")}
+        levels = sorted(int(name.rpartition("t")[2]) for name in names)
+        for index, level in enumerate(levels):
+            steps, values = history.series(f"{key}/t{level}")
+            relative = [value / values[0] for value in values]
+            color = colors(index / max(1, len(levels) - 1))
+            axis.plot(steps, relative, linewidth=1, marker=".", color=color, label=f"t = {level}")
+        steps, values = history.series(key)
+        if steps:
+            relative = [value / values[0] for value in values]
+            axis.plot(steps, relative, linewidth=2.5, marker="o", color="black", label="mean")
+        axis.axhline(1, color="grey", linestyle=":", linewidth=1)
+        axis.set_title(f"held-out {title}, relative to before training")
+
+
+def draw_curve(axis, steps, values, label, color=None, smooth=True):
+    """A thin line of values and a thick one of their running mean (over a tenth of the run)."""
+    if not steps:
+        return
+    if not smooth or len(values) < 10:
+        axis.plot(steps, values, label=label, color=color, marker="." if len(values) < 10 else "")
+        return
+    (thin,) = axis.plot(steps, values, alpha=0.25, linewidth=0.8, color=color)
+    window = max(3, len(values) // 10)
+    means = [sum(values[max(0, i - window + 1) : i + 1]) / min(window, i + 1) for i in range(len(values))]
+    axis.plot(steps, means, label=label, color=thin.get_color())

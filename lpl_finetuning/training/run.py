@@ -1,0 +1,144 @@
+"""What the recipes share and nobody would edit: models, optimizers, metrics, samples, the held-out loss."""
+
+import contextlib
+import fcntl
+import os
+import platform
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+
+from lpl_finetuning.data.encoding import prompt_key
+from lpl_finetuning.data.report import save_report
+from lpl_finetuning.data.samples import AddressedBatches, SampleOrder, TrainingSet, collate
+from lpl_finetuning.errors import DataError, OwnError, UserError, require
+from lpl_finetuning.files import dispensable
+from lpl_finetuning.flag_checks import wants
+from lpl_finetuning.flags import save_recipe
+from lpl_finetuning.training.checkpoint_folders import set_aside
+from lpl_finetuning.training.guard import leave_signals_to_the_run
+from lpl_finetuning.training.sharding import check_zero_devices, set_up_sharding
+
+
+def start_accelerator(args):
+    """The Accelerator, with trackers below the output folder."""
+    logging_dir = Path(args.output_dir, args.logging_dir)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    patience = timedelta(hours=12)  # other ranks wait while the first encodes and draws; NCCL's own is 10 minutes
+    check_zero_devices()
+    sharded = wants("FSDP") or wants("DEEPSPEED")
+    accelerator = Accelerator(
+        cpu=ranks > 1 and not torch.accelerator.is_available() and not sharded,  # it would take each for alone
+        gradient_accumulation_steps=args.gradient_accumulation_steps,
+        mixed_precision=args.mixed_precision,
+        log_with=None if args.report_to == "none" else args.report_to,
+        project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logging_dir),
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
+    )
+    require(
+        accelerator.num_processes == ranks,
+        f"{ranks} processes were started, but accelerate takes this one for one of {accelerator.num_processes}: start "
+        "them with accelerate launch or torchrun",
+    )
+    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
+        raise UserError("--mixed_precision fp16 needs a GPU, and none is here; use bf16 or no")
+    set_up_sharding(accelerator, args.max_grad_norm)
+    if args.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+    return accelerator
+
+
+def batches(args, data, accelerator, first_step, last_step):
+    """Generator of the micro-batches of this rank from `first_step` on; data: the `RunData`.
+
+    To be closed, which ends the loader's processes.
+    """
+    order = SampleOrder(args.seed, args.train_batch_size, data.framing.buckets)
+    samples = TrainingSet(
+        data.images,
+        order,
+        data.framing,
+        data.captions,
+        data.latents if data.cached else None,
+        data.prompts,
+        prompt_key,
+    )
+    numbers = AddressedBatches(
+        first_step, last_step, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes,
+        accelerator.process_index,
+    )  # fmt: skip
+    loader = torch.utils.data.DataLoader(
+        samples,
+        batch_sampler=numbers,
+        collate_fn=collate,
+        num_workers=args.dataloader_num_workers,
+        pin_memory=accelerator.device.type == "cuda",
+        worker_init_fn=leave_signals_to_the_run,
+    )
+    try:
+        yield from loader
+    except DataError as error:  # of a loading process' it holds the whole traceback, whose last line is the message
+        kind = f"{type(error).__module__}.{type(error).__qualname__}: "
+        raise OwnError(str(error).rpartition(kind)[2].strip()) from error
+
+
+def end(accelerator):
+    """Close the trackers and part from the other ranks. The caller no longer holds the prepared model.
+
+    That has to go before the ranks' process group: if it is the last to hold the group, PyTorch waits, with the
+    interpreter's lock, for a thread of the group that waits for this lock.
+    """
+    accelerator.free_memory()
+    with dispensable("the trackers' log"):
+        accelerator.end_training()
+
+
+@contextlib.contextmanager
+def open_output_dir(args, accelerator, resume_from, report, check_access):
+    """Make --output_dir, write there what the run is given, and inside the context keep other runs out of it.
+
+    What an earlier run left there is moved aside. Raises UserError where another run is writing there, or where
+    --push_to_hub would be refused at the end.
+    """
+    output_dir = Path(args.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    with lock(output_dir) if accelerator.is_main_process else contextlib.nullcontext():
+        if accelerator.is_main_process:
+            if aside := set_aside(output_dir, resume_from, args.logging_dir):
+                accelerator.print(f"Results of an earlier run are kept in {aside}")
+            if args.push_to_hub:
+                name = args.hub_model_id or output_dir.resolve().name
+                args.hub_model_id = check_access(name, args.hub_token, args.hub_private_repo)
+            save_recipe(args, output_dir / "config.yaml")
+            save_report(report, output_dir / "data_report.json")
+        yield
+
+
+@contextlib.contextmanager
+def lock(folder):
+    """Inside, other runs are kept out of a folder. Raises UserError where one is in there.
+
+    A record lock: the system drops it with the process, however that ends, and the loader's processes do not inherit
+    it. Where the file system has none, nothing is kept out.
+    """
+    with open(folder / ".lock", "a+") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise UserError(
+                f"--output_dir {folder}: another run is writing there ({file.read().strip() or 'not known which'}): "
+                "wait for its end, or name another folder"
+            ) from None
+        except OSError:
+            pass
+        file.truncate(0)
+        file.write(f"process {os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            (folder / ".lock").unlink(missing_ok=True)

@@ -1,0 +1,298 @@
+"""A look at the data: what is in a folder of pictures, and what the model will see of it.
+
+    python preview_data.py FOLDER                               # the report on the data
+    python preview_data.py FOLDER --report data_report.json     # and in a file
+    python preview_data.py FOLDER --preview preview.png         # and a contact sheet of the first samples
+    python preview_data.py FOLDER --preview preview.png --config configs/recipes/sdxl-lora-16gb.yaml
+    python preview_data.py FOLDER --preview preview.png --vae madebyollin/sdxl-vae-fp16-fix
+
+With a run's seed, batch size and data flags, or its recipe as --config, the sheet has the very samples that this run
+on one GPU begins with: the same crops, flips, captions and dropped captions. With --vae it shows beside each picture
+what the autoencoder makes of its latents: no denoiser can draw better than that.
+
+What this file holds, in order:
+
+1. flags of the command, and their checks;
+2. samples: the first ones of training, as the training set gives them;
+3. text: what is written under a picture, in letters that the fonts have;
+4. layout: which tile stands where;
+5. drawing: header, tiles and panel;
+6. the command.
+
+Sizes are (height, width) in pixels and positions (top, left), as in `data.samples`; places in the sheet are Pillow's,
+(left, top). Importing this file imports no torch; the report needs none either.
+"""
+
+import argparse
+import math
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from PIL import Image
+
+from lpl_finetuning.base_model import check_part, model_file
+from lpl_finetuning.data.contact_sheet import SampleFacts, draw_sheet, make_tile
+from lpl_finetuning.data.images import Crop, from_pixel_values
+from lpl_finetuning.data.report import check_strict, data_report, report_lines, save_report
+from lpl_finetuning.data.samples import (
+    Framing,
+    SampleOrder,
+    TrainingSet,
+    addressed_normal,
+    addressed_uniform,
+    caption_rules,
+    framing,
+)
+from lpl_finetuning.data.scan import find_images
+from lpl_finetuning.data.tables import CaptionedImage
+from lpl_finetuning.errors import UserError, errors_for_people, quiet_libraries, require
+from lpl_finetuning.flag_checks import NOT_NEGATIVE, POSITIVE, check_data_flags, exclude
+from lpl_finetuning.flags import FlagParser, add_data_arguments
+
+if TYPE_CHECKING:
+    import torch
+
+
+MOST_IMAGES = 1000  # a sheet of more is no longer one that anybody looks at
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Flags
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def build_parser() -> FlagParser:
+    """All flags of the command. Those about the data are the training scripts' own."""
+    parser = FlagParser(__doc__.split("\n\nWhat this file holds")[0], takes_part_of_a_recipe=True)
+    parser.add_argument("folder", nargs="?", metavar="FOLDER", help="the images, as for --train_data_dir")
+    group = parser.add_argument_group("preview")
+    add = group.add_argument
+    add("--preview", metavar="FILE.png", help="draw the first samples of training into this file")
+    add("--preview_images", type=int, default=24, help="draw N of them (default: %(default)s)")
+    add("--vae", metavar="FOLDER_OR_NAME", help="show what this autoencoder, or a pipeline's, makes of them")
+    add("--report", metavar="FILE.json", help="write the report on the data into this file")
+    add_data_arguments(parser, resolution=1024)
+    # Of no use here, but a line copied from a run may have it.
+    parser.flags()["dataloader_num_workers"].help = argparse.SUPPRESS
+    group = parser.add_argument_group("run")
+    add = group.add_argument
+    add("--config", help="recipe file of that run, or its config.yaml: its flags about the data are taken")
+    add("--seed", type=int, default=0, help="of the run that is looked ahead at (default: %(default)s)")
+    add("--train_batch_size", type=int, default=16, help="of that run (default: %(default)s, as for SDXL)")
+    add("--validation_split", type=float, help="share of the images, or number, that the run holds out")
+    add("--validation_data_dir", help="or a folder of captioned images that it holds out")
+    add("--max_validation_samples", type=int, default=64, help="held-out images (default: %(default)s)")
+    add("--debug", action="store_true", help="show tracebacks")
+    return parser
+
+
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Flags, checked before any image is read.
+
+    Raises:
+        UserError: a flag is unknown, out of range, or contradicts another; a folder or model is not there.
+    """
+    args = build_parser().parse(argv)
+    if args.folder and args.config:  # the folder named on the command line wins over the recipe's
+        args.train_data_dir = args.instance_data_dir = args.dataset_name = None
+    sources = [args.folder, args.train_data_dir, args.instance_data_dir, args.dataset_name]
+    require(any(sources), "no data: give a FOLDER or --dataset_name NAME")
+    require(sum(map(bool, sources)) == 1, "name one source of images: a FOLDER, --train_data_dir or --dataset_name")
+    args.train_data_dir = args.folder or args.train_data_dir or args.instance_data_dir
+    for flag, folder in (("", args.train_data_dir), ("--validation_data_dir ", args.validation_data_dir)):
+        require(folder is None or Path(folder).is_dir(), f"{flag}{folder}: there is no such folder")
+    _check_ranges(args)
+    exclude(args, "validation_split", "validation_data_dir")
+    check_data_flags(args)
+    require(args.preview or not args.vae, "--vae does nothing without --preview")
+    require(args.preview or args.preview_images == 24, "--preview_images does nothing without --preview")
+    _check_output(args, "preview", ".png")
+    _check_output(args, "report", ".json")
+    check_part(args, "vae", "AutoencoderKL", "vae")
+    return args
+
+
+def _check_ranges(args):
+    for name in (*POSITIVE, "preview_images"):
+        value = getattr(args, name, None)
+        require(value is None or value > 0, f"--{name} is {value}; it must be above 0")
+    for name in NOT_NEGATIVE:
+        value = getattr(args, name, None)
+        require(value is None or value >= 0, f"--{name} is {value}; it must be 0 or more")
+    require(args.seed < 2**64, f"--seed is {args.seed}; it must be less than 2**64")
+    require(0 <= args.proportion_empty_prompts <= 1,
+            f"--proportion_empty_prompts is {args.proportion_empty_prompts}; it must lie between 0 and 1")  # fmt: skip
+    require(args.preview_images <= MOST_IMAGES,
+            f"--preview_images is {args.preview_images}; at most {MOST_IMAGES} fit on a sheet")  # fmt: skip
+    near = max(8, args.resolution // 8 * 8)
+    require(args.resolution == near, f"--resolution is {args.resolution}; it must be a multiple of 8, e.g. {near}")
+
+
+def _check_output(args, name, suffix):
+    """Refuse a file that can't be written, before the images are read."""
+    if not getattr(args, name):
+        return
+    path, flag = Path(getattr(args, name)), f"--{name} {getattr(args, name)}"
+    require(path.suffix.lower() == suffix, f"{flag}: the file's name must end in {suffix}")
+    require(path.parent.is_dir(), f"{flag}: there is no folder {path.parent}; make it, or name another")
+    require(not path.is_dir(), f"{flag} is a folder; name a file")
+    require(os.access(path if path.exists() else path.parent, os.W_OK), f"{flag}: no permission to write there")
+    for folder in (args.train_data_dir, args.validation_data_dir) if suffix == ".png" else ():
+        inside = folder and path.resolve().is_relative_to(Path(folder).resolve())
+        require(not inside, f"{flag} lies among the images of {folder}, and would be one of them: name another place")
+
+
+def training_samples(
+    args: argparse.Namespace, images: Sequence[CaptionedImage], cuts: Framing
+) -> Iterator[tuple[SampleFacts, np.ndarray, np.ndarray | None]]:
+    """The first samples of training: (facts, pixels, reconstruction or None), uint8 (H, W, 3) each.
+
+    Only their images are opened. images: to train on; cuts: how they are cut, `data.scan.framing`.
+
+    Raises:
+        DataError: an image can't be read, or has changed since it was scanned.
+        UserError: the autoencoder can't be loaded.
+    """
+    order = SampleOrder(args.seed, args.train_batch_size, cuts.buckets)
+    samples = TrainingSet(images, order, cuts, caption_rules(args))
+    vae = load_vae(args.vae) if args.vae else None
+    for n in range(args.preview_images):
+        sample, (epoch, index) = samples[n], order[n]
+        view, _ = cuts.draw(index, images[index], args.seed, epoch * len(images) + index)
+        numbers = [int(value) for value in sample["time_ids"]]
+        crop = Crop(*(tuple(numbers[first : first + 2]) for first in (0, 2, 4)))
+        # As `training.run.choose_prompts` draws it.
+        dropped = bool(addressed_uniform(args.seed, [n], "dropout")[0] < args.proportion_empty_prompts)
+        pixels, decoded = from_pixel_values(sample["pixel_values"]), None
+        if vae is not None:
+            decoded = reconstruct(vae, sample["pixel_values"], args.seed, n)
+        quality = None if decoded is None else psnr(pixels, decoded)
+        name = images[index].name
+        yield SampleFacts(n, epoch, name, sample["caption"], dropped, view.flip, crop, quality), pixels, decoded
+
+
+def load_vae(name: str) -> "torch.nn.Module":
+    """The `AutoencoderKL` of this folder or name, or of the pipeline there; float32, on the GPU if there is one.
+
+    Raises:
+        UserError: it can't be loaded.
+    """
+    quiet_libraries(debug=False)
+    import torch
+    from diffusers import AutoencoderKL
+
+    in_pipeline = model_file(name, "config.json", subfolder="vae")
+    try:
+        vae = AutoencoderKL.from_pretrained(
+            name, subfolder="vae" if in_pipeline else None, dtype=torch.float32, use_safetensors=True
+        )
+    except Exception as error:  # files that are missing, cut short or of another model, or no network
+        reason = str(error).strip().split("\n")[0] or type(error).__name__
+        raise UserError(f"--vae {name}: the autoencoder can't be loaded: {reason}") from error
+    return vae.requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def reconstruct(vae: "torch.nn.Module", pixel_values: "torch.Tensor", seed: int, n: int) -> np.ndarray:
+    """What the autoencoder makes of the latents that the n-th sample is trained on, uint8 (H, W, 3).
+
+    pixel_values: float32 (3, H, W) in [-1, 1]. The latents are a sample of the posterior, as in
+    `training.run.sample_latents`.
+
+    Raises:
+        UserError: the autoencoder gives pictures of another size.
+    """
+    import torch
+
+    with torch.no_grad():
+        posterior = vae.encode(pixel_values[None].to(vae.device)).latent_dist
+        eps = addressed_normal(seed, [n], posterior.mean.shape[1:], "posterior").to(vae.device)
+        decoded = vae.decode(posterior.mean + posterior.std * eps).sample[0]
+    (height, width), found = pixel_values.shape[1:], decoded.shape[1:]
+    require(found == pixel_values.shape[1:],
+            f"--vae makes {found[0]} x {found[1]} px of {height} x {width}: choose a --resolution, or buckets, that "
+            "its factor divides")  # fmt: skip
+    return from_pixel_values(decoded)
+
+
+def psnr(pixels: np.ndarray, estimate: np.ndarray) -> float:
+    """Peak signal-to-noise ratio of two uint8 pictures in dB: 10 log10(255^2 / mse); infinite where they agree."""
+    mse = float(np.square(pixels.astype(np.float64) - estimate).mean())
+    return 10 * math.log10(255**2 / mse) if mse else math.inf
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 6. The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def preview(args: argparse.Namespace, images: Sequence[CaptionedImage]) -> Image.Image:
+    """The contact sheet of a run with these flags; images: those that it trains on."""
+    from tqdm import tqdm
+
+    cuts = framing(args, images)
+    samples = tqdm(training_samples(args, images, cuts), "drawing", args.preview_images, unit=" images", delay=1,
+                   leave=False)  # fmt: skip
+    tiles = [make_tile(*sample) for sample in samples]
+    numbers = np.bincount(cuts.buckets, minlength=len(cuts.sizes)).tolist()
+    counts = {size: number for size, number in zip(cuts.sizes, numbers, strict=True) if number}
+    return draw_sheet(*header(args, len(images), len(counts)), tiles, args.train_batch_size, counts)
+
+
+def header(args: argparse.Namespace, images: int, buckets: int) -> tuple[str, str]:
+    """(title, line below it) of a sheet; buckets: how many are in use."""
+    name = args.dataset_name or Path(args.train_data_dir).resolve().name
+    parts = [
+        f"{images:,} images",
+        f"{args.resolution} px" if not args.aspect_ratio_buckets else f"{buckets} buckets around {args.resolution} px",
+        f"seed {args.seed}",
+        f"batches of {args.train_batch_size}",
+    ]
+    if args.aspect_ratio_buckets not in (None, "auto"):
+        parts[1] = f"{buckets} buckets"
+    if args.trigger_word:
+        parts.append(f'trigger word "{args.trigger_word}"')
+    if args.shuffle_tags:
+        parts.append("tags shuffled")
+    if args.cache_variants:
+        parts.append(f"{args.cache_variants} crops of each image")
+    if args.center_crop:
+        parts.append("center crop")
+    if args.proportion_empty_prompts:
+        parts.append(f"{args.proportion_empty_prompts:.0%} of captions dropped")
+    if args.vae:
+        parts.append(f"VAE {args.vae}")
+    return f"{name}: what the model will see first", ", ".join(parts)
+
+
+def write(flag: str, path: str, save) -> None:
+    """Call save(path); a UserError names the flag where the file can't be written."""
+    try:
+        save(path)
+    except OSError as error:
+        raise UserError(f"{flag} {path}: can't be written: {error.strerror or error}") from error
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """The command: print the report, write it, draw the sheet."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a busy CPU to a halt
+    argv = sys.argv[1:] if argv is None else list(argv)
+    with errors_for_people("--debug" in argv):
+        args = parse_args(argv)
+        scan, held_out = find_images(args)
+        report = data_report(args, scan, held_out)
+        print("\n".join(report_lines(report)))
+        if args.report:
+            write("--report", args.report, lambda path: save_report(report, path))
+        check_strict(args, report)
+        if args.preview:
+            sheet = preview(args, scan.images)
+            write("--preview", args.preview, sheet.save)
+            print(f"\nThe first {args.preview_images} samples of training: {args.preview}")
+
+
+if __name__ == "__main__":
+    main()

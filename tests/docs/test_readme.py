@@ -1,0 +1,132 @@
+"""The README is true: its commands run, its files are there, and the house rules hold."""
+
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.hub_server import HubServer
+
+ROOT = Path(__file__).resolve().parents[2]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BASH = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
+        for line in block.replace("\\\n", " ").splitlines()]  # fmt: skip
+
+
+def launch(words, *more, **variables):
+    """Run a command of the README, with more flags at its end and environment variables."""
+    words = [*words, *map(str, more)]
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = {**os.environ, "PATH": path, **variables}
+    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+def commands(start):
+    """The README's commands that start so, as words, without their comments."""
+    found = [shlex.split(line, comments=True) for line in BASH if line.startswith(start)]
+    assert found
+    return found
+
+
+def test_every_kind_of_command_is_covered():
+    """A new kind of command in the README needs a test here."""
+    known = ("make demo", "python3 -m venv", "pip install", "accelerate launch", "python preview_data.py",
+             "python -m lpl_finetuning.publish")  # fmt: skip
+    assert [line for line in BASH if line.strip() and not line.startswith(known)] == []
+    assert len(commands("accelerate launch")) == 5
+    assert len(commands("python preview_data.py")) == len(commands("python -m lpl_finetuning.publish")) == 1
+
+
+def test_looking_at_the_data(pictures, tmp_path):
+    """With only the pictures and the place of the contact sheet replaced."""
+    [words] = commands("python preview_data.py")
+    replaced = {"my-pictures": str(pictures), "preview.png": str(tmp_path / "preview.png")}
+    launch([replaced.get(word, word) for word in words])
+    assert (tmp_path / "preview.png").is_file()
+
+
+@pytest.mark.parametrize("script", ["train_sdxl_lpl.py", "train_sd3_lpl_flow.py"])
+def test_the_plain_command_runs_on_the_embedded_default(script, tmp_path):
+    """`accelerate launch SCRIPT --use_lpl`, shortened: no model, no data, no network."""
+    [words] = [words for words in commands("accelerate launch") if len(words) == 4 and script in words]
+    said = launch(words, "--output_dir", tmp_path, "--max_train_steps", 4, "--validation_steps", 4,
+                  "--num_validation_images", 1, "--validation_prompt", "apple",
+                  "--cache_dir", tmp_path / "cache")  # fmt: skip
+    assert "No model and no data named" in said and "96, 96 different" in said
+    assert str(tmp_path / "validation" / "step-4.png") in said
+    assert (tmp_path / "run.png").is_file() and (tmp_path / "model_index.json").is_file()
+
+
+def test_the_sd3_lora_command(sd3_folder, pictures, tmp_path):
+    """With only model, pictures and size replaced."""
+    [words] = [words for words in commands("accelerate launch") if "my-sd3-lora" in words]
+    words = [str(pictures) if word == "my-pictures" else word for word in words]
+    launch(words, "--output_dir", tmp_path / "out", "--pretrained_model_name_or_path", sd3_folder, "--resolution", 64,
+           "--max_train_steps", 2, "--validation_steps", 2, "--cache_dir", tmp_path / "cache")  # fmt: skip
+    assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
+
+
+def test_the_held_out_command(tmp_path):
+    """On the embedded default too, shortened: held-out losses and grids with the start in them."""
+    [words] = [words for words in commands("accelerate launch") if "--validation_split" in words]
+    said = launch(words, "--output_dir", tmp_path, "--max_train_steps", 4, "--validation_steps", 4,
+                  "--num_validation_images", 1, "--validation_prompt", "apple", "cat",
+                  "--cache_dir", tmp_path / "cache")  # fmt: skip
+    assert "84, held out: 12" in said and "Held-out diffusion loss:" in said
+    assert len(list((tmp_path / "validation" / "before").glob("*.png"))) == 2
+
+
+def test_the_lora_command_the_snippet_that_loads_it_and_publishing(sdxl_folder, pictures, tmp_path):
+    """The LoRA command with only model, pictures and size replaced; then the README's Python, and its upload."""
+
+    [words] = [words for words in commands("accelerate launch") if "my-lora" in words]
+    replaced = {"stabilityai/stable-diffusion-xl-base-1.0": str(sdxl_folder), "my-pictures": str(pictures)}
+    words = [replaced.get(word, word) for word in words]
+    launch(words, "--output_dir", tmp_path / "my-lora", "--pretrained_model_name_or_path", sdxl_folder,
+           "--resolution", 64, "--max_train_steps", 2, "--validation_steps", 2,
+           "--cache_dir", tmp_path / "cache")  # fmt: skip
+    [snippet] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    assert "load_lora_weights" in snippet
+    more = {"my-lora": str(tmp_path / "my-lora"), "beach.png": str(tmp_path / "beach.png"), '"cuda"': '"cpu"'}
+    for old, new in {**replaced, **more}.items():
+        snippet = snippet.replace(old, new)
+    scope = {}
+    exec(snippet, scope)
+    assert scope["pipe"].get_active_adapters() == ["default_0"] and (tmp_path / "beach.png").is_file()
+    [words] = commands("python -m lpl_finetuning.publish")
+    words = [str(tmp_path / "my-lora") if word == "my-lora" else word for word in words]
+    with HubServer({"hf_mine": "me"}) as hub:
+        launch(words, HF_ENDPOINT=hub.url, HF_TOKEN="hf_mine", HF_HUB_OFFLINE="0", HF_HUB_DISABLE_XET="1")
+        assert "pytorch_lora_weights.safetensors" in hub.repositories["me/my-lora"].files
+
+
+def test_make_targets_stand_for_the_plain_commands():
+    wanted_by = {"demo": "train_sdxl_lpl.py --use_lpl", "demo-sd3": "train_sd3_lpl_flow.py --use_lpl",
+                 "test": "python -m pytest"}  # fmt: skip
+    for target, wanted in wanted_by.items():
+        said = subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        assert wanted in said
+
+
+def test_linked_files_are_there():
+    for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/*/README.md"), *ROOT.glob("*/README.md")]:
+        if ".venv" in page.parts:
+            continue
+        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+            if "://" not in link:
+                assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
+
+
+def test_the_tiny_pipeline_is_small_and_the_pictures_are_captioned():
+    for name in ("tiny-sdxl", "tiny-sd3"):
+        size = sum(path.stat().st_size for path in (ROOT / "examples" / name).rglob("*") if path.is_file())
+        assert size <= 15e6, name
+    from lpl_finetuning.data.scan import scan_folder
+
+    assert len(scan_folder(ROOT / "examples" / "fluent-emoji").images) == 96

@@ -1,0 +1,99 @@
+"""The layers of the code, read from its imports: no circle, no import upward, no private name of another file."""
+
+import ast
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow", "preview_data")
+FLOORS = (  # from the ground up: a file imports from floors below its own only
+    ("errors", "lpl_utils"),
+    ("files",),
+    ("base_model",),
+    ("data.images", "data.tables", "data.store"),
+    ("data.samples", "data.folders"),
+    ("data.packed",),
+    ("data.scan",),
+    ("data.report", "data.encoding", "data.contact_sheet"),
+    ("flags",),
+    ("flag_checks",),
+    ("training.checkpoint_folders", "training.sharding", "training.guard"),
+    ("training.models", "training.reporter"),
+    ("training.objective", "training.optimization", "training.checkpoints"),
+    ("training.validation", "training.run"),
+    ("training.plan",),
+    ("results.export", "results.hub"),
+    ("publish", *SCRIPTS),
+)
+FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
+TORCH_FREE = ("errors", "files", "base_model", "flags", "flag_checks", "training.checkpoint_folders", "data.images",
+              "data.tables", "data.store", "data.samples", "data.folders", "data.packed", "data.scan",
+              "data.report")  # fmt: skip
+
+
+def path_of(name):
+    """The file of a module of `FLOORS`."""
+    at_the_top = name in SCRIPTS or name == "lpl_utils"
+    return ROOT / (f"{name}.py" if at_the_top else f"lpl_finetuning/{name.replace('.', '/')}.py")
+
+
+@cache
+def imports_of(name):
+    """[(module, names)] of all imports in a file, those inside functions too; ours without the package's name."""
+    found = []
+    for node in ast.walk(ast.parse(path_of(name).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found += [(alias.name.removeprefix("lpl_finetuning."), ()) for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [alias.name for alias in node.names]
+            inside = f"{node.module}.".removeprefix("lpl_finetuning.")
+            modules = [each for each in names if node.module.startswith("lpl_finetuning") and inside + each in FLOOR]
+            found += [(inside + each, ()) for each in modules]
+            if len(modules) < len(names):
+                found.append((inside.rstrip("."), tuple(each for each in names if each not in modules)))
+    return found
+
+
+def test_every_file_has_a_floor():
+    package = {str(path.relative_to(ROOT / "lpl_finetuning").with_suffix("")).replace("/", ".")
+               for path in (ROOT / "lpl_finetuning").rglob("*.py") if path.name != "__init__.py"}  # fmt: skip
+    top = {path.stem for path in ROOT.glob("*.py")}
+    assert package | top == FLOOR.keys()
+
+
+@pytest.mark.parametrize("name", FLOOR)
+def test_imports_point_downward(name):
+    for module, names in imports_of(name):
+        if module in FLOOR:
+            assert FLOOR[module] < FLOOR[name], f"{name} imports {module}, which is not below it"
+            private = [each for each in names if each.startswith("_")]
+            assert not private, f"{name} imports {private} from {module}"
+
+
+def test_packages_import_nothing():
+    for path in (ROOT / "lpl_finetuning").rglob("__init__.py"):
+        body = ast.parse(path.read_text(encoding="utf-8")).body
+        assert not [node for node in body if isinstance(node, ast.Import | ast.ImportFrom)], path
+
+
+def test_the_loss_imports_torch_only():
+    imported = {module.split(".")[0] for module, _ in imports_of("lpl_utils")}
+    assert imported - sys.stdlib_module_names <= {"torch", "diffusers"}  # diffusers for type checkers
+
+
+@pytest.mark.parametrize("name", TORCH_FREE)
+def test_what_runs_before_the_slow_imports_imports_no_torch(name):
+    slow = {"torch", "diffusers", "transformers", "accelerate", "peft"}
+    tree = ast.parse(path_of(name).read_text(encoding="utf-8"))
+    imported = set()
+    for node in tree.body:
+        if isinstance(node, ast.Import):
+            imported |= {alias.name.split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            imported.add(node.module.split(".")[0])
+    assert not imported & slow
+    for module, _ in imports_of(name):
+        assert module not in FLOOR or module == "lpl_utils" or module in TORCH_FREE, module

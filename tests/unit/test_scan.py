@@ -1,0 +1,288 @@
+"""The scan: bad images are refused together or left out, and what was learnt is not read again.
+
+Kills are real kills of a real process.
+"""
+
+import os
+import re
+import shutil
+import signal
+import sqlite3
+import struct
+import subprocess
+import sys
+import time
+import zlib
+
+import pytest
+
+from lpl_finetuning.data import scan as scan_module
+from lpl_finetuning.data import tables
+from lpl_finetuning.data.scan import scan_folder
+from lpl_finetuning.errors import DataError
+from tests.children import printed_by, start
+from tests.picture_folders import (
+    REPOSITORY,
+    ROW,
+    captioned,
+    captions,
+    image_bytes,
+    lines,
+    odd_name,
+    picture,
+    refusal,
+    tar,
+)
+
+pytestmark = pytest.mark.usefixtures("own_cache")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Bad images
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def spoilt_set(folder, count=14):
+    captioned(folder, 3)
+    for index in range(count):
+        (folder / f"bad{index:02d}.png").write_bytes(b"" if index else image_bytes()[:50])
+        (folder / f"bad{index:02d}.txt").write_text("x")
+    return folder
+
+
+def test_bad_images_are_refused_together_or_left_out(tmp_path):
+    folder = spoilt_set(tmp_path / "set")
+    for _ in range(2):
+        message = refusal(folder, flag="--validation_data_dir")
+        assert message.startswith("--validation_data_dir: 14 images of 17")
+        assert message.count(".png: ") == 10 and "and 4 more" in message and "--on_bad_image skip" in message
+        assert "\n  bad01.png: the file is empty (0 bytes)\n" in message
+    scan = scan_folder(folder, on_bad_image="skip")
+    assert len(scan.images) == 3 and len(scan.bad) == scan.skipped == 14 and scan.bad[0][0] == "bad00.png"
+    assert len(scan.warnings) == 1 and "14 images" in scan.warnings[0]
+    for path in folder.glob("0*"):
+        path.unlink()
+    assert "none of the 14 images" in refusal(folder, on_bad_image="skip")
+    with pytest.raises(DataError, match=r"--on_bad_image.*'drop'"):
+        scan_folder(folder, on_bad_image="drop")
+
+
+def test_the_advice_on_bad_images_is_given_once(tmp_path):
+    """Every kind of reason, without an advice of its own."""
+    folder = captioned(tmp_path / "set", 4)
+    huge = b"\x89PNG\r\n\x1a\n"
+    for kind, data in (
+        (b"IHDR", struct.pack(">IIBBBBB", 60_000, 60_000, 8, 2, 0, 0, 0)),
+        (b"IDAT", b""),
+        (b"IEND", b""),
+    ):
+        huge += struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+    for name, data in (("0000", huge), ("0001", b""), ("0002", b"<html>"), ("0003", image_bytes()[:50])):
+        (folder / f"{name}.png").write_bytes(data)
+    for line in refusal(folder).splitlines()[1:-1]:
+        assert not re.search(r"remove|smaller|Replace|\.$", line), line
+    assert "60000 x 60000 px are 3600 megapixels; at most 179 are read\n" in refusal(folder)
+
+
+def test_missing_and_odd_files_are_left_out_when_asked_to(tmp_path):
+    lines(ROW, ROW | {"file_name": "b.png"})(tmp_path / "listed")
+    scan = scan_folder(tmp_path / "listed", on_bad_image="skip")
+    assert captions(scan) == [("a.png", "a")] and len(scan.missing) == scan.skipped == 1
+    assert "metadata.jsonl:2" in scan.missing[0]
+    assert "b.png" in scan.warnings[0]
+    odd_name(b"b\xff")(tmp_path / "odd")
+    scan = scan_folder(tmp_path / "odd", on_bad_image="skip")
+    assert captions(scan) == [("a.png", "a")] and scan.bad[0][0] == "b\\udcff.png"
+    lines(ROW | {"file_name": "b.png"})(tmp_path / "none")
+    assert "the only image in" in refusal(tmp_path / "none", on_bad_image="skip")
+
+
+def test_scanning_imports_nothing_slow(tmp_path):
+    captioned(tmp_path / "set", 2)
+    tar(tmp_path / "set/s.tar", ("a.png", image_bytes()), ("a.txt", b"a"))
+    code = (
+        "import json, sys, data_report_utils as r, scan_utils as s, table_utils as t\n"
+        f"scan = s.scan_folder({str(tmp_path / 'set')!r})\n"
+        "r.report_lines(r.build_report(scan, [], 64)), t.hold_out(scan.images, 1), scan.images[0].read_bytes()\n"
+        "print(json.dumps(list(sys.modules)))\n"
+    )
+    loaded = printed_by(code)
+    assert "tarfile" in loaded and not {"torch", "datasets", "pyarrow", "webdataset", "safetensors"} & set(loaded)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is kept
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def looks(monkeypatch):
+    """Counts what is read: images looked into, caption files, and shards listed."""
+    seen = {"images": [], "texts": [], "shards": []}
+
+    def count(name, kind, name_of):
+        function = getattr(scan_module, name)
+
+        def counting(*args):
+            seen[kind].append(name_of(*args))
+            return function(*args)
+
+        monkeypatch.setattr(scan_module, name, counting)
+
+    count("look", "images", lambda asked, item: item[0])
+    count("read_caption_file", "texts", lambda path, size: path.name)
+    count("shard_images", "shards", lambda path, remarks: path.name)
+
+    def taken():
+        counts = {kind: sorted(found) for kind, found in seen.items() if found}
+        for found in seen.values():
+            found.clear()
+        return counts
+
+    return taken
+
+
+def test_unchanged_files_are_not_read_again(tmp_path, looks):
+    folder = captioned(tmp_path / "set", 2)
+    shard = tar(folder / "s.tar", ("a.png", image_bytes()), ("a.txt", b"a"))
+    first = scan_folder(folder)
+    assert looks() == {
+        "images": ["0000.png", "0001.png", "s.tar"], "texts": ["0000.txt", "0001.txt"], "shards": ["s.tar"],
+    }  # fmt: skip
+    again = scan_folder(folder)
+    assert looks() == {} and captions(again) == captions(first) and again.images.path == first.images.path
+    for path, kind in ((folder / "0000.png", "images"), (folder / "0001.txt", "texts")):  # same size, other time
+        data = path.read_bytes()
+        path.write_bytes(data[:-1] + b"!")
+        os.utime(path, ns=(5, 5))
+        changed = scan_folder(folder)
+        assert looks() == {kind: [path.name]} and changed.images.path != first.images.path
+    assert changed.images[1].caption == "picture !"
+    os.utime(shard, ns=(5, 5))
+    scan_folder(folder)
+    assert looks() == {"images": ["s.tar"], "shards": ["s.tar"]}
+    # The first table is still what it was, and says so when its file has changed.
+    assert first.images[1].read_bytes() and first.images[1].caption == "picture 1"
+    with pytest.raises(DataError, match=r"0000\.png: the file has changed"):
+        first.images[0].read_bytes()
+    (folder / "0000.png").unlink()
+    with pytest.raises(DataError, match=r"0000\.png: can't be read"):
+        first.images[0].read_bytes()
+    shutil.move(folder, tmp_path / "moved")
+    captioned(folder, 1)
+    assert captions(scan_folder(folder)) == [("0000.png", "picture 0")]
+
+
+def test_every_option_goes_with_one_look(tmp_path, looks):
+    folder = tmp_path / "set"
+    picture(folder / "a.png", caption="b\na")
+    tar(folder / "s.tar", ("a.png", image_bytes()), ("a.json", b'{"text": "t", "other": "o"}'))
+    assert captions(scan_folder(folder)) == [("a.png", "b\na"), ("s.tar/a.png", "t")]
+    looks()
+    scan = scan_folder(folder, caption_per_line=True, caption_column="other")
+    assert captions(scan) == [("a.png", "b", "a"), ("s.tar/a.png", "o")] and looks() == {}
+
+
+def test_bad_images_are_not_read_again_but_unreadable_ones_are(tmp_path, looks, monkeypatch):
+    folder = spoilt_set(tmp_path / "set", 1)
+    refusal(folder)
+    looks()
+    refusal(folder)
+    assert looks() == {}
+    (folder / "bad00.png").write_bytes(image_bytes())
+    assert len(scan_folder(folder).images) == 4 and looks() == {"images": ["bad00.png"]}
+    os.utime(folder / "bad00.png", ns=(1, 1))
+
+    def fail(*args):
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan_module, "open", fail, raising=False)
+        assert "bad00.png: can't be read: Input/output error" in refusal(folder)
+    assert len(scan_folder(folder).images) == 4
+
+
+def test_a_file_that_changes_while_it_is_read_is_bad(tmp_path, monkeypatch):
+    folder = captioned(tmp_path / "set", 2)
+    look = scan_module.look
+
+    def touch_before(asked, item):
+        if item[0] == "0001.png":
+            os.utime(folder / item[0], ns=(1, 1))
+        return look(asked, item)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(scan_module, "look", touch_before)
+        assert "0001.png: the file changed while it was read" in refusal(folder)
+    assert len(scan_folder(folder).images) == 2
+
+
+def test_another_pillow_reads_everything_anew(tmp_path, looks, monkeypatch):
+    folder = captioned(tmp_path / "set", 2)
+    scan_folder(folder)
+    looks()
+    monkeypatch.setattr(tables, "FACTS_VERSION", 7)
+    scan_folder(folder)
+    assert looks() == {"images": ["0000.png", "0001.png"], "texts": ["0000.txt", "0001.txt"]}
+
+
+def test_what_is_gone_is_forgotten(tmp_path, own_cache):
+    folder = captioned(tmp_path / "set", 3)
+    tar(folder / "s.tar", ("a.png", image_bytes()), ("a.txt", b"a"))
+    scan_folder(folder)
+    for name in ("0000.png", "0001.txt", "0001.png", "s.tar"):
+        (folder / name).unlink()
+    (folder / "0000.txt").unlink()
+    scan_folder(folder)
+    (facts,) = own_cache.glob("files-*.sqlite")
+    db = sqlite3.connect(facts)
+    counts = [
+        db.execute(f"SELECT count(*) FROM {name}").fetchone()[0] for name in ("facts", "texts", "tars", "members")
+    ]
+    assert counts == [1, 1, 0, 0]
+
+
+SLOW = """
+import os, time, scan_utils, table_utils
+os.cpu_count = lambda: 2  # threads: as many images may be read and not yet kept when a kill comes
+table_utils.COMMIT_SECONDS = 0.05
+look = scan_utils.look
+def slow(asked, item):
+    with open({log!r}, "a") as file:
+        file.write(item[0] + "\\n")
+    time.sleep({pause})
+    return look(asked, item)
+scan_utils.look = slow
+print(len(scan_utils.scan_folder({folder!r}, show=False).images))
+"""
+
+
+def slow_scan(folder, log, pause):
+    code = SLOW.format(folder=str(folder), log=str(log), pause=pause)
+    return start([sys.executable, "-c", code], cwd=REPOSITORY, stdout=subprocess.PIPE, text=True)
+
+
+def test_a_killed_scan_goes_on_where_it_stopped(tmp_path):
+    folder, log = captioned(tmp_path / "set", 200), tmp_path / "log"
+    process = slow_scan(folder, log, 0.02)
+    deadline = time.monotonic() + 20
+    while time.monotonic() < deadline and (not log.exists() or len(log.read_text().splitlines()) < 80):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGKILL)
+    assert process.wait() == -9
+    first = log.read_text().splitlines()
+    log.unlink()
+    process = slow_scan(folder, log, 0)
+    assert process.communicate(timeout=30)[0] == "200\n" and process.returncode == 0
+    second = log.read_text().splitlines()
+    assert 80 <= len(first) < 200 and len(second) < 160
+    assert set(first) | set(second) == {f"{index:04d}.png" for index in range(200)}
+
+
+def test_of_two_processes_one_reads(tmp_path):
+    folder = captioned(tmp_path / "set", 60)
+    logs = [tmp_path / "one", tmp_path / "two"]
+    processes = [slow_scan(folder, log, 0.03) for log in logs]
+    assert [process.communicate(timeout=40)[0] for process in processes] == ["60\n"] * 2
+    read = [line for log in logs if log.exists() for line in log.read_text().splitlines()]
+    assert len(read) == len(set(read)) == 60
