@@ -13,7 +13,6 @@ paper, `main` is the loop. Symbols: z_0 clean latents as the UNet sees them, z_t
 """
 
 # ruff: noqa: E402  (flags and data are checked before the slow imports)
-import contextlib
 import functools
 import os
 import sys
@@ -47,7 +46,7 @@ from lpl_finetuning.flags import (
     add_training_arguments,
 )
 from lpl_finetuning.results.hub import check_publishing
-from lpl_finetuning.training.checkpoint_folders import check_resume, run_identity
+from lpl_finetuning.training.checkpoint_folders import check_resume
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sdxl" / "train.yaml"
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
@@ -121,35 +120,29 @@ if __name__ == "__main__":
 
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from tqdm.auto import tqdm
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lpl_finetuning.data import encoding
 from lpl_finetuning.data.encoding import encode_images, model_identity, rows_of
-from lpl_finetuning.results.export import save_kohya, save_single_file
+from lpl_finetuning.results.export import save_result
 from lpl_finetuning.results.hub import check_access, model_card, publish_or_exit, tell_how_to_publish, write_card
-from lpl_finetuning.training.checkpoints import (
-    CheckpointClock,
-    TrainingState,
-    checkpoint_to_resume,
-    kept_if_unwritten,
-    save_checkpoint,
-)
+from lpl_finetuning.training.checkpoints import Checkpoints
 from lpl_finetuning.training.guard import StopSignals
 from lpl_finetuning.training.models import (
-    adapters,
-    add_adapters,
-    load_lora,
+    decode_latents,
+    load_denoiser,
     load_part,
     load_part_config,
+    load_text_encoder,
     load_vae,
-    parameter_groups,
-    quantization,
-    save_lora,
+    load_weights,
+    prepare_for_training,
+    save_weights,
     vae_config,
 )
 from lpl_finetuning.training.objective import (
-    build_recipe,
+    LatentSpace,
+    build_objective,
     choose_prompts,
     gate_from_flags,
     lpl_dtype,
@@ -159,32 +152,13 @@ from lpl_finetuning.training.objective import (
     seed_lora_dropout,
     to_device,
 )
-from lpl_finetuning.training.optimization import (
-    averaged_weights,
-    build_ema,
-    build_lr_scheduler,
-    build_optimizer,
-    optimize,
-    sync_gradients,
-)
-from lpl_finetuning.training.plan import (
-    SavedBytes,
-    check_data,
-    check_machine,
-    latent_size,
-    memory_parts,
-    plan_run,
-    print_lpl_plan,
-    print_memory,
-    print_models,
-    print_plan,
-    weight_bytes,
-)
-from lpl_finetuning.training.reporter import Reporter, learning_rates, metric_names
-from lpl_finetuning.training.run import batches, end, open_output_dir, start_accelerator
-from lpl_finetuning.training.sharding import evaluation, gathered, home, is_sharded, load_state, prepare
-from lpl_finetuning.training.validation import Gallery, draw_prompts, held_out_losses, validation_schedule
-from lpl_utils import estimate_z0, lpl_noise_scale, noise_to_signal
+from lpl_finetuning.training.optimization import Trainee, optimizer_settings
+from lpl_finetuning.training.plan import check_data, plan_run, print_plan
+from lpl_finetuning.training.reporter import Reporter, metric_names
+from lpl_finetuning.training.run import end, open_batches, open_output_dir, start_accelerator
+from lpl_finetuning.training.sharding import gathered, home
+from lpl_finetuning.training.validation import Validation
+from lpl_utils import estimate_z0, noise_to_signal
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The noise schedule
@@ -201,6 +175,7 @@ class Schedule:
         self.alphas, self.sigmas = abar.sqrt().float(), (1 - abar).clamp_min(0).sqrt().float()
         self.prediction_type = args.prediction_type or scheduler.config.prediction_type
         self.snr_gamma = args.snr_gamma
+        self.weights_losses = args.snr_gamma is not None
         self.probabilities = self._timestep_probabilities(args)
         self.cumulative = self.probabilities.cumsum(0)
 
@@ -257,6 +232,17 @@ class Schedule:
         timesteps = torch.arange(len(self))
         return self.probabilities[gate(timesteps, noise_to_signal(*self.levels(timesteps)))].sum().item()
 
+    def describe(self):
+        """The schedule in a few words."""
+        return f"{self.prediction_type} prediction"
+
+    def threshold_for(self, share, by_timestep):
+        """The flag with a threshold that would take a share of the samples."""
+        timestep = int(torch.searchsorted(self.cumulative, share)) + 1
+        if by_timestep:
+            return f"--lpl_t_threshold {timestep}"
+        return f"--lpl_sigma_threshold {noise_to_signal(*self.levels(torch.tensor(timestep))):.2f}"
+
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Models
@@ -272,17 +258,7 @@ TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelW
 
 def load_text_encoders(args, dtype, device):
     """Both text encoders, frozen."""
-    encoders = [load_part(args, cls, name, variant=args.variant, dtype=dtype, **loading(args))
-                for name, cls in TEXT_ENCODERS.items()]  # fmt: skip
-    return [encoder.requires_grad_(False).eval().to(device) for encoder in encoders]
-
-
-def denoiser_place(args):
-    """(name or folder, subfolder, revision, variant) of the UNet to start from."""
-    other = args.pretrained_unet_model_name_or_path
-    if not other:
-        return args.pretrained_model_name_or_path, "unet", args.revision, args.variant
-    return other, "unet" if model_file(other, "config.json", subfolder="unet") else "", None, None
+    return [load_text_encoder(args, cls, name, dtype, device) for name, cls in TEXT_ENCODERS.items()]
 
 
 class Denoiser(torch.nn.Module):
@@ -315,41 +291,22 @@ class Denoiser(torch.nn.Module):
 
 
 def build_denoiser(args, dtype, device):
-    """The models to train, loaded. Trainable parameters are float32."""
-    name, subfolder, revision, variant = denoiser_place(args)
-    unet = UNet2DConditionModel.from_pretrained(
-        name, subfolder=subfolder, revision=revision, variant=variant,
-        dtype=dtype if args.use_lora else torch.float32, **quantization(args, dtype),
-        **loading(args),
-    )  # fmt: skip
-    text_encoders = load_text_encoders(args, dtype, "cpu") if args.train_text_encoder else ()
+    """The models to train; on the meta device without weights, for counting. Trainable parameters are float32."""
+    unet = load_denoiser(args, "unet", UNet2DConditionModel, dtype, device)
+    place = "meta" if device == "meta" else "cpu"
+    text_encoders = load_text_encoders(args, dtype, place) if args.train_text_encoder else ()
     torch.manual_seed(args.seed)  # the LoRA's initial weights
-    denoiser = prepare_for_training(Denoiser(unet, text_encoders), args).to(device)
-    if args.enable_xformers_memory_efficient_attention:
-        unet.enable_xformers_memory_efficient_attention()
-    if args.torch_compile:
-        unet.compile()
+    denoiser = Denoiser(unet, text_encoders)
+    denoiser = prepare_for_training(args, denoiser, StableDiffusionXLPipeline, lora_targets(args), device)
+    if args.train_text_encoder:  # SDXL reads the first encoder before its last layer, which gets no gradient
+        text_model = getattr(denoiser.text_encoder, "text_model", denoiser.text_encoder)
+        text_model.encoder.layers[-1].requires_grad_(False)
     return denoiser
 
 
 def lora_targets(args):
     """Layers of the UNet that get a LoRA."""
     return lora_layers(args, LORA_TARGETS)
-
-
-def prepare_for_training(denoiser, args):
-    """Give it its LoRA and gradient checkpointing."""
-    if args.use_lora:
-        add_adapters(args, denoiser.models(), StableDiffusionXLPipeline, lora_targets(args))
-        if denoiser.text_encoder is not None:  # SDXL reads it before its last layer, which gets no gradient
-            text_model = getattr(denoiser.text_encoder, "text_model", denoiser.text_encoder)
-            text_model.encoder.layers[-1].requires_grad_(False)
-    if args.gradient_checkpointing:
-        denoiser.unet.enable_gradient_checkpointing()
-        for encoder in (denoiser.text_encoder, denoiser.text_encoder_2):
-            if encoder is not None:
-                encoder.gradient_checkpointing_enable({"use_reentrant": False})
-    return denoiser.train()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -427,162 +384,122 @@ def fill_caches(args, images, held_out, dtype, accelerator):
 # The training step
 
 
-def conditioning(batch, recipe, dropout):
+def conditioning(batch, objective, dropout):
     """(prompt, time_ids) for `Denoiser`; a share `dropout` of the prompts is replaced by the unconditional one."""
-    return choose_prompts(batch, recipe, dropout), to_device(batch["time_ids"], recipe.device)
+    return choose_prompts(batch, objective, dropout), to_device(batch["time_ids"], objective.device)
 
 
-def denoise(denoiser, latents, noise, timesteps, conditions, recipe):
+def denoise(denoiser, latents, noise, timesteps, conditions, objective):
     """One forward pass: (squared error of each sample (B,), model_pred (B, 4, h, w), noisy_latents (B, 4, h, w))."""
-    alpha, sigma = to_device(torch.stack(recipe.schedule.levels(timesteps)), recipe.device).view(2, -1, 1, 1, 1)
+    alpha, sigma = to_device(torch.stack(objective.schedule.levels(timesteps)), objective.device).view(2, -1, 1, 1, 1)
     noisy_latents = alpha * latents + sigma * noise
-    model_pred = denoiser(noisy_latents.to(recipe.dtype), to_device(timesteps, recipe.device), *conditions)
-    target = recipe.schedule.target(latents, noise, alpha, sigma)
+    model_pred = denoiser(noisy_latents.to(objective.dtype), to_device(timesteps, objective.device), *conditions)
+    target = objective.schedule.target(latents, noise, alpha, sigma)
     return (model_pred.float() - target).square().mean(dim=(1, 2, 3)), model_pred, noisy_latents
 
 
-def training_step(batch, denoiser, recipe, step, metrics):
+def training_step(batch, denoiser, objective, step, metrics):
     """One micro-step: (objective, a scalar with gradient; [diffusion loss, LPL term] (2,), detached).
 
     loss = diffusion + weight * (1 / B) * sum over gated samples of s_b * LPL_b
     """
-    args, numbers = recipe.args, batch["number"]
-    latents = sample_latents(batch, recipe)
-    noise = sample_noise(numbers, latents.shape[1:], recipe)
-    timesteps = sample_timesteps(numbers, recipe.resolution(latents), recipe)
-    conditions = conditioning(batch, recipe, args.proportion_empty_prompts)
-    seed_lora_dropout(numbers, args)
+    numbers = batch["number"]
+    latents = sample_latents(batch, objective)
+    noise = sample_noise(numbers, latents.shape[1:], objective)
+    timesteps = sample_timesteps(numbers, latents, objective)
+    conditions = conditioning(batch, objective, objective.settings.proportion_empty_prompts)
+    seed_lora_dropout(numbers, objective)
 
-    errors, model_pred, noisy_latents = denoise(denoiser, latents, noise, timesteps, conditions, recipe)
-    recipe.guard.watch("diffusion loss", errors, batch["index"])
-    if args.snr_gamma is not None:
-        errors = to_device(recipe.schedule.loss_weights(timesteps), recipe.device) * errors
+    errors, model_pred, noisy_latents = denoise(denoiser, latents, noise, timesteps, conditions, objective)
+    objective.guard.watch("diffusion loss", errors, batch["index"])
+    if objective.schedule.weights_losses:
+        errors = to_device(objective.schedule.loss_weights(timesteps), objective.device) * errors
     diffusion_loss = errors.mean()
-    metrics.add("diffusion_loss", diffusion_loss)
-    loss, lpl_term = diffusion_loss, torch.zeros_like(diffusion_loss)
-    if args.use_lpl and step >= args.lpl_start:
-        lpl_term = perceptual_term(model_pred, noisy_latents, latents, timesteps, batch["index"], recipe, metrics)
-        weight = recipe.lpl_weight()
-        loss = diffusion_loss + weight * lpl_term
-        metrics.add("lpl/weight", weight)
-        metrics.add("lpl/weighted_loss", weight * lpl_term)
-    metrics.add("train_loss", loss)
+    lpl_term = torch.zeros_like(diffusion_loss)
+    if objective.lpl_applies(step):
+        tensors = model_pred, noisy_latents, latents
+        lpl_term = objective.perceptual_term(perceptual_loss, tensors, timesteps, batch["index"], metrics)
+    loss = objective.total(diffusion_loss, lpl_term, step, metrics)
     return loss, torch.stack([diffusion_loss, lpl_term]).detach()
 
 
-def perceptual_term(model_pred, noisy_latents, latents, timesteps, images, recipe, metrics):
-    """(1 / B) * sum over gated samples of s_b * LPL_b: a scalar, divided by the batch and not by the gated samples.
-
-    images: (B,) their numbers.
-    """
-    gated = recipe.gated(timesteps, latents).nonzero().flatten()
-    metrics.add("lpl/num_samples", float(len(gated)))
-    metrics.add("lpl/application_ratio", float(len(gated)), len(timesteps))
-    if not len(gated):
-        metrics.add("lpl/loss", 0.0)
-        return latents.new_zeros(())
-    index = to_device(gated, recipe.device)
-    output = perceptual_loss(*(x.index_select(0, index) for x in (model_pred, noisy_latents, latents)),
-                             timesteps[gated], recipe)  # fmt: skip
-    for layer, values in enumerate(output.per_layer):
-        recipe.guard.watch(f"LPL of layer {layer}", values, images[gated.numpy()])
-        metrics.add(f"lpl/features/layer_{layer}/loss", values.sum(), len(values))
-        outliers = (1 - output.inlier_fraction[layer]) * len(values)
-        metrics.add(f"lpl/features/layer_{layer}/outlier_ratio", outliers, len(values))
-    per_sample = output.per_sample
-    if recipe.args.lpl_scale:
-        levels = recipe.schedule.levels(timesteps[gated])
-        per_sample = to_device(lpl_noise_scale(*levels), recipe.device) * per_sample
-    lpl_term = per_sample.sum() / len(latents)
-    metrics.add("lpl/loss", lpl_term)
-    return lpl_term
-
-
-def perceptual_loss(model_pred, noisy_latents, latents, timesteps, recipe):
-    """LPL between the estimate of z_0 and z_0 itself, an `LPLOutput`; everything (B, 4, h, w)."""
-    alpha, sigma = to_device(torch.stack(recipe.schedule.levels(timesteps)), recipe.device)
-    z0_pred = estimate_z0(model_pred, noisy_latents, alpha, sigma, recipe.schedule.prediction_type)
-    return recipe.lpl(z0_pred, latents)
+def perceptual_loss(model_pred, noisy_latents, latents, timesteps, objective):
+    """LPL between the estimate of z_0 and z_0 itself, an `LPLOutput`; tensors (B, 4, h, w)."""
+    alpha, sigma = to_device(torch.stack(objective.schedule.levels(timesteps)), objective.device)
+    z0_pred = estimate_z0(model_pred, noisy_latents, alpha, sigma, objective.schedule.prediction_type)
+    return objective.perceptual.loss(z0_pred, latents)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Validation
 
 
-def held_out_step(conditions, latents, noise, timesteps, with_lpl, denoiser, recipe):
+def held_out_step(conditions, latents, noise, timesteps, with_lpl, denoiser, objective):
     """(diffusion losses (B,), LPL (B,) or None) of held-out images at given noise and timesteps."""
-    with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
-        errors, model_pred, noisy_latents = denoise(denoiser, latents, noise, timesteps, conditions, recipe)
+    errors, model_pred, noisy_latents = denoise(denoiser, latents, noise, timesteps, conditions, objective)
     if not with_lpl:
         return errors, None
-    return errors, perceptual_loss(model_pred, noisy_latents, latents, timesteps, recipe).per_sample
+    return errors, perceptual_loss(model_pred, noisy_latents, latents, timesteps, objective).per_sample
 
 
-@torch.no_grad()
-def draw(denoiser, vae, data, recipe):
-    """Draw every validation prompt, with the same seeds every time: [(prompt, [images])]."""
+def sampling_pipeline(denoiser, args, vae, schedule):
+    """The pipeline that samples the validation prompts, from embeddings: without text encoders."""
     import diffusers
 
-    args = recipe.args
-
-    scheduler_config = load_part_config(args, DDPMScheduler, "scheduler")
-    scheduler = getattr(diffusers, scheduler_config["_class_name"]).from_config(
-        scheduler_config, prediction_type=recipe.schedule.prediction_type
+    config = load_part_config(args, DDPMScheduler, "scheduler")
+    scheduler = getattr(diffusers, config["_class_name"]).from_config(config, prediction_type=schedule.prediction_type)
+    text_parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
+    return StableDiffusionXLPipeline(
+        vae=vae, unet=denoiser.unet, scheduler=scheduler, add_watermarker=False, **text_parts
     )
-    pipeline = StableDiffusionXLPipeline(
-        vae=vae, unet=denoiser.unet, scheduler=scheduler, text_encoder=None, text_encoder_2=None, tokenizer=None,
-        tokenizer_2=None, add_watermarker=False,
-    )  # fmt: skip
-    pipeline.set_progress_bar_config(disable=True)
-    prompt_of = functools.partial(pipeline_prompt, denoiser=denoiser, data=data, recipe=recipe)
-    with evaluation(denoiser):
-        return draw_prompts(pipeline, prompt_of, vae, recipe, num_inference_steps=25)
-
-
-def pipeline_prompt(prompts, denoiser, data, recipe):
-    """Validation prompts' embeddings and the unconditional ones, as arguments of the pipeline."""
-
-    def embeds(entries):
-        batch = {name: torch.stack([entry[name] for entry in entries]).to(recipe.device) for name in entries[0]}
-        return denoiser.embed(batch) if denoiser.text_encoder is not None else batch
-
-    positive = embeds([data.prompt(prompt) for prompt in prompts])
-    negative = embeds([recipe.empty_prompt] * len(prompts))
-    if recipe.empty_is_zero:
-        negative = {name: torch.zeros_like(value) for name, value in negative.items()}
-    prompts = positive | {f"negative_{name}": value for name, value in negative.items()}
-    return {name: value.to(recipe.dtype) for name, value in prompts.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Saving
+# The run
 
 
-def save_weights(folder, denoiser, args):
-    """The trained weights in the layout of diffusers: `unet/`, or `pytorch_lora_weights.safetensors`."""
-    if args.use_lora:
-        save_lora(folder, adapters(denoiser.models()), StableDiffusionXLPipeline)
+def lpl_gate(args):
+    """Which samples get the loss; with no threshold given: t < 200, a fifth of uniform timesteps."""
+    return gate_from_flags(args, t_threshold=200)
+
+
+def example_inputs(denoiser, args, size, dtype):
+    """Arguments of the `Denoiser` for a batch of latents of `size`, (h, w): what the memory estimate runs."""
+    batch = args.train_batch_size
+    config = denoiser.unet.config
+    if args.train_text_encoder:
+        ids = torch.zeros(batch, 77, dtype=torch.long)
+        prompt = {"input_ids": ids, "input_ids_2": ids}
     else:
-        denoiser.unet.save_pretrained(folder / "unet")
+        pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
+        prompt = {
+            "prompt_embeds": torch.randn(batch, 77, config.cross_attention_dim, dtype=dtype),
+            "pooled_prompt_embeds": torch.randn(batch, pooled, dtype=dtype),
+        }
+    latents = torch.randn(batch, config.in_channels, *size, dtype=dtype)
+    return latents, torch.zeros(batch, dtype=torch.long), prompt, torch.randn(batch, 6, dtype=dtype)
 
 
-def load_weights(folder, denoiser, args):
-    """Put back what `save_weights` wrote."""
-    if args.use_lora:
-        load_lora(folder, denoiser.models())
-    else:
-        saved = UNet2DConditionModel.from_pretrained(folder, subfolder="unet", use_safetensors=True)
-        load_state(denoiser.unet, saved.state_dict())
+def prepare_objective(args, accelerator, plan, data):
+    """(`Objective`, autoencoder or None). The autoencoder serves the loss, measuring it, and sampling pictures."""
+    index = model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
+    empty_is_zero = read_json(index).get("force_zeros_for_empty_prompt", True)
+    empty = data.prompt("")
+    if empty_is_zero and not args.train_text_encoder:
+        empty = {name: torch.zeros_like(value) for name, value in empty.items()}
+    vae, measured = None, args.use_lpl or len(data.held_out)
+    if measured or args.validation_prompt:
+        vae = load_vae(args, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
+    encoder = None if data.cached else load_vae(args, torch.float32, accelerator.device)
+    objective = build_objective(
+        args, accelerator, plan, data, LatentSpace.of(vae_config(args)), vae if measured else None, encoder, empty,
+        empty_is_zero, lpl_gate(args),
+    )  # fmt: skip
+    return objective, vae
 
 
-def save_result(args, denoiser, schedule):
-    """What the run is for: a LoRA, or a whole pipeline that `from_pretrained` loads; and their other formats."""
-    folder = Path(args.output_dir)
-    if args.use_lora:
-        save_weights(folder, denoiser, args)
-        if args.output_kohya_format:
-            save_kohya(folder, adapters(denoiser.models()), denoiser.unet.config)
-        return
+def result_pipeline(denoiser, args, schedule):
+    """The whole pipeline with the trained UNet, as it is saved."""
     more = {}
     if args.pretrained_vae_model_name_or_path:
         more["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **loading(args))
@@ -591,221 +508,82 @@ def save_result(args, denoiser, schedule):
         dtype=torch.float32, **loading(args), **more,
     )  # fmt: skip
     pipeline.scheduler.register_to_config(prediction_type=schedule.prediction_type)
-    pipeline.save_pretrained(folder)
-    if args.single_file:
-        save_single_file(pipeline, folder / "model.safetensors")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The plan: what is printed before anything is loaded
-
-
-def lpl_gate(args):
-    """Which samples get the loss; with no threshold given: t < 200, a fifth of uniform timesteps."""
-    return gate_from_flags(args, t_threshold=200)
-
-
-def build_on_meta(args, dtype, vae_dtype):
-    """(denoiser, autoencoder) without memory or weights: for counting, and for checks before loading."""
-    name, subfolder, revision, _ = denoiser_place(args)
-    with torch.device("meta"):
-        unet = UNet2DConditionModel.from_config(
-            UNet2DConditionModel.load_config(name, subfolder=subfolder, revision=revision)
-        ).to(dtype if args.use_lora else torch.float32)
-        vae = AutoencoderKL.from_config(vae_config(args)).requires_grad_(False).to(vae_dtype)
-        text_encoders = ()
-        if args.train_text_encoder:
-            text_encoders = [
-                cls(load_part(args, CLIPTextConfig, name)).to(dtype) for name, cls in TEXT_ENCODERS.items()
-            ]
-        return prepare_for_training(Denoiser(unet, text_encoders), args), vae
-
-
-def memory_estimate(args, denoiser, vae, dtype):
-    """[(what, bytes)] that training needs on one device; from shapes, nothing is run."""
-    batch, unet = args.train_batch_size, denoiser.unet
-    weights = weight_bytes(args, denoiser.models())
-    trained = [parameter for group in parameter_groups(denoiser, args) for parameter in group["params"]]
-    trained = [torch.empty_like(parameter) for parameter in trained]  # of their own dtype, which changes now
-    denoiser.to(dtype)  # what autocast would run in: the meta device has no autocast
-    size, width = latent_size(args, vae), unet.config.projection_class_embeddings_input_dim
-    with torch.device("meta"), SavedBytes() as activations:
-        if args.train_text_encoder:
-            ids = torch.zeros(batch, 77, dtype=torch.long)
-            prompt = {"input_ids": ids, "input_ids_2": ids}
-        else:
-            pooled = width - 6 * unet.config.addition_time_embed_dim
-            prompt = {
-                "prompt_embeds": torch.randn(batch, 77, unet.config.cross_attention_dim, dtype=dtype),
-                "pooled_prompt_embeds": torch.randn(batch, pooled, dtype=dtype),
-            }
-        latents = torch.randn(batch, unet.config.in_channels, *size, dtype=dtype)
-        denoiser(latents, torch.zeros(batch, dtype=torch.long), prompt, torch.randn(batch, 6, dtype=dtype))
-    return memory_parts(args, weights, trained, activations.total, vae)
-
-
-def check_and_print_plan(args, scan, held_out, plan, accelerator):
-    """Check what needs no weights, and say what will happen; returns the report on the data. Raises UserError."""
-    say = accelerator.print
-    report = check_data(args, scan, held_out, load_tokenizers(args), accelerator)
-    denoiser, vae = build_on_meta(args, plan.dtype, lpl_dtype(args, accelerator.mixed_precision))
-    check_machine(args)
-    print_plan(args, report, accelerator, plan)
-    how = f"{plan.schedule.prediction_type} prediction, {str(plan.dtype)[6:]}"
-    print_models(args, denoiser.models(), how, say)
-    if args.use_lpl:
-        gate = lpl_gate(args)
-        share = plan.schedule.gated_share(gate)
-        print_lpl_plan(args, gate, share, "--lpl_t_threshold 200", vae, say)
-    print_memory(memory_estimate(args, denoiser, vae, plan.dtype), denoiser, accelerator)
-    return report
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The run
-
-
-def prepare_recipe(args, accelerator, schedule, dtype, data):
-    """(recipe, autoencoder or None): everything but the models that are trained, loaded."""
-    index = model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    empty_is_zero = read_json(index).get("force_zeros_for_empty_prompt", True)
-    empty = data.prompt("")
-    if empty_is_zero and not args.train_text_encoder:
-        empty = {name: torch.zeros_like(value) for name, value in empty.items()}
-    return build_recipe(args, accelerator, schedule, dtype, empty, empty_is_zero, lpl_gate(args), data)
+    return pipeline
 
 
 def main(args, scan, held_out=()):
     """The run, from the plan to the published model."""
     accelerator = start_accelerator(args)
-    resume_from = checkpoint_to_resume(args, accelerator)
-    plan = plan_run(args, accelerator, Schedule(args), len(scan.images), resume_from)
-    report = check_and_print_plan(args, scan, held_out, plan, accelerator)
+    plan = plan_run(args, accelerator, Schedule(args), len(scan.images))
+    report = check_data(args, scan, held_out, load_tokenizers(args), accelerator)
+    vae = load_vae(args, lpl_dtype(args, accelerator.mixed_precision), "meta")
+    print_plan(args, report, accelerator, plan, build_denoiser(args, plan.dtype, "meta"), vae, lpl_gate(args),
+               example_inputs)  # fmt: skip
     if args.dry_run:
         return
-    folder = open_output_dir(args, accelerator, plan.resume_from, report, check_access)
-    with folder, StopSignals(accelerator) as signals:
-        is_done = train(args, scan.images, held_out, plan, accelerator, signals)
+    output_dir = open_output_dir(args, accelerator, plan.resume_from, report, check_access)
+    with output_dir as hub_name, StopSignals(accelerator) as signals:
+        is_done = train(args, scan.images, held_out, plan, accelerator, signals, hub_name)
     end(accelerator)
-    if not (is_done and args.push_to_hub and accelerator.is_main_process):
-        return
-    if signals.requested is not None:
-        tell_how_to_publish(args.output_dir, args.hub_model_id, args.hub_private_repo)
-    else:
-        publish_or_exit(args.output_dir, args.hub_model_id, args.hub_token, args.hub_private_repo)
+    if is_done and hub_name and signals.requested is not None:
+        tell_how_to_publish(args.output_dir, hub_name, args.hub_private_repo)
+    elif is_done and hub_name:
+        publish_or_exit(args.output_dir, hub_name, args.hub_token, args.hub_private_repo)
 
 
-def train(args, images, held_out, plan, accelerator, signals):
+def train(args, images, held_out, plan, accelerator, signals, hub_name):
     """Everything that needs the weights, up to the result on disk; returns whether it came to its end."""
     data = fill_caches(args, images, held_out, plan.dtype, accelerator)
-    recipe, vae = prepare_recipe(args, accelerator, plan.schedule, plan.dtype, data)
-    bare_denoiser = build_denoiser(args, plan.dtype, home(accelerator))
-    if args.scale_lr:
-        args.learning_rate *= plan.batch_size
-        args.text_encoder_lr = args.text_encoder_lr and args.text_encoder_lr * plan.batch_size
-    optimizer = build_optimizer(args, parameter_groups(bare_denoiser, args))
-    lr_scheduler = build_lr_scheduler(args, optimizer, plan.total_steps)
-    denoiser, optimizer = prepare(accelerator, bare_denoiser, optimizer)
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    ema = build_ema(args, parameters)
-    state = TrainingState(optimizer, lr_scheduler, accelerator.scaler, ema, recipe.auto_weight, run_identity(args))
-    together = is_sharded(accelerator)  # drawing and saving are for all ranks, not the first alone
-    takes_part = accelerator.is_main_process or together
-    recipe.broken_off = lambda: signals.requested is not None and not together
-    gallery = Gallery(args, lambda: draw(bare_denoiser, vae, data, recipe), accelerator.is_main_process)
-    if takes_part and args.validation_compare:
-        gallery.draw_start()
-    first_step = 0
-    if plan.resume_from is not None:
-        load_weights(plan.resume_from, bare_denoiser, args)
-        first_step = state.load(plan.resume_from)
-        accelerator.print(f"Resumed from {plan.resume_from} at step {first_step}")
-        if first_step >= plan.total_steps:
-            accelerator.print(f"--max_train_steps {plan.total_steps} is reached already: saving the result once more")
-    guard = recipe.guard
-    clock = CheckpointClock(args.checkpointing_steps, args.checkpointing_minutes)
-    reporter = Reporter(args, accelerator, "SDXL", metric_names(args), first_step)
-    metrics = reporter.metrics
-
-    def measure_held_out():
-        measure = functools.partial(held_out_step, denoiser=bare_denoiser, recipe=recipe)
-        with evaluation(bare_denoiser):
-            return held_out_losses(data, recipe, accelerator, conditioning, measure)
-
-    def validate(step):
-        if not held_out and not args.validation_prompt:
-            return
-        with signals.unhurried(), reporter.paused(), averaged_weights(ema, parameters):
-            if held_out and (losses := measure_held_out()):
-                reporter.log(step, losses)
-            if args.validation_prompt and takes_part:
-                reporter.log_images(gallery.draw(step), step)
-            reporter.draw_run()
-
-    def write_checkpoint(step):
-        trained = gathered(bare_denoiser, accelerator.is_main_process)
-        save_checkpoint(
-            args.output_dir, step, state, lambda folder: save_weights(folder, trained, args),
-            args.checkpoints_total_limit, accelerator.is_main_process,
-        )  # fmt: skip
-
-    def save(step):
-        with signals.unhurried():
-            if takes_part:
-                write_checkpoint(step)
-        clock.saved()
-
-    validation_due = validation_schedule(args, len(images), plan.batch_size)
-    loader = contextlib.closing(batches(args, data, accelerator, first_step, plan.total_steps))
-    if first_step == 0:
-        validate(0)
-    done = first_step
-    bar = tqdm(range(first_step, plan.total_steps), initial=first_step, total=plan.total_steps, desc="training",
-               disable=not accelerator.is_local_main_process)  # fmt: skip
-    with loader as micro_batches:
-        for step in bar:
+    objective, vae = prepare_objective(args, accelerator, plan, data)
+    denoiser = build_denoiser(args, plan.dtype, home(accelerator))
+    settings = optimizer_settings(args, plan.batch_size)
+    trainee = Trainee(settings, accelerator, denoiser, plan.total_steps, objective.guard)
+    checkpoints = Checkpoints(
+        args, accelerator, trainee, objective, signals,
+        save_weights=lambda folder, denoiser: save_weights(folder, denoiser, StableDiffusionXLPipeline, args.use_lora),
+        load_weights=lambda folder, denoiser: load_weights(folder, denoiser, args.use_lora),
+    )  # fmt: skip
+    reporter = Reporter(args, accelerator, "SDXL", metric_names(args), plan.first_step, plan.total_steps)
+    pipeline = functools.partial(sampling_pipeline, args=args, vae=vae, schedule=plan.schedule)
+    sampling = pipeline, functools.partial(decode_latents, vae), 25
+    validation = Validation(args, accelerator, trainee, objective, data, reporter, signals, sampling,
+                            (conditioning, held_out_step))  # fmt: skip
+    done = checkpoints.resume(plan.resume_from, plan.total_steps)
+    if done == 0:
+        validation.run(0)
+    with open_batches(args, data, accelerator, done, plan.total_steps) as micro_batches:
+        for step in reporter.steps():
             signals.step_began()
-            before = metrics.snapshot()
-            parts = torch.zeros(2, device=accelerator.device)  # diffusion loss and LPL term, for the auto weight
-            for micro_step in range(args.gradient_accumulation_steps):
-                last = micro_step + 1 == args.gradient_accumulation_steps
-                with sync_gradients(accelerator, denoiser, last):
-                    loss, micro_parts = training_step(next(micro_batches), denoiser, recipe, step, metrics)
-                    accelerator.backward(loss)
-                parts += micro_parts / args.gradient_accumulation_steps
-            done = step + 1
-            wishes = (signals.requested is not None, accelerator.is_main_process and clock.late())
-            finite, stop, late = optimize(
-                args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics, guard, done, wishes
-            )
-            if not finite:
-                metrics.restore(before)
-            elif recipe.auto_weight is not None and step >= args.lpl_start:
-                recipe.auto_weight.update(*accelerator.reduce(parts, "mean"))
-            rates = learning_rates(optimizer) | guard.counts()
-            reporter.step(done, plan.batch_size, rates, bar, last=stop or done == plan.total_steps)
-            if stop:
+            for _ in trainee.micro_steps():
+                loss, terms = training_step(next(micro_batches), trainee.denoiser, objective, step, reporter.metrics)
+                trainee.backward(loss, terms)
+            done, wishes = step + 1, (signals.requested is not None, checkpoints.late())
+            outcome = trainee.step(done, wishes, reporter.metrics)
+            if outcome.made:
+                objective.update_lpl_weight(step, trainee.terms, accelerator)
+            reporter.step(done, outcome, plan.batch_size, trainee.log_values())
+            if outcome.stop:
                 signals.reached()
-            if late or clock.due(done) or (stop and done < plan.total_steps):
-                save(done)
-            if stop and done < plan.total_steps:
+            if checkpoints.due(done, outcome, plan.total_steps):
+                checkpoints.save(done)
+            if outcome.stop and done < plan.total_steps:
                 break
-            if validation_due(done) and done < plan.total_steps:
-                validate(done)
+            if validation.due(done) and done < plan.total_steps:
+                validation.run(done)
     signals.ending()
-    del denoiser
+    trainee.release()
     if done < plan.total_steps:
         reporter.stopped(done)
         return False
-    if takes_part:
-        last = None if together else lambda: write_checkpoint(done)
-        with kept_if_unwritten(last), averaged_weights(ema, parameters):
-            trained = gathered(bare_denoiser, accelerator.is_main_process)
+    if checkpoints.writes_here:
+        with checkpoints.kept_if_unwritten(done), trainee.averaged():
+            whole = gathered(denoiser, accelerator.is_main_process)
             if accelerator.is_main_process:
-                save_result(args, trained, plan.schedule)
-    validate(done)
+                result = functools.partial(result_pipeline, whole, args, plan.schedule)
+                save_result(args, whole, StableDiffusionXLPipeline, result)
+    validation.run(done)
     if accelerator.is_main_process:
-        card = model_card(args, "sdxl", plan.total_steps, plan.batch_size, len(images), lpl_gate(args))
+        card = model_card(args, "sdxl", plan.total_steps, plan.batch_size, len(images), lpl_gate(args), hub_name)
         write_card(Path(args.output_dir), card)
     reporter.finish()
     return True

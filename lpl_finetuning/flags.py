@@ -6,6 +6,7 @@ Nothing here imports torch, so that a wrong flag is answered at once.
 import argparse
 import difflib
 import os
+from dataclasses import fields
 from pathlib import Path
 
 import yaml
@@ -234,6 +235,11 @@ def print_configuration(args, say):
     say(
         "\nConfiguration: " + ", ".join(f"{key}={value}" for key, value in flags.items() if value not in (None, False))
     )
+
+
+def settings_from_flags(cls, args, **more):
+    """An instance of a settings dataclass: each field has the value of the flag of its name, or that in `more`."""
+    return cls(**{field.name: getattr(args, field.name) for field in fields(cls) if field.name not in more}, **more)
 
 
 def weight_or_auto(text):

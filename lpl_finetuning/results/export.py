@@ -20,7 +20,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from lpl_finetuning.errors import require
-from lpl_finetuning.training.models import nested
+from lpl_finetuning.training.models import adapters, nested, save_weights
 
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_PREFIXES = {
@@ -375,3 +375,22 @@ def save_single_file(pipeline, path, dtype=torch.float16):
     if schedule.get("rescale_betas_zero_snr", False):
         tensors["ztsnr"] = torch.tensor([])
     write(path, tensors, {"format": "pt"})
+
+
+def save_result(args, denoiser, pipeline_class, result_pipeline):
+    """Write what the run is for into --output_dir: a LoRA, or a whole pipeline; and their other formats.
+
+    Args:
+        denoiser: the script's `Denoiser` with whole weights.
+        pipeline_class: diffusers' class of the pipeline; result_pipeline: function that returns the whole pipeline.
+    """
+    folder = Path(args.output_dir)
+    if args.use_lora:
+        save_weights(folder, denoiser, pipeline_class, use_lora=True)
+        if args.output_kohya_format:
+            save_kohya(folder, adapters(denoiser.models()), next(iter(denoiser.models().values())).config)
+        return
+    pipeline = result_pipeline()
+    pipeline.save_pretrained(folder)
+    if args.single_file:
+        save_single_file(pipeline, folder / "model.safetensors")

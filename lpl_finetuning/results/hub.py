@@ -28,7 +28,7 @@ def check_publishing(args):
         find_token(args.hub_token)
 
 
-def model_card(args, kind, steps, images_per_step, images, gate):
+def model_card(args, kind, steps, images_per_step, images, gate, hub_name=None):
     """What the model card says of a run; kind: "sdxl" or "sd3", images: trained on, gate: the `LPLGate`."""
     lpl = {}
     if args.use_lpl:
@@ -48,7 +48,7 @@ def model_card(args, kind, steps, images_per_step, images, gate):
         "steps": steps,
         "images per step": images_per_step,
         "resolution": args.resolution,
-        "learning rate": args.learning_rate,
+        "learning rate": args.learning_rate * (images_per_step if args.scale_lr else 1),
         "schedule": args.lr_scheduler,
         "optimizer": "8-bit AdamW" if args.use_8bit_adam else args.optimizer,
         "precision": {"no": "float32", None: None}.get(args.mixed_precision, args.mixed_precision),
@@ -58,7 +58,7 @@ def model_card(args, kind, steps, images_per_step, images, gate):
         "seed": args.seed,
     }
     return Card(
-        name=args.hub_model_id or Path(args.output_dir).resolve().name,
+        name=hub_name or args.hub_model_id or Path(args.output_dir).resolve().name,
         kind=kind,
         base_model=args.pretrained_model_name_or_path,
         revision=args.revision,

@@ -13,6 +13,7 @@ import platform
 import re
 import shutil
 import time
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.files import megabytes, sha256_of, sync_to_disk
+from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.training.checkpoint_folders import (
     MANIFEST,
     Damaged,
@@ -31,6 +33,7 @@ from lpl_finetuning.training.checkpoint_folders import (
     old_place,
     read_manifest,
     remove,
+    run_identity,
     set_damaged_aside,
     tidy,
     write_manifest,
@@ -40,7 +43,9 @@ from lpl_finetuning.training.sharding import (
     from_all_ranks,
     from_first_rank,
     gather,
+    gathered,
     is_part,
+    is_sharded,
     local_part,
     sharded_like,
     whole_bytes,
@@ -50,13 +55,13 @@ SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer: a 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Saving
+# When and what
 
 
 class CheckpointClock:
-    """When a checkpoint is due: every `steps` steps, or once `minutes` (None: never) went by since the last.
+    """When a checkpoint is due: every `steps` steps, or once `minutes` (None: never) have gone by since the last.
 
-    Ranks count the same steps, but not the same minutes: there the main process decides. now: counts seconds.
+    Ranks count the same steps, but not the same minutes: rank 0 decides about minutes. now: counts seconds.
     """
 
     def __init__(self, steps, minutes=None, now=time.monotonic):
@@ -74,6 +79,82 @@ class CheckpointClock:
     def saved(self):
         """A checkpoint was written: count the minutes from here."""
         self.last = self.now()
+
+
+@dataclass(frozen=True)
+class CheckpointSettings:
+    """The flags about checkpoints; each field has the name of its flag."""
+
+    output_dir: str
+    checkpointing_steps: int
+    checkpointing_minutes: float | None
+    checkpoints_total_limit: int | None
+
+
+class Checkpoints:
+    """The checkpoints of a run: resumes from one, knows when one is due, writes them.
+
+    Rank 0 writes. Where the model is sharded, every rank gives its parts.
+    """
+
+    def __init__(self, args, accelerator, trainee, objective, signals, save_weights, load_weights):
+        """
+        Args:
+            trainee: the `Trainee`; objective: the `Objective`; signals: the `StopSignals`.
+            save_weights, load_weights: functions (folder, denoiser) for the trained weights in their usual layout.
+        """
+        self.settings = settings_from_flags(CheckpointSettings, args)
+        self.accelerator, self.trainee, self.signals = accelerator, trainee, signals
+        self.save_weights, self.load_weights = save_weights, load_weights
+        self.sharded = is_sharded(accelerator)
+        self.writes_here = accelerator.is_main_process or self.sharded
+        auto_weight = objective.perceptual.auto_weight if objective.perceptual is not None else None
+        self.state = TrainingState(
+            trainee.optimizer, trainee.lr_scheduler, accelerator.scaler, trainee.ema, auto_weight, run_identity(args)
+        )
+        self.clock = CheckpointClock(self.settings.checkpointing_steps, self.settings.checkpointing_minutes)
+
+    def resume(self, folder, total_steps):
+        """Load a checkpoint (None: a fresh start); returns the steps it has made. All ranks call it."""
+        if folder is None:
+            return 0
+        self.load_weights(folder, self.trainee.bare)
+        step = self.state.load(folder)
+        self.accelerator.print(f"Resumed from {folder} at step {step}")
+        if step >= total_steps:
+            self.accelerator.print(f"--max_train_steps {total_steps} is reached already: saving the result once more")
+        return step
+
+    def late(self):
+        """Whether this rank wants a checkpoint because --checkpointing_minutes have gone by."""
+        return self.accelerator.is_main_process and self.clock.late()
+
+    def due(self, step, outcome, total_steps):
+        """Whether a checkpoint is to be written after step `step`, from 1, with its `Outcome`."""
+        stopped_early = outcome.stop and step < total_steps
+        return outcome.save or self.clock.due(step) or stopped_early
+
+    def save(self, step):
+        """Write checkpoint-`step`. All ranks call it; rank 0 writes."""
+        with self.signals.unhurried():
+            if self.writes_here:
+                self._write(step)
+        self.clock.saved()
+
+    def kept_if_unwritten(self, step):
+        """Context manager for writing the result: where that fails, the steps are in a checkpoint at least."""
+        return kept_if_unwritten(None if self.sharded else lambda: self._write(step))
+
+    def _write(self, step):
+        whole = gathered(self.trainee.bare, self.accelerator.is_main_process)
+        save_checkpoint(
+            self.settings.output_dir, step, self.state, lambda folder: self.save_weights(folder, whole),
+            self.settings.checkpoints_total_limit, self.accelerator.is_main_process,
+        )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Saving
 
 
 def checkpoint_bytes(state, parameters=()):

@@ -1,8 +1,10 @@
-"""LoRA adapters: into models, from flags or from a file, and out to files that load everywhere.
+"""The models of a run: loaded, or built without weights on the meta device; LoRA adapters; weights on disk.
 
 `models` is a dictionary of the models that get an adapter, by the names that diffusers gives them in LoRA files:
 `unet` or `transformer`, `text_encoder`, `text_encoder_2`.
 """
+
+import contextlib
 
 import torch
 from diffusers import AutoencoderKL
@@ -11,9 +13,12 @@ from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 
-from lpl_finetuning.base_model import loading, read_json, require_layers
+from lpl_finetuning.base_model import loading, place_of, read_json, require_layers
 from lpl_finetuning.errors import UserError, require
+from lpl_finetuning.training.sharding import load_state
+from lpl_utils import DecoderStages
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -189,7 +194,10 @@ def load_part_config(args, cls, subfolder):
 
 
 def load_vae(args, dtype, device):
-    """The frozen autoencoder, evaluated in `dtype`, channels-last."""
+    """The frozen autoencoder in `dtype`, channels-last; on the meta device without memory or weights."""
+    if device == "meta":
+        with torch.device("meta"):
+            return AutoencoderKL.from_config(vae_config(args)).requires_grad_(False).to(dtype)
     if args.pretrained_vae_model_name_or_path:
         vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype, **loading(args))
     else:
@@ -204,14 +212,83 @@ def vae_config(args):
     return load_part_config(args, AutoencoderKL, "vae")
 
 
-def parameter_groups(denoiser, args):
-    """[{"params", "lr"}]: the denoiser's trainable parameters, then the text encoders'."""
-    text_rate = args.learning_rate if args.text_encoder_lr is None else args.text_encoder_lr
-    groups = [
-        {
-            "params": [parameter for parameter in model.parameters() if parameter.requires_grad],
-            "lr": text_rate if is_text_encoder(name) else args.learning_rate,
-        }
-        for name, model in denoiser.models().items()
-    ]
-    return [group for group in groups if group["params"]]
+def load_denoiser(args, part, cls, dtype, device):
+    """The UNet or transformer; on the meta device without memory or weights.
+
+    Args:
+        part: name of the component, "unet" or "transformer"; cls: its class in diffusers.
+        dtype: of the computation. A model that is trained whole has float32 weights.
+    """
+    _, name, subfolder, revision, variant = place_of(args, part, {part: f"pretrained_{part}_model_name_or_path"})
+    weights = dtype if args.use_lora else torch.float32
+    if device == "meta":
+        with torch.device("meta"):
+            return cls.from_config(cls.load_config(name, subfolder=subfolder, revision=revision)).to(weights)
+    return cls.from_pretrained(
+        name, subfolder=subfolder, revision=revision, variant=variant, dtype=weights, **quantization(args, dtype),
+        **loading(args),
+    )  # fmt: skip
+
+
+def load_text_encoder(args, cls, name, dtype, device):
+    """A text encoder of the base pipeline, frozen, in eval mode; on the meta device without memory or weights."""
+    if device == "meta":
+        with torch.device("meta"):
+            return cls(load_part(args, cls.config_class, name)).to(dtype)
+    encoder = load_part(args, cls, name, variant=args.variant, dtype=dtype, **loading(args))
+    return encoder.requires_grad_(False).eval().to(device)
+
+
+def prepare_for_training(args, denoiser, pipeline_class, targets, device):
+    """The script's `Denoiser` with its LoRA, checkpointing, attention and compilation, in train mode on the device.
+
+    Args:
+        targets: names of the layers that get a LoRA; pipeline_class: of diffusers, which reads --init_lora.
+    """
+    with torch.device("meta") if device == "meta" else contextlib.nullcontext():
+        if args.use_lora:
+            add_adapters(args, denoiser.models(), pipeline_class, targets)
+    for model in denoiser.models().values() if args.gradient_checkpointing else ():
+        if hasattr(model, "enable_gradient_checkpointing"):  # diffusers
+            model.enable_gradient_checkpointing()
+        else:  # transformers
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    denoiser = denoiser.train()
+    if device == "meta":
+        return denoiser
+    denoiser = denoiser.to(device)
+    model = next(iter(denoiser.models().values()))
+    if args.enable_xformers_memory_efficient_attention:
+        model.enable_xformers_memory_efficient_attention()
+    if args.torch_compile:
+        model.compile()
+    return denoiser
+
+
+def decode_latents(vae, latents):
+    """Images (B, 3, H, W) in [-1, 1] of the denoiser's latents (B, C, h, w), in the autoencoder's dtype."""
+    return vae.decode(DecoderStages(vae).to_vae_space(latents)).sample
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Trained weights on disk
+
+
+def save_weights(folder, denoiser, pipeline_class, use_lora):
+    """Write the trained weights as diffusers does: `unet/` or `transformer/`, or a LoRA file."""
+    if use_lora:
+        save_lora(folder, adapters(denoiser.models()), pipeline_class)
+    else:
+        name, model = next(iter(denoiser.models().items()))
+        model.save_pretrained(folder / name)
+
+
+def load_weights(folder, denoiser, use_lora):
+    """Put back what `save_weights` wrote."""
+    if use_lora:
+        load_lora(folder, denoiser.models())
+        return
+    name, model = next(iter(denoiser.models().items()))
+    cls = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))  # diffusers' own class
+    saved = cls.from_pretrained(folder, subfolder=name, use_safetensors=True)
+    load_state(model, saved.state_dict())

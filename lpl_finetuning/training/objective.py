@@ -1,7 +1,12 @@
-"""What the recipes share and nobody would edit: models, optimizers, metrics, samples, the held-out loss."""
+"""What a training step minimises, apart from the model: samples, noise, timesteps, prompts and the perceptual term.
+
+Every random number follows from the seed and the number of the sample (`data.samples`), so a resumed run repeats it.
+Timesteps, noise levels and gates live on the CPU: the loop knows which samples are gated without asking the device.
+
+Shapes: B samples in a micro-batch, C channels, h w of a latent.
+"""
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -13,13 +18,13 @@ from lpl_finetuning.data.samples import (
     largest_size,
     stratified_uniform,
 )
+from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.training.guard import Guard
-from lpl_finetuning.training.models import load_vae, vae_config
-from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
+from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, lpl_noise_scale, noise_to_signal
 
 
 def to_device(tensor, device, dtype=None):
-    """A CPU tensor on the device, by way of pinned memory where that keeps the host from waiting."""
+    """A CPU tensor on the device; by way of pinned memory on CUDA, so that the host does not wait."""
     tensor = tensor.to(dtype=dtype)  # before it is pinned: a copy that converts goes by unpinned memory
     if torch.device(device).type == "cuda" and not tensor.is_pinned():
         tensor = tensor.pin_memory()
@@ -31,7 +36,7 @@ def to_device(tensor, device, dtype=None):
 
 
 def lpl_config(args):
-    """The loss' configuration; by default as many samples are decoded at a time as have the size of one of 1024 px."""
+    """The `LPLConfig` of the flags. By default one image of 1024 px, or as many pixels, is decoded at a time."""
     by_default = "stage" if args.gradient_checkpointing else "none"
     return LPLConfig(
         num_blocks=args.lpl_num_blocks,
@@ -45,142 +50,275 @@ def lpl_config(args):
 
 
 def gate_from_flags(args, **by_default):
-    """Which samples get the loss; by_default: LPLGate's threshold when no flag gives one."""
+    """The `LPLGate` of the flags; by_default: the threshold where no flag gives one."""
     if args.lpl_t_threshold is None and args.lpl_sigma_threshold is None:
         return LPLGate(**by_default, resolution=args.resolution)
     return LPLGate(args.lpl_t_threshold, args.lpl_sigma_threshold, args.lpl_threshold_resolution, args.resolution)
 
 
 def lpl_dtype(args, mixed_precision):
-    """The decoder's dtype in the loss."""
+    """The dtype of the decoder in the loss: --lpl_vae_dtype, else bfloat16 under bf16 and float32 otherwise."""
     name = args.lpl_vae_dtype or ("bfloat16" if mixed_precision == "bf16" else "float32")
     return getattr(torch, name)
 
 
+class PerceptualTerm:
+    """The latent perceptual loss as a term of the objective: its gate, its weight and its log values.
+
+    Attributes:
+        loss: the `LatentPerceptualLoss`.
+        gate: the `LPLGate`.
+        auto_weight: the `AutoWeight`, or None where --lpl_weight is a number.
+        start: first step (from 0) with the term; None where the loss is measured on held-out images only.
+    """
+
+    def __init__(self, loss, gate, weight=0.0, start=None, noise_scale=False):
+        """
+        Args:
+            weight: a number or an `AutoWeight`.
+            noise_scale: whether each sample is weighted by alpha^2 / (alpha^2 + sigma^2).
+        """
+        self.loss, self.gate, self.start, self.noise_scale = loss, gate, start, noise_scale
+        self.auto_weight = weight if isinstance(weight, AutoWeight) else None
+        self._weight = weight
+
+    def applies(self, step):
+        """Whether the objective has the term at a step, counted from 0."""
+        return self.start is not None and step >= self.start
+
+    def weight(self):
+        """The weight of the term: a number, or a scalar tensor on the device."""
+        return self._weight() if self.auto_weight is not None else float(self._weight)
+
+    def update_weight(self, step, terms, accelerator):
+        """Take the mean over ranks of a step's (diffusion loss, LPL term), (2,), into the automatic weight."""
+        if self.auto_weight is not None and self.applies(step):
+            self.auto_weight.update(*accelerator.reduce(terms, "mean"))
+
+    def total(self, output, gated, levels, batch_size, metrics):
+        """(1 / B) * sum over gated samples of s_b * LPL_b: a scalar, divided by the batch size B.
+
+        Args:
+            output: `LPLOutput` of the gated samples, in their order.
+            gated: (b,) their indices in the batch.
+            levels: alpha, sigma of the gated samples, (b,) each, on the CPU.
+            metrics: takes the loss and the share of outliers of every layer.
+        """
+        for layer, values in enumerate(output.per_layer):
+            metrics.add(f"lpl/features/layer_{layer}/loss", values.sum(), len(gated))
+            outliers = (1 - output.inlier_fraction[layer]) * len(gated)
+            metrics.add(f"lpl/features/layer_{layer}/outlier_ratio", outliers, len(gated))
+        per_sample = output.per_sample
+        if self.noise_scale:
+            per_sample = to_device(lpl_noise_scale(*levels), per_sample.device) * per_sample
+        return per_sample.sum() / batch_size
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# The loop's parts: what a step needs, its samples, its end
+# The objective
 
 
-@dataclass
-class Recipe:
-    """What a training step needs besides the models and its batch."""
+@dataclass(frozen=True)
+class LatentSpace:
+    """How latents relate to the autoencoder and to images: z_model = (z_vae - shift_factor) * scaling_factor."""
 
-    args: object
+    scaling_factor: float
+    shift_factor: float
+    pixels: int  # of an image on a side of one latent
+
+    @classmethod
+    def of(cls, config):
+        """The space of an `AutoencoderKL` with this config.json."""
+        pixels = 2 ** (len(config["block_out_channels"]) - 1)
+        return cls(config["scaling_factor"], config.get("shift_factor") or 0.0, pixels)
+
+    def to_model(self, z_vae):
+        """The autoencoder's latents as the denoiser sees them."""
+        return (z_vae - self.shift_factor) * self.scaling_factor
+
+    def to_vae(self, z_model):
+        """The denoiser's latents as the autoencoder sees them."""
+        return z_model / self.scaling_factor + self.shift_factor
+
+    def resolution(self, latents):
+        """Of the images of latents (B, C, h, w): the side in px of a square of the same area."""
+        return self.pixels * math.sqrt(latents.shape[-2] * latents.shape[-1])
+
+
+@dataclass(frozen=True)
+class SampleSettings:
+    """The flags about how a sample is noised and prompted; each field has the name of its flag."""
+
+    seed: int
+    train_batch_size: int
+    noise_offset: float
+    timestep_sampling: str
+    proportion_empty_prompts: float
+    lora_dropout: float
+    train_text_encoder: bool
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a training step needs besides the model and the batch."""
+
+    settings: SampleSettings
     device: torch.device
     schedule: object  # noise levels, timesteps and targets: the script's `Schedule`
     dtype: torch.dtype  # the denoiser's inputs
     samples_per_step: int  # of an optimizer step, over micro-steps and ranks
-    scaling_factor: float  # z_model = (z_vae - shift_factor) * scaling_factor
-    shift_factor: float
-    pixels: int  # of an image on a side of one of its latents
-    empty_prompt: dict  # the entry of "" in the prompt store; zeros where those are the pipeline's unconditional
-    empty_is_zero: bool = False  # whether the pipeline's unconditional embedding is zero
+    space: LatentSpace
+    empty_prompt: dict  # the entry of "" in the prompt store; zeros where zeros are the pipeline's unconditional
+    empty_is_zero: bool  # whether the pipeline's unconditional embedding is zero
+    guard: Guard
     encoder: object = None  # the autoencoder, where images are encoded in every step
-    lpl: LatentPerceptualLoss | None = None
-    gate: LPLGate | None = None
-    auto_weight: AutoWeight | None = None
-    guard: Guard | None = None
-    main: bool = True  # whether this is the process that says things
-    broken_off: Callable[[], bool] = lambda: False  # whether drawing ends early, since the run is to stop
+    perceptual: PerceptualTerm | None = None
 
-    def lpl_weight(self):
-        """The weight of the LPL term, a number or a scalar tensor on the device."""
-        return self.auto_weight() if self.auto_weight is not None else float(self.args.lpl_weight)
-
-    def resolution(self, latents):
-        """Of the images of a batch of latents: the side in px of a square of the same area."""
-        return self.pixels * math.sqrt(latents.shape[-2] * latents.shape[-1])
+    def lpl_applies(self, step):
+        """Whether the objective has the perceptual term at a step, counted from 0."""
+        return self.perceptual is not None and self.perceptual.applies(step)
 
     def gated(self, timesteps, latents):
-        """Bool (B,) on the CPU: which samples get the loss, at their resolution."""
-        gate = self.gate.at(self.resolution(latents))
+        """Bool (B,) on the CPU: the samples that get the perceptual loss, at the resolution of their images."""
+        gate = self.perceptual.gate.at(self.space.resolution(latents))
         return gate(timesteps, noise_to_signal(*self.schedule.levels(timesteps)))
 
-    def to_model_space(self, latents):
-        """The autoencoder's latents as the denoiser sees them."""
-        return (latents - self.shift_factor) * self.scaling_factor
+    def perceptual_term(self, perceptual_loss, tensors, timesteps, images, metrics):
+        """The perceptual term of a micro-step with its bookkeeping: a scalar with gradient.
+
+        Args:
+            perceptual_loss: the script's function (model_pred, noisy_latents, latents, timesteps, objective) ->
+                `LPLOutput`; called with the gated samples only, and not at all where no sample is gated.
+            tensors: (model_pred, noisy_latents, latents), (B, C, h, w) each.
+            timesteps: (B,) on the CPU.
+            images: (B,) numbers of the images, for messages.
+        """
+        gated = self.gated(timesteps, tensors[-1]).nonzero().flatten()
+        metrics.add("lpl/num_samples", float(len(gated)))
+        metrics.add("lpl/application_ratio", float(len(gated)), len(timesteps))
+        if not len(gated):
+            metrics.add("lpl/loss", 0.0)
+            return tensors[-1].new_zeros(())
+        index = to_device(gated, self.device)
+        chosen = [tensor.index_select(0, index) for tensor in tensors]
+        output = perceptual_loss(*chosen, timesteps[gated], self)
+        for layer, values in enumerate(output.per_layer):
+            self.guard.watch(f"LPL of layer {layer}", values, images[gated.numpy()])
+        levels = self.schedule.levels(timesteps[gated])
+        lpl_term = self.perceptual.total(output, gated, levels, len(timesteps), metrics)
+        metrics.add("lpl/loss", lpl_term)
+        return lpl_term
+
+    def total(self, diffusion_loss, lpl_term, step, metrics):
+        """diffusion loss + weight * LPL term, a scalar; without the term at steps that have none."""
+        loss = diffusion_loss
+        metrics.add("diffusion_loss", diffusion_loss)
+        if self.lpl_applies(step):
+            weight = self.perceptual.weight()
+            loss = diffusion_loss + weight * lpl_term
+            metrics.add("lpl/weight", weight)
+            metrics.add("lpl/weighted_loss", weight * lpl_term)
+        metrics.add("train_loss", loss)
+        return loss
+
+    def update_lpl_weight(self, step, terms, accelerator):
+        """Take a step's (diffusion loss, LPL term), (2,) means over its micro-steps, into the automatic weight."""
+        if self.perceptual is not None:
+            self.perceptual.update_weight(step, terms, accelerator)
 
 
-def build_recipe(args, accelerator, schedule, dtype, empty_prompt, empty_is_zero, gate, data):
-    """(Recipe, autoencoder or None). The autoencoder is there for the loss, for measuring it, and for drawing."""
-    measure_lpl = bool(len(data.held_out))
-    vae, space = None, vae_config(args)
-    if args.use_lpl or measure_lpl or args.validation_prompt:
-        vae = load_vae(args, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
-    recipe = Recipe(
-        args=args,
+def build_objective(args, accelerator, plan, data, space, stages, encoder, empty_prompt, empty_is_zero, gate):
+    """The `Objective` of a run.
+
+    Args:
+        plan: the `Plan`; data: the `RunData`.
+        space: the `LatentSpace`.
+        stages: what `LatentPerceptualLoss` compares features of (an autoencoder will do); None where the loss is
+            neither used nor measured.
+        encoder: the autoencoder, where images are encoded in every step; else None.
+        empty_prompt: the tensors of the unconditional prompt; empty_is_zero: whether they stand for zeros.
+        gate: the `LPLGate`.
+    """
+    perceptual = None
+    if stages is not None:
+        loss = LatentPerceptualLoss(stages, lpl_config(args))
+        weight = args.lpl_weight
+        if weight == "auto":
+            weight = AutoWeight(args.lpl_share).to(accelerator.device)
+        start = args.lpl_start if args.use_lpl else None
+        perceptual = PerceptualTerm(loss, gate, weight if args.use_lpl else 0.0, start, args.lpl_scale)
+    return Objective(
+        settings=settings_from_flags(SampleSettings, args),
         device=accelerator.device,
-        schedule=schedule,
-        dtype=dtype,
-        samples_per_step=args.train_batch_size * args.gradient_accumulation_steps * accelerator.num_processes,
-        scaling_factor=space["scaling_factor"],
-        shift_factor=space.get("shift_factor") or 0.0,
-        pixels=2 ** (len(space["block_out_channels"]) - 1),
+        schedule=plan.schedule,
+        dtype=plan.dtype,
+        samples_per_step=plan.batch_size,
+        space=space,
         empty_prompt=empty_prompt,
         empty_is_zero=empty_is_zero,
-        main=accelerator.is_main_process,
+        guard=Guard(accelerator, args.max_nonfinite_steps, lambda index: data.images[index].name),
+        encoder=encoder,
+        perceptual=perceptual,
     )
-    if not data.cached:
-        recipe.encoder = load_vae(args, torch.float32, accelerator.device)
-    if args.use_lpl or measure_lpl:
-        recipe.lpl, recipe.gate = LatentPerceptualLoss(vae, lpl_config(args)), gate
-    if args.use_lpl and args.lpl_weight == "auto":
-        recipe.auto_weight = AutoWeight(args.lpl_share).to(accelerator.device)
-    recipe.guard = Guard(accelerator, args.max_nonfinite_steps, lambda index: data.images[index].name)
-    return recipe, vae
 
 
-def sample_latents(batch, recipe):
-    """z_0 (B, C, h, w) in model space, float32: a sample of the autoencoder's posterior."""
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+
+
+def sample_latents(batch, objective):
+    """z_0 (B, C, h, w) as the denoiser sees it, float32: a sample of the autoencoder's posterior."""
     if "pixel_values" in batch:
         with torch.no_grad():
-            pixels = to_device(batch["pixel_values"], recipe.device)
-            posterior = recipe.encoder.encode(pixels).latent_dist
+            pixels = to_device(batch["pixel_values"], objective.device)
+            posterior = objective.encoder.encode(pixels).latent_dist
         mean, std = posterior.mean, posterior.std
     else:
-        mean, std = (to_device(batch[name], recipe.device) for name in ("mean", "std"))
-    eps = addressed_normal(recipe.args.seed, batch["number"], mean.shape[1:], "posterior")
-    return recipe.to_model_space(mean + std * to_device(eps, recipe.device))
+        mean, std = (to_device(batch[name], objective.device) for name in ("mean", "std"))
+    eps = addressed_normal(objective.settings.seed, batch["number"], mean.shape[1:], "posterior")
+    return objective.space.to_model(mean + std * to_device(eps, objective.device))
 
 
-def sample_noise(numbers, shape, recipe):
-    """eps (B, *shape) of the samples with these numbers, on the device; with --noise_offset constant parts too."""
-    args = recipe.args
-    noise = addressed_normal(args.seed, numbers, shape, "noise")
-    if args.noise_offset:
-        noise += args.noise_offset * addressed_normal(args.seed, numbers, (shape[0], 1, 1), "noise_offset")
-    return to_device(noise, recipe.device)
+def sample_noise(numbers, shape, objective):
+    """eps (B, *shape) of the samples with these numbers, on the device; under --noise_offset with a constant part."""
+    settings = objective.settings
+    noise = addressed_normal(settings.seed, numbers, shape, "noise")
+    if settings.noise_offset:
+        noise += settings.noise_offset * addressed_normal(settings.seed, numbers, (shape[0], 1, 1), "noise_offset")
+    return to_device(noise, objective.device)
 
 
-def sample_timesteps(numbers, resolution, recipe):
-    """(B,) timesteps of the samples with these numbers and this resolution, on the CPU."""
-    args = recipe.args
-    if args.timestep_sampling == "stratified":
-        uniform = stratified_uniform(args.seed, numbers, args.train_batch_size, recipe.samples_per_step)
+def sample_timesteps(numbers, latents, objective):
+    """(B,) timesteps of the samples with these numbers, on the CPU; the resolution is that of the latents."""
+    settings = objective.settings
+    if settings.timestep_sampling == "stratified":
+        size = settings.train_batch_size
+        uniform = stratified_uniform(settings.seed, numbers, size, objective.samples_per_step)
     else:
-        uniform = addressed_uniform(args.seed, numbers, "timestep")
-    return recipe.schedule.draw_timesteps(torch.from_numpy(uniform), resolution)
+        uniform = addressed_uniform(settings.seed, numbers, "timestep")
+    return objective.schedule.draw_timesteps(torch.from_numpy(uniform), objective.space.resolution(latents))
 
 
-def choose_prompts(batch, recipe, dropout):
-    """The prompts of a batch, on the device; a share `dropout` of them is replaced by the unconditional one.
+def choose_prompts(batch, objective, dropout):
+    """The prompts of a batch, on the device; a share `dropout` of them is replaced by the unconditional prompt.
 
-    Where the text encoders are trained, the prompts are tokens, and the unconditional embedding may be zeros, which no
-    tokens give: then "keep" (B,) is 0 for those samples.
+    Where the text encoders are trained, the prompts are tokens. No tokens give an unconditional embedding of zeros:
+    there "keep" (B,) is 0 for the samples whose embedding has to be zero.
     """
-    keep = torch.from_numpy(addressed_uniform(recipe.args.seed, batch["number"], "dropout") >= dropout)
+    keep = torch.from_numpy(addressed_uniform(objective.settings.seed, batch["number"], "dropout") >= dropout)
     prompt = {}
-    for name, empty in recipe.empty_prompt.items():
+    for name, empty in objective.empty_prompt.items():
         value = batch[name]
         if not keep.all():
             value = torch.where(keep.reshape(-1, *[1] * (value.ndim - 1)), value, empty)
-        prompt[name] = to_device(value, recipe.device, recipe.dtype if value.is_floating_point() else None)
-    if recipe.args.train_text_encoder and recipe.empty_is_zero:
-        prompt["keep"] = to_device(keep.float(), recipe.device)
+        prompt[name] = to_device(value, objective.device, objective.dtype if value.is_floating_point() else None)
+    if objective.settings.train_text_encoder and objective.empty_is_zero:
+        prompt["keep"] = to_device(keep.float(), objective.device)
     return prompt
 
 
-def seed_lora_dropout(numbers, args):
-    """Dropout follows from the address of a micro-step too, so that a resumed run repeats it."""
-    if args.lora_dropout:
-        torch.manual_seed(int(addressed_rng(args.seed, int(numbers[0]), "lora_dropout").integers(2**32)))
+def seed_lora_dropout(numbers, objective):
+    """Seed torch's generator from the micro-step's first sample, so that a resumed run repeats LoRA's dropout."""
+    settings = objective.settings
+    if settings.lora_dropout:
+        torch.manual_seed(int(addressed_rng(settings.seed, int(numbers[0]), "lora_dropout").integers(2**32)))

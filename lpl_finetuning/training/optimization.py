@@ -1,119 +1,255 @@
-"""What the recipes share and nobody would edit: models, optimizers, metrics, samples, the held-out loss."""
+"""The guarded optimizer step: gradients over micro-steps and ranks, clipping, schedule, and the weights' average.
+
+`Trainee` is the model under training with everything that changes it. The training scripts' loop reads
+
+    for _ in trainee.micro_steps():
+        loss, terms = training_step(next(micro_batches), trainee.denoiser, objective, step, metrics)
+        trainee.backward(loss, terms)
+    outcome = trainee.step(step + 1, wishes)
+"""
 
 import contextlib
 import math
+from dataclasses import dataclass
 
 import torch
 
-from lpl_finetuning.training.sharding import clip, is_sharded, local_part
+from lpl_finetuning.flags import settings_from_flags
+from lpl_finetuning.training.sharding import clip, is_sharded, local_part, prepare
 
 
-def build_optimizer(args, groups):
-    """The optimizer of --optimizer and --use_8bit_adam; groups: [{"params", "lr"}]."""
-    betas = (args.adam_beta1, args.adam_beta2)
-    rate = {"lr": args.learning_rate}  # also as the optimizer's default, which a polynomial schedule looks at
-    if args.optimizer == "prodigy":
+@dataclass(frozen=True)
+class OptimizerSettings:
+    """The flags about the optimizer step; each field has the name of its flag.
+
+    `learning_rate` and `text_encoder_lr` are the rates in use: under --scale_lr already multiplied by the images of
+    an optimizer step.
+    """
+
+    optimizer: str
+    use_8bit_adam: bool
+    learning_rate: float
+    text_encoder_lr: float | None
+    adam_beta1: float
+    adam_beta2: float
+    adam_epsilon: float
+    adam_weight_decay: float
+    lr_scheduler: str
+    lr_warmup_steps: int
+    lr_num_cycles: int
+    lr_power: float
+    max_grad_norm: float
+    gradient_accumulation_steps: int
+    use_ema: bool
+    ema_decay: float
+    ema_update_after_step: int
+    foreach_ema: bool
+    offload_ema: bool
+
+
+def optimizer_settings(args, batch_size):
+    """The `OptimizerSettings` of a run whose optimizer steps have `batch_size` images."""
+    factor = batch_size if args.scale_lr else 1
+    text_rate = args.text_encoder_lr and args.text_encoder_lr * factor
+    rates = {"learning_rate": args.learning_rate * factor, "text_encoder_lr": text_rate}
+    return settings_from_flags(OptimizerSettings, args, **rates)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Optimizer, schedule, average
+
+
+def parameter_groups(models, settings):
+    """[{"params", "lr"}]: the trainable parameters of the denoiser, then those of the text encoders.
+
+    Args:
+        models: {name in diffusers: model}.
+    """
+    text_rate = settings.learning_rate if settings.text_encoder_lr is None else settings.text_encoder_lr
+    groups = [
+        {
+            "params": [parameter for parameter in model.parameters() if parameter.requires_grad],
+            "lr": text_rate if name.startswith("text_encoder") else settings.learning_rate,
+        }
+        for name, model in models.items()
+    ]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(settings, groups):
+    """The optimizer of --optimizer and --use_8bit_adam for the `parameter_groups`."""
+    betas, decay = (settings.adam_beta1, settings.adam_beta2), settings.adam_weight_decay
+    rate = {"lr": settings.learning_rate}  # as the optimizer's default too: a polynomial schedule reads the default
+    if settings.optimizer == "prodigy":
         from prodigyopt import Prodigy
 
         return Prodigy(
-            groups, **rate, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon,
-            use_bias_correction=True, safeguard_warmup=True,
+            groups, **rate, betas=betas, weight_decay=decay, eps=settings.adam_epsilon, use_bias_correction=True,
+            safeguard_warmup=True,
         )  # fmt: skip
-    if args.optimizer == "adafactor":
+    if settings.optimizer == "adafactor":
         from transformers.optimization import Adafactor
 
-        # with a learning rate of its own: neither the relative step nor the scaling by a tensor's size, which for
-        # LoRA's zeros at the start would be next to nothing
-        return Adafactor(
-            groups, **rate, weight_decay=args.adam_weight_decay, relative_step=False, scale_parameter=False
-        )
-    settings = dict(**rate, betas=betas, weight_decay=args.adam_weight_decay, eps=args.adam_epsilon)
-    if args.use_8bit_adam:
+        # A fixed learning rate. Scaled by a tensor's size, the step of LoRA's zero matrices would be next to nothing.
+        return Adafactor(groups, **rate, weight_decay=decay, relative_step=False, scale_parameter=False)
+    adamw = dict(**rate, betas=betas, weight_decay=decay, eps=settings.adam_epsilon)
+    if settings.use_8bit_adam:
         import bitsandbytes
 
-        return bitsandbytes.optim.AdamW8bit(groups, **settings)
-    return torch.optim.AdamW(groups, **settings)
+        return bitsandbytes.optim.AdamW8bit(groups, **adamw)
+    return torch.optim.AdamW(groups, **adamw)
 
 
-def build_lr_scheduler(args, optimizer, max_train_steps):
-    """The schedule, in optimizer steps: stepped once for each, whatever the accumulation and the number of ranks."""
+def build_lr_scheduler(settings, optimizer, total_steps):
+    """The learning-rate schedule, counted in optimizer steps whatever the accumulation and the number of ranks."""
     from diffusers.optimization import get_scheduler
 
     return get_scheduler(
-        args.lr_scheduler,
+        settings.lr_scheduler,
         optimizer=optimizer,
-        num_warmup_steps=args.lr_warmup_steps,
-        num_training_steps=max_train_steps,
-        num_cycles=args.lr_num_cycles,
-        power=args.lr_power,
+        num_warmup_steps=settings.lr_warmup_steps,
+        num_training_steps=total_steps,
+        num_cycles=settings.lr_num_cycles,
+        power=settings.lr_power,
     )
 
 
-def build_ema(args, parameters):
-    """diffusers' EMA of the parameters, or None; of this rank's part of them where they are sharded."""
-    if not args.use_ema:
+def build_ema(settings, parameters):
+    """diffusers' `EMAModel` of the parameters, or None; of this rank's parts where the parameters are sharded."""
+    if not settings.use_ema:
         return None
     from diffusers.training_utils import EMAModel
 
     ema = EMAModel(
         map(local_part, parameters),
-        decay=args.ema_decay,
-        update_after_step=args.ema_update_after_step,
-        foreach=args.foreach_ema,
+        decay=settings.ema_decay,
+        update_after_step=settings.ema_update_after_step,
+        foreach=settings.foreach_ema,
     )
-    if args.offload_ema:
+    if settings.offload_ema:
         ema.to("cpu")
     return ema
 
 
-def update_ema(ema, parameters, offload):
-    """One step of the average; kept on the CPU under --offload_ema, and computed on the parameters' device."""
-    if offload:
-        ema.to(parameters[0].device, non_blocking=True)
-    ema.step(map(local_part, parameters))
-    if offload:
-        ema.to("cpu")
+def learning_rates(optimizer):
+    """{log key: learning rate of the first group}; under Prodigy also the step size that it has found."""
+    group = optimizer.param_groups[0]
+    return {"lr": group["lr"]} | ({"lr/d*lr": group["d"] * group["lr"]} if "d" in group else {})
 
 
-@contextlib.contextmanager
-def averaged_weights(ema, parameters):
-    """Inside, the parameters hold EMA's average (when there is one); afterwards their own values again."""
-    if ema is None:
-        yield
-        return
-    parameters = [local_part(parameter) for parameter in parameters]
-    ema.store(parameters)
-    ema.copy_to(parameters)
-    try:
-        yield
-    finally:
-        ema.restore(parameters)
+# ---------------------------------------------------------------------------------------------------------------------
+# The step
 
 
-def sync_gradients(accelerator, model, last):
-    """Context of a micro-step: ranks exchange gradients on the last one only, or each time where they are sharded.
+@dataclass(frozen=True)
+class Outcome:
+    """What came of an optimizer step; the same on every rank."""
 
-    FSDP would keep them whole until then.
+    made: bool  # False: a loss or gradient was not finite, and nothing was changed
+    stop: bool  # a signal asked some rank to stop
+    save: bool  # --checkpointing_minutes have gone by
+
+
+class Trainee:
+    """The model under training: optimizer, schedule, average, guard, and the ranks that share them.
+
+    Attributes:
+        bare: the script's `Denoiser` as it was built, for sampling, saving and loading.
+        denoiser: the same as accelerate prepared it, for the training step.
+        parameters: the trainable parameters, in the order of the optimizer's state.
+        ema: diffusers' `EMAModel`, or None.
     """
-    return contextlib.nullcontext() if last or is_sharded(accelerator) else accelerator.no_sync(model)
 
+    def __init__(self, settings, accelerator, denoiser, total_steps, guard):
+        """
+        Args:
+            settings: `OptimizerSettings`.
+            denoiser: the script's `Denoiser`, on its device, trainable parameters in float32.
+            total_steps: optimizer steps of the whole run.
+            guard: the `Guard` that reads whether a step is finite.
+        """
+        self.settings, self.accelerator, self.guard = settings, accelerator, guard
+        self.bare = denoiser
+        optimizer = build_optimizer(settings, parameter_groups(denoiser.models(), settings))
+        self.lr_scheduler = build_lr_scheduler(settings, optimizer, total_steps)
+        self.denoiser, self.optimizer = prepare(accelerator, denoiser, optimizer)
+        self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        self.ema = build_ema(settings, self.parameters)
+        self.terms = None
 
-def optimize(args, accelerator, optimizer, lr_scheduler, ema, parameters, metrics, guard, step, wishes):
-    """The optimizer step at the end of the accumulation: clip, look, step, schedule, average.
+    def micro_steps(self):
+        """Generator of one item per micro-step, inside the context in which its backward pass belongs.
 
-    A step that is not finite is skipped and leaves everything as it was. Returns (whether it was made, *whether any
-    rank has each of the wishes); wishes: this rank's, bools.
-    """
-    grad_norm = clip(accelerator, optimizer, parameters, args.max_grad_norm or math.inf)  # 0: no clipping
-    finite, faults, wishes = guard.read(grad_norm, wishes)
-    guard.judge(faults, step, under_scaler=accelerator.scaler is not None)
-    if finite:
-        metrics.add("grad_norm", grad_norm)
-    if finite or accelerator.scaler is not None:  # which skips the step itself, and lowers its scale
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    if finite and not accelerator.optimizer_step_was_skipped:
-        lr_scheduler.step()
-        if ema is not None:
-            update_ema(ema, parameters, args.offload_ema)
-    return finite, *wishes
+        Ranks exchange gradients in the last micro-step only. Where gradients are sharded the ranks exchange them in
+        each, since FSDP would keep whole gradients until then.
+        """
+        self.terms = torch.zeros(2, device=self.accelerator.device)
+        for index in range(self.settings.gradient_accumulation_steps):
+            last = index + 1 == self.settings.gradient_accumulation_steps
+            each_time = last or is_sharded(self.accelerator)
+            with contextlib.nullcontext() if each_time else self.accelerator.no_sync(self.denoiser):
+                yield index
+
+    def backward(self, loss, terms):
+        """The backward pass of a micro-step; adds up its (diffusion loss, LPL term), (2,) detached, in `terms`."""
+        self.accelerator.backward(loss)
+        self.terms += terms / self.settings.gradient_accumulation_steps
+
+    def step(self, step, wishes, metrics):
+        """Clip, check, step, schedule and average at the end of the accumulation: an `Outcome`.
+
+        A step that is not finite leaves weights, optimizer, schedule and average as they were.
+
+        Args:
+            step: number of the step, counted from 1.
+            wishes: (stop, save), bools of this rank.
+            metrics: takes the norm of the gradients.
+
+        Raises:
+            UserError: --max_nonfinite_steps steps in a row were not finite.
+        """
+        grad_norm = clip(self.accelerator, self.optimizer, self.parameters, self.settings.max_grad_norm or math.inf)
+        finite, faults, wishes = self.guard.read(grad_norm, wishes)
+        under_scaler = self.accelerator.scaler is not None  # fp16: the scaler skips the step itself, lowers its scale
+        self.guard.judge(faults, step, under_scaler=under_scaler)
+        if finite:
+            metrics.add("grad_norm", grad_norm)
+        if finite or under_scaler:
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        if finite and not self.accelerator.optimizer_step_was_skipped:
+            self.lr_scheduler.step()
+            self._update_ema()
+        return Outcome(finite, *wishes)
+
+    def _update_ema(self):
+        """One step of the average; under --offload_ema computed on the parameters' device and kept on the CPU."""
+        if self.ema is None:
+            return
+        if self.settings.offload_ema:
+            self.ema.to(self.parameters[0].device, non_blocking=True)
+        self.ema.step(map(local_part, self.parameters))
+        if self.settings.offload_ema:
+            self.ema.to("cpu")
+
+    @contextlib.contextmanager
+    def averaged(self):
+        """Context manager: the parameters hold the average inside, if there is one; their own values afterwards."""
+        if self.ema is None:
+            yield
+            return
+        parameters = [local_part(parameter) for parameter in self.parameters]
+        self.ema.store(parameters)
+        self.ema.copy_to(parameters)
+        try:
+            yield
+        finally:
+            self.ema.restore(parameters)
+
+    def log_values(self):
+        """{log key: value} of the learning rate and the skipped steps."""
+        return learning_rates(self.optimizer) | self.guard.counts()
+
+    def release(self):
+        """Drop the prepared model. It has to go before the ranks' process group ends: see `training.run.end`."""
+        self.denoiser = None

@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import json
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from lpl_finetuning.data.samples import caption_rules, largest_size
 from lpl_finetuning.errors import require
 from lpl_finetuning.files import cache_folder, digest, gigabytes, write_whole
 from lpl_finetuning.flags import print_configuration
-from lpl_finetuning.training.checkpoint_folders import changes_since
+from lpl_finetuning.training.checkpoint_folders import changes_since, read_manifest
+from lpl_finetuning.training.checkpoints import checkpoint_to_resume
 from lpl_finetuning.training.models import lora_config
 from lpl_finetuning.training.objective import lpl_config
 from lpl_finetuning.training.sharding import BUCKET, is_sharded, zero_stage
@@ -32,15 +34,18 @@ class Plan:
     dtype: torch.dtype  # that the denoiser computes in
     batch_size: int  # images of an optimizer step, over all ranks
     total_steps: int  # optimizer steps
-    resume_from: Path | None  # the checkpoint that it goes on from
+    resume_from: Path | None  # the checkpoint that the run resumes from
+    first_step: int  # optimizer steps that the checkpoint has made
 
 
-def plan_run(args, accelerator, schedule, images, resume_from):
-    """The Plan of a run on so many images."""
+def plan_run(args, accelerator, schedule, images):
+    """The `Plan` of a run on so many images; UserError where --resume_from_checkpoint can't be followed."""
+    resume_from = checkpoint_to_resume(args, accelerator)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
     batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     total_steps = args.max_train_steps or -(-args.num_train_epochs * images // batch_size)
-    return Plan(schedule, dtype, batch_size, total_steps, resume_from)
+    first_step = read_manifest(resume_from)["step"] if resume_from is not None else 0
+    return Plan(schedule, dtype, batch_size, total_steps, resume_from, first_step)
 
 
 def latent_size(args, vae):
@@ -209,8 +214,32 @@ def check_machine(args):
             "out")  # fmt: skip
 
 
-def print_plan(args, report, accelerator, plan):
-    """Configuration, data, steps and validation. report: on the data, from `check_data`."""
+def print_plan(args, report, accelerator, plan, denoiser, vae, gate, example_inputs):
+    """Print what will happen: flags, data, steps, validation, models, the perceptual loss and memory.
+
+    Args:
+        report: on the data, from `check_data`; plan: the `Plan`.
+        denoiser, vae: on the meta device; the denoiser's dtype changes.
+        gate: the `LPLGate`.
+        example_inputs: function (denoiser, args, (h, w), dtype) -> arguments of the denoiser for one batch.
+
+    Raises:
+        UserError: this machine can't do what the flags ask for.
+    """
+    check_machine(args)
+    print_run(args, report, accelerator, plan)
+    print_models(args, denoiser.models(), f"{plan.schedule.describe()}, {str(plan.dtype)[6:]}", accelerator.print)
+    if args.use_lpl:
+        share = plan.schedule.gated_share(gate)
+        hint = plan.schedule.threshold_for(0.2, by_timestep=gate.t_threshold is not None)
+        print_lpl_plan(args, gate, share, hint, vae, accelerator.print)
+    size = latent_size(args, vae)
+    parts = memory_estimate(args, denoiser, vae, plan.dtype, partial(example_inputs, denoiser, args, size))
+    print_memory(parts, denoiser, accelerator)
+
+
+def print_run(args, report, accelerator, plan):
+    """Print the flags, the data, the steps and the validation of a run. report: on the data, from `check_data`."""
     say, total_steps = accelerator.print, plan.total_steps
     batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     images, held_out = report["images"], report["held_out"]
@@ -304,19 +333,35 @@ def parts_of_a_rank(parts, model, ranks, stage=0):
     return [*mine, ("gathered layers", 2 * bucket), ("exchange", 2 * bucket)]
 
 
-def memory_parts(args, weights, trained, activations, vae):
-    """[(what, bytes)] that training needs on one device, every sample taken as gated.
+def saved_by_forward(denoiser, dtype, inputs):
+    """Bytes that autograd keeps of a forward pass of the `Denoiser` on the meta device.
 
-    weights: bytes of all models that are trained or run in every step; trained: the trainable parameters; activations:
-    bytes that their forward pass keeps.
+    Args:
+        dtype: what autocast would run in; the weights are cast, since the meta device has no autocast.
+        inputs: function dtype -> the arguments of the forward pass, on the meta device.
     """
+    denoiser.to(dtype)
+    with torch.device("meta"), SavedBytes() as activations:
+        denoiser(*inputs(dtype))
+    return activations.total
+
+
+def memory_estimate(args, denoiser, vae, dtype, inputs):
+    """[(what, bytes)] that training needs on one device, every sample taken as gated; from shapes, nothing is run.
+
+    Args:
+        denoiser, vae: on the meta device; the denoiser's dtype changes.
+        dtype, inputs: see `saved_by_forward`.
+    """
+    weights = weight_bytes(args, denoiser.models())
+    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     size, count = parameter_bytes(trained), sum(parameter.numel() for parameter in trained)
     parts = [
         ("weights", weights),
         ("gradients", size),
         ("optimizer state", optimizer_state_bytes(args, size, count)),
         ("EMA", size if args.use_ema and not args.offload_ema else 0),
-        ("activations", activations),
+        ("activations", saved_by_forward(denoiser, dtype, inputs)),
     ]
     if args.use_lpl:
         decoder = parameter_bytes(vae.decoder.parameters())

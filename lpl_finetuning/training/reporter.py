@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm.auto import tqdm
 
 from lpl_finetuning.files import dispensable
 from lpl_finetuning.flags import SECRETS
@@ -17,7 +18,7 @@ from lpl_finetuning.flags import SECRETS
 
 
 class Metrics:
-    """Means of detached values that stay where they are until they are read, in one transfer.
+    """Means of detached values that stay on the device until they are read, in one transfer.
 
     `add(name, value, count)` takes a scalar tensor (or a number of the host's) that is a sum over `count` items.
     """
@@ -73,12 +74,6 @@ def metric_names(args):
     return METRICS + [f"lpl/features/layer_{layer}/{what}" for layer in layers for what in ("loss", "outlier_ratio")]
 
 
-def learning_rates(optimizer):
-    """{log key: value}: the first group's learning rate, and under Prodigy the step size that it has found."""
-    group = optimizer.param_groups[0]
-    return {"lr": group["lr"]} | ({"lr/d*lr": group["d"] * group["lr"]} if "d" in group else {})
-
-
 def row_of(line):
     """The row in a line of the log; an empty one for a line that a kill or a full disk left unfinished."""
     try:
@@ -86,6 +81,12 @@ def row_of(line):
     except ValueError:
         return {}
     return row if isinstance(row, dict) else {}
+
+
+def public_flags(args):
+    """{flag: value} for the trackers, secrets left out; what trackers do not take is text."""
+    public = {key: value for key, value in vars(args).items() if key not in SECRETS}
+    return {key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in public.items()}
 
 
 class History:
@@ -113,11 +114,22 @@ class History:
 
 
 class Reporter:
-    """Everything a run says while it goes: progress bar, metrics file, trackers, `run.png`."""
+    """What a run reports while it trains: progress bar, metrics file, trackers, `run.png`.
 
-    def __init__(self, args, accelerator, model, names, first_step):
-        """model: what is trained, "SDXL" or "SD3"; names: of the metrics; first_step: where the run goes on."""
+    Attributes:
+        metrics: the `Metrics` of the interval since the last row.
+        history: the `History` of all rows, on rank 0.
+    """
+
+    def __init__(self, args, accelerator, model, names, first_step, total_steps):
+        """
+        Args:
+            model: what is trained, "SDXL" or "SD3".
+            names: log keys of the metrics, in the order of the packed read.
+            first_step: steps that the run has made already.
+        """
         self.args, self.accelerator, self.names = args, accelerator, names
+        self.first_step, self.total_steps = first_step, total_steps
         kind, loss = "LoRA" if args.use_lora else "full", "with" if args.use_lpl else "without"
         self.title = f"{model} {kind} fine-tuning, {loss} LPL"
         self.metrics = Metrics(accelerator.device)
@@ -125,32 +137,48 @@ class Reporter:
         self.main = accelerator.is_main_process
         if self.main:
             self.history = History(self.output_dir / args.logging_dir / "metrics.jsonl", first_step)
-            public = {key: value for key, value in vars(args).items() if key not in SECRETS}
-            kinds = (int, float, str, bool)
-            config = {key: value if isinstance(value, kinds) else str(value) for key, value in public.items()}
-            accelerator.init_trackers(f"{model.lower()}-lpl", config)
-        self.samples, self.since, self.warned = 0, time.perf_counter(), False
+            accelerator.init_trackers(f"{model.lower()}-lpl", public_flags(args))
+        self.bar, self.samples, self.since, self.warned = None, 0, time.perf_counter(), False
+
+    def steps(self):
+        """Generator of the steps that are left, from 0, under a progress bar."""
+        self.bar = tqdm(
+            range(self.first_step, self.total_steps), initial=self.first_step, total=self.total_steps, desc="training",
+            disable=not self.accelerator.is_local_main_process,
+        )  # fmt: skip
+        for step in self.bar:
+            self._before = self.metrics.snapshot()
+            yield step
 
     @contextlib.contextmanager
     def paused(self):
-        """Inside, the time does not count for samples per second: drawing and measuring are not training."""
+        """Context manager: the time inside, for sampling and measuring, does not count for samples per second."""
         start = time.perf_counter()
         yield
         self.since += time.perf_counter() - start
 
-    def step(self, step, batch_size, rates, bar, last=False):
-        """After an optimizer step: every --logging_steps read the metrics, in one transfer, and pass them on."""
+    def step(self, step, outcome, batch_size, values):
+        """Report an optimizer step; every --logging_steps the metrics are read, in one transfer.
+
+        Args:
+            step: number of the step, from 1.
+            outcome: the step's `Outcome`; the metrics of a step that was not made are dropped.
+            batch_size: images of the step, over all ranks.
+            values: more {log key: value}.
+        """
+        if not outcome.made:
+            self.metrics.restore(self._before)
         self.samples += batch_size
-        if step % self.args.logging_steps and not last:
+        if step % self.args.logging_steps and step < self.total_steps and not outcome.stop:
             return
-        values = self.metrics.read(self.accelerator, self.names)
+        read = self.metrics.read(self.accelerator, self.names)
         now = time.perf_counter()
-        values |= rates | {"samples_per_second": self.samples / (now - self.since)}
+        read |= values | {"samples_per_second": self.samples / (now - self.since)}
         self.samples, self.since = 0, now
-        if "lpl/weighted_loss" in values:
-            values["lpl/share"] = values["lpl/weighted_loss"] / max(values["train_loss"], 1e-12)
+        if "lpl/weighted_loss" in read:
+            read["lpl/share"] = read["lpl/weighted_loss"] / max(read["train_loss"], 1e-12)
         if self.main:
-            self._pass_on(step, values, bar)
+            self._pass_on(step, read)
 
     def log(self, step, values):
         """A row of values for the metrics file and the trackers."""
@@ -159,14 +187,14 @@ class Reporter:
             with dispensable("the trackers' log"):
                 self.accelerator.log(values, step=step)
 
-    def _pass_on(self, step, values, bar):
+    def _pass_on(self, step, values):
         self.log(step, values)
         if "diffusion_loss" not in values:  # no step since the last row was finite
             return
         shown = {"diffusion": f"{values['diffusion_loss']:.4f}", "lr": f"{values['lr']:.1e}"}
         if "lpl/loss" in values:
             shown |= {"LPL": f"{values['lpl/loss']:.4f}", "share": f"{100 * values.get('lpl/share', 0):.0f} %"}
-        bar.set_postfix(shown)
+        self.bar.set_postfix(shown)
         if self.args.use_lpl and not self.warned and step >= 100 and self.args.lpl_weight != "auto":
             shares = self.history.series("lpl/share")[1]
             if shares and sum(shares) / len(shares) < 0.01:

@@ -1,4 +1,4 @@
-"""What the recipes share and nobody would edit: models, optimizers, metrics, samples, the held-out loss."""
+"""Around the loop: the accelerator, the output folder and its lock, the micro-batches, the end."""
 
 import contextlib
 import fcntl
@@ -51,21 +51,23 @@ def start_accelerator(args):
     return accelerator
 
 
-def batches(args, data, accelerator, first_step, last_step):
-    """Generator of the micro-batches of this rank from `first_step` on; data: the `RunData`.
+@contextlib.contextmanager
+def open_batches(args, data, accelerator, first_step, last_step):
+    """Context manager: the iterator of this rank's micro-batches from `first_step` on; the loader ends with it.
 
-    To be closed, which ends the loader's processes.
+    Args:
+        data: the `RunData`.
     """
+    iterator = batches(args, data, accelerator, first_step, last_step)
+    with contextlib.closing(iterator):
+        yield iterator
+
+
+def batches(args, data, accelerator, first_step, last_step):
+    """Generator of this rank's micro-batches; to be closed, which ends the loader's processes."""
     order = SampleOrder(args.seed, args.train_batch_size, data.framing.buckets)
-    samples = TrainingSet(
-        data.images,
-        order,
-        data.framing,
-        data.captions,
-        data.latents if data.cached else None,
-        data.prompts,
-        prompt_key,
-    )
+    latents = data.latents if data.cached else None
+    samples = TrainingSet(data.images, order, data.framing, data.captions, latents, data.prompts, prompt_key)
     numbers = AddressedBatches(
         first_step, last_step, args.train_batch_size, args.gradient_accumulation_steps, accelerator.num_processes,
         accelerator.process_index,
@@ -80,7 +82,7 @@ def batches(args, data, accelerator, first_step, last_step):
     )
     try:
         yield from loader
-    except DataError as error:  # of a loading process' it holds the whole traceback, whose last line is the message
+    except DataError as error:  # from a loading process it holds the traceback, whose last line is the message
         kind = f"{type(error).__module__}.{type(error).__qualname__}: "
         raise OwnError(str(error).rpartition(kind)[2].strip()) from error
 
@@ -98,23 +100,30 @@ def end(accelerator):
 
 @contextlib.contextmanager
 def open_output_dir(args, accelerator, resume_from, report, check_access):
-    """Make --output_dir, write there what the run is given, and inside the context keep other runs out of it.
+    """Context manager: --output_dir with the flags and the report on the data in it, locked against other runs.
 
-    What an earlier run left there is moved aside. Raises UserError where another run is writing there, or where
-    --push_to_hub would be refused at the end.
+    What an earlier run left there is moved aside. The context's value is the name on the Hub under --push_to_hub, on
+    rank 0, else None.
+
+    Args:
+        check_access: function (name, token, private) -> owner/name, asked under --push_to_hub.
+
+    Raises:
+        UserError: another run is writing there, or the Hub would refuse the result.
     """
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
+    hub_name = None
     with lock(output_dir) if accelerator.is_main_process else contextlib.nullcontext():
         if accelerator.is_main_process:
             if aside := set_aside(output_dir, resume_from, args.logging_dir):
                 accelerator.print(f"Results of an earlier run are kept in {aside}")
             if args.push_to_hub:
                 name = args.hub_model_id or output_dir.resolve().name
-                args.hub_model_id = check_access(name, args.hub_token, args.hub_private_repo)
+                hub_name = check_access(name, args.hub_token, args.hub_private_repo)
             save_recipe(args, output_dir / "config.yaml")
             save_report(report, output_dir / "data_report.json")
-        yield
+        yield hub_name
 
 
 @contextlib.contextmanager

@@ -1,6 +1,10 @@
-"""What the recipes share and nobody would edit: models, optimizers, metrics, samples, the held-out loss."""
+"""Validation: sample pictures of the validation prompts, and the loss of held-out images.
+
+Shapes: B samples in a batch, C channels, h w of a latent.
+"""
 
 import math
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -9,86 +13,178 @@ from tqdm.auto import tqdm
 
 from lpl_finetuning.data.samples import addressed_normal, collate
 from lpl_finetuning.files import dispensable
+from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.training.objective import to_device
 from lpl_finetuning.training.reporter import Metrics
-from lpl_finetuning.training.sharding import is_sharded
-from lpl_utils import DecoderStages
+from lpl_finetuning.training.sharding import evaluation, is_sharded
 
 HELD_OUT_LEVELS = 10  # noise levels at which the held-out loss is measured
-HELD_OUT_SEED = 0  # of its noise: not --seed, so that runs with different seeds can be compared
+HELD_OUT_SEED = 0  # of the held-out noise: not --seed, so that runs with different seeds can be compared
 
 
-def validation_schedule(args, images, batch_size):
-    """Function step -> whether a validation is due: every --validation_steps, else every --validation_epochs."""
-    if args.validation_steps:
-        return lambda step: step % args.validation_steps == 0
-    every = args.validation_epochs * images  # samples
-    return lambda step: step * batch_size // every > (step - 1) * batch_size // every
+@dataclass(frozen=True)
+class ValidationSettings:
+    """The flags about validation; each field has the name of its flag."""
+
+    output_dir: str
+    validation_prompt: tuple[str, ...] | None
+    num_validation_images: int
+    validation_steps: int | None
+    validation_epochs: int
+    validation_compare: bool
+    resolution: int
+    seed: int
+    train_batch_size: int
+    train_text_encoder: bool
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Validation: pictures and the held-out loss
+class Validation:
+    """Samples the validation prompts and measures the held-out loss while a run trains.
 
-
-def draw_prompts(pipeline, prompt_of, vae, recipe, num_inference_steps):
-    """[(prompt, [images])] of --validation_prompt, with the same seeds every time; None where it was broken off.
-
-    prompt_of: function from a list of prompts to the pipeline's arguments for them.
+    Ranks that share a sharded model sample and measure together; otherwise rank 0 samples, and every rank measures
+    its part of the held-out images.
     """
-    args, images = recipe.args, recipe.args.num_validation_images
-    at_once = min(images, max(1, (1024 // args.resolution) ** 2))
-    rows = [(prompt, []) for prompt in args.validation_prompt]
-    for prompt, drawn in tqdm(rows, desc="validation images", leave=False, disable=not recipe.main):
-        for first in range(0, images, at_once):
-            if recipe.broken_off():
-                return None
-            seeds = range(args.seed + first, args.seed + min(first + at_once, images))
-            generators = [torch.Generator(recipe.device).manual_seed(seed) for seed in seeds]
-            with torch.autocast(recipe.device.type, recipe.dtype, enabled=recipe.dtype != torch.float32):
-                latents = pipeline(
-                    **prompt_of([prompt] * len(seeds)), generator=generators, num_inference_steps=num_inference_steps,
-                    height=args.resolution, width=args.resolution, output_type="latent",
-                ).images  # fmt: skip
-            decoded = vae.decode(DecoderStages(vae).to_vae_space(latents)).sample  # no autocast: see LPL's dtype
-            drawn += pipeline.image_processor.postprocess(decoded.float())
-    return rows
 
+    def __init__(self, args, accelerator, trainee, objective, data, reporter, signals, sampling, held_out):
+        """
+        Args:
+            trainee: the `Trainee`; objective: the `Objective`; data: the `RunData`.
+            reporter: takes losses and pictures; signals: the `StopSignals`, which break validation off.
+            sampling: (function denoiser -> a diffusers pipeline without text encoders, function latents -> decoded
+                images (B, 3, H, W), inference steps).
+            held_out: the script's functions (conditioning, held_out_step).
+        """
+        self.settings = settings_from_flags(ValidationSettings, args)
+        self.accelerator, self.trainee, self.objective, self.data = accelerator, trainee, objective, data
+        self.reporter, self.signals = reporter, signals
+        self.sampling_pipeline, self.decode, self.inference_steps = sampling
+        self.conditioning, self.held_out_step = held_out
+        self.sharded = is_sharded(accelerator)
+        self.samples_here = accelerator.is_main_process or self.sharded
+        self.grids = Grids(Path(args.output_dir) / "validation", write=accelerator.is_main_process)
+        if self.settings.validation_compare and self.samples_here:
+            self.grids.keep_start(self.sample())
 
-@torch.no_grad()
-def held_out_losses(data, recipe, accelerator, conditioning, measure):
-    """{log key: loss} of the held-out images, at fixed noise levels and with fixed noise.
+    def due(self, step):
+        """Whether step `step`, from 1, ends an interval of --validation_steps, else of --validation_epochs."""
+        settings, size = self.settings, self.objective.samples_per_step
+        if settings.validation_steps:
+            return step % settings.validation_steps == 0
+        every = settings.validation_epochs * len(self.data.images)  # samples
+        return step * size // every > (step - 1) * size // every
 
-    `validation/diffusion_loss` is the mean over the levels, `validation/lpl_loss` over those that the gate takes; each
-    level has its own entry too. Every rank takes its share of the images; where the model is sharded, all of them call
-    it equally often, some for nothing. Empty where a run of one process was broken off.
+    def run(self, step):
+        """Validate with the averaged weights: losses and pictures go to the reporter. All ranks call it."""
+        prompts, held_out = self.settings.validation_prompt, len(self.data.held_out)
+        if not held_out and not prompts:
+            return
+        with self.signals.unhurried(), self.reporter.paused(), self.trainee.averaged():
+            if held_out and (losses := self.held_out_losses()):
+                self.reporter.log(step, losses)
+            if prompts and self.samples_here:
+                self.reporter.log_images(self.grids.add(step, self.sample), step)
+            self.reporter.draw_run()
 
-    conditioning: function (batch, recipe, share of dropped prompts) -> the denoiser's conditions;
-    measure: function (conditions, latents, noise, timesteps, with LPL or not) -> (diffusion losses (B,), LPL (B,)).
-    """
-    metrics, levels = Metrics(recipe.device), recipe.schedule.held_out_timesteps(HELD_OUT_LEVELS)
-    batches, ranks = held_out_batches(data, recipe.args.train_batch_size), accelerator.num_processes
-    mine = batches[accelerator.process_index :: ranks]
-    idle = -(-len(batches) // ranks) - len(mine) if is_sharded(accelerator) else 0
-    work = [(numbers, True) for numbers in mine] + [(batches[0], False)] * idle
-    for numbers, counted in tqdm(
-        work, desc="held-out loss", leave=False, disable=not accelerator.is_local_main_process
-    ):
-        if ranks == 1 and recipe.broken_off():
-            return {}
-        batch = collate([latent | prompt for latent, prompt in map(data.held_out_entry, numbers)])
+    def broken_off(self):
+        """Whether a signal asks this process to stop and the other ranks do not wait for it here."""
+        return self.signals.requested is not None and not self.sharded
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # Sample pictures
+
+    @torch.no_grad()
+    def sample(self):
+        """[(prompt, [PIL images])], with the same seeds each time; None where a signal broke it off."""
+        settings, objective, denoiser = self.settings, self.objective, self.trainee.bare
+        images = settings.num_validation_images
+        at_once = min(images, max(1, (1024 // settings.resolution) ** 2))
+        pipeline = self.sampling_pipeline(denoiser)
+        pipeline.set_progress_bar_config(disable=True)
+        rows = [(prompt, []) for prompt in settings.validation_prompt]
+        quiet = not self.accelerator.is_main_process
+        with evaluation(denoiser):
+            for prompt, drawn in tqdm(rows, desc="validation images", leave=False, disable=quiet):
+                for first in range(0, images, at_once):
+                    if self.broken_off():
+                        return None
+                    seeds = range(settings.seed + first, settings.seed + min(first + at_once, images))
+                    generators = [torch.Generator(objective.device).manual_seed(seed) for seed in seeds]
+                    with autocast(objective):
+                        latents = pipeline(
+                            **self.prompt_arguments([prompt] * len(seeds)), generator=generators,
+                            num_inference_steps=self.inference_steps, height=settings.resolution,
+                            width=settings.resolution, output_type="latent",
+                        ).images  # fmt: skip
+                    # outside autocast: the decoder has a dtype of its own
+                    drawn += pipeline.image_processor.postprocess(self.decode(latents).float())
+        return rows
+
+    def prompt_arguments(self, prompts):
+        """Embeddings of prompts and of as many unconditional prompts, as arguments of the pipeline."""
+        objective = self.objective
+
+        def embeds(entries):
+            batch = {name: torch.stack([entry[name] for entry in entries]).to(objective.device) for name in entries[0]}
+            return self.trainee.bare.embed(batch) if self.settings.train_text_encoder else batch
+
+        positive = embeds([self.data.prompt(prompt) for prompt in prompts])
+        negative = embeds([objective.empty_prompt] * len(prompts))
+        if objective.empty_is_zero:
+            negative = {name: torch.zeros_like(value) for name, value in negative.items()}
+        both = positive | {f"negative_{name}": value for name, value in negative.items()}
+        return {name: value.to(objective.dtype) for name, value in both.items()}
+
+    # -----------------------------------------------------------------------------------------------------------------
+    # The held-out loss
+
+    @torch.no_grad()
+    def held_out_losses(self):
+        """{log key: loss} of the held-out images, at fixed noise levels and with fixed noise; {} if broken off.
+
+        `validation/diffusion_loss` is the mean over the levels, `validation/lpl_loss` over the gated levels; each
+        level has an entry too. Where the model is sharded, all ranks run it equally often, some for nothing.
+        """
+        objective, accelerator = self.objective, self.accelerator
+        metrics, levels = Metrics(objective.device), objective.schedule.held_out_timesteps(HELD_OUT_LEVELS)
+        batches, ranks = held_out_batches(self.data, self.settings.train_batch_size), accelerator.num_processes
+        mine = batches[accelerator.process_index :: ranks]
+        idle = -(-len(batches) // ranks) - len(mine) if self.sharded else 0
+        work = [(numbers, True) for numbers in mine] + [(batches[0], False)] * idle
+        quiet = not accelerator.is_local_main_process
+        with evaluation(self.trainee.bare):
+            for numbers, counted in tqdm(work, desc="held-out loss", leave=False, disable=quiet):
+                if ranks == 1 and self.broken_off():
+                    return {}
+                for name, values in self._losses_of_batch(numbers, levels):
+                    if counted:
+                        metrics.add(name, values.sum(), len(values))
+        names = [f"validation/{loss}_loss/t{timestep:g}" for loss in ("diffusion", "lpl") for timestep in levels]
+        return with_means(metrics.read(accelerator, names))
+
+    def _losses_of_batch(self, numbers, levels):
+        """Generator of (log key, losses (B,)) of held-out images at each noise level."""
+        objective, denoiser = self.objective, self.trainee.bare
+        batch = collate([latent | prompt for latent, prompt in map(self.data.held_out_entry, numbers)])
         batch["number"] = numbers
-        latents = recipe.to_model_space(to_device(batch["mean"].float(), recipe.device))
-        gated = recipe.gated(levels, latents).tolist()
-        conditions = conditioning(batch, recipe, 0)
+        latents = objective.space.to_model(to_device(batch["mean"].float(), objective.device))
+        gated = objective.gated(levels, latents).tolist()
+        conditions = self.conditioning(batch, objective, 0)
         for level, timestep in enumerate(levels):
             addresses = [number * HELD_OUT_LEVELS + level for number in numbers]
-            noise = to_device(addressed_normal(HELD_OUT_SEED, addresses, latents.shape[1:], "held_out"), recipe.device)
-            losses = measure(conditions, latents, noise, timestep.repeat(len(numbers)), gated[level])
+            noise = addressed_normal(HELD_OUT_SEED, addresses, latents.shape[1:], "held_out")
+            with autocast(objective):
+                losses = self.held_out_step(
+                    conditions, latents, to_device(noise, objective.device), timestep.repeat(len(numbers)),
+                    gated[level], denoiser, objective,
+                )  # fmt: skip
             for name, values in zip(("diffusion_loss", "lpl_loss"), losses, strict=True):
-                if values is not None and counted:
-                    metrics.add(f"validation/{name}/t{timestep:g}", values.sum(), len(values))
-    names = [f"validation/{loss}_loss/t{timestep:g}" for loss in ("diffusion", "lpl") for timestep in levels]
-    return with_means(metrics.read(accelerator, names))
+                if values is not None:
+                    yield f"validation/{name}/t{timestep:g}", values
+
+
+def autocast(objective):
+    """Autocast to the dtype of the denoiser's inputs; off in float32."""
+    return torch.autocast(objective.device.type, objective.dtype, enabled=objective.dtype != torch.float32)
 
 
 def held_out_batches(data, size):
@@ -106,28 +202,27 @@ def with_means(losses):
     return {name: sum(values) / len(values) for name, values in groups.items()} | losses
 
 
-class Gallery:
-    """The validation grids of a run, and with --validation_compare the pictures that it started from."""
+class Grids:
+    """The grids of sample pictures of a run, and the pictures that the run started from."""
 
-    def __init__(self, args, draw, keep=True):
-        """draw: function without arguments that returns [(prompt, [images])] or None; keep: whether to write files."""
-        self.folder, self.keep = Path(args.output_dir) / "validation", keep
-        self.compare, self.draw_rows, self.start = args.validation_compare, draw, None
+    def __init__(self, folder, write=True):
+        """write: whether this rank writes the files."""
+        self.folder, self.write, self.start = folder, write, None
 
-    def draw_start(self):
-        """Draw the model that the run started from, and keep its pictures in `validation/before`."""
-        self.start = self.draw_rows()
-        if not self.keep:
+    def keep_start(self, rows):
+        """Keep the pictures of the model that the run started from, also in `validation/before`."""
+        self.start = rows
+        if not self.write or rows is None:
             return
         folder = self.folder / "before"
         folder.mkdir(parents=True, exist_ok=True)
-        for row, (_, images) in enumerate(self.start):
+        for row, (_, images) in enumerate(rows):
             for column, image in enumerate(images):
                 image.save(folder / f"{row}-{column}.png")
 
-    def draw(self, step):
-        """Draw every prompt, save the grid, return the rows [(prompt, [images])]; nothing where it was broken off."""
-        rows = shown = self.start if self.start and step == 0 else self.draw_rows()
+    def add(self, step, sample):
+        """Sample every prompt and write the grid of a step: rows [(prompt, [images])]; [] where it was broken off."""
+        rows = shown = self.start if self.start and step == 0 else sample()
         if rows is None:
             return []
         if self.start and step:
@@ -136,7 +231,7 @@ class Gallery:
                 for (prompt, before), (_, after) in zip(self.start, rows, strict=True)
                 for when, images in (("before", before), (f"after {step} steps", after))
             ]
-        if self.keep and any(images for _, images in rows):
+        if self.write and any(images for _, images in rows):
             with dispensable("the validation grid"):
                 self.folder.mkdir(parents=True, exist_ok=True)
                 labelled_rows(shown).save(self.folder / f"step-{step}.png")
