@@ -58,6 +58,7 @@ EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sd3" / "train.yaml"
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")
 WEIGHTS = ("vae", "text_encoder", "text_encoder_2", "transformer")  # and the third text encoder, where there is one
 REPLACED = {"vae": "pretrained_vae_model_name_or_path", "transformer": "pretrained_transformer_model_name_or_path"}
+SAMPLING_STEPS = 28  # of the validation pictures
 LORA_TARGETS = (
     "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_k", "attn.to_out.0",
     "attn.to_q", "attn.to_v",
@@ -619,7 +620,7 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
     )  # fmt: skip
     reporter = Reporter(args, accelerator, "SD3", metric_names(args), plan.first_step, plan.total_steps)
     pipeline = functools.partial(sampling_pipeline, args=args, vae=vae, schedule=plan.schedule)
-    sampling = pipeline, functools.partial(decode_latents, vae), 28
+    sampling = pipeline, functools.partial(decode_latents, vae), SAMPLING_STEPS
     validation = Validation(args, accelerator, trainee, objective, data, reporter, signals, sampling,
                             (conditioning, held_out_step))  # fmt: skip
     done = checkpoints.resume(plan.resume_from, plan.total_steps)

@@ -52,6 +52,7 @@ EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sdxl" / "train.yaml"
 COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
 WEIGHTS = ("vae", "text_encoder", "text_encoder_2", "unet")
 REPLACED = {"vae": "pretrained_vae_model_name_or_path", "unet": "pretrained_unet_model_name_or_path"}
+SAMPLING_STEPS = 25  # of the validation pictures
 LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
@@ -545,7 +546,7 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
     )  # fmt: skip
     reporter = Reporter(args, accelerator, "SDXL", metric_names(args), plan.first_step, plan.total_steps)
     pipeline = functools.partial(sampling_pipeline, args=args, vae=vae, schedule=plan.schedule)
-    sampling = pipeline, functools.partial(decode_latents, vae), 25
+    sampling = pipeline, functools.partial(decode_latents, vae), SAMPLING_STEPS
     validation = Validation(args, accelerator, trainee, objective, data, reporter, signals, sampling,
                             (conditioning, held_out_step))  # fmt: skip
     done = checkpoints.resume(plan.resume_from, plan.total_steps)

@@ -8,6 +8,7 @@ with `--json PATH`.
 # ruff: noqa: E402
 
 import argparse
+import functools
 import json
 import sys
 import tempfile
@@ -21,7 +22,8 @@ import torch
 import train_sd3_lpl_flow
 import train_sdxl_lpl
 from lpl_finetuning.files import gigabytes
-from lpl_finetuning.training.plan import parts_of_a_rank
+from lpl_finetuning.training.models import load_vae
+from lpl_finetuning.training.plan import latent_size, memory_estimate, parts_of_a_rank
 
 PAGE, SCALING_PAGE = ROOT / "docs" / "memory.md", ROOT / "docs" / "scaling.md"
 NF4 = ROOT / "configs" / "nf4.json"
@@ -105,10 +107,12 @@ def estimate(model, way, resolution, lpl, ranks=1, stage=0):
         if "4 bits" in way:  # not on the command line, which refuses it where PyTorch is for CPUs only
             args.bnb_quantization_config_path = str(NF4)
         dtypes = (torch.float16, torch.float32) if "fp16" in way else (torch.bfloat16, torch.bfloat16)
-        models = script.build_on_meta(args, *dtypes)  # under fp16 the loss has its decoder in float32
-        parts = script.memory_estimate(args, *models, dtypes[0])
+        denoiser = script.build_denoiser(args, dtypes[0], "meta")
+        vae = load_vae(args, dtypes[1], "meta")  # under fp16 the loss has its decoder in float32
+        inputs = functools.partial(script.example_inputs, denoiser, args, latent_size(args, vae))
+        parts = memory_estimate(args, denoiser, vae, dtypes[0], inputs)
         if ranks > 1:
-            parts = parts_of_a_rank(parts, next(iter(models[0].models().values())), ranks, stage)
+            parts = parts_of_a_rank(parts, next(iter(denoiser.models().values())), ranks, stage)
         return dict(parts)
 
 

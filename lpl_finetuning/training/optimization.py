@@ -131,6 +131,15 @@ def build_ema(settings, parameters):
     return ema
 
 
+def update_ema(ema, parameters, offload):
+    """One step of the average; with `offload` computed on the parameters' device and kept on the CPU."""
+    if offload:
+        ema.to(parameters[0].device, non_blocking=True)
+    ema.step(map(local_part, parameters))
+    if offload:
+        ema.to("cpu")
+
+
 def learning_rates(optimizer):
     """{log key: learning rate of the first group}; under Prodigy also the step size that it has found."""
     group = optimizer.param_groups[0]
@@ -219,18 +228,9 @@ class Trainee:
         self.optimizer.zero_grad(set_to_none=True)
         if finite and not self.accelerator.optimizer_step_was_skipped:
             self.lr_scheduler.step()
-            self._update_ema()
+            if self.ema is not None:
+                update_ema(self.ema, self.parameters, self.settings.offload_ema)
         return Outcome(finite, *wishes)
-
-    def _update_ema(self):
-        """One step of the average; under --offload_ema computed on the parameters' device and kept on the CPU."""
-        if self.ema is None:
-            return
-        if self.settings.offload_ema:
-            self.ema.to(self.parameters[0].device, non_blocking=True)
-        self.ema.step(map(local_part, self.parameters))
-        if self.settings.offload_ema:
-            self.ema.to("cpu")
 
     @contextlib.contextmanager
     def averaged(self):

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import train_sd3_lpl_flow
 import train_sdxl_lpl
 from lpl_finetuning import errors as errors_module
-from lpl_finetuning.training import checkpoint_folders, run
+from lpl_finetuning.training import checkpoint_folders
 from lpl_finetuning.training import guard as guard_module
 from tests import runs
 from tests.children import start
@@ -208,7 +208,7 @@ def fp16(monkeypatch):
     """Function scale -> fp16 on the CPU, where accelerate offers none: autocast and gradient scaler are real."""
 
     def switch_on(scale):
-        start = run.start_accelerator
+        start = train_sdxl_lpl.start_accelerator
 
         def patched(args):
             accelerator = start(args)
@@ -216,7 +216,8 @@ def fp16(monkeypatch):
             accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale)
             return accelerator
 
-        monkeypatch.setattr(run, "start_accelerator", patched)
+        for script in (train_sdxl_lpl, train_sd3_lpl_flow):
+            monkeypatch.setattr(script, "start_accelerator", patched)
 
     return switch_on
 
@@ -355,7 +356,7 @@ def test_a_signal_while_pictures_are_drawn(recipe, tmp_path):
     """Drawing, which may take longer than the watchdog waits, is broken off; one more step, and the run is saved."""
     script, flags = recipe
     flags = [*flags, *PICTURES, "--max_train_steps", 1000, "--output_dir", tmp_path]
-    result = signalled(script, "draw", 2, *flags)
+    result = signalled(script, "sampling_pipeline", 2, *flags)
     assert result.returncode == 0 and "the run stops after this step and saves" in result.stderr, result.stderr
     assert steps_of(tmp_path) == [3] and "Stopped after step 3" in result.stdout
     assert {path.name for path in tmp_path.glob("validation/*.png")} == {"step-0.png"}
@@ -376,7 +377,7 @@ def test_a_signal_while_the_held_out_loss_is_measured(recipe, tmp_path):
 @pytest.mark.parametrize(("recipe", "number"), [("sdxl", "SIGTERM"), ("sd3", "SIGINT")], indirect=["recipe"])
 def test_a_signal_before_the_first_step(recipe, tmp_path, number):
     script, flags = recipe
-    result = signalled(script, "prepare_recipe", 1, *flags, "--output_dir", tmp_path, number=number)
+    result = signalled(script, "prepare_objective", 1, *flags, "--output_dir", tmp_path, number=number)
     assert result.returncode == 0 and "Traceback" not in result.stderr
     assert f"{number}: stopped before the first step; what is encoded is kept" in result.stderr
     assert not steps_of(tmp_path)
@@ -404,7 +405,7 @@ def test_ranks_wait_for_the_one_that_draws(recipe, tmp_path):
     """A signal to all, while the first draws and the other is at the next step: nobody gives up."""
     script, flags = recipe
     flags = [*flags, *PICTURES, "--max_train_steps", 1000, "--output_dir", tmp_path]
-    result = signalled(script, "draw", 2, *flags, ranks=2)
+    result = signalled(script, "sampling_pipeline", 2, *flags, ranks=2)
     assert result.returncode == 0 and "giving up" not in result.stderr, result.stderr
     assert steps_of(tmp_path) == [3]
 

@@ -120,8 +120,7 @@ def test_thresholds_follow_the_shape(sdxl_folder, sd3_folder):
     """--lpl_threshold_resolution and --timestep_shift auto go by the area of each bucket, not by --resolution."""
     gate = LPLGate(sigma_threshold=3, threshold_resolution=512, resolution=512)
     assert gate.at(1024).limit == 6 and gate.at(512) == gate and LPLGate(t_threshold=200).at(64).limit == 200
-    recipe = objective.Recipe(None, torch.device("cpu"), None, torch.float32, 8, 1.0, 0.0, 8, {})
-    assert recipe.resolution(torch.zeros(1, 4, 64, 256)) == 1024
+    assert objective.LatentSpace(1.0, 0.0, 8).resolution(torch.zeros(1, 4, 64, 256)) == 1024
     args = train_sd3_lpl_flow.parse_args(
         f"--pretrained_model_name_or_path {sd3_folder} --dataset_name x --resolution 64 --timestep_shift auto".split()
     )

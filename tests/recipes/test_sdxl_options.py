@@ -24,7 +24,7 @@ from lpl_finetuning.errors import UserError
 from lpl_finetuning.training import objective, optimization, plan
 from lpl_finetuning.training import run as run_module
 from lpl_finetuning.training.models import LORA_FILE
-from tests.runs import assert_resume_is_exact
+from tests.runs import assert_resume_is_exact, objective_of
 from tests.sdxl import command, draw, run, weights
 
 TEXT = ["--use_lora", "--train_text_encoder"]
@@ -261,11 +261,12 @@ def test_switches_reach_what_they_switch(flags, tmp_path, monkeypatch):
         assert denoiser.text_encoder.is_gradient_checkpointing == denoiser.text_encoder_2.is_gradient_checkpointing
         assert denoiser.text_encoder.is_gradient_checkpointing == bool(more)
         parameters = [torch.nn.Parameter(torch.ones(2))]
-        ema = optimization.build_ema(args, parameters)
+        settings = optimization.optimizer_settings(args, batch_size=4)
+        ema = optimization.build_ema(settings, parameters)
         assert ema.foreach == bool(more)
         moves = []
         monkeypatch.setattr(ema, "to", lambda device, moves=moves, **kwargs: moves.append(str(device)))
-        optimization.update_ema(ema, parameters, args.offload_ema)
+        optimization.update_ema(ema, parameters, settings.offload_ema)
         assert moves == (["cpu", "cpu"] if more else []), "to the parameters' device for the step, and back"
         AcceleratorState._reset_state(True)
         torch.backends.cuda.matmul.allow_tf32 = False
@@ -348,8 +349,8 @@ def test_stratified_timesteps_in_training(flags, tmp_path):
          "--timestep_bias_multiplier", "5"]
     )  # fmt: skip
     schedule = train_sdxl_lpl.Schedule(args)
-    recipe = objective.Recipe(args, torch.device("cpu"), schedule, torch.float32, 8, 1.0, 0.0, 8, {}, True)
-    drawn = objective.sample_timesteps(range(24000), 64, recipe)
+    latents = torch.empty(1, 4, 8, 8)
+    drawn = objective.sample_timesteps(range(24000), latents, objective_of(args, schedule))
     empirical = torch.bincount(drawn, minlength=1000).cumsum(0) / 24000
     assert (empirical - schedule.probabilities.cumsum(0)).abs().max() < 0.012
 

@@ -26,9 +26,10 @@ from lpl_finetuning.errors import UserError
 from lpl_finetuning.training import objective
 from lpl_finetuning.training import run as run_module
 from lpl_finetuning.training.models import LORA_FILE
+from lpl_finetuning.training.plan import plan_run
 from lpl_utils import LPLGate, estimate_z0
 from tests.children import start
-from tests.runs import assert_resume_is_exact
+from tests.runs import assert_resume_is_exact, objective_of
 from tests.sd3 import command, run, weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -114,8 +115,8 @@ def test_addressed_draws_follow_the_distribution(flags, schedule):
     for sampling in ("independent", "stratified"):
         args = train_sd3_lpl_flow.parse_args([*flags, "--timestep_sampling", sampling])
         law = train_sd3_lpl_flow.Schedule(args)
-        recipe = objective.Recipe(args, torch.device("cpu"), law, torch.float32, 8, 1.0, 0.0, 8, {})
-        drawn = objective.sample_timesteps(range(16000), 64, recipe).sort().values
+        latents = torch.empty(1, 16, 8, 8)
+        drawn = objective.sample_timesteps(range(16000), latents, objective_of(args, law)).sort().values
         distance = (drawn - law.draw_timesteps((torch.arange(16000) + 0.5) / 16000).sort().values).abs()
         assert distance.quantile(0.99) < 25 and drawn.dtype == torch.float32, sampling
 
@@ -251,12 +252,10 @@ def test_latents_are_shifted_and_scaled(flags, sd3_folder):
     args = train_sd3_lpl_flow.parse_args(flags)
     config = train_sd3_lpl_flow.vae_config(args)
     assert config["shift_factor"] and config["scaling_factor"] != 1
-    recipe = objective.Recipe(
-        args, torch.device("cpu"), None, torch.float32, 4, config["scaling_factor"], config["shift_factor"], 8, {}
-    )
+    space = config["scaling_factor"], config["shift_factor"], 8
     mean = torch.randn(2, 16, 8, 8)
     batch = {"mean": mean, "std": torch.zeros_like(mean), "number": [0, 1]}
-    latents = objective.sample_latents(batch, recipe)
+    latents = objective.sample_latents(batch, objective_of(args, space=space))
     assert torch.allclose(latents / config["scaling_factor"] + config["shift_factor"], mean, atol=1e-6)
 
 
@@ -267,8 +266,8 @@ def test_caption_dropout_is_the_empty_prompt(flags, sd3_folder, tmp_path):
     accelerator = run_module.start_accelerator(args)
     scan, _ = scan_module.find_images(args)
     data = train_sd3_lpl_flow.fill_caches(args, scan.images, [], torch.float32, accelerator)
-    law = train_sd3_lpl_flow.Schedule(args)
-    recipe, _ = train_sd3_lpl_flow.prepare_recipe(args, accelerator, law, torch.float32, data)
+    plan = plan_run(args, accelerator, train_sd3_lpl_flow.Schedule(args), len(scan.images))
+    objective, _ = train_sd3_lpl_flow.prepare_objective(args, accelerator, plan, data)
     pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
     with torch.no_grad():
         embeds, _, pooled, _ = pipeline.encode_prompt(
@@ -279,7 +278,7 @@ def test_caption_dropout_is_the_empty_prompt(flags, sd3_folder, tmp_path):
         "prompt_embeds": torch.ones(50, 154, 40),
         "pooled_prompt_embeds": torch.ones(50, 32),
     }
-    (prompt,) = train_sd3_lpl_flow.conditioning(batch, recipe, dropout=1.0)
+    (prompt,) = train_sd3_lpl_flow.conditioning(batch, objective, dropout=1.0)
     assert torch.allclose(prompt["prompt_embeds"], embeds.expand(50, -1, -1), atol=1e-5)
     assert torch.allclose(prompt["pooled_prompt_embeds"], pooled.expand(50, -1), atol=1e-5)
 

@@ -25,12 +25,12 @@ import train_sdxl_lpl
 from lpl_finetuning import files
 from lpl_finetuning.data import scan as scan_module
 from lpl_finetuning.errors import UserError
-from lpl_finetuning.training import checkpoints, objective, optimization
+from lpl_finetuning.training import checkpoints, optimization
 from lpl_finetuning.training import models as models_module
 from lpl_finetuning.training import run as run_module
 from lpl_utils import LPLGate
 from tests.children import start
-from tests.runs import ROOT, tensors_of
+from tests.runs import ROOT, memory_of, objective_of, tensors_of
 from tests.sdxl import command, draw, run, weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -547,7 +547,7 @@ def test_training_options_reach_the_run(flags, tmp_path):
 def test_a_dropped_caption_is_what_the_pipeline_calls_unconditional(flags, tmp_path):
     args = train_sdxl_lpl.parse_args([*flags, "--proportion_empty_prompts", "0.3", "--output_dir", str(tmp_path)])
     empty = {"prompt_embeds": torch.full((7, 4), -1.0), "pooled_prompt_embeds": torch.full((3,), -2.0)}
-    recipe = objective.Recipe(args, torch.device("cpu"), None, torch.float32, 4, 1.0, 0.0, 8, empty, True)
+    recipe = objective_of(args, empty_prompt=empty, empty_is_zero=True)
     count = 2000
     batch = {"number": np.arange(count), "prompt_embeds": torch.ones(count, 7, 4), "time_ids": torch.zeros(count, 6)}
     batch["pooled_prompt_embeds"] = torch.ones(count, 3)
@@ -588,8 +588,7 @@ def test_gradient_checkpointing_keeps_less(flags, tmp_path):
         args = train_sdxl_lpl.parse_args([*flags, "--use_lpl", *more, "--output_dir", str(tmp_path)])
         denoiser = train_sdxl_lpl.build_denoiser(args, torch.float32, "cpu")
         assert denoiser.unet.is_gradient_checkpointing == bool(more)
-        models = train_sdxl_lpl.build_on_meta(args, torch.float32, torch.float32)
-        kept[bool(more)] = dict(train_sdxl_lpl.memory_estimate(args, *models, torch.float32))
+        kept[bool(more)] = dict(memory_of(train_sdxl_lpl, args, torch.float32, torch.float32))
     for what in ("activations", "LPL"):
         assert kept[True][what] < 0.8 * kept[False][what], what
 
