@@ -425,7 +425,7 @@ def training_step(batch, denoiser, objective, step, metrics):
 
 
 def perceptual_loss(model_pred, noisy_latents, latents, timesteps, objective):
-    """LPL between the estimate of z_0 and z_0 itself, an `LPLOutput`; tensors (B, 4, h, w)."""
+    """LPL between the estimate of z_0 and z_0 itself, an `LPLOutput`; tensors (B, C, h, w)."""
     alpha, sigma = to_device(torch.stack(objective.schedule.levels(timesteps)), objective.device)
     z0_pred = estimate_z0(model_pred, noisy_latents, alpha, sigma, objective.schedule.prediction_type)
     return objective.perceptual.loss(z0_pred, latents)
