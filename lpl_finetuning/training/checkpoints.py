@@ -1,8 +1,8 @@
 """Checkpoints: the state of a run in safetensors and JSON, never pickle.
 
 A checkpoint is written to `.tmp-checkpoint-N`, its manifest last; then the folder is renamed to `checkpoint-N`, and
-only then is the oldest deleted. So whatever moment a run is killed at, the checkpoint before is whole. What makes a
-folder a checkpoint is in `training.checkpoint_folders`.
+only then is the oldest deleted. A run may be killed at any moment: the checkpoint before is whole.
+`training.checkpoint_folders` says what makes a folder a checkpoint.
 """
 
 import contextlib
@@ -51,7 +51,7 @@ from lpl_finetuning.training.sharding import (
     whole_bytes,
 )
 
-SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # of an optimizer: a resumed run may change them
+SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # entries of an optimizer's groups that flags may change
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -158,9 +158,9 @@ class Checkpoints:
 
 
 def checkpoint_bytes(state, parameters=()):
-    """Bytes of the tensors in a checkpoint: those of `state`, a TrainingState, and the trained `parameters`.
+    """Bytes of the tensors in a checkpoint: those of `state`, a `TrainingState`, and the trained `parameters`.
 
-    An optimizer has no state before its first step, so ask after it.
+    An optimizer has no state before its first step: the sum is too small until then.
     """
 
     def size(value):
@@ -176,14 +176,14 @@ def checkpoint_bytes(state, parameters=()):
 
 
 def bytes_needed(output_dir, state):
-    """About the size of the next checkpoint: the last one's, or the tensors' when there is none."""
+    """Estimated bytes of the next checkpoint: the size of the last checkpoint, or of the tensors for the first."""
     if found := list_checkpoints(output_dir):
         return sum(entry["size"] for entry in read_manifest(found[-1][1])["files"].values())
     return checkpoint_bytes(state, parameters_of(state.optimizer))
 
 
 def check_room(output_dir, needed):
-    """Raise UserError when fewer than `needed` bytes are free where a checkpoint is to be written."""
+    """Raise UserError where fewer than `needed` bytes are free in --output_dir."""
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise UserError(
@@ -194,16 +194,16 @@ def check_room(output_dir, needed):
 
 
 def last_one(output_dir):
-    """The part of a message that says what is still there."""
+    """The part of a message that names the last valid checkpoint; empty where there is none."""
     found = list_checkpoints(output_dir)
     return f" and {found[-1][1].name} is intact" if found else ""
 
 
 def write_error(error, final):
-    """The UserError for a failed write of a checkpoint, or None when the error is no failed write."""
+    """The UserError for a failed write of checkpoint `final`; None where `error` is not a failed write."""
     code = error.errno if isinstance(error, OSError) else None
     if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
-        code = int(match[1])  # safetensors has an error of its own for them
+        code = int(match[1])  # safetensors wraps the system's error
     elif not isinstance(error, OSError):
         return None
     full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -215,11 +215,15 @@ def write_error(error, final):
 
 
 def save_checkpoint(output_dir, step, state, save_model, limit=None, is_main=True):
-    """Write checkpoint-`step`, and only then remove the oldest beyond `limit`. Returns its folder.
+    """Write checkpoint-`step`, then remove the oldest beyond `limit`. Returns its folder, None on the other ranks.
 
-    state: a TrainingState; save_model: called with the folder, writes the trained weights in their usual layout;
-    is_main: the other ranks only give their parts of what is sharded.
-    Raises UserError when the disk is too small or a write fails: then the last checkpoint is as it was.
+    Args:
+        state: the `TrainingState`.
+        save_model: function that writes the trained weights into a folder, in their usual layout.
+        is_main: whether this rank writes; the other ranks only give their parts of sharded tensors.
+
+    Raises:
+        UserError: the disk is too small or a write failed; the last checkpoint is untouched.
     """
     collected = state.collect(is_main)
     if not is_main:
@@ -235,7 +239,7 @@ def save_checkpoint(output_dir, step, state, save_model, limit=None, is_main=Tru
         state.save(temporary, step, collected)
         write_manifest(temporary, step)
         put_in_place(temporary, final)
-    except BaseException as error:  # Ctrl-C too leaves no half
+    except BaseException as error:  # Ctrl-C too must leave no half-written checkpoint
         with contextlib.suppress(OSError):
             tidy(output_dir)
         if (clear := write_error(error, final)) is not None:
@@ -247,10 +251,14 @@ def save_checkpoint(output_dir, step, state, save_model, limit=None, is_main=Tru
 
 @contextlib.contextmanager
 def kept_if_unwritten(save):
-    """For writing the result: where that fails, call save(), so that its steps are in a checkpoint at least.
+    """Context manager for writing the result: if that fails, save() puts the steps into a checkpoint.
 
-    save: for this rank alone; None where a checkpoint takes all ranks, of which the others can't know.
-    Raises UserError in place of the error of a disk that is full or can't be written to.
+    Args:
+        save: function without arguments, called on this rank alone; None where a checkpoint takes all ranks, since
+            the other ranks do not know of the failure.
+
+    Raises:
+        UserError: the disk is full or can't be written to.
     """
     try:
         yield
@@ -270,7 +278,7 @@ def kept_if_unwritten(save):
 
 
 def put_in_place(temporary, final):
-    """Give a finished folder its name. One of that name stays, as `old_place`, until the new one has it."""
+    """Rename a finished folder. A folder of that name is kept as `old_place` until the new one is in place."""
     if final.exists() and not is_complete(final):
         set_damaged_aside(final)
     if final.exists():
@@ -282,7 +290,7 @@ def put_in_place(temporary, final):
 
 
 def prune(output_dir, newest, limit):
-    """Delete the oldest checkpoints beyond `limit` (None: keep all), never the one just written."""
+    """Delete the oldest checkpoints beyond `limit` (None: keep all), never the newest."""
     others = [folder for _, folder in list_checkpoints(output_dir) if folder != newest]
     for folder in others[: max(0, len(others) + 1 - limit)] if limit else []:
         remove(folder)
@@ -293,12 +301,12 @@ def prune(output_dir, newest, limit):
 
 
 def parameters_of(optimizer):
-    """All parameters, in the order of its state."""
+    """All parameters, in the order of the optimizer's state."""
     return [value for group in optimizer.param_groups for value in group["params"]]
 
 
 def optimizer_to_tensors(optimizer):
-    """An optimizer's state as (tensors by path, JSON-able rest); bitsandbytes nests its entries in dictionaries."""
+    """An optimizer's state as ({path: tensor}, the rest for JSON); bitsandbytes nests entries in dictionaries."""
     state = optimizer.state_dict()
     tensors, rest, storages = {}, {"param_groups": state["param_groups"], "values": {}}, set()
 
@@ -309,7 +317,7 @@ def optimizer_to_tensors(optimizer):
         elif is_part(value):
             tensors[path] = value
         elif isinstance(value, torch.Tensor):
-            tensors[path] = apart(value, storages)
+            tensors[path] = unshared(value, storages)
         else:
             rest["values"][path] = value
 
@@ -318,8 +326,8 @@ def optimizer_to_tensors(optimizer):
     return tensors, rest
 
 
-def apart(tensor, storages):
-    """A contiguous tensor that shares no memory with those seen before, which safetensors would refuse."""
+def unshared(tensor, storages):
+    """A contiguous tensor whose memory no earlier tensor shares: safetensors refuses shared memory."""
     storage = tensor.untyped_storage().data_ptr()
     if storage in storages:
         return tensor.clone()
@@ -328,7 +336,7 @@ def apart(tensor, storages):
 
 
 def load_optimizer(optimizer, tensors, rest):
-    """Put back what `optimizer_to_tensors` took, made whole; each rank keeps its part where that is sharded."""
+    """Load what `optimizer_to_tensors` returned, whole; a sharded optimizer keeps this rank's parts."""
     parameters, state = parameters_of(optimizer), {}
     for path, value in {**tensors, **rest["values"]}.items():
         index, *names, last = path.split("/")
@@ -340,9 +348,9 @@ def load_optimizer(optimizer, tensors, rest):
 
 
 class TrainingState:
-    """All of a run that is not weights: optimizer, LR schedule, scaler, EMA, LPL's running means, position.
+    """The state of a run besides the weights: optimizer, LR schedule, fp16 scaler, EMA, LPL's running means, step.
 
-    Noise, timesteps and data order follow from the seed and the step, so no generator has a state to save.
+    Noise, timesteps and data order follow from the seed and the step: no generator has a state to save.
     """
 
     def __init__(self, optimizer, lr_scheduler, scaler=None, ema=None, auto_weight=None, identity=None):
@@ -350,7 +358,7 @@ class TrainingState:
         self.ema, self.auto_weight, self.identity = ema, auto_weight, identity or {}
 
     def collect(self, keep):
-        """(all tensors by name, what else the optimizer has), whole; ranks that don't `keep` them give their parts."""
+        """({name: whole tensor}, the optimizer's rest). Every rank gives its parts; only ranks that `keep` get them."""
         tensors, rest = optimizer_to_tensors(self.optimizer)
         tensors = {f"optimizer/{name}": value for name, value in tensors.items()}
         if self.ema is not None:
@@ -361,7 +369,7 @@ class TrainingState:
         return gather(tensors, keep), rest
 
     def save(self, folder, step, collected):
-        """Write training_state.safetensors and training_state.json into a folder. collected: by `collect`."""
+        """Write training_state.safetensors and .json into a folder. collected: what `collect` returned."""
         tensors, rest = collected
         schedule = {name: value for name, value in self.lr_scheduler.state_dict().items() if is_plain(value)}
         info = {
@@ -376,7 +384,7 @@ class TrainingState:
         (Path(folder) / "training_state.json").write_text(json.dumps(info, indent=1))
 
     def load(self, folder):
-        """Restore from a checkpoint's folder; returns its step."""
+        """Restore the state from a checkpoint's folder; returns its step."""
         info = json.loads((Path(folder) / "training_state.json").read_text())
         tensors = load_file(Path(folder) / "training_state.safetensors")
         part = {}
@@ -399,7 +407,7 @@ class TrainingState:
         return info["step"]
 
     def _take_settings(self, settings):
-        """What the flags say now counts, not what they said when the checkpoint was written."""
+        """Put this run's flags over the settings in the checkpoint, and print what changed."""
         for index, (group, now) in enumerate(zip(self.optimizer.param_groups, settings, strict=True)):
             for key, value in now.items():
                 before = tuple(group[key]) if isinstance(group[key], list) else group[key]
@@ -412,7 +420,7 @@ class TrainingState:
 
 
 def is_plain(value):
-    """Whether JSON can hold it."""
+    """Whether JSON can hold a value."""
     if isinstance(value, (list, tuple)):
         return all(is_plain(item) for item in value)
     return isinstance(value, (int, float, str, bool, type(None)))
@@ -423,10 +431,13 @@ def is_plain(value):
 
 
 def checkpoint_to_resume(args, accelerator=None):
-    """The folder to resume from, or None for a fresh start. Raises UserError for a damaged one or another run's.
+    """The folder to resume from, or None for a fresh start. Changes nothing.
 
-    Nothing is changed. The first rank alone reads the files and decides for all; the others look whether they have the
-    same folder, which those of another machine may not, and if one has not, all of them raise UserError.
+    Rank 0 reads the files and decides for all ranks. The other ranks check that they see the same folder, which ranks
+    on another machine may not; if one does not, all ranks raise.
+
+    Raises:
+        UserError: the checkpoint is damaged, is another run's, or is not there on every machine.
     """
     if accelerator is None or accelerator.num_processes == 1:
         return choose_checkpoint(args)
@@ -456,7 +467,7 @@ def checkpoint_to_resume(args, accelerator=None):
 
 
 def what_differs(folder, manifest):
-    """None where a folder holds the checkpoint with this sha256 of its manifest, by the files' sizes, else why not."""
+    """Why a folder is not the checkpoint whose manifest has this sha256, judged by file sizes; None where it is."""
     try:
         if not folder.is_dir():
             raise Damaged(f"there is no {folder}")

@@ -1,4 +1,4 @@
-"""What is said and checked before any weights load: the plan of a run, and an estimate of its memory."""
+"""The plan of a run, printed before any weights load: data, steps, models, the loss, an estimate of the memory."""
 
 import contextlib
 import hashlib
@@ -49,13 +49,13 @@ def plan_run(args, accelerator, schedule, images):
 
 
 def latent_size(args, vae):
-    """(height, width) of the latents; of the largest bucket."""
+    """(h, w) of the latents of the largest bucket."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     return tuple(side // factor for side in largest_size(args))
 
 
 def lpl_bytes(args, vae):
-    """Bytes that the loss keeps for its backward pass: of all stages, or of the largest when they are recomputed."""
+    """Bytes that the loss keeps for its backward pass: of all stages, or of the largest with checkpointing."""
     config, size = lpl_config(args), latent_size(args, vae)
     totals = [0]
     for blocks in range(1 + config.num_blocks):
@@ -69,7 +69,7 @@ def lpl_bytes(args, vae):
 
 
 def stage_shapes(args, vae):
-    """[(C, H, W)] of the features that the loss compares; `vae` on the meta device."""
+    """[(C, H, W)] of the features that the loss compares. vae: on the meta device."""
     stages, shapes = DecoderStages(vae), []
     x = torch.empty(1, vae.config.latent_channels, *latent_size(args, vae), device="meta")
     for index in range(1 + args.lpl_num_blocks):
@@ -83,9 +83,9 @@ def stage_shapes(args, vae):
 
 
 class SavedBytes:
-    """Context that counts the bytes autograd keeps for the backward pass; on meta tensors it costs nothing.
+    """Context manager that counts the bytes autograd keeps for the backward pass; free of cost on meta tensors.
 
-    Leaves (parameters, inputs) are not counted: they are there anyway.
+    Leaves (parameters, inputs) are not counted: they are in memory anyway.
     """
 
     def __enter__(self):
@@ -118,7 +118,7 @@ def parameter_bytes(parameters):
 
 
 def weight_bytes(args, models):
-    """Bytes of all weights; with a quantized denoiser, its frozen linear layers in 4 or 8 bits."""
+    """Bytes of all weights; a quantized denoiser has its frozen linear layers in 4 or 8 bits."""
     total = sum(parameter_bytes(model.parameters()) for model in models.values())
     if not args.bnb_quantization_config_path:
         return total
@@ -130,14 +130,14 @@ def weight_bytes(args, models):
 
 
 def optimizer_state_bytes(args, weights, count):
-    """About how many bytes an optimizer keeps for `count` parameters of `weights` bytes."""
+    """Estimated bytes of the optimizer's state for `count` parameters of `weights` bytes."""
     if args.use_8bit_adam:
         return 2 * count
     return {"adamw": 2 * weights, "prodigy": 4 * weights, "adafactor": 0}[args.optimizer]
 
 
 def warnings_about(args, total_steps):
-    """Remarks on what is allowed and rarely meant, in a run of so many steps."""
+    """[warning] on flags that are allowed but rarely meant, in a run of `total_steps`."""
     remarks = []
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= total_steps:
         remarks.append(
@@ -165,9 +165,10 @@ def describe_lora(config):
 
 
 def truncated_captions(tokenizers, captions, folder):
-    """{tokenizer's number: how many of the captions are longer than it takes}; counted once, then read from `folder`.
+    """{tokenizer: number of captions that it truncates}; counted once, then read from `folder`.
 
-    captions: function that gives an iterator over them.
+    Args:
+        captions: function that returns an iterator over the captions.
     """
     content = hashlib.sha256()
     for caption in captions():
@@ -182,13 +183,13 @@ def truncated_captions(tokenizers, captions, folder):
             ids = tokenizer(chunk).input_ids
             counts[number] += sum(len(row) > tokenizer.model_max_length for row in ids)
     counts = {f"tokenizer_{number + 1}" if number else "tokenizer": count for number, count in enumerate(counts)}
-    with contextlib.suppress(OSError):  # a cache that can't be written
+    with contextlib.suppress(OSError):  # the cache can't be written
         write_whole(path, json.dumps(counts).encode())
     return counts
 
 
 def check_data(args, scan, held_out, tokenizers, accelerator):
-    """The report on the data with what the tokenizers cut off; a DataError under --strict if it has remarks."""
+    """The report on the data, with the captions that the tokenizers truncate; DataError under --strict if remarked."""
     report, rules = data_report(args, scan, held_out), caption_rules(args)
 
     def captions():
@@ -205,7 +206,7 @@ def check_data(args, scan, held_out, tokenizers, accelerator):
 
 
 def check_machine(args):
-    """Raises UserError for what this machine can't do."""
+    """Raise UserError for flags that this machine can't follow."""
     require(not args.enable_xformers_memory_efficient_attention or torch.cuda.is_available(),
             "--enable_xformers_memory_efficient_attention: xformers needs a CUDA GPU, and none is here: leave it "
             "out")  # fmt: skip
@@ -264,7 +265,7 @@ def print_run(args, report, accelerator, plan):
 
 
 def print_models(args, models, how, say):
-    """What is trained; models: {name: model}, how: of prediction and precision."""
+    """Print what is trained. models: {name: model}; how: prediction and precision in words."""
     for name, model in models.items():
         trainable = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
         everything = sum(parameter.numel() for parameter in model.parameters())
@@ -274,7 +275,7 @@ def print_models(args, models, how, say):
 
 
 def print_lpl_plan(args, gate, share, hint, vae, say):
-    """The lines about the loss: share of gated samples, decoder stages, weight; hint: a threshold for more samples."""
+    """Print the gate, weight and stages of the loss. share: of gated samples; hint: the flag that would gate 20 %."""
     config = lpl_config(args)
     rule = f"t < {gate.limit:g}" if gate.t_threshold is not None else f"sigma / alpha <= {gate.limit:g}"
     say(f"LPL: where {rule}, {100 * share:.1f} % of samples; weight {args.lpl_weight}"
@@ -288,7 +289,7 @@ def print_lpl_plan(args, gate, share, hint, vae, say):
 
 
 def print_memory(parts, denoiser, accelerator):
-    """The estimate for one GPU; parts: [(what, bytes)]."""
+    """Print the memory estimate for one GPU. parts: [(what, bytes)]."""
     say = accelerator.print
     if is_sharded(accelerator):
         [model] = denoiser.models().values()
@@ -303,10 +304,10 @@ SHARDED = ("weights", "gradients", "optimizer state", "EMA")
 
 
 def gathered_bytes(model):
-    """About how many bytes of whole weights and gradients FSDP has at a time; float32.
+    """Estimated bytes of whole weights and gradients that FSDP holds at a time, in float32.
 
-    What is in no block stays gathered, with its gradients, and of the blocks the one that is computed and the next;
-    its gradients are there twice while they are reduced.
+    Weights outside any block stay gathered, with their gradients. Of the blocks, the current and the next are
+    gathered; the gradients of the current block exist twice while they are reduced.
     """
     taken, sizes = set(), []
     for module in reversed(list(model.modules())):  # the inner ones first
@@ -319,9 +320,9 @@ def gathered_bytes(model):
 
 
 def parts_of_a_rank(parts, model, ranks, stage=0):
-    """`memory_parts` for one of `ranks` GPUs among which FSDP distributes a model, or DeepSpeed's ZeRO of a stage.
+    """`memory_estimate` for one of `ranks` GPUs under FSDP, or under DeepSpeed's ZeRO-`stage`.
 
-    ZeRO-2 leaves weights and EMA whole; each rank updates a part of the weights in a copy of its own.
+    ZeRO-2 keeps weights and EMA whole; each rank updates a part of the weights in its own copy.
     """
     whole = ("weights", "EMA") if stage == 2 else ()
     mine = [(what, size / ranks if what in SHARDED and what not in whole else size) for what, size in parts]

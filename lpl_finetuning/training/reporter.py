@@ -1,4 +1,4 @@
-"""What a run leaves in its folder and shows: its flags, log rows, progress, picture grids, the card, `run.png`."""
+"""What a run reports: metrics, log rows, progress bar, trackers, `run.png`."""
 
 import contextlib
 import json
@@ -32,22 +32,22 @@ class Metrics:
         self.sums, self.counts = {}, {}
 
     def snapshot(self):
-        """All that was added so far, for `restore`."""
+        """The state of the interval, for `restore`."""
         return dict(self.sums), dict(self.counts)
 
     def restore(self, snapshot):
-        """Forget what was added since."""
+        """Go back to a snapshot."""
         self.sums, self.counts = snapshot
 
     def add(self, name, value, count=1):
-        """Take in the sum of `count` items."""
+        """Add the sum of `count` items."""
         if isinstance(value, torch.Tensor):
             value = value.detach().to(torch.float32)
         self.sums[name] = self.sums.get(name, 0.0) + value
         self.counts[name] = self.counts.get(name, 0) + count
 
     def read(self, accelerator, names):
-        """{name: mean} over ranks and the interval, of those `names` that have any item; then start anew."""
+        """{name: mean over ranks and the interval} of the `names` that have any item; starts the next interval."""
         sums = [self.sums.get(name, 0.0) for name in names]
         host = [0.0 if isinstance(value, torch.Tensor) else value for value in sums] + [
             float(self.counts.get(name, 0)) for name in names
@@ -75,7 +75,7 @@ def metric_names(args):
 
 
 def row_of(line):
-    """The row in a line of the log; an empty one for a line that a kill or a full disk left unfinished."""
+    """The row in a line of the log; {} for a line that a kill or a full disk left unfinished."""
     try:
         row = json.loads(line)
     except ValueError:
@@ -90,7 +90,7 @@ def public_flags(args):
 
 
 class History:
-    """The rows of log values of a run, in a file of JSON lines that a resumed run goes on with."""
+    """The rows of log values of a run, in a file of JSON lines that a resumed run continues."""
 
     def __init__(self, path, first_step):
         self.path = Path(path)
@@ -202,7 +202,7 @@ class Reporter:
                 print("warning: LPL is under 1 % of the loss and hardly matters; raise --lpl_weight, or use auto")
 
     def log_images(self, rows, step):
-        """Validation pictures, [(prompt, [images])], to the trackers."""
+        """Pass validation pictures, [(prompt, [images])], to the trackers and write them as `image_N.png`."""
         if not self.main:
             return
         with dispensable("the trackers' log"):
@@ -218,13 +218,13 @@ class Reporter:
                 image.save(self.output_dir / f"image_{number}.png")
 
     def draw_run(self):
-        """`run.png`: the run at a glance, as far as it has come."""
+        """Draw `run.png`: the run at a glance so far."""
         if self.main and self.history.series("train_loss")[0]:
             with dispensable("run.png"):
                 plot_run(self.history, self.output_dir / "run.png", self.title)
 
     def stopped(self, step):
-        """The end of a run that was asked to stop, after it was saved."""
+        """Report the end of a run that a signal stopped, after its checkpoint."""
         self.draw_run()
         self.accelerator.print(
             f"\nStopped after step {step}, which is saved. --resume_from_checkpoint latest goes on from there; with "
@@ -232,7 +232,7 @@ class Reporter:
         )
 
     def finish(self):
-        """Draw `run.png` and say what there is to look at."""
+        """Draw `run.png` and print where the results are."""
         self.draw_run()
         if not self.main:
             return
@@ -246,7 +246,7 @@ class Reporter:
 
 
 def plot_run(history, path, title):
-    """Draw a run: losses, the loss per decoder layer, learning rate, throughput; and the held-out losses if any."""
+    """Draw losses, the loss per stage, learning rate, throughput, and the held-out losses if there are any."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -291,7 +291,7 @@ def plot_run(history, path, title):
 
 
 def plot_held_out(history, axes, colors):
-    """Held-out losses over the run, relative to before training: diffusion and LPL, means and each noise level."""
+    """Draw the held-out diffusion loss and LPL over the run, relative to before training: mean and noise levels."""
     for axis, key, title in zip(axes, ("diffusion_loss", "lpl_loss"), ("diffusion loss", "LPL"), strict=True):
         key = f"validation/{key}"
         names = {name for row in history.rows for name in row if name.startswith(key + "/t")}
@@ -310,7 +310,7 @@ def plot_held_out(history, axes, colors):
 
 
 def draw_curve(axis, steps, values, label, color=None, smooth=True):
-    """A thin line of values and a thick one of their running mean (over a tenth of the run)."""
+    """Draw values as a thin line and their running mean over a tenth of the run as a thick line."""
     if not steps:
         return
     if not smooth or len(values) < 10:

@@ -24,14 +24,16 @@ from lpl_finetuning.training.sharding import check_zero_devices, set_up_sharding
 
 
 def start_accelerator(args):
-    """The Accelerator, with trackers below the output folder."""
+    """The `Accelerator` of a run, with trackers in --output_dir; UserError where the launch does not fit the flags."""
     logging_dir = Path(args.output_dir, args.logging_dir)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    patience = timedelta(hours=12)  # other ranks wait while the first encodes and draws; NCCL's own is 10 minutes
+    patience = timedelta(hours=12)  # ranks wait while rank 0 encodes and samples; NCCL would wait 10 minutes
     check_zero_devices()
     sharded = wants("FSDP") or wants("DEEPSPEED")
     accelerator = Accelerator(
-        cpu=ranks > 1 and not torch.accelerator.is_available() and not sharded,  # it would take each for alone
+        cpu=ranks > 1
+        and not torch.accelerator.is_available()
+        and not sharded,  # else accelerate takes each rank for a run of its own
         gradient_accumulation_steps=args.gradient_accumulation_steps,
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
@@ -88,10 +90,10 @@ def batches(args, data, accelerator, first_step, last_step):
 
 
 def end(accelerator):
-    """Close the trackers and part from the other ranks. The caller no longer holds the prepared model.
+    """Close the trackers and the ranks' process group. The caller must have released the prepared model.
 
-    That has to go before the ranks' process group: if it is the last to hold the group, PyTorch waits, with the
-    interpreter's lock, for a thread of the group that waits for this lock.
+    If the model is the last to hold the process group, PyTorch deadlocks: it waits, holding the GIL, for a thread of
+    the group that waits for the GIL.
     """
     accelerator.free_memory()
     with dispensable("the trackers' log"):
@@ -128,10 +130,10 @@ def open_output_dir(args, accelerator, resume_from, report, check_access):
 
 @contextlib.contextmanager
 def lock(folder):
-    """Inside, other runs are kept out of a folder. Raises UserError where one is in there.
+    """Context manager: keeps other runs out of a folder; UserError where another run holds it.
 
-    A record lock: the system drops it with the process, however that ends, and the loader's processes do not inherit
-    it. Where the file system has none, nothing is kept out.
+    It is a record lock: the system drops it when the process ends, and the loader's processes do not inherit it. A
+    file system without locks keeps nobody out.
     """
     with open(folder / ".lock", "a+") as file:
         try:
