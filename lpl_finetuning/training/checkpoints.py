@@ -358,7 +358,7 @@ class TrainingState:
         self.ema, self.auto_weight, self.identity = ema, auto_weight, identity or {}
 
     def collect(self, keep):
-        """({name: whole tensor}, the optimizer's rest). Every rank gives its parts; only ranks that `keep` get them."""
+        """({name: whole tensor}, the optimizer's rest). Every rank gives its parts; ranks that `keep` get wholes."""
         tensors, rest = optimizer_to_tensors(self.optimizer)
         tensors = {f"optimizer/{name}": value for name, value in tensors.items()}
         if self.ema is not None:
