@@ -98,11 +98,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """
     args = build_parser().parse(argv)
     if args.folder and args.config:  # the folder named on the command line wins over the recipe's
-        args.train_data_dir = args.instance_data_dir = args.dataset_name = None
-    sources = [args.folder, args.train_data_dir, args.instance_data_dir, args.dataset_name]
+        args = args.but(train_data_dir=None, dataset_name=None)
+    sources = [args.folder, args.train_data_dir, args.dataset_name]
     require(any(sources), "no data: give a FOLDER or --dataset_name NAME")
     require(sum(map(bool, sources)) == 1, "name one source of images: a FOLDER, --train_data_dir or --dataset_name")
-    args.train_data_dir = args.folder or args.train_data_dir or args.instance_data_dir
+    args = args.but(train_data_dir=args.folder or args.train_data_dir)
     for flag, folder in (("", args.train_data_dir), ("--validation_data_dir ", args.validation_data_dir)):
         require(folder is None or Path(folder).is_dir(), f"{flag}{folder}: there is no such folder")
     _check_ranges(args)
@@ -112,7 +112,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     require(args.preview or args.preview_images == 24, "--preview_images does nothing without --preview")
     _check_output(args, "preview", ".png")
     _check_output(args, "report", ".json")
-    check_part(args, "vae", "AutoencoderKL", "vae")
+    if args.vae:
+        check_part("vae", args.vae, "AutoencoderKL", "vae")
     return args
 
 

@@ -22,24 +22,10 @@ import os
 import sys
 from pathlib import Path
 
-from lpl_finetuning.base_model import (
-    check_base_model,
-    check_files,
-    check_init_lora,
-    check_lora_layers,
-    check_model,
-    check_sd3,
-    check_weights,
-    is_plan_only,
-    loading,
-    lora_layers,
-    model_file,
-    read_json,
-    weights_fingerprint,
-)
-from lpl_finetuning.data.samples import target_sizes
+from lpl_finetuning.base_model import check_base_model, lora_layers
 from lpl_finetuning.data.scan import find_images
 from lpl_finetuning.errors import errors_for_people, quiet_libraries, require
+from lpl_finetuning.families import SD3
 from lpl_finetuning.flag_checks import check_flags
 from lpl_finetuning.flags import (
     REPOSITORY,
@@ -49,20 +35,14 @@ from lpl_finetuning.flags import (
     add_model_arguments,
     add_run_arguments,
     add_training_arguments,
+    input_path,
     is_number,
 )
 from lpl_finetuning.results.hub import check_publishing
 from lpl_finetuning.training.checkpoint_folders import check_resume
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sd3" / "train.yaml"
-COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "transformer", "scheduler")
-WEIGHTS = ("vae", "text_encoder", "text_encoder_2", "transformer")  # and the third text encoder, where there is one
-REPLACED = {"vae": "pretrained_vae_model_name_or_path", "transformer": "pretrained_transformer_model_name_or_path"}
 SAMPLING_STEPS = 28  # of the validation pictures
-LORA_TARGETS = (
-    "attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_k", "attn.to_out.0",
-    "attn.to_q", "attn.to_v",
-)  # fmt: skip
 
 
 def build_parser():
@@ -74,6 +54,7 @@ def build_parser():
     group = parser.add_argument_group("diffusion")
     add = group.add_argument
     add("--pretrained_transformer_model_name_or_path",
+        type=input_path,
         help="another transformer: a folder or Hub name with its config.json, or with transformer/")  # fmt: skip
     add("--max_sequence_length", type=int, default=77, help="tokens for T5 (default: %(default)s)")
     add("--weighting_scheme", choices=("logit_normal", "mode", "sigma_sqrt", "cosmap", "none"), default="logit_normal",
@@ -100,9 +81,7 @@ def build_parser():
 def parse_args(argv=None):
     """The flags of a run, checked; UserError names the flag that is wrong."""
     args = build_parser().parse(argv, embedded_default=EMBEDDED_DEFAULT)
-    if args.embedded_default:
-        print(f"No model and no data named: using the embedded examples, {EMBEDDED_DEFAULT.relative_to(REPOSITORY)}.")
-    check_flags(args)
+    check_flags(args, SD3)
     require(args.max_sequence_length > 0, f"--max_sequence_length is {args.max_sequence_length}; it must be above 0")
     require(args.logit_std > 0, f"--logit_std is {args.logit_std}; it must be above 0")
     require(-1 <= args.mode_scale <= 2 / (math.pi - 2),
@@ -113,44 +92,9 @@ def parse_args(argv=None):
     require(not args.lora_blocks or all(word.strip().isdigit() for word in args.lora_blocks.split(",")),
             f"--lora_blocks {args.lora_blocks}: expected numbers such as 0,1,12")  # fmt: skip
     check_publishing(args)
-    check_base_model(args, "StableDiffusion3", COMPONENTS)
-    transformer = ("transformer", "SD3Transformer2DModel", "pretrained_transformer_model_name_or_path")
-    configs = check_model(args, transformer, scheduler=(True, ("FlowMatch",)))
-    if not is_plan_only(args):
-        weights = [*WEIGHTS, *["text_encoder_3"] * has_t5(args)]
-        check_weights(args, weights, REPLACED)
-        check_files(args, weights, REPLACED)
-        check_lora_layers(args, "transformer", REPLACED)
-    check_sd3(args, configs)
-    check_init_lora(args)
-    blocks = configs["transformer"].get("num_layers", 18)
-    wrong = [block for block in (args.lora_blocks or "").split(",") if block.strip() and int(block) >= blocks]
-    require(
-        not wrong, f"--lora_blocks {args.lora_blocks}: the transformer has blocks 0 to {blocks - 1}: name some of them"
-    )
-    check_sizes(args, configs["transformer"])
-    args.base_weights = weights_fingerprint(args, "transformer", REPLACED)
+    args = args.but(base_model=check_base_model(args, SD3))
     check_resume(args)
     return args
-
-
-def has_t5(args):
-    """Whether the base pipeline brings its third text encoder, which is optional."""
-    index = model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    return bool((read_json(index).get("text_encoder_3") or [None])[0])
-
-
-def check_sizes(args, config):
-    """Refuse images that do not fall into tokens, or into more than the positions that the transformer knows."""
-    patch, positions = 8 * config.get("patch_size", 2), config.get("pos_embed_max_size", 192)
-    flag = "--aspect_ratio_buckets" if args.aspect_ratio_buckets else "--resolution"
-    for size in target_sizes(args):
-        found = " x ".join(map(str, size)) if args.aspect_ratio_buckets else size[0]
-        require(not any(side % patch for side in size),
-                f"{flag} is {found}; it must be a multiple of {patch}, the pixels of a token")  # fmt: skip
-        require(max(size) <= patch * positions,
-                f"{flag} is {found}; this transformer knows positions up to {patch * positions} px: "
-                "give less")  # fmt: skip
 
 
 def shift_or_auto(text):
@@ -168,7 +112,7 @@ if __name__ == "__main__":
         quiet_libraries(ARGS.debug)
 
 import torch
-from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
+from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
 from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderModel
 
 from lpl_finetuning.data import encoding
@@ -182,6 +126,7 @@ from lpl_finetuning.training.models import (
     load_denoiser,
     load_part,
     load_part_config,
+    load_pipeline,
     load_text_encoder,
     load_vae,
     load_weights,
@@ -224,7 +169,7 @@ class Schedule:
 
     def __init__(self, args):
         self.args = args
-        scheduler = load_part(args, FlowMatchEulerDiscreteScheduler, "scheduler")
+        scheduler = load_part(args.base_model, FlowMatchEulerDiscreteScheduler, "scheduler")
         self.weights_losses = args.weighting_scheme in ("sigma_sqrt", "cosmap") or bool(args.precondition_outputs)
         self.own_shift = scheduler.config.shift
         self.shift = self.shift_at(args.resolution)
@@ -300,8 +245,8 @@ class Schedule:
 
 def load_tokenizers(args):
     """Two CLIP tokenizers, and T5's where the pipeline has it."""
-    names = ["tokenizer", "tokenizer_2"] + ["tokenizer_3"] * has_t5(args)
-    tokenizers = [load_part(args, AutoTokenizer, name) for name in names]
+    names = ["tokenizer", "tokenizer_2"] + ["tokenizer_3"] * args.base_model.has("text_encoder_3")
+    tokenizers = [load_part(args.base_model, AutoTokenizer, name) for name in names]
     for tokenizer, length in zip(tokenizers, (77, 77, args.max_sequence_length), strict=False):
         tokenizer.model_max_length = length
     return tokenizers
@@ -312,12 +257,13 @@ TEXT_ENCODERS = {"text_encoder": CLIPTextModelWithProjection, "text_encoder_2": 
 
 def load_text_encoders(args, dtype, device):
     """Both CLIP text encoders, frozen."""
-    return [load_text_encoder(args, cls, name, dtype, device) for name, cls in TEXT_ENCODERS.items()]
+    return [load_text_encoder(args.base_model, cls, name, dtype, device) for name, cls in TEXT_ENCODERS.items()]
 
 
 def load_t5(args, dtype, device):
     """The third text encoder, frozen; None where the pipeline has none."""
-    return load_text_encoder(args, T5EncoderModel, "text_encoder_3", dtype, device) if has_t5(args) else None
+    base, part = args.base_model, "text_encoder_3"
+    return load_text_encoder(base, T5EncoderModel, part, dtype, device) if base.has(part) else None
 
 
 class Denoiser(torch.nn.Module):
@@ -349,7 +295,7 @@ class Denoiser(torch.nn.Module):
 
 def build_denoiser(args, dtype, device):
     """The models to train; on the meta device without weights, for counting. Trainable parameters are float32."""
-    transformer = load_denoiser(args, "transformer", SD3Transformer2DModel, dtype, device)
+    transformer = load_denoiser(args, SD3Transformer2DModel, dtype, device)
     place = "meta" if device == "meta" else "cpu"
     text_encoders = load_text_encoders(args, dtype, place) if args.train_text_encoder else ()
     torch.manual_seed(args.seed)  # the LoRA's initial weights
@@ -360,7 +306,7 @@ def build_denoiser(args, dtype, device):
 
 def lora_targets(args):
     """Layers of the transformer that get a LoRA: those of --lora_layers in the blocks of --lora_blocks."""
-    layers = lora_layers(args, LORA_TARGETS)
+    layers = lora_layers(args, SD3)
     if not args.lora_blocks:
         return layers
     return [f"transformer_blocks.{int(block)}.{layer}" for block in args.lora_blocks.split(",") for layer in layers]
@@ -408,7 +354,7 @@ def join_embeds(clip_embeds, t5_embeds):
 @torch.no_grad()
 def encode_prompts(captions, tokenizers, encoders, t5, args):
     """[{"prompt_embeds" (77 + S, D), "pooled_prompt_embeds" (P,)}] of captions, on the CPU."""
-    width = load_part_config(args, SD3Transformer2DModel, "transformer")["joint_attention_dim"]
+    width = load_part_config(args.base_model, SD3Transformer2DModel, "transformer")["joint_attention_dim"]
     t5_embeds = embed_t5(captions, tokenizers, t5, args, width)
     if not encoders:  # they are trained: only T5's part is fixed
         return rows_of(tokenize(captions, tokenizers) | {"t5_embeds": t5_embeds.cpu()})
@@ -419,7 +365,7 @@ def encode_prompts(captions, tokenizers, encoders, t5, args):
 
 def prompt_bytes(args, dtype):
     """Bytes of an encoded prompt."""
-    config, length = load_part_config(args, SD3Transformer2DModel, "transformer"), args.max_sequence_length
+    config, length = load_part_config(args.base_model, SD3Transformer2DModel, "transformer"), args.max_sequence_length
     if args.train_text_encoder:
         return 2 * 77 * 8 + length * config["joint_attention_dim"] * dtype.itemsize
     return ((77 + length) * config["joint_attention_dim"] + config["pooled_projection_dim"]) * dtype.itemsize
@@ -434,12 +380,13 @@ def fill_caches(args, images, held_out, dtype, accelerator):
     tokenizers = functools.cache(lambda: load_tokenizers(args))
     text_encoders = functools.cache(lambda: () if args.train_text_encoder else load_text_encoders(args, dtype, device))
     t5 = functools.cache(lambda: load_t5(args, dtype, device))
-    vae = functools.cache(lambda: load_vae(args, torch.float32, device))
+    vae = functools.cache(lambda: load_vae(args.base_model, torch.float32, device))
     parts = ["tokenizer", "tokenizer_2", "tokenizer_3", "text_encoder_3"]
     parts += [] if args.train_text_encoder else ["text_encoder", "text_encoder_2"]
+    absent = args.base_model.absent_parts()
     prompt_id = {
         "kind": "sd3 tokens" if args.train_text_encoder else "sd3 prompts",
-        "model": model_identity(args, *(part for part in parts if has_t5(args) or not part.endswith("3"))),
+        "model": model_identity(args.base_model, *(part for part in parts if part not in absent)),
         "dtype": str(dtype),
         "length": args.max_sequence_length,
     }
@@ -453,7 +400,7 @@ def fill_caches(args, images, held_out, dtype, accelerator):
         return encode_images(cuts, vae())
 
     return encoding.fill_caches(
-        args, images, held_out, accelerator, prompt_id, prompt_bytes(args, dtype), vae_config(args), encode,
+        args, images, held_out, accelerator, prompt_id, prompt_bytes(args, dtype), vae_config(args.base_model), encode,
         encode_latents,
     )  # fmt: skip
 
@@ -525,7 +472,7 @@ def held_out_step(conditions, latents, noise, timesteps, with_lpl, denoiser, obj
 
 def sampling_pipeline(denoiser, args, vae, schedule):
     """The pipeline that samples the validation prompts, from embeddings: without text encoders."""
-    scheduler = load_part(args, FlowMatchEulerDiscreteScheduler, "scheduler")
+    scheduler = load_part(args.base_model, FlowMatchEulerDiscreteScheduler, "scheduler")
     if not args.use_lora:  # a whole model is saved with the shift that it was trained with
         scheduler = scheduler.from_config(scheduler.config, shift=schedule.shift)
     text_parts = dict.fromkeys(
@@ -562,12 +509,12 @@ def example_inputs(denoiser, args, size, dtype):
 def prepare_objective(args, accelerator, plan, data):
     """(`Objective`, autoencoder or None). The autoencoder serves the loss, measuring it, and sampling pictures."""
     empty_is_zero, empty = False, data.prompt("")  # SD3's unconditional embedding is that of the empty prompt
-    vae, measured = None, args.use_lpl or len(data.held_out)
+    base, vae, measured = args.base_model, None, args.use_lpl or len(data.held_out)
     if measured or args.validation_prompt:
-        vae = load_vae(args, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
-    encoder = None if data.cached else load_vae(args, torch.float32, accelerator.device)
+        vae = load_vae(base, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
+    encoder = None if data.cached else load_vae(base, torch.float32, accelerator.device)
     objective = build_objective(
-        args, accelerator, plan, data, LatentSpace.of(vae_config(args)), vae if measured else None, encoder, empty,
+        args, accelerator, plan, data, LatentSpace.of(vae_config(base)), vae if measured else None, encoder, empty,
         empty_is_zero, lpl_gate(args),
     )  # fmt: skip
     return objective, vae
@@ -575,13 +522,7 @@ def prepare_objective(args, accelerator, plan, data):
 
 def result_pipeline(denoiser, args, schedule):
     """The whole pipeline with the trained transformer, as it is saved."""
-    more = {} if has_t5(args) else {"text_encoder_3": None, "tokenizer_3": None}
-    if args.pretrained_vae_model_name_or_path:
-        more["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **loading(args))
-    pipeline = StableDiffusion3Pipeline.from_pretrained(
-        args.pretrained_model_name_or_path, transformer=denoiser.transformer, revision=args.revision,
-        variant=args.variant, dtype=torch.float32, **loading(args), **more,
-    )  # fmt: skip
+    pipeline = load_pipeline(args.base_model, StableDiffusion3Pipeline, transformer=denoiser.transformer)
     pipeline.scheduler.register_to_config(shift=schedule.shift)
     return pipeline
 
@@ -591,7 +532,7 @@ def main(args, scan, held_out=()):
     accelerator = start_accelerator(args)
     plan = plan_run(args, accelerator, Schedule(args), len(scan.images))
     report = check_data(args, scan, held_out, load_tokenizers(args), accelerator)
-    vae = load_vae(args, lpl_dtype(args, accelerator.mixed_precision), "meta")
+    vae = load_vae(args.base_model, lpl_dtype(args, accelerator.mixed_precision), "meta")
     print_plan(args, report, accelerator, plan, build_denoiser(args, plan.dtype, "meta"), vae, lpl_gate(args),
                example_inputs)  # fmt: skip
     if args.dry_run:
@@ -658,7 +599,7 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
                 save_result(args, whole, StableDiffusion3Pipeline, result)
     validation.run(done)
     if accelerator.is_main_process:
-        card = model_card(args, "sd3", plan.total_steps, plan.batch_size, len(images), lpl_gate(args), hub_name)
+        card = model_card(args, plan.total_steps, plan.batch_size, len(images), lpl_gate(args), hub_name)
         write_card(Path(args.output_dir), card)
     reporter.finish()
     return True

@@ -18,23 +18,10 @@ import os
 import sys
 from pathlib import Path
 
-from lpl_finetuning.base_model import (
-    check_base_model,
-    check_files,
-    check_init_lora,
-    check_lora_layers,
-    check_model,
-    check_sdxl,
-    check_weights,
-    is_plan_only,
-    loading,
-    lora_layers,
-    model_file,
-    read_json,
-    weights_fingerprint,
-)
+from lpl_finetuning.base_model import check_base_model, lora_layers
 from lpl_finetuning.data.scan import find_images
 from lpl_finetuning.errors import errors_for_people, quiet_libraries, require
+from lpl_finetuning.families import SDXL
 from lpl_finetuning.flag_checks import check_flags
 from lpl_finetuning.flags import (
     REPOSITORY,
@@ -44,16 +31,13 @@ from lpl_finetuning.flags import (
     add_model_arguments,
     add_run_arguments,
     add_training_arguments,
+    input_path,
 )
 from lpl_finetuning.results.hub import check_publishing
 from lpl_finetuning.training.checkpoint_folders import check_resume
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sdxl" / "train.yaml"
-COMPONENTS = ("vae", "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "unet", "scheduler")
-WEIGHTS = ("vae", "text_encoder", "text_encoder_2", "unet")
-REPLACED = {"vae": "pretrained_vae_model_name_or_path", "unet": "pretrained_unet_model_name_or_path"}
 SAMPLING_STEPS = 25  # of the validation pictures
-LORA_TARGETS = ("to_k", "to_q", "to_v", "to_out.0")
 
 
 def build_parser():
@@ -66,6 +50,7 @@ def build_parser():
     add = group.add_argument
     add(
         "--pretrained_unet_model_name_or_path",
+        type=input_path,
         help="another UNet: a folder or Hub name with its config.json, or with unet/",
     )
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="default: the base model's")
@@ -84,9 +69,7 @@ def build_parser():
 def parse_args(argv=None):
     """The flags of a run, checked; UserError names the flag that is wrong."""
     args = build_parser().parse(argv, embedded_default=EMBEDDED_DEFAULT)
-    if args.embedded_default:
-        print(f"No model and no data named: using the embedded examples, {EMBEDDED_DEFAULT.relative_to(REPOSITORY)}.")
-    check_flags(args)
+    check_flags(args, SDXL)
     require(not args.single_file or args.prediction_type != "sample",
             "--single_file: other programs can't tell --prediction_type sample from epsilon")  # fmt: skip
     require(args.snr_gamma is None or args.snr_gamma > 0, f"--snr_gamma is {args.snr_gamma}; it must be above 0")
@@ -98,16 +81,7 @@ def parse_args(argv=None):
     require(0 < args.timestep_bias_portion <= 1,
             f"--timestep_bias_portion is {args.timestep_bias_portion}; it must be above 0 and at most 1")  # fmt: skip
     check_publishing(args)
-    check_base_model(args, "StableDiffusionXL", COMPONENTS)
-    unet = ("unet", "UNet2DConditionModel", "pretrained_unet_model_name_or_path")
-    configs = check_model(args, unet, scheduler=(False, ("EDM", "FlowMatch")))
-    if not is_plan_only(args):
-        check_weights(args, WEIGHTS, REPLACED)
-        check_files(args, WEIGHTS, REPLACED)
-        check_lora_layers(args, "unet", REPLACED)
-    check_sdxl(args, configs)
-    check_init_lora(args)
-    args.base_weights = weights_fingerprint(args, "unet", REPLACED)
+    args = args.but(base_model=check_base_model(args, SDXL))
     check_resume(args)
     return args
 
@@ -120,7 +94,7 @@ if __name__ == "__main__":
         quiet_libraries(ARGS.debug)
 
 import torch
-from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
+from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
 from transformers import CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
 from lpl_finetuning.data import encoding
@@ -134,6 +108,7 @@ from lpl_finetuning.training.models import (
     load_denoiser,
     load_part,
     load_part_config,
+    load_pipeline,
     load_text_encoder,
     load_vae,
     load_weights,
@@ -169,9 +144,7 @@ class Schedule:
     """SDXL's discrete noise schedule: levels, timestep distribution and weights, all on the CPU."""
 
     def __init__(self, args):
-        scheduler = DDPMScheduler.from_pretrained(
-            args.pretrained_model_name_or_path, subfolder="scheduler", revision=args.revision
-        )
+        scheduler = load_part(args.base_model, DDPMScheduler, "scheduler")
         abar = scheduler.alphas_cumprod.double()
         self.alphas, self.sigmas = abar.sqrt().float(), (1 - abar).clamp_min(0).sqrt().float()
         self.prediction_type = args.prediction_type or scheduler.config.prediction_type
@@ -251,7 +224,7 @@ class Schedule:
 
 def load_tokenizers(args):
     """Both tokenizers."""
-    return [load_part(args, CLIPTokenizer, "tokenizer" + suffix) for suffix in ("", "_2")]
+    return [load_part(args.base_model, CLIPTokenizer, "tokenizer" + suffix) for suffix in ("", "_2")]
 
 
 TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelWithProjection}
@@ -259,7 +232,7 @@ TEXT_ENCODERS = {"text_encoder": CLIPTextModel, "text_encoder_2": CLIPTextModelW
 
 def load_text_encoders(args, dtype, device):
     """Both text encoders, frozen."""
-    return [load_text_encoder(args, cls, name, dtype, device) for name, cls in TEXT_ENCODERS.items()]
+    return [load_text_encoder(args.base_model, cls, name, dtype, device) for name, cls in TEXT_ENCODERS.items()]
 
 
 class Denoiser(torch.nn.Module):
@@ -293,7 +266,7 @@ class Denoiser(torch.nn.Module):
 
 def build_denoiser(args, dtype, device):
     """The models to train; on the meta device without weights, for counting. Trainable parameters are float32."""
-    unet = load_denoiser(args, "unet", UNet2DConditionModel, dtype, device)
+    unet = load_denoiser(args, UNet2DConditionModel, dtype, device)
     place = "meta" if device == "meta" else "cpu"
     text_encoders = load_text_encoders(args, dtype, place) if args.train_text_encoder else ()
     torch.manual_seed(args.seed)  # the LoRA's initial weights
@@ -307,7 +280,7 @@ def build_denoiser(args, dtype, device):
 
 def lora_targets(args):
     """Layers of the UNet that get a LoRA."""
-    return lora_layers(args, LORA_TARGETS)
+    return lora_layers(args, SDXL)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -348,7 +321,7 @@ def prompt_bytes(args, dtype):
     """Bytes of an encoded prompt."""
     if args.train_text_encoder:
         return 2 * 77 * 8
-    config = load_part_config(args, UNet2DConditionModel, "unet")
+    config = load_part_config(args.base_model, UNet2DConditionModel, "unet")
     pooled = config["projection_class_embeddings_input_dim"] - 6 * config["addition_time_embed_dim"]
     return (77 * config["cross_attention_dim"] + pooled) * dtype.itemsize
 
@@ -360,11 +333,15 @@ def fill_caches(args, images, held_out, dtype, accelerator):
     """
     tokenizers = functools.cache(lambda: load_tokenizers(args))
     text_encoders = functools.cache(lambda: load_text_encoders(args, dtype, accelerator.device))
-    vae = functools.cache(lambda: load_vae(args, torch.float32, accelerator.device))
+    vae = functools.cache(lambda: load_vae(args.base_model, torch.float32, accelerator.device))
     if args.train_text_encoder:
-        prompt_id = {"kind": "sdxl tokens", "model": model_identity(args, "tokenizer", "tokenizer_2")}
+        prompt_id = {"kind": "sdxl tokens", "model": model_identity(args.base_model, "tokenizer", "tokenizer_2")}
     else:
-        prompt_id = {"kind": "sdxl prompts", "model": model_identity(args, *COMPONENTS[1:5]), "dtype": str(dtype)}
+        prompt_id = {
+            "kind": "sdxl prompts",
+            "model": model_identity(args.base_model, *SDXL.text_encoders, *SDXL.tokenizers),
+            "dtype": str(dtype),
+        }
 
     def encode(captions):
         if args.train_text_encoder:
@@ -376,7 +353,7 @@ def fill_caches(args, images, held_out, dtype, accelerator):
         return encode_images(cuts, vae())
 
     return encoding.fill_caches(
-        args, images, held_out, accelerator, prompt_id, prompt_bytes(args, dtype), vae_config(args), encode,
+        args, images, held_out, accelerator, prompt_id, prompt_bytes(args, dtype), vae_config(args.base_model), encode,
         encode_latents,
     )  # fmt: skip
 
@@ -447,7 +424,7 @@ def sampling_pipeline(denoiser, args, vae, schedule):
     """The pipeline that samples the validation prompts, from embeddings: without text encoders."""
     import diffusers
 
-    config = load_part_config(args, DDPMScheduler, "scheduler")
+    config = load_part_config(args.base_model, DDPMScheduler, "scheduler")
     scheduler = getattr(diffusers, config["_class_name"]).from_config(config, prediction_type=schedule.prediction_type)
     text_parts = dict.fromkeys(("text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2"))
     return StableDiffusionXLPipeline(
@@ -483,17 +460,16 @@ def example_inputs(denoiser, args, size, dtype):
 
 def prepare_objective(args, accelerator, plan, data):
     """(`Objective`, autoencoder or None). The autoencoder serves the loss, measuring it, and sampling pictures."""
-    index = model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision)
-    empty_is_zero = read_json(index).get("force_zeros_for_empty_prompt", True)
+    empty_is_zero = args.base_model.index().get("force_zeros_for_empty_prompt", True)
     empty = data.prompt("")
     if empty_is_zero and not args.train_text_encoder:
         empty = {name: torch.zeros_like(value) for name, value in empty.items()}
-    vae, measured = None, args.use_lpl or len(data.held_out)
+    base, vae, measured = args.base_model, None, args.use_lpl or len(data.held_out)
     if measured or args.validation_prompt:
-        vae = load_vae(args, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
-    encoder = None if data.cached else load_vae(args, torch.float32, accelerator.device)
+        vae = load_vae(base, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
+    encoder = None if data.cached else load_vae(base, torch.float32, accelerator.device)
     objective = build_objective(
-        args, accelerator, plan, data, LatentSpace.of(vae_config(args)), vae if measured else None, encoder, empty,
+        args, accelerator, plan, data, LatentSpace.of(vae_config(base)), vae if measured else None, encoder, empty,
         empty_is_zero, lpl_gate(args),
     )  # fmt: skip
     return objective, vae
@@ -501,13 +477,7 @@ def prepare_objective(args, accelerator, plan, data):
 
 def result_pipeline(denoiser, args, schedule):
     """The whole pipeline with the trained UNet, as it is saved."""
-    more = {}
-    if args.pretrained_vae_model_name_or_path:
-        more["vae"] = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, **loading(args))
-    pipeline = StableDiffusionXLPipeline.from_pretrained(
-        args.pretrained_model_name_or_path, unet=denoiser.unet, revision=args.revision, variant=args.variant,
-        dtype=torch.float32, **loading(args), **more,
-    )  # fmt: skip
+    pipeline = load_pipeline(args.base_model, StableDiffusionXLPipeline, unet=denoiser.unet)
     pipeline.scheduler.register_to_config(prediction_type=schedule.prediction_type)
     return pipeline
 
@@ -517,7 +487,7 @@ def main(args, scan, held_out=()):
     accelerator = start_accelerator(args)
     plan = plan_run(args, accelerator, Schedule(args), len(scan.images))
     report = check_data(args, scan, held_out, load_tokenizers(args), accelerator)
-    vae = load_vae(args, lpl_dtype(args, accelerator.mixed_precision), "meta")
+    vae = load_vae(args.base_model, lpl_dtype(args, accelerator.mixed_precision), "meta")
     print_plan(args, report, accelerator, plan, build_denoiser(args, plan.dtype, "meta"), vae, lpl_gate(args),
                example_inputs)  # fmt: skip
     if args.dry_run:
@@ -584,7 +554,7 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
                 save_result(args, whole, StableDiffusionXLPipeline, result)
     validation.run(done)
     if accelerator.is_main_process:
-        card = model_card(args, "sdxl", plan.total_steps, plan.batch_size, len(images), lpl_gate(args), hub_name)
+        card = model_card(args, plan.total_steps, plan.batch_size, len(images), lpl_gate(args), hub_name)
         write_card(Path(args.output_dir), card)
     reporter.finish()
     return True

@@ -331,7 +331,7 @@ def measure_encode(args, count, work):
     parsed = train_sdxl_lpl.parse_args(flags)
     images = find_images(parsed)[0].images
     items = list(images_to_encode(images, framing(parsed, images)))
-    vae = train_sdxl_lpl.load_vae(parsed, torch.float32, torch.device("cpu"))
+    vae = train_sdxl_lpl.load_vae(parsed.base_model, torch.float32, torch.device("cpu"))
     encode = functools.partial(encode_images, vae=vae)
 
     def one_after_the_other(batch):

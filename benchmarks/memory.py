@@ -105,10 +105,10 @@ def estimate(model, way, resolution, lpl, ranks=1, stage=0):
             *WAYS[way], *(["--use_lpl"] if lpl else []),
         ])  # fmt: skip
         if "4 bits" in way:  # not on the command line, which refuses it where PyTorch is for CPUs only
-            args.bnb_quantization_config_path = str(NF4)
+            args = args.but(bnb_quantization_config_path=str(NF4))
         dtypes = (torch.float16, torch.float32) if "fp16" in way else (torch.bfloat16, torch.bfloat16)
         denoiser = script.build_denoiser(args, dtypes[0], "meta")
-        vae = load_vae(args, dtypes[1], "meta")  # under fp16 the loss has its decoder in float32
+        vae = load_vae(args.base_model, dtypes[1], "meta")  # under fp16 the loss has its decoder in float32
         inputs = functools.partial(script.example_inputs, denoiser, args, latent_size(args, vae))
         parts = memory_estimate(args, denoiser, vae, dtypes[0], inputs)
         if ranks > 1:

@@ -1,4 +1,7 @@
-"""The small files of a model, on disk or on the Hub: found, fetched and read, or why not."""
+"""The base model: what its family needs, where its parts are, and whether they are all there, safe and fitting.
+
+All checks read small files only (configurations, headers, lists of files), on disk or on the Hub, and import no torch.
+"""
 
 import contextlib
 import functools
@@ -7,10 +10,191 @@ import json
 import os
 import re
 from collections import defaultdict
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from lpl_finetuning.errors import DataError, UserError, require
-from lpl_finetuning.files import digest
+from lpl_finetuning.files import digest, sha256_of
+
+# ---------------------------------------------------------------------------------------------------------------------
+# A family of models, and a base model of it
+
+
+@dataclass(frozen=True)
+class Part:
+    """A model in a pipeline that a flag can replace."""
+
+    name: str  # its folder in the pipeline: "unet"
+    title: str  # its name in messages: "UNet"
+    class_name: str  # its class in diffusers
+    flag: str  # the flag that names another model
+    in_pipelines: bool = False  # whether that flag takes a whole pipeline's folder too
+
+
+@dataclass(frozen=True, eq=False)
+class Family:
+    """What distinguishes one family of models from others: names, sizes and checks.
+
+    Each training script has one family. The package asks the family, and knows none by name.
+    """
+
+    name: str  # in the keys of caches: "sdxl"
+    title: str  # in messages, figures and checkpoints: "SDXL"
+    long_name: str  # on the model card: "Stable Diffusion XL"
+    tag: str  # the model card's tag
+    pipeline: str  # the pipeline's class in diffusers, without "Pipeline"
+    denoiser: Part
+    autoencoder: Part | None  # None: the denoiser works on pixels
+    text_encoders: tuple[str, ...]
+    tokenizers: tuple[str, ...]
+    lora_layers: tuple[str, ...]  # layers of the denoiser that get a LoRA by default
+    check: Callable  # (args, base, {part: config.json}) -> None; UserError for parts and sizes that do not fit
+    optional_text_encoders: tuple[str, ...] = ()  # those that a pipeline may lack
+    optional_tokenizers: tuple[str, ...] = ()
+    pixels_per_latent: int = 8  # side of the square of pixels that one latent stands for
+    schedulers: tuple[str, ...] = ()  # what the class of the scheduler must begin with; (): no rule
+    foreign_schedulers: tuple[str, ...] = ()  # what that class must not begin with
+    half_vae: str | None = None  # on the Hub: an autoencoder whose decoder works in float16
+    special_channels: Mapping[int, str] = field(default_factory=dict)  # denoiser channels -> what such a model is for
+    missing_part: Mapping[str, str] = field(default_factory=dict)  # required part -> advice where it is missing
+    other_scripts: Mapping[str, str] = field(default_factory=dict)  # pipeline of another family -> its script
+
+    @property
+    def components(self):
+        """All parts that model_index.json must list."""
+        autoencoder = (self.autoencoder.name,) if self.autoencoder else ()
+        return (*autoencoder, *self.text_encoders, *self.tokenizers, self.denoiser.name, "scheduler")
+
+    @property
+    def replaceable(self):
+        """The parts that a flag can replace."""
+        return (self.denoiser, self.autoencoder) if self.autoencoder else (self.denoiser,)
+
+    @property
+    def pipeline_class(self):
+        """The name of the pipeline's class in diffusers."""
+        return f"{self.pipeline}Pipeline"
+
+
+class Place(NamedTuple):
+    """Where `from_pretrained` finds a part."""
+
+    name: str  # folder, or name on the Hub
+    subfolder: str  # "" where the part lies at the top
+    revision: str | None
+    variant: str | None
+
+
+@dataclass(frozen=True)
+class BaseModel:
+    """The model that a run starts from: a pipeline, whose denoiser and autoencoder may come from elsewhere."""
+
+    family: Family
+    name: str  # folder, or name on the Hub
+    revision: str | None = None
+    variant: str | None = None
+    vae: str | None = None  # folder or name of another autoencoder
+    denoiser: str | None = None  # folder or name of another denoiser
+    allow_pickle: bool = False
+    weights: str | None = None  # fingerprint of the denoiser's weights: see `weights_fingerprint`
+
+    def replacement(self, part):
+        """(the `Part`, folder or name) of the model that a flag puts in the place of a part; None without such."""
+        family = self.family
+        for each, name in ((family.denoiser, self.denoiser), (family.autoencoder, self.vae)):
+            if name and each.name == part:
+                return each, name
+        return None
+
+    def place(self, part):
+        """The `Place` of a part."""
+        if found := self.replacement(part):
+            each, name = found
+            inside = each.in_pipelines and model_file(name, "config.json", subfolder=part)
+            return Place(name, part if inside else "", None, None)
+        return Place(self.name, part, self.revision, self.variant)
+
+    def flag(self, part=None):
+        """The flag that a part comes from, with its value; without a part that of the pipeline."""
+        if found := self.replacement(part):
+            return f"--{found[0].flag} {found[1]}"
+        return f"--pretrained_model_name_or_path {self.name}"
+
+    def describe(self, part):
+        """A replaceable part in words: its flag with its value, or "the base model's UNet"."""
+        if self.replacement(part):
+            return self.flag(part)
+        return f"the base model's {next(each.title for each in self.family.replaceable if each.name == part)}"
+
+    def file(self, name, part=None):
+        """Path of a small file of the pipeline; None where there is none."""
+        return model_file(self.name, name, self.revision, part)
+
+    def index(self):
+        """The content of model_index.json."""
+        return read_object(self.file("model_index.json"))
+
+    def has(self, part):
+        """Whether the pipeline brings a part."""
+        return is_listed(self.index(), part)
+
+    def absent_parts(self):
+        """The optional parts that the pipeline lacks."""
+        index, family = self.index(), self.family
+        optional = (*family.optional_text_encoders, *family.optional_tokenizers)
+        return [part for part in optional if not is_listed(index, part)]
+
+    def models(self):
+        """The parts that have weights."""
+        family, absent = self.family, self.absent_parts()
+        encoders = (*family.text_encoders, *family.optional_text_encoders)
+        return [*(part.name for part in family.replaceable), *(part for part in encoders if part not in absent)]
+
+
+def base_model_of(args, family):
+    """The `BaseModel` that the flags name."""
+    replaced = [getattr(args, part.flag) for part in family.replaceable]
+    return BaseModel(
+        family,
+        args.pretrained_model_name_or_path,
+        args.revision,
+        args.variant,
+        vae=replaced[1] if family.autoencoder else None,
+        denoiser=replaced[0],
+        allow_pickle=args.allow_pickle,
+    )
+
+
+def is_listed(index, part):
+    """Whether a model_index.json names a class for a part."""
+    return bool((index.get(part) or [None])[0])
+
+
+def check_base_model(args, family):
+    """The `BaseModel` that the flags name, checked as far as small files tell.
+
+    Raises:
+        UserError: a part is missing, damaged, unsafe or of another family, or the parts do not fit together.
+    """
+    base = base_model_of(args, family)
+    check_pipeline(base)
+    configs = check_parts(base)
+    check_small_parts(base)
+    if family.autoencoder:
+        check_autoencoder(args, base, configs[family.autoencoder.name])
+    if not (args.dry_run and is_plan_only(base)):
+        check_weights(base)
+        check_files(base)
+        check_lora_layers(args, base)
+    family.check(args, base, configs)
+    check_init_lora(args.init_lora)
+    return replace(base, weights=weights_fingerprint(base))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Small files, on disk or on the Hub
 
 
 @functools.cache
@@ -99,162 +283,44 @@ def hub_like(name):
     return re.fullmatch(r"[\w.-]+(/[\w.-]+)?", name, re.ASCII) and not name.startswith((".", "-"))
 
 
-# as diffusers and transformers call them; a variant (fp16) and the number of a shard may be part of the name
-WEIGHT_NAMES = re.compile(
-    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w[\w-]*?))?(?:-\d{5}-of-\d{5})?"
-    r"(?:\.(?P<legacy>\w+))?\.(?P<kind>safetensors|bin)"
-)
+# ---------------------------------------------------------------------------------------------------------------------
+# The pipeline and the configurations of its parts
 
-
-def loading(args):
-    """Arguments for every `from_pretrained`: safetensors only, unless --allow_pickle."""
-    return {"use_safetensors": None if args.allow_pickle else True}
-
-
-def check_weights(args, components, replaced):
-    """Refuse a model that has only pickled weights, or none, for a component that a run would load.
-
-    components: folders of the base model that hold weights; replaced: {component: flag} that may name another model
-    for it. Only names of files are looked at. A model on the Hub that can't be listed, for want of a network, is left
-    to the loaders, which take safetensors only too.
-
-    Raises:
-        UserError: names the model, the component and what it offers.
-    """
-    for component in components:
-        flag, name, subfolder, revision, variant = place_of(args, component, replaced)
-        what = f"{flag} {name}:" + (f" {subfolder}/" if subfolder else "")
-        check_component(args, what, files_of(name, subfolder, revision), variant)
-
-
-def place_of(args, component, replaced):
-    """(flag, name or folder, folder in it or "", revision, variant) of what is loaded for a component."""
-    flag = replaced.get(component)
-    if flag and (name := getattr(args, flag)):
-        inside = component != "vae" and model_file(name, "config.json", subfolder=component)
-        return f"--{flag}", name, component if inside else "", None, None
-    name = args.pretrained_model_name_or_path
-    return "--pretrained_model_name_or_path", name, component, args.revision, args.variant
-
-
-def check_component(args, what, files, variant):
-    """The check of one component; files: names of its files, or None where they are not known."""
-    if files is None:
-        return
-    found = defaultdict(list)  # by (variant, kind)
-    for name in files:
-        if match := WEIGHT_NAMES.fullmatch(name):
-            found[match["variant"] or match["legacy"] or "", match["kind"]].append(name)
-    if found[variant or "", "safetensors"]:
-        return
-    pickled = found[variant or "", "bin"]
-    others = sorted({name for name, _ in found if found[name, "safetensors"] and name != (variant or "")})
-    other = f"; it has those of --variant {others[-1]}" if others and others[-1] else ""
-    if others and not others[-1]:
-        other = "; it has others: leave --variant out"
-    require(found[variant or "", "bin"] or not other, f"{what} has no weights {of(variant)}{other}")
-    require(pickled, f"{what} has no weights {of(variant)} (no .safetensors file); download the model again")
-    require(args.allow_pickle,
-            f"{what} has only pickled weights ({pickled[0]}), and a pickle can run programs when it is read{other}. "
-            "Choose a model with .safetensors files, save this one anew with save_pretrained where you trust it, or "
-            "give --allow_pickle")  # fmt: skip
-
-
-def of(variant):
-    """A variant in words."""
-    return f"of --variant {variant}" if variant else "without a variant"
-
-
-def files_of(name, subfolder="", revision=None):
-    """Names of the files directly in a folder of a model, here or on the Hub; None where that can't be known."""
-    folder = Path(name)
-    if folder.is_dir():
-        place = folder / subfolder
-        return [path.name for path in place.iterdir()] if place.is_dir() else []
-    if hub_problem():
-        return None
-    from huggingface_hub import HfApi
-
-    try:
-        files = HfApi().list_repo_files(name, revision=revision)
-    except Exception:  # no network, a limit, a server's fault: the loaders decide
-        return None
-    parent = Path(subfolder)
-    return [Path(file).name for file in files if Path(file).parent == parent]
-
-
-STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of weight files: diffusers', transformers'
-LFS_POINTER = b"version https://git-lfs"
-PIECES = 256  # of a weight file, whose first bytes are looked at to tell it from another
 AGAIN = "download the model again"
-LYCORIS = ("hada_w1", "lokr_w1", "oft_blocks")  # marks of other adapters than LoRA
 
 
-def check_model(args, denoiser, scheduler):
-    """The configurations and weights of all parts that a run loads; returns {part: config.json's content}.
-
-    denoiser: (part's name, class, flag that names another one); scheduler: (whether its class must begin with one of
-    these names or must not, the names).
-    """
-    part, class_name, other_flag = denoiser
-    other = {
-        part: check_part(args, other_flag, class_name, part),
-        "vae": check_part(args, "pretrained_vae_model_name_or_path", "AutoencoderKL"),
-    }
-    flags = {part: other_flag, "vae": "pretrained_vae_model_name_or_path"}
-    classes = {part: class_name, "vae": "AutoencoderKL"}
-    base = f"--pretrained_model_name_or_path {args.pretrained_model_name_or_path}"
-    index = read_object(model_file(args.pretrained_model_name_or_path, "model_index.json", args.revision))
-    parts = [part, "vae", *(name for name in index if name.startswith("text_encoder") and (index[name] or [None])[0])]
-    configs = {}
-    for name in parts:
-        place = other.get(name)
-        flag = f"--{flags[name]} {getattr(args, flags[name])}" if place else base
-        path = place or model_file(args.pretrained_model_name_or_path, "config.json", args.revision, name)
-        require(path, f"{flag}: {name}/config.json is missing; {AGAIN}")
-        configs[name] = read_object(path)
-        found, wanted = configs[name].get("_class_name"), classes.get(name)
-        require(not wanted or found == wanted,
-                f"{flag}: {name}/config.json is of a {found}; this script needs {wanted}" + (
-                    "; give one as --pretrained_vae_model_name_or_path" if name == "vae" else ""))  # fmt: skip
-    check_small_parts(args, base, index, scheduler)
-    check_autoencoder(args, configs["vae"])
-    return configs
-
-
-def check_base_model(args, pipeline_class, components):
-    """Refuse anything but a diffusers folder of the right pipeline, from `model_index.json` alone.
-
-    pipeline_class: name that `_class_name` must start with; components: entries that it must have.
-    """
-    name = args.pretrained_model_name_or_path
-    flag = f"--pretrained_model_name_or_path {name}"
+def check_pipeline(base):
+    """Refuse anything but a pipeline of the family in diffusers' layout, from model_index.json alone."""
+    name, family, flag = base.name, base.family, base.flag()
     require(not Path(name).is_file(),
             f"{flag} is a single file; a folder in diffusers' layout is needed: load the file with "
-            f"{pipeline_class}Pipeline.from_single_file and save it with save_pretrained")  # fmt: skip
+            f"{family.pipeline_class}.from_single_file and save it with save_pretrained")  # fmt: skip
     address = re.match(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)", name)
     require(not address, f"{flag} is an address; give the name alone: {address and address[1]}")
     if not Path(name).is_dir() and (name.count("/") != 1 or not hub_like(name)):
         raise UserError(f"{flag}: there is no such folder, and Hub names have the form owner/name")
     try:
-        index = model_file(name, "model_index.json", args.revision)
+        index = base.file("model_index.json")
     except Exception as error:  # the Hub client raises many kinds: no network, no such model, no access
         raise UserError(f"{flag}: {unreadable(name, error)}") from error
     require(index, f"{flag}: no model_index.json there; {instead_of_pipeline(Path(name))}")
-    found = read_object(index)
-    kind = found.get("_class_name") or "pipeline without a class name"
-    other = {"StableDiffusionXL": "train_sdxl_lpl.py", "StableDiffusion3": "train_sd3_lpl_flow.py"}
-    better = next((script for start, script in other.items() if str(kind).startswith(start)), None)
-    require(str(kind).startswith(pipeline_class), f"{flag} is a {kind}; this script trains {pipeline_class} models: "
-            + (f"use {better}" if better else "give one of those"))  # fmt: skip
-    missing = [part for part in components if not (found.get(part) or [None])[0]]
-    refiner = "; the refiner can't be trained here, give the base model" if missing[:1] == ["text_encoder"] else ""
+    check_index(base, read_object(index))
+
+
+def check_index(base, index):
+    """Refuse a pipeline of another family, or without all its parts. index: the content of model_index.json."""
+    family, flag = base.family, base.flag()
+    kind = str(index.get("_class_name") or "pipeline without a class name")
+    other = next((script for start, script in family.other_scripts.items() if kind.startswith(start)), None)
+    require(kind.startswith(family.pipeline), f"{flag} is a {kind}; this script trains {family.pipeline} models: "
+            + (f"use {other}" if other else "give one of those"))  # fmt: skip
+    missing = [part for part in family.components if not is_listed(index, part)]
+    advice = family.missing_part.get(missing[0]) if missing else None
     require(not missing, f"{flag}: its model_index.json has no {', '.join(missing)}; a whole pipeline is needed"
-            + refiner)  # fmt: skip
-    if Path(name).is_dir():
-        gone = [part for part in components if not (Path(name) / part).is_dir()]
-        require(not gone, f"{flag}: the folder {gone[:1] and gone[0]}/ named in model_index.json is missing; download "
-                "the model again")  # fmt: skip
+            + (f"; {advice}" if advice else ""))  # fmt: skip
+    if Path(base.name).is_dir():
+        gone = [part for part in family.components if not (Path(base.name) / part).is_dir()]
+        require(not gone, f"{flag}: the folder {gone[:1] and gone[0]}/ named in model_index.json is missing; {AGAIN}")
 
 
 def instead_of_pipeline(folder):
@@ -278,14 +344,30 @@ def instead_of_pipeline(folder):
     return "a whole pipeline in diffusers' layout is needed"
 
 
-def check_part(args, flag, class_name, subfolder=None):
-    """Refuse what a flag like --pretrained_vae_model_name_or_path names unless it is one model of the right class.
+def check_parts(base):
+    """{part: content of config.json} of every model of the pipeline; UserError for one that is missing or wrong."""
+    replaceable = {part.name: part for part in base.family.replaceable}
+    configs = {}
+    for name in base.models():
+        part, flag = replaceable.get(name), base.flag(name)
+        if found := base.replacement(name):
+            path = check_part(part.flag, found[1], part.class_name, name if part.in_pipelines else None)
+        else:
+            path = base.file("config.json", name)
+        require(path, f"{flag}: {name}/config.json is missing; {AGAIN}")
+        configs[name] = read_object(path)
+        kind = configs[name].get("_class_name")
+        require(not part or kind == part.class_name,
+                f"{flag}: {name}/config.json is of a {kind}; this script needs {part and part.class_name}" + (
+                    f"; give one as --{part.flag}" if part == base.family.autoencoder else ""))  # fmt: skip
+    return configs
 
-    Returns its config.json's path, or None when the flag is not given.
+
+def check_part(flag, name, class_name, subfolder=None):
+    """The path of the config.json of a model that a flag names; UserError unless it is of the class.
+
+    subfolder: where a whole pipeline's folder has such a model, if the flag takes a pipeline too.
     """
-    name = getattr(args, flag)
-    if not name:
-        return None
     require(not Path(name).is_file(), f"--{flag} {name} is a single file; a folder in diffusers' layout is needed: "
             f"load the file with {class_name}.from_single_file and save it with save_pretrained")  # fmt: skip
     require(Path(name).is_dir() or (name.count("/") == 1 and hub_like(name)),
@@ -304,44 +386,147 @@ def check_part(args, flag, class_name, subfolder=None):
     return config
 
 
-def check_vae_dtype(args, vae_config):
-    """Refuse an explicit float16 where the decoder overflows in it. vae_config: the autoencoder's config.json."""
-    if args.lpl_vae_dtype == "float16" and vae_config.get("force_upcast", True):
-        hint = ", or give --pretrained_vae_model_name_or_path madebyollin/sdxl-vae-fp16-fix"
-        raise UserError(
-            "--lpl_vae_dtype float16: this VAE's decoder overflows in float16 (force_upcast in its config); use "
-            "bfloat16 or float32" + (hint if vae_config.get("latent_channels") == 4 else "")
-        )
+def check_small_parts(base):
+    """Refuse a scheduler whose noise levels the family does not have, and tokenizers on disk without their files."""
+    path = base.file("scheduler_config.json", "scheduler")
+    require(path, f"{base.flag()}: scheduler/scheduler_config.json is missing; {AGAIN}")
+    kind, family = read_object(path).get("_class_name") or "", base.family
+    fits = kind.startswith(family.schedulers or "") and not kind.startswith(family.foreign_schedulers)
+    require(fits, f"{base.flag()}: its scheduler is a {kind}, whose noise levels this script does not train; give "
+            "another base model")  # fmt: skip
+    folder = Path(base.name)
+    if not folder.is_dir():
+        return
+    for name in (*family.tokenizers, *family.optional_tokenizers):
+        if base.has(name):
+            there = {path.name for path in (folder / name).glob("*")}
+            whole = "tokenizer.json" in there or {"vocab.json", "merges.txt"} <= there or "spiece.model" in there
+            require(whole, f"{base.flag()}: {name}/ has neither tokenizer.json nor vocab.json and merges.txt; "
+                    f"{AGAIN}")  # fmt: skip
+
+
+def check_autoencoder(args, base, config):
+    """Refuse an autoencoder of another scale, and flags of the loss that its decoder does not fit.
+
+    config: the content of the autoencoder's config.json.
+    """
+    family, flag = base.family, f"--{base.family.autoencoder.flag}"
+    blocks = len(config.get("block_out_channels", (64,)))
+    require(2 ** (blocks - 1) == family.pixels_per_latent,
+            f"{base.describe(family.autoencoder.name)} makes latents {2 ** (blocks - 1)} times smaller than images; "
+            f"{family.pixels_per_latent} is needed: give another {flag}")  # fmt: skip
+    require(args.lpl_num_blocks <= blocks,
+            f"--lpl_num_blocks is {args.lpl_num_blocks}; this decoder has {blocks} up blocks: give {blocks} or "
+            "less")  # fmt: skip
+    overflows = args.lpl_vae_dtype == "float16" and config.get("force_upcast", True)
+    hint = f", or give {flag} {family.half_vae}" if family.half_vae else ""
+    require(not overflows, "--lpl_vae_dtype float16: this VAE's decoder overflows in float16 (force_upcast in its "
+            "config); use bfloat16 or float32" + hint)  # fmt: skip
+
+
+def check_channels(base, channels, vae):
+    """Refuse a denoiser for other latents than the autoencoder's.
+
+    channels: the denoiser's input channels; vae: the content of the autoencoder's config.json.
+    """
+    latents, special = vae.get("latent_channels", 4), base.family.special_channels.get(channels)
+    advice = f"another --{base.family.autoencoder.flag}" if base.vae else "a plain text-to-image model"
+    require(channels == latents,
+            f"the {base.family.denoiser.name} takes {channels} channels, the autoencoder makes {latents}"
+            + (f": it is made for {special}" if special and not base.vae else "") + f"; give {advice}")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Files
+# Weight files
+
+# as diffusers and transformers call them; a variant (fp16) and the number of a shard may be part of the name
+WEIGHT_NAMES = re.compile(
+    r"(?:diffusion_pytorch_model|pytorch_model|model)(?:\.(?P<variant>\w[\w-]*?))?(?:-\d{5}-of-\d{5})?"
+    r"(?:\.(?P<legacy>\w+))?\.(?P<kind>safetensors|bin)"
+)
+STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # of weight files: diffusers', transformers'
+LFS_POINTER = b"version https://git-lfs"
+PIECES = 256  # samples of a weight file that its fingerprint reads, 4096 bytes each
 
 
-def is_plan_only(args):
-    """Whether a folder on disk holds configurations only, which are enough for --dry_run up to the tokenizers."""
-    folder = Path(args.pretrained_model_name_or_path)
+def is_plan_only(base):
+    """Whether the model is a folder of configurations without weights, which is enough for a plan."""
+    folder = Path(base.name)
     weights = (path for path in folder.rglob("*") if path.suffix in (".safetensors", ".bin"))
-    return args.dry_run and folder.is_dir() and next(weights, None) is None
+    return folder.is_dir() and next(weights, None) is None
 
 
-def check_files(args, components, replaced):
-    """Refuse weights on disk that are not all there, cut short, or only Git LFS' pointers.
+def check_weights(base):
+    """Refuse a model that has only pickled weights, or none, for a part that a run would load.
 
-    components, replaced: see `base_model.check_weights`, which has looked at their names before.
+    Only names of files are looked at. A model on the Hub that can't be listed, for want of a network, is left to the
+    loaders, which take safetensors only too.
+
+    Raises:
+        UserError: names the model, the part and what it offers.
     """
-    for component in components:
-        flag, paths = weights_here(args, component, replaced)
-        for path in paths:
+    for part in base.models():
+        place = base.place(part)
+        what = f"{base.flag(part)}:" + (f" {place.subfolder}/" if place.subfolder else "")
+        files = files_of(place.name, place.subfolder, place.revision)
+        if files is not None:
+            check_weight_names(what, files, place.variant, base.allow_pickle)
+
+
+def check_weight_names(what, names, variant, allow_pickle):
+    """The check of the weights of one part, `what`; names: its files."""
+    found = defaultdict(list)  # by (variant, kind)
+    for name in names:
+        if match := WEIGHT_NAMES.fullmatch(name):
+            found[match["variant"] or match["legacy"] or "", match["kind"]].append(name)
+    wanted = variant or ""
+    if found[wanted, "safetensors"]:
+        return
+    pickled = found[wanted, "bin"]
+    others = sorted({name for name, _ in found if found[name, "safetensors"] and name != wanted})
+    other = f"; it has those of --variant {others[-1]}" if others and others[-1] else ""
+    if others and not others[-1]:
+        other = "; it has others: leave --variant out"
+    which = f"of --variant {variant}" if variant else "without a variant"
+    require(pickled or not other, f"{what} has no weights {which}{other}")
+    require(pickled, f"{what} has no weights {which} (no .safetensors file); {AGAIN}")
+    require(allow_pickle,
+            f"{what} has only pickled weights ({pickled[0]}), and a pickle can run programs when it is read{other}. "
+            "Choose a model with .safetensors files, save this one anew with save_pretrained where you trust it, or "
+            "give --allow_pickle")  # fmt: skip
+
+
+def files_of(name, subfolder="", revision=None):
+    """Names of the files directly in a folder of a model, here or on the Hub; None where that can't be known."""
+    folder = Path(name)
+    if folder.is_dir():
+        place = folder / subfolder
+        return [path.name for path in place.iterdir()] if place.is_dir() else []
+    if hub_problem():
+        return None
+    from huggingface_hub import HfApi
+
+    try:
+        files = HfApi().list_repo_files(name, revision=revision)
+    except Exception:  # no network, a limit, a server's fault: the loaders decide
+        return None
+    parent = Path(subfolder)
+    return [Path(file).name for file in files if Path(file).parent == parent]
+
+
+def check_files(base):
+    """Refuse weights on disk that are not all there, cut short, or only Git LFS' pointers."""
+    for part in base.models():
+        for path in weights_here(base, part):
             problem = weight_problem(path)
-            require(not problem, f"{flag}: {component}/{path.name} {problem}")
+            require(not problem, f"{base.flag(part)}: {part}/{path.name} {problem}")
 
 
-def weights_here(args, component, replaced):
-    """(flag with its value, weight files on disk of what is loaded for a component); none of a model on the Hub."""
-    flag, name, subfolder, _, variant = place_of(args, component, replaced)
-    folder, flag = Path(name, subfolder), f"{flag} {name}"
-    return flag, weight_files(flag, folder, variant) if folder.is_dir() else []
+def weights_here(base, part):
+    """The weight files on disk of a part; none of a model on the Hub."""
+    place = base.place(part)
+    folder = Path(place.name, place.subfolder)
+    return weight_files(base.flag(part), folder, place.variant) if folder.is_dir() else []
 
 
 def weight_files(flag, folder, variant):
@@ -403,36 +588,42 @@ def tensors_of(path):
     return header, 8 + length
 
 
-def weights_fingerprint(args, part, replaced):
-    """What tells a denoiser's weights from others: of files here, samples of their content, else the Hub's name."""
-    _, name, _, revision, _ = place_of(args, part, replaced)
-    if not Path(name).is_dir():
-        return f"hub:{name}@{revision or 'main'}"
-    digest = hashlib.sha256()
-    for path in weights_here(args, part, replaced)[1]:
+def weights_fingerprint(base):
+    """What tells the denoiser's weights from others: for files on disk samples of them, else the name on the Hub."""
+    part = base.family.denoiser.name
+    place = base.place(part)
+    if not Path(place.name).is_dir():
+        return f"hub:{place.name}@{place.revision or 'main'}"
+    content = hashlib.sha256()
+    for path in weights_here(base, part):
         size = path.stat().st_size
         with open(path, "rb") as file:
             for piece in range(PIECES):
                 file.seek(size * piece // PIECES)
-                digest.update(file.read(4096))
-        digest.update(size.to_bytes(8, "little"))
-    return f"sha256:{digest.hexdigest()[:16]}"
+                content.update(file.read(4096))
+        content.update(size.to_bytes(8, "little"))
+    return f"sha256:{content.hexdigest()[:16]}"
 
 
-def check_lora_layers(args, part, replaced):
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
+
+
+def check_lora_layers(args, base):
     """Refuse names in --lora_layers that no layer of the denoiser has, where its files are here to tell."""
-    paths = weights_here(args, part, replaced)[1] if args.lora_layers else []
+    part = base.family.denoiser.name
+    paths = weights_here(base, part) if args.lora_layers else []
     if not paths or any(path.suffix != ".safetensors" for path in paths):
         return
     tensors = {name: entry for path in paths for name, entry in tensors_of(path)[0].items()}
     layers = [name.removesuffix(".weight") for name, entry in tensors.items()
               if name.endswith(".weight") and len(entry["shape"]) > 1]  # fmt: skip
-    require_layers(part, lora_layers(args, ()), layers)
+    require_layers(part, lora_layers(args, base.family), layers)
 
 
-def lora_layers(args, targets):
-    """The names in --lora_layers, or the recipe's own."""
-    return [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else targets
+def lora_layers(args, family):
+    """The names in --lora_layers, or by default the family's."""
+    return [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else family.lora_layers
 
 
 def require_layers(part, wanted, names):
@@ -442,103 +633,11 @@ def require_layers(part, wanted, names):
             "to_q,to_v")  # fmt: skip
 
 
-def check_small_parts(args, base, index, scheduler):
-    """The scheduler's configuration, and on disk the tokenizers' files."""
-    path = model_file(args.pretrained_model_name_or_path, "scheduler_config.json", args.revision, "scheduler")
-    require(path, f"{base}: scheduler/scheduler_config.json is missing; {AGAIN}")
-    kind = read_object(path).get("_class_name") or ""
-    only, names = scheduler
-    require(kind.startswith(names) == only, f"{base}: its scheduler is a {kind}, whose noise levels this script does "
-            "not train; give another base model")  # fmt: skip
-    folder = Path(args.pretrained_model_name_or_path)
-    if not folder.is_dir():
-        return
-    for name in index:
-        if name.startswith("tokenizer") and (index[name] or [None])[0]:
-            there = {path.name for path in (folder / name).glob("*")}
-            whole = "tokenizer.json" in there or {"vocab.json", "merges.txt"} <= there or "spiece.model" in there
-            require(whole, f"{base}: {name}/ has neither tokenizer.json nor vocab.json and merges.txt; {AGAIN}")
+LYCORIS = ("hada_w1", "lokr_w1", "oft_blocks")  # marks of other adapters than LoRA
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What must fit together
-
-
-def check_autoencoder(args, config):
-    """The flags that depend on the autoencoder, and its scale."""
-    given = args.pretrained_vae_model_name_or_path
-    flag = f"--pretrained_vae_model_name_or_path {given}" if given else "the base model's autoencoder"
-    blocks = len(config.get("block_out_channels", (64,)))
-    require(blocks == 4, f"{flag} makes latents {2 ** (blocks - 1)} times smaller than images; 8 is needed: give "
-            "another --pretrained_vae_model_name_or_path")  # fmt: skip
-    require(args.lpl_num_blocks <= blocks,
-            f"--lpl_num_blocks is {args.lpl_num_blocks}; this decoder has {blocks} up blocks: give {blocks} or "
-            "less")  # fmt: skip
-    check_vae_dtype(args, config)
-
-
-def check_channels(args, part, channels, vae):
-    """Refuse a denoiser for other latents than the autoencoder's."""
-    latents = vae.get("latent_channels", 4)
-    special = {
-        9: ": it is made for inpainting",
-        8: ": it is made for InstructPix2Pix",
-        33: ": it is made for inpainting",
-    }
-    given = args.pretrained_vae_model_name_or_path
-    advice = "another --pretrained_vae_model_name_or_path" if given else "a plain text-to-image model"
-    require(channels == latents, f"the {part} takes {channels} channels, the autoencoder makes {latents}"
-            + ("" if given else special.get(channels, "")) + f"; give {advice}")  # fmt: skip
-
-
-def check_sdxl(args, configs):
-    """SDXL: latents, text and micro-conditioning must have the sizes that the UNet takes."""
-    unet, first, second = (configs[name] for name in ("unet", "text_encoder", "text_encoder_2"))
-    check_channels(args, "unet", unet.get("in_channels", 4), configs["vae"])
-    which = args.pretrained_unet_model_name_or_path
-    which = f"--pretrained_unet_model_name_or_path {which}" if which else "the base model's unet"
-    kind = unet.get("addition_embed_type")
-    require(
-        kind == "text_time", f"{which} is not SDXL's: addition_embed_type is {kind}, not text_time; give an SDXL UNet"
-    )
-    widths = [config.get("hidden_size") for config in (first, second)]
-    width = unet.get("cross_attention_dim")
-    require(None in widths or not isinstance(width, int) or width == sum(widths),
-            f"{which} takes text of width {width}, the text encoders give {' + '.join(map(str, widths))}; give a UNet "
-            "and a base model that belong together")  # fmt: skip
-    pooled, size = second.get("projection_dim"), unet.get("projection_class_embeddings_input_dim")
-    each = unet.get("addition_time_embed_dim") or 256
-    require(not pooled or not size or size == pooled + 6 * each,
-            f"{which} takes a pooled prompt and {(size or 0) - (pooled or 0)} numbers of micro-conditioning, SDXL has "
-            f"{6 * each}; the refiner can't be trained here, give a base model's UNet")  # fmt: skip
-
-
-def check_sd3(args, configs):
-    """SD3: latents and text must have the sizes that the transformer takes."""
-    config = configs["transformer"]
-    check_channels(args, "transformer", config.get("in_channels", 16), configs["vae"])
-    which = args.pretrained_transformer_model_name_or_path
-    which = f"--pretrained_transformer_model_name_or_path {which}" if which else "the base model's transformer"
-    belong = "give a transformer and a base model that belong together"
-    clip = [configs[name] for name in ("text_encoder", "text_encoder_2")]
-    pooled, size = [config.get("projection_dim") for config in clip], config.get("pooled_projection_dim")
-    require(None in pooled or not size or size == sum(pooled),
-            f"{which} takes a pooled prompt of {size} numbers, the text encoders give "
-            f"{' + '.join(map(str, pooled))}; {belong}")  # fmt: skip
-    width, widths = config.get("joint_attention_dim"), [config.get("hidden_size") for config in clip]
-    t5 = configs.get("text_encoder_3", {}).get("d_model")
-    require(not width or ((None in widths or sum(widths) <= width) and t5 in (None, width)),
-            f"{which} takes text of width {width}, the text encoders give {' + '.join(map(str, widths))}"
-            f"{f' and {t5}' if t5 else ''}; {belong}")  # fmt: skip
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# A LoRA to go on from, publishing
-
-
-def check_init_lora(args):
-    """Refuse an --init_lora that can't be one, before a model is looked at."""
-    name = args.init_lora
+def check_init_lora(name):
+    """Refuse what --init_lora names if it can't be a LoRA."""
     if not name:
         return
     flag, path = f"--init_lora {name}", Path(name)
@@ -565,6 +664,9 @@ def check_init_lora(args):
             f"{names[0] if names else 'no tensors'} and no layers of a LoRA; a whole model is "
             "--pretrained_model_name_or_path")  # fmt: skip
 
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The identity of a model, for caches
 
 _FILE_HASHES: dict[tuple[str, int, int], str] = {}  # (path, size, mtime_ns) -> sha256
 _MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, configurations, tokenizers
@@ -612,8 +714,7 @@ def _file_hash(path: Path) -> str:
         status = path.stat()
         key = (os.path.abspath(path), status.st_size, status.st_mtime_ns)
         if key not in _FILE_HASHES:
-            with open(path, "rb") as file:
-                _FILE_HASHES[key] = hashlib.file_digest(file, "sha256").hexdigest()
+            _FILE_HASHES[key] = sha256_of(path)
         return _FILE_HASHES[key]
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror}.") from error

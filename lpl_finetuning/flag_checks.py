@@ -11,7 +11,7 @@ from packaging.version import Version
 from lpl_finetuning.base_model import hub_like, read_json
 from lpl_finetuning.data.samples import target_sizes
 from lpl_finetuning.errors import require
-from lpl_finetuning.flags import PATHS, REPOSITORY
+from lpl_finetuning.flags import REPOSITORY
 
 POSITIVE = (
     "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples",
@@ -39,8 +39,8 @@ LORA_ONLY = (
 ENDLESS = ("max_grad_norm", "lpl_sigma_threshold")  # may be infinite: no clipping, no gate
 
 
-def check_flags(args):
-    """Ranges and contradictions of the shared flags."""
+def check_flags(args, family):
+    """Ranges and contradictions of the flags that all scripts share. family: the models that the script trains."""
     for name, value in vars(args).items():
         require(not isinstance(value, float) or math.isfinite(value) or (value > 0 and name in ENDLESS),
                 f"--{name} is {value}; it must be a finite number")  # fmt: skip
@@ -56,13 +56,13 @@ def check_flags(args):
     for name, why in {"lora_dropout": "nothing would be learnt", "ema_decay": "the average would never move"}.items():
         require(getattr(args, name) < 1, f"--{name} is {getattr(args, name)}; it must be below 1, or {why}")
     require(args.seed < 2**64, f"--seed is {args.seed}; it must be less than 2**64")
-    require(args.resolution > 0 and args.resolution % 8 == 0,
-            f"--resolution is {args.resolution}; it must be a multiple of 8, because the latents are 8 times smaller, "
-            f"e.g. {max(8, args.resolution // 8 * 8)}")  # fmt: skip
+    unit = family.pixels_per_latent
+    require(args.resolution > 0, f"--resolution is {args.resolution}; it must be above 0")
+    require(args.resolution % unit == 0,
+            f"--resolution is {args.resolution}; it must be a multiple of {unit}, because the latents are {unit} "
+            f"times smaller, e.g. {max(unit, args.resolution // unit * unit)}")  # fmt: skip
     require(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: give the base model's "
             "folder or Hub name, or leave the data out too for a demonstration")  # fmt: skip
-    exclude(args, "train_data_dir", "instance_data_dir")
-    args.train_data_dir, args.instance_data_dir = args.train_data_dir or args.instance_data_dir, None
     require(args.train_data_dir or args.dataset_name, "no data: give --train_data_dir FOLDER or --dataset_name NAME")
     exclude(args, "train_data_dir", "dataset_name")
     exclude(args, "validation_split", "validation_data_dir")
@@ -70,10 +70,8 @@ def check_flags(args):
         check_data_folder(name, getattr(args, name))
     check_dataset_name(args)
     require(not args.validation_compare or args.validation_prompt, "--validation_compare needs a --validation_prompt")
-    if args.num_validation_images == 0:
-        args.validation_prompt, args.validation_compare = None, False
     check_data_flags(args)
-    check_output_dir(args)
+    check_output_dir(args, family)
     check_launch(args)
     check_lora_flags(args)
     check_quantization(args)
@@ -101,7 +99,7 @@ def check_dataset_name(args):
             "Hub names have the form owner/name; a folder of images is --train_data_dir")  # fmt: skip
 
 
-def check_output_dir(args):
+def check_output_dir(args, family):
     """The output folder must not be this repository, nor hold what the run starts from; it can be written to."""
     for name in ("output_dir", "cache_dir"):
         if getattr(args, name):
@@ -118,8 +116,8 @@ def check_output_dir(args):
         require(not inside, f"--output_dir {args.output_dir} lies in --{name} {getattr(args, name)}: the run's own "
                 "pictures would be trained on; name a folder outside")  # fmt: skip
     require(output_dir != REPOSITORY, f"--output_dir {args.output_dir} is this repository: name a folder of its own")
-    for name in (*PATHS[:4], "init_lora"):
-        value = getattr(args, name, None)
+    for name in ("pretrained_model_name_or_path", *(part.flag for part in family.replaceable), "init_lora"):
+        value = getattr(args, name)
         inside = value and Path(value).exists() and Path(value).resolve().is_relative_to(output_dir)
         require(not inside, f"--{name} {value} lies in --output_dir {args.output_dir}, which the run will write to: "
                 "name another output folder")  # fmt: skip

@@ -1,4 +1,4 @@
-"""Flags and recipe files, and errors for people: what runs before the slow imports.
+"""Flags: their parser, recipe files for --config, and the groups of flags that the training scripts share.
 
 Nothing here imports torch, so that a wrong flag is answered at once.
 """
@@ -19,21 +19,14 @@ LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine
 OPTIMIZERS = ("adamw", "prodigy", "adafactor")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 MODEL_OR_DATA = {"pretrained_model_name_or_path", "dataset_name", "train_data_dir", "instance_data_dir"}
-PATHS = (
-    "pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "pretrained_unet_model_name_or_path",
-    "pretrained_transformer_model_name_or_path", "train_data_dir", "instance_data_dir", "validation_data_dir",
-    "init_lora", "bnb_quantization_config_path",
-)  # fmt: skip
-HOME = (*PATHS, "dataset_name", "output_dir", "cache_dir", "config", "resume_from_checkpoint")  # ~ is the home folder
 SECRETS = ("hub_token",)  # flags whose values never reach a file, a log or a tracker
-
 
 # Flags of other scripts that people bring along, and what to do here.
 _ACCELERATE = "it is a flag of accelerate launch: write it before the script's name"
 _NO_PRIOR = "prior preservation is not in these scripts; leave it out"
 _ENCODED_ONCE = "leave it out: latents and prompts are always encoded once and kept"
 _PRODIGY = "leave it out: it is on with --optimizer prodigy"
-ELSEWHERE = dict.fromkeys(
+FLAGS_OF_OTHER_SCRIPTS = dict.fromkeys(
     ("num_processes", "num_machines", "multi_gpu", "gpu_ids", "main_process_port", "config_file", "use_deepspeed",
      "use_fsdp", "num_cpu_threads_per_process", "dynamo_backend", "machine_rank"), _ACCELERATE,
 ) | dict.fromkeys(
@@ -71,6 +64,37 @@ ELSEWHERE = dict.fromkeys(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Parsing: flags, then a recipe file, then defaults
+
+
+class Flags(argparse.Namespace):
+    """The values of all flags, as attributes. They never change: `but` gives a copy with other values.
+
+    base_model: the `BaseModel` that the flags name, once it is checked; defaults: {flag: default}. Both are no flags,
+    and `vars` leaves them out.
+    """
+
+    __slots__ = ("base_model", "defaults")
+
+    def __init__(self, values, defaults, base_model=None):
+        vars(self).update(values)
+        object.__setattr__(self, "defaults", defaults)
+        object.__setattr__(self, "base_model", base_model)
+
+    def __setattr__(self, name, value):
+        raise AttributeError(f"{name}: flags do not change once they are parsed; take args.but({name}=…)")
+
+    def __delattr__(self, name):
+        setattr(self, name, None)
+
+    def __reduce__(self):
+        return Flags, (vars(self), self.defaults, self.base_model)
+
+    def but(self, base_model=None, **changes):
+        """A copy with other values of some flags, or another base model."""
+        unknown = changes.keys() - vars(self).keys()
+        if unknown:
+            raise AttributeError(f"no such flags: {', '.join(sorted(unknown))}")
+        return Flags(vars(self) | changes, self.defaults, base_model or self.base_model)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -120,33 +144,34 @@ class FlagParser(argparse.ArgumentParser):
         return value
 
     def parse(self, argv=None, embedded_default=None):
-        """Parse `argv`; a flag that is not there takes its value from --config, then from its default.
+        """The `Flags` that `argv` sets; a flag that is not there takes its value from --config, then its default.
 
         embedded_default: path of the recipe that is used when neither a base model nor data are named.
         """
+        given = self._given(argv)
+        defaults = {dest: action.default for dest, action in self.flags().items()}
+        recipe = self.read_recipe(given["config"]) if given.get("config") else {}
+        if embedded_default and not (given.keys() | recipe.keys()) & MODEL_OR_DATA:
+            recipe = self.read_recipe(embedded_default) | recipe
+            place = embedded_default.relative_to(REPOSITORY)
+            print(f"No model and no data named: using the embedded examples, {place}.")
+        return Flags(resolved(defaults | recipe | given), defaults)
+
+    def _given(self, argv):
+        """{flag: value} of the command line."""
         missing = object()
         namespace = argparse.Namespace(**dict.fromkeys(self.flags(), missing))
         namespace, words = self.parse_known_args(argv, namespace)
         switches = {f"--no-{dest}": dest for dest, action in self.flags().items() if is_switch(action)}
-        unknown = [word for word in words if word not in switches]
+        given = {dest: value for dest, value in vars(namespace).items() if value is not missing}
         for off in (word for word in words if word in switches):
             on = off.replace("--no-", "--", 1)
-            require(getattr(namespace, switches[off]) is not True, f"{on} and {off} exclude each other: give one")
-            setattr(namespace, switches[off], False)
+            require(given.get(switches[off]) is not True, f"{on} and {off} exclude each other: give one")
+            given[switches[off]] = False
+        unknown = [word for word in words if word not in switches]
         if unknown:
             raise UserError("; ".join(self._unknown(unknown)))
-        given = {dest: value for dest, value in vars(namespace).items() if value is not missing}
-        defaults = {dest: action.default for dest, action in self.flags().items()}
-        recipe = self.read_recipe(given["config"]) if given.get("config") else {}
-        named = given.keys() | recipe.keys()
-        if embedded_default and not named & MODEL_OR_DATA:
-            recipe = self.read_recipe(embedded_default) | recipe
-            recipe["embedded_default"] = True
-        values = {"embedded_default": False} | defaults | recipe | given
-        for name in HOME:  # a shell leaves the ~ of --flag=~/x alone
-            if isinstance(values.get(name), str):
-                values[name] = os.path.expanduser(values[name])
-        return argparse.Namespace(**values)
+        return given
 
     def _unknown(self, words):
         """A message for each unknown flag, and for each argument that is not the value of one."""
@@ -156,7 +181,7 @@ class FlagParser(argparse.ArgumentParser):
             if word.startswith("-") and not is_number(word):
                 name = word.split("=")[0]
                 near = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), options, n=1)
-                advice = ELSEWHERE.get(name.lstrip("-").replace("-", "_"))
+                advice = FLAGS_OF_OTHER_SCRIPTS.get(name.lstrip("-").replace("-", "_"))
                 if not advice:
                     advice = f"did you mean {near[0]}?" if near else "--help lists all flags"
                 yield f"unknown flag {name}: {advice}"
@@ -194,7 +219,7 @@ class FlagParser(argparse.ArgumentParser):
         if action is None:
             near = difflib.get_close_matches(str(key), self.flags(), n=1)
             advice = f"did you mean {near[0]}?" if near else "its keys are flags without their dashes"
-            raise UserError(f"--config {path}: unknown key {key}; {ELSEWHERE.get(key, advice)}")
+            raise UserError(f"--config {path}: unknown key {key}; {FLAGS_OF_OTHER_SCRIPTS.get(key, advice)}")
         if value is None:
             require(action.default is None, f"--config {path}: {key} has no value; give one, or remove the line")
             return None
@@ -208,13 +233,24 @@ class FlagParser(argparse.ArgumentParser):
             value = "no"
         values = value if isinstance(value, list) else [value]
         values = [self.convert(action, str(item), f"--config {path}: {key}") for item in values]
-        if key in PATHS and (path.parent / values[0]).exists():
+        if action.type is input_path and (path.parent / values[0]).exists():
             values = [str((path.parent / values[0]).resolve())]
         return values if action.nargs in ("+", "*") else values[0]
 
 
-NOT_IN_RECIPES = ("config", "embedded_default", "base_weights", "dry_run", "debug", "local_rank",
-                  "resume_from_checkpoint", *SECRETS)  # fmt: skip
+def resolved(values):
+    """{flag: value} with one name for what several flags can say."""
+    values = dict(values)
+    if values.get("instance_data_dir"):  # the DreamBooth scripts' name for --train_data_dir
+        require(not values["train_data_dir"],
+                "--train_data_dir and --instance_data_dir exclude each other: give one")  # fmt: skip
+        values |= {"train_data_dir": values["instance_data_dir"], "instance_data_dir": None}
+    if values.get("num_validation_images") == 0:
+        values |= {"validation_prompt": None, "validation_compare": False}
+    return values
+
+
+NOT_IN_RECIPES = ("config", "dry_run", "debug", "local_rank", "resume_from_checkpoint", *SECRETS)
 
 
 def recipe_text(args):
@@ -240,6 +276,16 @@ def print_configuration(args, say):
 def settings_from_flags(cls, args, **more):
     """An instance of a settings dataclass: each field has the value of the flag of its name, or that in `more`."""
     return cls(**{field.name: getattr(args, field.name) for field in fields(cls) if field.name not in more}, **more)
+
+
+def path(text):
+    """Type of a flag that names a file or folder: ~ is the home folder, which a shell leaves alone in --flag=~/x."""
+    return os.path.expanduser(text)
+
+
+def input_path(text):
+    """Type of a flag that names a file or folder to be read: in a recipe it is seen from the recipe's folder."""
+    return path(text)
 
 
 def weight_or_auto(text):
@@ -273,12 +319,20 @@ def add_model_arguments(parser):
     """What is trained."""
     group = parser.add_argument_group("model")
     add = group.add_argument
-    add("--pretrained_model_name_or_path", help="Hub name or folder of the base pipeline (diffusers layout)")
+    add(
+        "--pretrained_model_name_or_path",
+        type=input_path,
+        help="Hub name or folder of the base pipeline (diffusers layout)",
+    )
     add("--revision", help="revision of the base model on the Hub")
     add("--variant", help="file variant of the base model, e.g. fp16")
     add("--allow_pickle", action="store_true", help="load weights that are there as pickles (.bin) only, which can "
         "run programs; without it safetensors only")  # fmt: skip
-    add("--pretrained_vae_model_name_or_path", help="another autoencoder, e.g. madebyollin/sdxl-vae-fp16-fix")
+    add(
+        "--pretrained_vae_model_name_or_path",
+        type=input_path,
+        help="another autoencoder, e.g. madebyollin/sdxl-vae-fp16-fix",
+    )
     add("--single_file", action="store_true", help="save a whole model as one file too, model.safetensors for ComfyUI "
         "and (SDXL) A1111")  # fmt: skip
     group = parser.add_argument_group("LoRA")
@@ -290,9 +344,13 @@ def add_model_arguments(parser):
     add("--lora_layers", help="comma-separated layer names that get a LoRA (default: attention projections)")
     add("--use_dora", action="store_true", help="learn magnitude and direction apart (DoRA); slower")
     add("--train_text_encoder", action="store_true", help="give the CLIP text encoders a LoRA too")
-    add("--init_lora", help="go on from this LoRA, a file, folder or Hub name; rank, alpha and layers are the file's")
-    add("--bnb_quantization_config_path", help="JSON file of a BitsAndBytesConfig: the frozen denoiser in 4 or 8 "
-        "bits, on a GPU")  # fmt: skip
+    add(
+        "--init_lora",
+        type=input_path,
+        help="go on from this LoRA, a file, folder or Hub name; rank, alpha and layers are the file's",
+    )
+    add("--bnb_quantization_config_path", type=input_path, help="JSON file of a BitsAndBytesConfig: the "
+        "frozen denoiser in 4 or 8 bits, on a GPU")  # fmt: skip
     add("--output_kohya_format", action="store_true", help="save it for ComfyUI, sd-scripts and (SDXL) A1111 too")
 
 
@@ -300,11 +358,12 @@ def add_data_arguments(parser, resolution):
     """What it is trained on."""
     group = parser.add_argument_group("data")
     add = group.add_argument
-    add("--train_data_dir", help="folder of images, also in folders within it, with metadata.jsonl, .csv or .parquet "
-        "or a .txt file beside each image, or of WebDataset shards (*.tar)")  # fmt: skip
-    add("--dataset_name", help="data set on the Hub, or a folder written by datasets' save_to_disk")
+    add("--train_data_dir", type=input_path, help="folder of images, also in folders within it, with "
+        "metadata.jsonl, .csv or .parquet or a .txt file beside each image, or of WebDataset shards "
+        "(*.tar)")  # fmt: skip
+    add("--dataset_name", type=path, help="data set on the Hub, or a folder written by datasets' save_to_disk")
     add("--dataset_config_name", help="configuration of that data set")
-    add("--instance_data_dir", help="the same as --train_data_dir, as the DreamBooth scripts call it")
+    add("--instance_data_dir", type=input_path, help="the same as --train_data_dir, as the DreamBooth scripts call it")
     add("--instance_prompt", help="caption of all images that have none")
     add("--image_column", default="image", help="column with the image (default: %(default)s)")
     add("--caption_column", default="text", help="column with the caption (default: %(default)s)")
@@ -320,7 +379,11 @@ def add_data_arguments(parser, resolution):
         "used (default: %(default)s)")  # fmt: skip
     add("--strict", action="store_true", help="stop at anything that the report on the data remarks upon")
     add("--max_train_samples", type=int, help="use only the first N images")
-    add("--cache_dir", help="folder of data sets and of encoded latents and prompts (default: the user's cache)")
+    add(
+        "--cache_dir",
+        type=path,
+        help="folder of data sets and of encoded latents and prompts (default: the user's cache)",
+    )
     add("--resolution", type=int, default=resolution, help="training size in px (default: %(default)s)")
     add("--aspect_ratio_buckets", help='train on several shapes: "h,w;h,w", or auto for those of constant area around '
         "--resolution, multiples of 64")  # fmt: skip
@@ -337,7 +400,7 @@ def add_training_arguments(parser, train_batch_size, num_train_epochs, adam_weig
     """How it is trained."""
     group = parser.add_argument_group("training")
     add = group.add_argument
-    add("--output_dir", default="sd-model-finetuned", help="default: %(default)s")
+    add("--output_dir", type=path, default="sd-model-finetuned", help="default: %(default)s")
     add("--seed", type=int, default=0, help="every draw follows from it (default: %(default)s)")
     add("--train_batch_size", type=int, default=train_batch_size, help="per device (default: %(default)s)")
     add("--num_train_epochs", type=int, default=num_train_epochs, help="default: %(default)s")
@@ -422,7 +485,7 @@ def add_run_arguments(parser, validation_epochs):
     add("--checkpointing_steps", type=int, default=500, help="optimizer steps between them (default: %(default)s)")
     add("--checkpointing_minutes", type=float, help="minutes between them, besides the steps")
     add("--checkpoints_total_limit", type=int, help="keep at most N; the oldest goes after the newest is safe")
-    add("--resume_from_checkpoint", help="a checkpoint folder, or latest")
+    add("--resume_from_checkpoint", type=path, help="a checkpoint folder, or latest")
     group = parser.add_argument_group("validation")
     add = group.add_argument
     add("--validation_prompt", nargs="+", help="one or several prompts to draw, always with the same seeds")
@@ -431,7 +494,7 @@ def add_run_arguments(parser, validation_epochs):
     add("--validation_steps", type=int, help="optimizer steps between grids; overrides --validation_epochs")
     add("--validation_split", type=float, help="share of the images (or, from 1 up, number) that is held out: the "
         "loss on them tells learning from memorising")  # fmt: skip
-    add("--validation_data_dir", help="or a folder of captioned images that are held out")
+    add("--validation_data_dir", type=input_path, help="or a folder of captioned images that are held out")
     add("--max_validation_samples", type=int, default=64, help="held-out images that are used (default: %(default)s)")
     add("--validation_compare", action="store_true",
         help="draw each prompt by the model that the run started from too, with the same seeds")  # fmt: skip
@@ -448,7 +511,11 @@ def add_run_arguments(parser, validation_epochs):
     add("--hub_private_repo", action="store_true", help="make the repository private if this run creates it")
     group = parser.add_argument_group("other")
     add = group.add_argument
-    add("--config", help="YAML file that sets any flag; the command line wins, --no-NAME over a switch that is on")
+    add(
+        "--config",
+        type=path,
+        help="YAML file that sets any flag; the command line wins, --no-NAME over a switch that is on",
+    )
     add("--dry_run", action="store_true", help="check everything, print the plan and stop")
     add("--debug", action="store_true", help="show tracebacks")
     add("--local_rank", type=int, default=-1, help="accepted for compatibility")

@@ -15,7 +15,9 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lpl_finetuning import files
+from lpl_finetuning.base_model import BaseModel
 from lpl_finetuning.errors import UserError
+from lpl_finetuning.families import SDXL
 from lpl_finetuning.training import checkpoints
 
 if __name__ == "__main__":
@@ -31,7 +33,9 @@ if __name__ == "__main__":
     files.sha256_of = lambda path: hashed.append(Path(path).name) or sha256_of(path)
     checkpoints.sha256_of = files.sha256_of
     for case in cases:
-        args = argparse.Namespace(resume_from_checkpoint="latest", output_dir=case, **identity)
+        args = argparse.Namespace(
+            resume_from_checkpoint="latest", output_dir=case, base_model=BaseModel(SDXL, "a/model"), **identity
+        )
         hashed.clear()
         try:
             answer = checkpoints.checkpoint_to_resume(args, accelerator)

@@ -80,7 +80,7 @@ def objective_of(args, schedule=None, samples_per_step=8, space=(1.0, 0.0, 8), e
 
 def memory_of(script, args, dtype, vae_dtype):
     """[(what, bytes)] of the plan's estimate for one device."""
-    denoiser, vae = script.build_denoiser(args, dtype, "meta"), load_vae(args, vae_dtype, "meta")
+    denoiser, vae = script.build_denoiser(args, dtype, "meta"), load_vae(args.base_model, vae_dtype, "meta")
     inputs = partial(script.example_inputs, denoiser, args, latent_size(args, vae))
     return memory_estimate(args, denoiser, vae, dtype, inputs)
 

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from lpl_finetuning.base_model import model_digest, model_file
+from lpl_finetuning.base_model import model_digest
 from lpl_finetuning.data import samples
 from lpl_finetuning.data.images import to_pixel_values
 from lpl_finetuning.data.samples import CaptionRules, Framing, caption_rules
@@ -155,21 +155,19 @@ def prompt_key(text):
     return digest(caption=text)
 
 
-def model_identity(args, *subfolders):
-    """What tells one model's encodings from another's: hashes of its files, or its commit on the Hub."""
-    folder = Path(args.pretrained_model_name_or_path)
+def model_identity(base, *parts):
+    """What distinguishes encodings of one model from another's: hashes of its files, or its commit on the Hub."""
+    folder = Path(base.name)
     if not folder.is_dir():
-        index = model_file(str(folder), "model_index.json", args.revision)
-        return [str(folder), index.parent.name, args.variant, *subfolders]
-    return model_digest(folder, *subfolders)
+        return [base.name, base.file("model_index.json").parent.name, base.variant, *parts]
+    return model_digest(folder, *parts)
 
 
-def vae_identity(args):
-    """The same for the autoencoder, which --pretrained_vae_model_name_or_path may replace."""
-    other = args.pretrained_vae_model_name_or_path
-    if not other:
-        return model_identity(args, "vae")
-    return model_digest(other) if Path(other).is_dir() else other
+def vae_identity(base):
+    """The same of the autoencoder, which --pretrained_vae_model_name_or_path may replace."""
+    if not base.vae:
+        return model_identity(base, base.family.autoencoder.name)
+    return model_digest(base.vae) if Path(base.vae).is_dir() else base.vae
 
 
 def rows_of(columns):
@@ -275,7 +273,7 @@ def fill_caches(
     root, rules = cache_folder(args), caption_rules(args)
     cuts, held_out_cuts = samples.framing(args, images), samples.framing(args, held_out, held_out=True)
     cached = cuts.can_be_cached(images)
-    latent_id = digest(kind="latents", vae=vae_identity(args), interpolation=args.image_interpolation_mode)
+    latent_id = digest(kind="latents", vae=vae_identity(args.base_model), interpolation=args.image_interpolation_mode)
     prompts = open_store(root / "prompts" / digest(**prompt_id)[:16], accelerator)
     latents = open_store(root / "latents" / latent_id[:16], accelerator)
 

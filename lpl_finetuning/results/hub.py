@@ -15,7 +15,7 @@ import time
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from lpl_finetuning.base_model import model_file, read_json
+from lpl_finetuning.base_model import Family, model_file, read_json
 from lpl_finetuning.errors import UserError, require
 
 
@@ -28,8 +28,8 @@ def check_publishing(args):
         find_token(args.hub_token)
 
 
-def model_card(args, kind, steps, images_per_step, images, gate, hub_name=None):
-    """What the model card says of a run; kind: "sdxl" or "sd3", images: trained on, gate: the `LPLGate`."""
+def model_card(args, steps, images_per_step, images, gate, hub_name=None):
+    """What the model card says of a run; images: number that it was trained on, gate: the `LPLGate`."""
     lpl = {}
     if args.use_lpl:
         threshold = "timesteps below" if gate.t_threshold is not None else "noise / signal up to"
@@ -59,9 +59,9 @@ def model_card(args, kind, steps, images_per_step, images, gate, hub_name=None):
     }
     return Card(
         name=hub_name or args.hub_model_id or Path(args.output_dir).resolve().name,
-        kind=kind,
-        base_model=args.pretrained_model_name_or_path,
-        revision=args.revision,
+        family=args.base_model.family,
+        base_model=args.base_model.name,
+        revision=args.base_model.revision,
         lora=args.use_lora,
         lpl=lpl,
         training=training,
@@ -74,9 +74,6 @@ def model_card(args, kind, steps, images_per_step, images, gate, hub_name=None):
 
 
 PATIENCE = 20  # seconds that a failing request is tried again
-PIPELINES = {"sdxl": "StableDiffusionXLPipeline", "sd3": "StableDiffusion3Pipeline"}
-MODEL_NAMES = {"sdxl": "Stable Diffusion XL", "sd3": "Stable Diffusion 3"}
-MODEL_TAGS = {"sdxl": "stable-diffusion-xl", "sd3": "sd3"}
 PAPER = "https://openreview.net/forum?id=y4DtzADzd1"
 
 # The allow-list: names at the top of the folder, and names in the folders of a pipeline's parts.
@@ -276,13 +273,13 @@ def check_access(repo_id, token=None, private=False, patience=PATIENCE):
 class Card:
     """What the model card says. `lpl` and `training` are {setting: value} for its tables; `lpl` is empty without LPL.
 
-    name: owner/name on the Hub, or only a name; kind: sdxl or sd3; base_model, dataset: as given to the run, a name on
-    the Hub or a path (paths are never shown); prediction_type: when the run was given one, so that a LoRA's snippet
+    name: owner/name on the Hub, or only a name; base_model, dataset: as given to the run, a name on the Hub or a path
+    (paths are never shown); prediction_type: when the run was given one, so that a LoRA's snippet
     sets it. Image number n of prompt p is `image_{p * images_per_prompt + n}.png`.
     """
 
     name: str
-    kind: str
+    family: Family
     base_model: str
     lora: bool
     lpl: dict = field(default_factory=dict)
@@ -304,7 +301,7 @@ def write_card(folder, card):
     licence = base_licence(card.base_model, card.revision)
     if not licence:
         print(f"note: found no licence in the base model's card; you may want to add one to {folder / 'README.md'}")
-    tags = [MODEL_TAGS[card.kind], "text-to-image", "diffusers", "diffusers-training"]
+    tags = [card.family.tag, "text-to-image", "diffusers", "diffusers-training"]
     data = ModelCardData(
         base_model=base,
         datasets=[dataset] if dataset else None,
@@ -359,7 +356,7 @@ def gallery(folder, card):
 def description(card, base, dataset):
     """What it is, in a sentence or two."""
     what = "A LoRA for" if card.lora else "A fine-tuned version of"
-    model = f"[{base}](https://huggingface.co/{base})" if base else f"a local {MODEL_NAMES[card.kind]} model"
+    model = f"[{base}](https://huggingface.co/{base})" if base else f"a local {card.family.long_name} model"
     images = f"{card.num_images} images" if card.num_images else "images"
     data = (
         f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else f"a private collection of {images}"
@@ -375,7 +372,7 @@ def description(card, base, dataset):
 
 def snippet(card, base):
     """Python that loads the result and draws the first prompt."""
-    pipeline = PIPELINES[card.kind]
+    pipeline = card.family.pipeline_class
     loaded = (base or "path/to/the/base/model") if card.lora else card.name
     lines = [
         "import torch",

@@ -359,9 +359,9 @@ def run_identity(args):
     names = ["use_lora", "seed", "use_ema", "optimizer", "use_8bit_adam", "timestep_sampling"]
     if args.use_lora:
         names += ["rank", "lora_alpha", "lora_layers", "use_dora", "train_text_encoder"]
-    identity = {"recipe": "SD3" if hasattr(args, "weighting_scheme") else "SDXL"}
+    identity = {"recipe": args.base_model.family.title}
     if args.use_lora:  # it is worth nothing on other weights than those it is trained on
-        identity["base_weights"] = getattr(args, "base_weights", None)
+        identity["base_weights"] = args.base_model.weights
     return identity | {name: getattr(args, name) for name in names}
 
 

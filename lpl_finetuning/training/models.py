@@ -6,8 +6,8 @@
 
 import contextlib
 
+import diffusers
 import torch
-from diffusers import AutoencoderKL
 from peft import LoraConfig
 from peft.tuners.lora import LoraLayer
 from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from lpl_finetuning.base_model import loading, place_of, read_json, require_layers
+from lpl_finetuning.base_model import read_json, require_layers
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.training.sharding import load_state
 from lpl_utils import DecoderStages
@@ -183,59 +183,81 @@ def quantization(args, dtype):
 # Models of the base pipeline
 
 
-def load_part(args, cls, subfolder, **more):
-    """One component of the base pipeline."""
-    return cls.from_pretrained(args.pretrained_model_name_or_path, subfolder=subfolder, revision=args.revision, **more)
+def load_part(base, cls, part, **more):
+    """A part of the base pipeline without weights: a tokenizer, a scheduler or a configuration."""
+    return cls.from_pretrained(base.name, subfolder=part, revision=base.revision, **more)
 
 
-def load_part_config(args, cls, subfolder):
-    """The config.json of one component."""
-    return cls.load_config(args.pretrained_model_name_or_path, subfolder=subfolder, revision=args.revision)
+def load_part_config(base, cls, part):
+    """The configuration of a part, from where its weights come from, as a dictionary."""
+    place = base.place(part)
+    return cls.load_config(place.name, subfolder=place.subfolder, revision=place.revision)
 
 
-def load_vae(args, dtype, device):
-    """The frozen autoencoder in `dtype`, channels-last; on the meta device without memory or weights."""
-    if device == "meta":
-        with torch.device("meta"):
-            return AutoencoderKL.from_config(vae_config(args)).requires_grad_(False).to(dtype)
-    if args.pretrained_vae_model_name_or_path:
-        vae = AutoencoderKL.from_pretrained(args.pretrained_vae_model_name_or_path, dtype=dtype, **loading(args))
-    else:
-        vae = load_part(args, AutoencoderKL, "vae", variant=args.variant, dtype=dtype, **loading(args))
-    return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
-
-
-def vae_config(args):
-    """The autoencoder's config.json as a dictionary, without loading weights."""
-    if args.pretrained_vae_model_name_or_path:
-        return AutoencoderKL.load_config(args.pretrained_vae_model_name_or_path)
-    return load_part_config(args, AutoencoderKL, "vae")
-
-
-def load_denoiser(args, part, cls, dtype, device):
-    """The UNet or transformer; on the meta device without memory or weights.
-
-    Args:
-        part: name of the component, "unet" or "transformer"; cls: its class in diffusers.
-        dtype: of the computation. A model that is trained whole has float32 weights.
-    """
-    _, name, subfolder, revision, variant = place_of(args, part, {part: f"pretrained_{part}_model_name_or_path"})
-    weights = dtype if args.use_lora else torch.float32
-    if device == "meta":
-        with torch.device("meta"):
-            return cls.from_config(cls.load_config(name, subfolder=subfolder, revision=revision)).to(weights)
+def load_model(base, cls, part, **more):
+    """A part of the base model with its weights: safetensors only, unless --allow_pickle."""
+    place = base.place(part)
     return cls.from_pretrained(
-        name, subfolder=subfolder, revision=revision, variant=variant, dtype=weights, **quantization(args, dtype),
-        **loading(args),
+        place.name, subfolder=place.subfolder, revision=place.revision, variant=place.variant,
+        use_safetensors=safetensors_only(base), **more,
     )  # fmt: skip
 
 
-def load_text_encoder(args, cls, name, dtype, device):
+def safetensors_only(base):
+    """The use_safetensors of `from_pretrained`."""
+    return None if base.allow_pickle else True
+
+
+def load_pipeline(base, pipeline_class, **parts):
+    """The whole base pipeline in float32, with these parts in the place of its own."""
+    if base.vae:
+        part = base.family.autoencoder
+        parts[part.name] = load_model(base, getattr(diffusers, part.class_name), part.name, dtype=torch.float32)
+    return pipeline_class.from_pretrained(
+        base.name, revision=base.revision, variant=base.variant, dtype=torch.float32,
+        use_safetensors=safetensors_only(base), **dict.fromkeys(base.absent_parts()), **parts,
+    )  # fmt: skip
+
+
+def load_vae(base, dtype, device):
+    """The frozen autoencoder in `dtype`, channels-last; on the meta device without memory or weights."""
+    part = base.family.autoencoder
+    cls = getattr(diffusers, part.class_name)
+    if device == "meta":
+        with torch.device("meta"):
+            return cls.from_config(vae_config(base)).requires_grad_(False).to(dtype)
+    vae = load_model(base, cls, part.name, dtype=dtype)
+    return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
+
+
+def vae_config(base):
+    """The content of the autoencoder's config.json."""
+    part = base.family.autoencoder
+    return load_part_config(base, getattr(diffusers, part.class_name), part.name)
+
+
+def load_denoiser(args, cls, dtype, device):
+    """The denoiser, such as a UNet or transformer; on the meta device without memory or weights.
+
+    Args:
+        cls: its class in diffusers.
+        dtype: of the computation. A model that is trained whole has float32 weights.
+    """
+    base, part = args.base_model, args.base_model.family.denoiser.name
+    weights = dtype if args.use_lora else torch.float32
+    if device == "meta":
+        config = load_part_config(base, cls, part)
+        with torch.device("meta"):
+            return cls.from_config(config).to(weights)
+    return load_model(base, cls, part, dtype=weights, **quantization(args, dtype))
+
+
+def load_text_encoder(base, cls, part, dtype, device):
     """A text encoder of the base pipeline, frozen, in eval mode; on the meta device without memory or weights."""
     if device == "meta":
         with torch.device("meta"):
-            return cls(load_part(args, cls.config_class, name)).to(dtype)
-    encoder = load_part(args, cls, name, variant=args.variant, dtype=dtype, **loading(args))
+            return cls(load_part(base, cls.config_class, part)).to(dtype)
+    encoder = load_model(base, cls, part, dtype=dtype)
     return encoder.requires_grad_(False).eval().to(device)
 
 

@@ -23,7 +23,9 @@ from safetensors.torch import load_file
 import train_sd3_lpl_flow
 import train_sdxl_lpl
 from lpl_finetuning import flag_checks
+from lpl_finetuning.base_model import BaseModel
 from lpl_finetuning.errors import UserError
+from lpl_finetuning.families import SDXL
 from lpl_finetuning.training import plan, sharding
 from lpl_finetuning.training.checkpoint_folders import run_identity
 from lpl_finetuning.training.checkpoints import TrainingState, save_checkpoint
@@ -284,7 +286,9 @@ def checkpoint(folder, step, content=b"weights"):
     model = torch.nn.Linear(1, 1)
     optimizer = torch.optim.AdamW(model.parameters())
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1)
-    state = TrainingState(optimizer, schedule, identity=run_identity(SimpleNamespace(**RUN)))
+    state = TrainingState(
+        optimizer, schedule, identity=run_identity(SimpleNamespace(**RUN, base_model=BaseModel(SDXL, "a/model")))
+    )
     return save_checkpoint(folder, step, state, lambda place: (place / "weights").write_bytes(content))
 
 

@@ -21,7 +21,9 @@ import torch
 from diffusers.training_utils import EMAModel
 from safetensors.torch import load_file, save_file
 
+from lpl_finetuning.base_model import BaseModel
 from lpl_finetuning.errors import UserError
+from lpl_finetuning.families import SDXL
 from lpl_finetuning.training import checkpoints
 from lpl_finetuning.training.checkpoint_folders import (
     MANIFEST,
@@ -48,7 +50,7 @@ from lpl_utils import AutoWeight
 WEIGHTS = "unet/diffusion_pytorch_model.safetensors"
 FILES = [WEIGHTS, "unet/config.json", "training_state.safetensors", "training_state.json", MANIFEST]
 FLAGS = {"use_lora": False, "seed": 3, "use_ema": False, "optimizer": "adamw", "use_8bit_adam": False,
-         "timestep_sampling": "uniform"}  # fmt: skip
+         "timestep_sampling": "uniform", "base_model": BaseModel(SDXL, "a/model")}  # fmt: skip
 
 
 def build(kind="adamw", width=8, ema=True, scaler=True, auto_weight=True):

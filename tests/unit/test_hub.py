@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors.numpy import save_file
 
 from lpl_finetuning.errors import UserError
+from lpl_finetuning.families import SD3, SDXL
 from lpl_finetuning.results import hub as hub_module
 from lpl_finetuning.results.hub import Card, publishable_files, write_card
 from tests.children import start
@@ -33,7 +34,7 @@ UPLOAD = ["create", "yaml", "preupload", "batch", "put", "verify", "commit"]  # 
 # One process that imports the client once and calls what it is told to, a JSON line each way.
 CHILD = """
 import contextlib, io, json, os, sys
-import hub_utils
+from lpl_finetuning.results import hub
 for line in sys.stdin:
     function, arguments, token = json.loads(line)
     os.environ.pop("HF_TOKEN", None)
@@ -41,10 +42,10 @@ for line in sys.stdin:
     said, status, value = io.StringIO(), 0, None
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            value = getattr(hub_utils, function)(*arguments)
+            value = getattr(hub, function)(*arguments)
         except SystemExit as stop:
             status = stop.code
-        except (hub_utils.UserError, hub_utils.PublishError) as error:
+        except (hub.UserError, hub.PublishError) as error:
             status, value = type(error).__name__, str(error)
     print(json.dumps([status, value, said.getvalue()]), flush=True)
 """
@@ -575,7 +576,7 @@ def test_the_token_is_shown_nowhere(hub, child, tmp_path):
 
 CARD = Card(
     name="alice/apples",
-    kind="sdxl",
+    family=SDXL,
     base_model="someone/base-xl",
     lora=True,
     lpl={"weight": "auto", "share": 0.2, "norm": "standard", "pow law": True, "threshold": None},
@@ -621,7 +622,7 @@ def test_the_card_of_a_lora(tmp_path):
 
 def test_cards_of_other_runs(tmp_path):
     """SD3, whole pipelines, no LPL, no images: each leaves out what it does not have."""
-    full = replace(CARD, kind="sd3", lora=False, lpl={}, base_model="someone/base-3")
+    full = replace(CARD, family=SD3, lora=False, lpl={}, base_model="someone/base-3")
     write_card(card_folder(tmp_path / "full", images=0), full)
     card = ModelCard.load(tmp_path / "full" / "README.md")
     assert card.data.tags == ["sd3", "text-to-image", "diffusers", "diffusers-training"]

@@ -17,7 +17,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("data.samples", "data.folders"),
     ("data.packed",),
     ("data.scan",),
-    ("data.report", "data.encoding", "data.contact_sheet"),
+    ("data.report", "data.encoding", "data.contact_sheet", "families"),
     ("flags",),
     ("flag_checks",),
     ("training.checkpoint_folders", "training.sharding", "training.guard"),
@@ -29,8 +29,8 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("publish", *SCRIPTS),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-TORCH_FREE = ("errors", "files", "base_model", "flags", "flag_checks", "training.checkpoint_folders", "data.images",
-              "data.tables", "data.store", "data.samples", "data.folders", "data.packed", "data.scan",
+TORCH_FREE = ("errors", "files", "base_model", "families", "flags", "flag_checks", "training.checkpoint_folders",
+              "data.images", "data.tables", "data.store", "data.samples", "data.folders", "data.packed", "data.scan",
               "data.report")  # fmt: skip
 
 

@@ -1,0 +1,110 @@
+"""The families of models that the training scripts train: their `Family`, and what must fit together in each."""
+
+from lpl_finetuning.base_model import Family, Part, check_channels
+from lpl_finetuning.data.samples import target_sizes
+from lpl_finetuning.errors import require
+
+VAE = Part("vae", "autoencoder", "AutoencoderKL", "pretrained_vae_model_name_or_path")
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SDXL
+
+
+def check_sdxl(args, base, configs):
+    """Latents, text and micro-conditioning must have the sizes that the UNet takes. configs: {part: config.json}."""
+    unet, first, second = (configs[name] for name in ("unet", "text_encoder", "text_encoder_2"))
+    check_channels(base, unet.get("in_channels", 4), configs["vae"])
+    which, kind = base.describe("unet"), unet.get("addition_embed_type")
+    require(
+        kind == "text_time", f"{which} is not SDXL's: addition_embed_type is {kind}, not text_time; give an SDXL UNet"
+    )
+    widths = [config.get("hidden_size") for config in (first, second)]
+    width = unet.get("cross_attention_dim")
+    require(None in widths or not isinstance(width, int) or width == sum(widths),
+            f"{which} takes text of width {width}, the text encoders give {' + '.join(map(str, widths))}; give a UNet "
+            "and a base model that belong together")  # fmt: skip
+    pooled, size = second.get("projection_dim"), unet.get("projection_class_embeddings_input_dim")
+    each = unet.get("addition_time_embed_dim") or 256
+    require(not pooled or not size or size == pooled + 6 * each,
+            f"{which} takes a pooled prompt and {(size or 0) - (pooled or 0)} numbers of micro-conditioning, SDXL has "
+            f"{6 * each}; the refiner can't be trained here, give a base model's UNet")  # fmt: skip
+
+
+SDXL = Family(
+    name="sdxl",
+    title="SDXL",
+    long_name="Stable Diffusion XL",
+    tag="stable-diffusion-xl",
+    pipeline="StableDiffusionXL",
+    denoiser=Part("unet", "unet", "UNet2DConditionModel", "pretrained_unet_model_name_or_path", in_pipelines=True),
+    autoencoder=VAE,
+    text_encoders=("text_encoder", "text_encoder_2"),
+    tokenizers=("tokenizer", "tokenizer_2"),
+    lora_layers=("to_k", "to_q", "to_v", "to_out.0"),
+    check=check_sdxl,
+    foreign_schedulers=("EDM", "FlowMatch"),
+    half_vae="madebyollin/sdxl-vae-fp16-fix",
+    special_channels={9: "inpainting", 8: "InstructPix2Pix"},
+    missing_part={"text_encoder": "the refiner can't be trained here, give the base model"},
+    other_scripts={"StableDiffusion3": "train_sd3_lpl_flow.py"},
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
+# SD3
+
+
+def check_sd3(args, base, configs):
+    """Latents, text and images must have the sizes that the transformer takes. configs: {part: config.json}."""
+    config = configs["transformer"]
+    check_channels(base, config.get("in_channels", 16), configs["vae"])
+    which, belong = base.describe("transformer"), "give a transformer and a base model that belong together"
+    clip = [configs[name] for name in ("text_encoder", "text_encoder_2")]
+    pooled, size = [config.get("projection_dim") for config in clip], config.get("pooled_projection_dim")
+    require(None in pooled or not size or size == sum(pooled),
+            f"{which} takes a pooled prompt of {size} numbers, the text encoders give "
+            f"{' + '.join(map(str, pooled))}; {belong}")  # fmt: skip
+    width, widths = config.get("joint_attention_dim"), [config.get("hidden_size") for config in clip]
+    t5 = configs.get("text_encoder_3", {}).get("d_model")
+    require(not width or ((None in widths or sum(widths) <= width) and t5 in (None, width)),
+            f"{which} takes text of width {width}, the text encoders give {' + '.join(map(str, widths))}"
+            f"{f' and {t5}' if t5 else ''}; {belong}")  # fmt: skip
+    blocks = config.get("num_layers", 18)
+    wrong = [block for block in (args.lora_blocks or "").split(",") if block.strip() and int(block) >= blocks]
+    require(not wrong, f"--lora_blocks {args.lora_blocks}: the transformer has blocks 0 to {blocks - 1}: name some of "
+            "them")  # fmt: skip
+    check_tokens(args, config)
+
+
+def check_tokens(args, config):
+    """Refuse images that do not fall into tokens, or into more tokens than the transformer has positions for."""
+    patch, positions = SD3.pixels_per_latent * config.get("patch_size", 2), config.get("pos_embed_max_size", 192)
+    flag = "--aspect_ratio_buckets" if args.aspect_ratio_buckets else "--resolution"
+    for size in target_sizes(args):
+        found = " x ".join(map(str, size)) if args.aspect_ratio_buckets else size[0]
+        require(not any(side % patch for side in size),
+                f"{flag} is {found}; it must be a multiple of {patch}, the pixels of a token")  # fmt: skip
+        require(max(size) <= patch * positions,
+                f"{flag} is {found}; this transformer knows positions up to {patch * positions} px: "
+                "give less")  # fmt: skip
+
+
+SD3 = Family(
+    name="sd3",
+    title="SD3",
+    long_name="Stable Diffusion 3",
+    tag="sd3",
+    pipeline="StableDiffusion3",
+    denoiser=Part("transformer", "transformer", "SD3Transformer2DModel", "pretrained_transformer_model_name_or_path",
+                  in_pipelines=True),
+    autoencoder=VAE,
+    text_encoders=("text_encoder", "text_encoder_2"),
+    optional_text_encoders=("text_encoder_3",),
+    tokenizers=("tokenizer", "tokenizer_2"),
+    optional_tokenizers=("tokenizer_3",),
+    lora_layers=("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_k",
+                 "attn.to_out.0", "attn.to_q", "attn.to_v"),
+    check=check_sd3,
+    schedulers=("FlowMatch",),
+    special_channels={33: "inpainting"},
+    other_scripts={"StableDiffusionXL": "train_sdxl_lpl.py"},
+)  # fmt: skip
