@@ -15,7 +15,15 @@ from lpl_finetuning.data.samples import (
 )
 from lpl_finetuning.training.guard import Guard
 from lpl_finetuning.training.models import load_vae, vae_config
-from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
+from lpl_utils import (
+    AutoWeight,
+    DecoderStages,
+    IdentityStages,
+    LatentPerceptualLoss,
+    LPLConfig,
+    LPLGate,
+    noise_to_signal,
+)
 
 
 def to_device(tensor, device, dtype=None):
@@ -31,17 +39,24 @@ def to_device(tensor, device, dtype=None):
 
 
 def lpl_config(args):
-    """The loss' configuration; by default as many samples are decoded at a time as have the size of one of 1024 px."""
+    """Returns the loss' configuration; the default batch size has at most the pixels of one image of 1024 px."""
     by_default = "stage" if args.gradient_checkpointing else "none"
     return LPLConfig(
-        num_blocks=args.lpl_num_blocks,
         norm_type=args.lpl_norm_type,
+        norm_gradient=args.lpl_norm_gradient,
         loss_type=args.lpl_loss_type,
         pow_law=args.lpl_pow_law,
         remove_outliers=args.lpl_remove_outliers,
         checkpointing=args.lpl_checkpointing or by_default,
         batch_size=args.lpl_batch_size or max(1, round(1024**2 / math.prod(largest_size(args)))),
     )
+
+
+def lpl_stages(args, vae):
+    """Returns the `FeatureStages` whose features the loss compares; named as in `stage_names`."""
+    if args.lpl_features == "latent":
+        return IdentityStages(DecoderStages(vae).upscaling)
+    return DecoderStages(vae, args.lpl_num_blocks, rgb=args.lpl_features == "rgb")
 
 
 def gate_from_flags(args, **by_default):
@@ -123,7 +138,7 @@ def build_recipe(args, accelerator, schedule, dtype, empty_prompt, empty_is_zero
     if not data.cached:
         recipe.encoder = load_vae(args, torch.float32, accelerator.device)
     if args.use_lpl or measure_lpl:
-        recipe.lpl, recipe.gate = LatentPerceptualLoss(vae, lpl_config(args)), gate
+        recipe.lpl, recipe.gate = LatentPerceptualLoss(lpl_stages(args, vae), lpl_config(args)), gate
     if args.use_lpl and args.lpl_weight == "auto":
         recipe.auto_weight = AutoWeight(args.lpl_share).to(accelerator.device)
     recipe.guard = Guard(accelerator, args.max_nonfinite_steps, lambda index: data.images[index].name)

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,10 +18,10 @@ from lpl_finetuning.files import cache_folder, digest, gigabytes, write_whole
 from lpl_finetuning.flags import print_configuration
 from lpl_finetuning.training.checkpoint_folders import changes_since
 from lpl_finetuning.training.models import lora_config
-from lpl_finetuning.training.objective import lpl_config
+from lpl_finetuning.training.objective import lpl_config, lpl_stages
 from lpl_finetuning.training.sharding import BUCKET, is_sharded, zero_stage
 from lpl_finetuning.training.validation import HELD_OUT_LEVELS
-from lpl_utils import DecoderStages, LatentPerceptualLoss
+from lpl_utils import LatentPerceptualLoss, stage_features
 
 
 @dataclass(frozen=True)
@@ -49,28 +49,39 @@ def latent_size(args, vae):
     return tuple(side // factor for side in largest_size(args))
 
 
+class FirstStages:
+    """The first `count` of a network's stages; otherwise like the network's `FeatureStages`."""
+
+    def __init__(self, stages, count):
+        self.stages, self.names = stages, stages.names[:count]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getattr__(self, name):
+        return getattr(self.stages, name)
+
+
 def lpl_bytes(args, vae):
-    """Bytes that the loss keeps for its backward pass: of all stages, or of the largest when they are recomputed."""
-    config, size = lpl_config(args), latent_size(args, vae)
+    """Returns the bytes that the loss keeps for its backward pass: of all stages, or of the largest if recomputed."""
+    config, size, stages = lpl_config(args), latent_size(args, vae), lpl_stages(args, vae)
     totals = [0]
-    for blocks in range(1 + config.num_blocks):
+    for count in range(1, 1 + len(stages)):
         with torch.device("meta"), SavedBytes() as kept:
             batch = min(args.train_batch_size, config.batch_size)
             pair = torch.randn(2, batch, vae.config.latent_channels, *size)
-            LatentPerceptualLoss(vae, replace(config, num_blocks=blocks))(pair[0].requires_grad_(), pair[1])
+            LatentPerceptualLoss(FirstStages(stages, count), config)(pair[0].requires_grad_(), pair[1])
         totals.append(kept.total)
-    stages = [after - before for before, after in pairwise(totals)]
-    return max(stages) if config.checkpointing == "stage" else sum(stages)
+    parts = [after - before for before, after in pairwise(totals)]
+    return max(parts) if config.checkpointing == "stage" else sum(parts)
 
 
 def stage_shapes(args, vae):
-    """[(C, H, W)] of the features that the loss compares; `vae` on the meta device."""
-    stages, shapes = DecoderStages(vae), []
-    x = torch.empty(1, vae.config.latent_channels, *latent_size(args, vae), device="meta")
-    for index in range(1 + args.lpl_num_blocks):
-        x = stages.run(index, x)
-        shapes.append(tuple(x.shape[1:]))
-    return shapes
+    """Returns {stage's name: (C, H, W)} of the features that the loss compares; `vae` is on the meta device."""
+    stages = lpl_stages(args, vae)
+    latents = torch.empty(1, vae.config.latent_channels, *latent_size(args, vae), device="meta")
+    features = stage_features(stages, latents)
+    return {name: tuple(x.shape[1:]) for name, x in zip(stages.names, features, strict=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -245,15 +256,17 @@ def print_models(args, models, how, say):
 
 
 def print_lpl_plan(args, gate, share, hint, vae, say):
-    """The lines about the loss: share of gated samples, decoder stages, weight; hint: a threshold for more samples."""
+    """Prints the lines about the loss: share of gated samples, weight, stages; hint: threshold for more samples."""
     config = lpl_config(args)
     rule = f"t < {gate.limit:g}" if gate.t_threshold is not None else f"sigma / alpha <= {gate.limit:g}"
     say(f"LPL: where {rule}, {100 * share:.1f} % of samples; weight {args.lpl_weight}"
         + (f" (a share of {args.lpl_share:g} of the loss)" if args.lpl_weight == "auto" else "")
-        + f"; {config.norm_type} normalization, {config.loss_type}, at most {config.batch_size} samples at a time, "
-        f"checkpointing {config.checkpointing}, {str(vae.dtype)[6:]}")  # fmt: skip
-    shapes = stage_shapes(args, vae)
-    say("     decoder stages: " + ", ".join("x".join(map(str, shape)) for shape in shapes))
+        + f"; {config.norm_type} normalization"
+        + (f" ({config.norm_gradient} gradient)" if config.norm_gradient != "none" else "")
+        + f", {config.loss_type}, at most {config.batch_size} samples at a time, checkpointing "
+        f"{config.checkpointing}, {str(lpl_stages(args, vae).dtype)[6:]}")  # fmt: skip
+    shapes = stage_shapes(args, vae).items()
+    say("     features: " + ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes))
     if share < 0.02:
         say(f"warning: LPL applies to under 2 % of the samples and will hardly matter; {hint} would give 20 %")
 

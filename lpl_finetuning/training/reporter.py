@@ -11,6 +11,7 @@ import torch
 
 from lpl_finetuning.files import dispensable
 from lpl_finetuning.flags import SECRETS
+from lpl_utils import decoder_stage_names
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -67,9 +68,16 @@ METRICS = ["train_loss", "diffusion_loss", "grad_norm", "lpl/loss", "lpl/weighte
            "lpl/num_samples", "lpl/application_ratio"]  # fmt: skip
 
 
-def metric_names(args):
-    """The log keys of a run, in the order of the packed read."""
-    layers = range(1 + args.lpl_num_blocks if args.use_lpl else 0)
+def stage_names(args):
+    """Returns the names of the stages whose features the loss compares."""
+    if args.lpl_features == "latent":
+        return ("latent",)
+    return decoder_stage_names(args.lpl_num_blocks, rgb=args.lpl_features == "rgb")
+
+
+def metric_names(args, stages=None):
+    """Returns the log keys of a run, in the order of the packed read; stages: the names of the loss' stages."""
+    layers = range(len(stages or stage_names(args)) if args.use_lpl else 0)
     return METRICS + [f"lpl/features/layer_{layer}/{what}" for layer in layers for what in ("loss", "outlier_ratio")]
 
 
@@ -115,9 +123,12 @@ class History:
 class Reporter:
     """Everything a run says while it goes: progress bar, metrics file, trackers, `run.png`."""
 
-    def __init__(self, args, accelerator, model, names, first_step):
-        """model: what is trained, "SDXL" or "SD3"; names: of the metrics; first_step: where the run goes on."""
-        self.args, self.accelerator, self.names = args, accelerator, names
+    def __init__(self, args, accelerator, model, names, first_step, stages=None):
+        """model: what is trained, "SDXL" or "SD3"; names: of the metrics; first_step: where the run goes on.
+
+        stages: names of the loss' stages, for the plot.
+        """
+        self.args, self.accelerator, self.names, self.stages = args, accelerator, names, stages or stage_names(args)
         kind, loss = "LoRA" if args.use_lora else "full", "with" if args.use_lpl else "without"
         self.title = f"{model} {kind} fine-tuning, {loss} LPL"
         self.metrics = Metrics(accelerator.device)
@@ -193,7 +204,7 @@ class Reporter:
         """`run.png`: the run at a glance, as far as it has come."""
         if self.main and self.history.series("train_loss")[0]:
             with dispensable("run.png"):
-                plot_run(self.history, self.output_dir / "run.png", self.title)
+                plot_run(self.history, self.output_dir / "run.png", self.title, self.stages)
 
     def stopped(self, step):
         """The end of a run that was asked to stop, after it was saved."""
@@ -217,8 +228,8 @@ class Reporter:
             print(f"Pictures before and after: {grids[0]} and {grids[-1]}")
 
 
-def plot_run(history, path, title):
-    """Draw a run: losses, the loss per decoder layer, learning rate, throughput; and the held-out losses if any."""
+def plot_run(history, path, title, stages):
+    """Draws a run: losses, LPL per stage (`stages`: names), learning rate, throughput; held-out losses if any."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -235,15 +246,14 @@ def plot_run(history, path, title):
     ]:
         draw_curve(losses, *history.series(key), label)
     losses.set_title("losses in training")
-    layer = 0
-    while (series := history.series(f"lpl/features/layer_{layer}/loss"))[0]:
-        draw_curve(layers, *series, "middle block" if layer == 0 else f"up block {layer}", plt.cm.viridis(layer / 5))
-        layer += 1
-    if layer:
+    for layer, name in enumerate(stages):
+        series = history.series(f"lpl/features/layer_{layer}/loss")
+        draw_curve(layers, *series, name, plt.cm.viridis(layer / max(5, len(stages))))
+    if history.series("lpl/features/layer_0/loss")[0]:
         layers.set_yscale("log")
     else:
         layers.text(0.5, 0.5, "no LPL in these steps", ha="center", va="center", transform=layers.transAxes)
-    layers.set_title("LPL per decoder layer, unweighted")
+    layers.set_title("LPL per stage, unweighted")
     draw_curve(rate, *history.series("lr"), None, smooth=False)
     rate.set_title("learning rate")
     rate.set_ylim(bottom=0)
