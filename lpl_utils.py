@@ -282,7 +282,10 @@ def _own_checkpointing_off(decoder):
 
 
 def order_statistics(values, quantile):
-    """Returns the k-th smallest of each row of (..., N), exact, for k = max(1, floor(q N)) and max(1, floor((1 - q) N))."""
+    """Returns two order statistics of each row of (..., N), exact.
+
+    They are the k-th smallest value for k = max(1, floor(q N)) and for k = max(1, floor((1 - q) N)).
+    """
     n = values.shape[-1]
     low, high = max(1, int(quantile * n)), max(1, int((1 - quantile) * n))
     return kth_extreme(values, low, largest=False), kth_extreme(values, n - high + 1, largest=True)
