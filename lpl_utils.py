@@ -1,16 +1,17 @@
-"""The latent perceptual loss (LPL): distances between the features that a frozen VAE decoder makes of two latents.
+"""The latent perceptual loss (LPL): compares two latents by the features that a frozen network computes from them.
 
-Source: Berrada et al., "Boosting Latent Diffusion with Perceptual Objectives", ICLR 2025. This file imports torch only
-and can be copied into any trainer:
+Source: Berrada et al., "Boosting Latent Diffusion with Perceptual Objectives", ICLR 2025. The network is the VAE's
+decoder, as in the paper, or any other (`FeatureStages`). This file imports torch only; copy it into any trainer:
 
     lpl = LatentPerceptualLoss(vae, LPLConfig())                             # a frozen diffusers AutoencoderKL
     z0_pred = estimate_z0(model_pred, noisy_latents, alpha, sigma, "epsilon")
-    gated = (timesteps < 200).nonzero().flatten()                            # timesteps on the CPU: no waiting
+    gated = (timesteps < 200).nonzero().flatten()                            # timesteps on the CPU: nothing waits
     per_sample = lpl(z0_pred[gated], latents[gated]).per_sample
-    loss = diffusion_loss + weight * per_sample.sum() / len(latents)         # by the batch, not by the gated samples
+    loss = diffusion_loss + weight * per_sample.sum() / len(latents)         # divided by the whole batch size
 
 Spaces of latents: `z_model` as the denoiser sees them (scaled), `z_vae` as the decoder sees them.
-Shapes: B batch, C channels, H W height and width of a feature map, h w of a latent, L decoder stages used.
+Shapes: B batch, C channels, H W height and width of a feature map, h w of a latent, L stages, b samples of a chunk.
+Names: x features of the target z_0, xh features of the estimate.
 Forward process: z_t = alpha * z_0 + sigma * eps.
 """
 
@@ -18,8 +19,9 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -30,28 +32,31 @@ if TYPE_CHECKING:
     from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
 
 EPS = 1e-6  # added to every norm and standard deviation that something is divided by
-NORM_TYPES = ("standard", "shared", "default", "batch")
+NORM_TYPES = ("standard", "shared", "default", "batch", "target", "none")
+OVER_POSITIONS = ("standard", "target", "batch")  # norm types with a deviation over positions: 0 over a single one
+OVER_CHANNELS = ("shared", "default")  # norm types with a norm over channels
+NORM_GRADIENTS = ("none", "half", "full")
 LOSS_TYPES = ("mse", "l1")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 CHECKPOINTING = ("none", "stage")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The forward process: from a model output to an estimate of the clean latents
+# 1. The forward process: from a model output to an estimate of the clean latents
 
 
 def estimate_z0(model_output, noisy_latents, alpha, sigma, prediction_type):
-    """The clean latents that a model output implies, in float32 (float64 when the noisy latents are).
+    """Returns the clean latents that a model output implies, in float32 (float64 for float64 noisy latents).
+
+    Where alpha is 0 (the last step of a zero-terminal-SNR schedule), eps says nothing about z_0. The estimate from an
+    epsilon prediction is 0 there and has no gradient. Source: Table 1 of the paper.
 
     Args:
-        model_output: (B, C, h, w), whatever the denoiser returned.
-        noisy_latents: (B, C, h, w), z_t = alpha * z_0 + sigma * eps, *before* any rounding or perturbation.
+        model_output: (B, C, h, w), the output of the denoiser.
+        noisy_latents: (B, C, h, w), z_t = alpha * z_0 + sigma * eps, before any rounding or perturbation.
         alpha, sigma: (B,) signal and noise level; sqrt(abar), sqrt(1 - abar) under DDPM, 1 - sigma, sigma under flow.
-        prediction_type: "epsilon" (the output is eps), "v_prediction" (alpha eps - sigma z_0), "sample" (z_0) or
-            "flow" (eps - z_0, the velocity of rectified flow).
-
-    Where alpha is 0 (the last step of a zero-terminal-SNR schedule) epsilon says nothing about z_0; the estimate is
-    then 0, finite and without gradient. Source: Table 1 of the paper.
+        prediction_type: meaning of the output: "epsilon" (eps), "v_prediction" (alpha eps - sigma z_0), "sample"
+            (z_0) or "flow" (eps - z_0, the velocity of rectified flow).
     """
     dtype = torch.promote_types(noisy_latents.dtype, torch.float32)
     out, z_t = model_output.to(dtype), noisy_latents.to(dtype)
@@ -69,34 +74,717 @@ def estimate_z0(model_output, noisy_latents, alpha, sigma, prediction_type):
 
 
 def noise_to_signal(alpha, sigma):
-    """sigma / alpha, (B,); infinite where alpha is 0. SNR = 1 / noise_to_signal**2."""
+    """Returns sigma / alpha, (B,); infinite where alpha is 0. SNR = 1 / noise_to_signal**2."""
     return sigma / alpha
 
 
 def lpl_noise_scale(alpha, sigma):
-    """The weight that `lpl_scale` gives each sample: alpha^2 / (alpha^2 + sigma^2), (B,), in 0..1."""
+    """Returns the weight of each sample under `lpl_scale`: alpha^2 / (alpha^2 + sigma^2), (B,), in 0..1."""
     return alpha**2 / (alpha**2 + sigma**2)
 
 
 def _per_sample(values, like):
-    """(B,) values, shaped to multiply (B, C, h, w)."""
+    """Reshapes (B,) values so that they multiply (B, C, h, w)."""
     values = torch.as_tensor(values, device=like.device).to(like.dtype)
     return values.reshape(-1, *[1] * (like.ndim - 1))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which samples it applies to, and how much it weighs
+# 2. The features: a frozen network as a chain of stages
+
+
+@dataclass(frozen=True)
+class LatentSpace:
+    """A space of latents z, with z_model = (z - shift_factor) * scaling_factor; by default model space itself."""
+
+    scaling_factor: float = 1.0
+    shift_factor: float = 0.0
+
+    @classmethod
+    def of(cls, vae):
+        """Returns VAE space: the latents that the VAE's encoder returns and its decoder takes."""
+        return cls(vae.config.scaling_factor, getattr(vae.config, "shift_factor", None) or 0.0)
+
+    def from_model(self, z_model):
+        """Returns z = z_model / scaling_factor + shift_factor, in float32 or better."""
+        z_model = z_model.to(torch.promote_types(z_model.dtype, torch.float32))
+        return z_model / self.scaling_factor + self.shift_factor
+
+    def to_model(self, z):
+        """Returns z_model = (z - shift_factor) * scaling_factor, in float32 or better."""
+        return (z.to(torch.promote_types(z.dtype, torch.float32)) - self.shift_factor) * self.scaling_factor
+
+
+class FeatureStages(Protocol):
+    """A frozen network as a chain of stages. The loss compares the output of every stage.
+
+    Any object with these members will do; nothing has to be inherited. The network must be in eval mode and must not
+    use gradient checkpointing of its own. Its parameters get no gradient, whether or not they require one.
+
+    Attributes:
+        names: one name per stage, for plots, plans and messages.
+        upscaling: pixels of the image per pixel of the latent, in each direction: 8 for SDXL and SD3, 1 for a
+            pixel-space model. The size of each stage's features relative to the image follows from it.
+        input_space: space of stage 0's input; `LatentSpace()` for model space, `LatentSpace.of(vae)` for VAE space.
+        dtype: the dtype of stage 0's input, in which the network runs.
+    """
+
+    names: Sequence[str]
+    upscaling: float
+    input_space: LatentSpace
+    dtype: torch.dtype
+
+    def __len__(self) -> int:
+        """Returns the number of stages."""
+
+    def run(self, index: int, x: torch.Tensor) -> torch.Tensor:
+        """Returns the features of stage `index`, (B, C, H, W), or (B, C) without positions.
+
+        x: latents in the input space for stage 0, else the output of the previous stage. Not to be changed in place.
+        """
+
+
+def first_input(stages, z_model):
+    """Returns the input of stage 0, (B, C, h, w): latents in the stages' input space and dtype."""
+    return stages.input_space.from_model(z_model).to(stages.dtype)
+
+
+def stage_features(stages, z_model):
+    """Yields the features of each stage for latents in model space, (B, C, h, w)."""
+    x = first_input(stages, z_model)
+    for index in range(len(stages)):
+        x = stages.run(index, x)
+        yield x
+
+
+class IdentityStages:
+    """A single stage, the latent itself: with it the loss is a distance of latents, the control of an experiment."""
+
+    names = ("latent",)
+
+    def __init__(self, upscaling=8, dtype=torch.float32, input_space=LatentSpace()):
+        self.upscaling, self.dtype, self.input_space = upscaling, dtype, input_space
+
+    def __len__(self):
+        return 1
+
+    def run(self, index, x):
+        """Returns the latents."""
+        return x
+
+
+class DecoderStages:
+    """The stages of a diffusers decoder: the computation of `vae.decode`, cut where features are compared.
+
+    Stage 0 is `post_quant_conv` (if the VAE has one), `conv_in` and `mid_block`. Stage i is `up_blocks[i - 1]`. The
+    optional last stage computes the picture. The VAE is held by reference and stays as it is.
+
+    Args:
+        vae: an autoencoder with a decoder like AutoencoderKL's.
+        num_blocks: up blocks whose features are compared, 0 to 4 for SDXL and SD3; None for all.
+        rgb: whether the decoded picture is the last stage.
+
+    Raises:
+        TypeError: the decoder is built otherwise; names its class.
+        ValueError: the decoder has fewer up blocks than num_blocks.
+    """
+
+    def __init__(self, vae: AutoencoderKL | AsymmetricAutoencoderKL, num_blocks: int | None = None, rgb: bool = False):
+        decoder = getattr(vae, "decoder", None)
+        parts = ("conv_in", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out")
+        missing = [part for part in parts if not hasattr(decoder, part)]
+        video = not missing and any(isinstance(module, torch.nn.Conv3d) for module in decoder.modules())
+        if missing or video or hasattr(vae, "quantize"):
+            raise TypeError(
+                f"LPL needs a decoder built like AutoencoderKL's ({', '.join(parts)}); "
+                f"{type(vae).__name__} has a {type(decoder).__name__}"
+                + (f" without {', '.join(missing)}" if missing else "")
+                + ("; pass the autoencoder, not its decoder" if decoder is None and hasattr(vae, "up_blocks") else "")
+            )
+        there = len(decoder.up_blocks)
+        num_blocks = there if num_blocks is None else num_blocks
+        if not 0 <= num_blocks <= there:
+            raise ValueError(f"num_blocks is {num_blocks}; this decoder has {there} up blocks")
+        self.vae, self.decoder, self.num_blocks, self.rgb = vae, decoder, num_blocks, rgb
+
+    @property
+    def names(self):
+        """One name per stage."""
+        return decoder_stage_names(self.num_blocks, self.rgb)
+
+    def __len__(self):
+        return len(self.names)
+
+    @property
+    def dtype(self):
+        """The dtype that the decoder runs in."""
+        return self.decoder.conv_in.weight.dtype
+
+    @property
+    def upscaling(self):
+        """Pixels of the image per pixel of the latent, in each direction; 8 for SDXL and SD3."""
+        return 2 ** sum(bool(getattr(block, "upsamplers", None)) for block in self.decoder.up_blocks)
+
+    @property
+    def input_space(self):
+        """VAE space."""
+        return LatentSpace.of(self.vae)
+
+    def to_vae_space(self, z_model):
+        """Returns z_vae = z_model / scaling_factor + shift_factor, in the decoder's dtype."""
+        return first_input(self, z_model)
+
+    def to_model_space(self, z_vae):
+        """Returns z_model = (z_vae - shift_factor) * scaling_factor, in float32 or better."""
+        return self.input_space.to_model(z_vae)
+
+    def run(self, index, x):
+        """Returns the output of stage `index`, (B, C, H, W); x: `z_vae` for stage 0, else the previous output."""
+        with _own_checkpointing_off(self.decoder):
+            if index == 0:
+                if getattr(self.vae, "post_quant_conv", None) is not None:
+                    x = self.vae.post_quant_conv(x)
+                return self.decoder.mid_block(self.decoder.conv_in(x))
+            if index <= self.num_blocks:
+                return self.decoder.up_blocks[index - 1](x)
+            for block in self.decoder.up_blocks[self.num_blocks :]:
+                x = block(x)
+            return self.finish(x)
+
+    def finish(self, x):
+        """Returns the picture (B, 3, H, W) from the last up block's output: norm, activation, last convolution."""
+        return self.decoder.conv_out(self.decoder.conv_act(self.decoder.conv_norm_out(x)))
+
+
+def decoder_stage_names(num_blocks, rgb=False):
+    """Returns the names of a decoder's stages, as many as `DecoderStages` with these arguments has."""
+    return ("middle block", *(f"up block {number}" for number in range(1, num_blocks + 1)), *["rgb"] * rgb)
+
+
+@contextlib.contextmanager
+def _own_checkpointing_off(decoder):
+    """Context manager: diffusers' gradient checkpointing of this decoder is off inside.
+
+    It would compute blocks a second time in the backward pass, outside `InputGradientOnly`.
+    """
+    on = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
+    for module in on:
+        module.gradient_checkpointing = False
+    try:
+        yield
+    finally:
+        for module in on:
+            module.gradient_checkpointing = True
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. One layer: outlier mask, normalization, distance
+
+
+def order_statistics(values, quantile):
+    """Returns two order statistics of each row of (..., N), exact.
+
+    They are the k-th smallest value for k = max(1, floor(q N)) and for k = max(1, floor((1 - q) N)).
+    """
+    n = values.shape[-1]
+    low, high = max(1, int(quantile * n)), max(1, int((1 - quantile) * n))
+    return kth_extreme(values, low, largest=False), kth_extreme(values, n - high + 1, largest=True)
+
+
+def kth_extreme(values, k, largest, segments=8):
+    """Returns the k-th smallest (or largest) of each row of (..., N), as kthvalue but faster (docs/lab-notes.md).
+
+    The row is cut into segments of 8 values. The k segments with the smallest minima hold every value below the k-th
+    smallest minimum, and at least k values up to it. So their k-th smallest value is the row's.
+    """
+    n = values.shape[-1]
+    if n % segments == 0 and 2 * k * segments <= n:
+        cut = values.unflatten(-1, (segments, n // segments))  # a segment is a column
+        extremes = cut.amax(dim=-2) if largest else cut.amin(dim=-2)
+        chosen = extremes.topk(k, dim=-1, largest=largest, sorted=False).indices
+        chosen = chosen.unsqueeze(-2).expand(*chosen.shape[:-1], segments, k)
+        values = cut.gather(-1, chosen).flatten(-2)
+    found = values.topk(k, dim=-1, largest=largest, sorted=False).values
+    return found.amin(dim=-1) if largest else found.amax(dim=-1)
+
+
+def morphology_kernels(size_ratio, image_size, reference_resolution=None):
+    """Returns the kernel sizes (dilation, erosion) of the outlier mask, or None for a feature map without a mask.
+
+    Args:
+        size_ratio: feature size / image size; only maps of at least half the image's size have a mask.
+        image_size: (height, width) of the image in px.
+        reference_resolution: resolution in px for which the kernels are meant. With it they cover the same share of
+            an image of any size, as in the paper (section 4.1). None: the kernels are fixed.
+    """
+    if size_ratio < 0.5:
+        return None
+    kernels = (3, 5) if size_ratio >= 1 else (1, 3)
+    if reference_resolution is None:
+        return kernels
+    scale = (image_size[0] * image_size[1]) ** 0.5 / reference_resolution
+    return tuple(2 * int((kernel - 1) / 2 * scale + 0.5) + 1 for kernel in kernels)
+
+
+def dilate(mask, kernel):
+    """Returns the dilation of a bool map (B, C, H, W) by a square of `kernel` px (odd); False outside the map.
+
+    Shifts the bool map along one axis and then along the other, which is many times faster than max pooling.
+    """
+    for dim in (2, 3):
+        source, size = mask, mask.shape[dim]
+        mask = source.clone()
+        for shift in range(1, min(kernel // 2, size - 1) + 1):
+            mask.narrow(dim, shift, size - shift).logical_or_(source.narrow(dim, 0, size - shift))
+            mask.narrow(dim, 0, size - shift).logical_or_(source.narrow(dim, shift, size - shift))
+    return mask
+
+
+def inlier_mask(features, kernels, quantile=0.02):
+    """Returns a bool map (B, C, H, W): False on the few activations of huge magnitude that decoders have.
+
+    An inlier lies between the outer quantiles of its sample and channel, widened by two standard deviations. The map
+    of inliers is then dilated and eroded by squares of `kernels` = (dilation, erosion) px. Positions outside the map
+    count as outliers for the dilation and as inliers for the erosion.
+    """
+    rows = features.flatten(2)
+    low, high = order_statistics(rows, quantile)
+    centred = rows - rows.mean(dim=-1, keepdim=True)
+    margin = 2 * (centred.square().sum(dim=-1) / max(1, rows.shape[-1] - 1)).sqrt()
+    low, high = ((low - margin)[..., None, None], (high + margin)[..., None, None])
+    inlier = (features > low) & (features < high)
+    dilation, erosion = kernels
+    return ~dilate(~dilate(inlier, dilation), erosion)
+
+
+def safe_sqrt(values):
+    """Returns the square root, with the gradient 0 at 0 (autograd's is infinite, and NaN after a product with 0)."""
+    zero = values == 0
+    return torch.where(zero, 0, torch.where(zero, 1, values).sqrt())
+
+
+def channel_norm(features, mask):
+    """Returns the norm over the inlying channels at each position, (B, 1, H, W), plus EPS; its gradient at 0 is 0."""
+    squares = (features if mask is None else features * mask).square().sum(dim=1, keepdim=True)
+    return safe_sqrt(squares) + EPS
+
+
+def inlier_std(features, mask, dims):
+    """Returns the standard deviation over the inliers along `dims` (kept), plus EPS; its gradient at 0 is 0.
+
+    The sum of squared deviations is divided by the number of inliers, not by one less.
+    """
+    if mask is None:
+        return safe_sqrt(features.var(dim=dims, correction=0, keepdim=True)) + EPS
+    count = mask.sum(dim=dims, keepdim=True, dtype=features.dtype).clamp_min(1)
+    mean = (features * mask).sum(dim=dims, keepdim=True) / count
+    variance = ((features - mean) * mask).square().sum(dim=dims, keepdim=True) / count
+    return safe_sqrt(variance) + EPS
+
+
+def estimate_std(estimate, mask, norm_gradient):
+    """Returns the standard deviation s of the estimate's features per sample and channel, (B, C, 1, 1).
+
+    The value is always s. Its gradient is 0 under "none", half the gradient of s under "half", and the gradient of s
+    under "full". With sg = stop-gradient, a squared difference divided by the result's square is divided by sg(s)^2,
+    sg(s) * s or s^2.
+    """
+    if norm_gradient == "none":
+        return inlier_std(estimate.detach(), mask, (2, 3))
+    std = inlier_std(estimate, mask, (2, 3))
+    return std if norm_gradient == "full" else (std.detach() + std) / 2
+
+
+def normalized_difference(target, estimate, mask, norm_type, norm_gradient="none"):
+    """Returns the difference of the normalised features, (B, C, H, W).
+
+    Both sides are divided by the same statistic, except under "default". Subtracting a common mean first would change
+    nothing.
+
+    Args:
+        norm_type: the divisor.
+            "standard": the estimate's standard deviation per sample and channel (the paper's).
+            "target": the target's standard deviation per sample and channel.
+            "batch": the target's standard deviation per channel over batch and positions.
+            "shared": the target's norm over channels at each position (as in LPIPS, where each side has its own).
+            "default": each side's own norm over channels.
+            "none": 1.
+        norm_gradient: the gradient of "standard" through its divisor; see `estimate_std`.
+    """
+    if norm_type == "standard":
+        return (estimate - target) / estimate_std(estimate, mask, norm_gradient)
+    if norm_type == "target":
+        return (estimate - target) / inlier_std(target, mask, (2, 3))
+    if norm_type == "batch":
+        return (estimate - target) / inlier_std(target, mask, (0, 2, 3))
+    if norm_type == "shared":
+        return (estimate - target) / channel_norm(target, mask)
+    if norm_type == "default":
+        return estimate / channel_norm(estimate, mask) - target / channel_norm(target, mask)
+    return estimate - target
+
+
+def block_loss(target, estimate, mask, count, norm_type, loss_type, norm_gradient="none"):
+    """Returns the sum over a block's channels and positions of distance / `count` of the channel, (B,).
+
+    A block has whole channels for statistics over positions ("standard", "target", "batch") and whole positions for
+    norms over channels ("shared", "default"). Differentiable with respect to the estimate.
+
+    Args:
+        target, estimate: (B, c, h, w) features.
+        mask: bool (B, c, h, w), True on inliers; None: all are inliers.
+        count: (B, c) inliers per channel of the whole map.
+    """
+    difference = normalized_difference(target, estimate, mask, norm_type, norm_gradient)
+    if mask is not None:
+        difference = difference * mask
+    distance = difference.square() if loss_type == "mse" else difference.abs()
+    return (distance.sum(dim=(2, 3)) / count).sum(dim=1)
+
+
+def layer_loss(target, estimate, mask, norm_type, loss_type, norm_gradient="none"):
+    """Returns the loss of one layer, (B,): mean over channels of the mean distance over the channel's inliers.
+
+    Differentiable with respect to the estimate.
+
+    Args:
+        target, estimate: (B, C, H, W) features.
+        mask: bool (B, C, H, W), True on inliers; None: all are inliers.
+    """
+    count = inlier_count(target, mask, target.dtype)
+    return block_loss(target, estimate, mask, count, norm_type, loss_type, norm_gradient) / target.shape[1]
+
+
+def inlier_count(features, mask, dtype):
+    """Returns the number of inliers per sample and channel, at least 1, (B, C) of `dtype`; all if mask is None."""
+    if mask is None:
+        return features.new_full(features.shape[:2], max(1, features.shape[2] * features.shape[3]), dtype=dtype)
+    return mask.sum(dim=(2, 3), dtype=dtype).clamp_min(1)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. The loss
+
+
+@dataclass(frozen=True)
+class LPLConfig:
+    """Options of the loss. A bad value raises ValueError naming the field.
+
+    Attributes:
+        num_blocks: up blocks used of a VAE's decoder, 0 to 4 for SDXL and SD3. Only for a loss that is given a VAE;
+            other stages know their number.
+        norm_type: "standard" (the paper's), "target", "shared" (LPIPS-like, smaller by about the number of channels),
+            "default", "batch" or "none"; see `normalized_difference`. Under "batch" a sample's loss depends on the
+            other samples of the batch; under no other does it.
+        norm_gradient: gradient through the deviation that "standard" divides by: "none" (detached), "half" or "full".
+        loss_type: "mse" or "l1".
+        pow_law: whether a layer's weight is the inverse of its upscaling relative to the first layer: 1, 1/2, 1/4,
+            1/8, 1/8 for SDXL, and 1 for layers smaller than the first. False: 1 for all.
+        remove_outliers: whether activations of huge magnitude are left out; see `inlier_mask`.
+        outlier_quantile: share of activations at either end where the outlier limits start, above 0, below 0.5.
+        outlier_reference_resolution: resolution in px; the mask's kernels scale with sqrt(height * width) / this.
+            None: fixed kernels.
+        checkpointing: "none", or "stage": keep only each stage's input and compute the stage again for its gradient.
+        batch_size: maximum of samples that are in the network at a time; None: all. Ignored under "batch".
+    """
+
+    num_blocks: int = 4
+    norm_type: Literal["standard", "shared", "default", "batch", "target", "none"] = "standard"
+    norm_gradient: Literal["none", "half", "full"] = "none"
+    loss_type: Literal["mse", "l1"] = "mse"
+    pow_law: bool = True
+    remove_outliers: bool = True
+    outlier_quantile: float = 0.02
+    outlier_reference_resolution: float | None = None
+    checkpointing: Literal["none", "stage"] = "none"
+    batch_size: int | None = None
+
+    def __post_init__(self):
+        def check(field, good, wanted):
+            if not good:
+                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be {wanted}")
+
+        check("num_blocks", isinstance(self.num_blocks, int) and self.num_blocks >= 0, "a whole number, 0 or more")
+        check("norm_type", self.norm_type in NORM_TYPES, f"one of {', '.join(NORM_TYPES)}")
+        check("norm_gradient", self.norm_gradient in NORM_GRADIENTS, f"one of {', '.join(NORM_GRADIENTS)}")
+        suits = self.norm_gradient == "none" or self.norm_type == "standard"
+        check("norm_gradient", suits, f"'none' with norm_type {self.norm_type!r}: it is for 'standard' only")
+        check("loss_type", self.loss_type in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}")
+        check("outlier_quantile", 0 < self.outlier_quantile < 0.5, "above 0 and below 0.5")
+        reference = self.outlier_reference_resolution
+        check("outlier_reference_resolution", reference is None or reference > 0, "a resolution in px, or None")
+        check("checkpointing", self.checkpointing in CHECKPOINTING, f"one of {', '.join(CHECKPOINTING)}")
+        good = self.batch_size is None or (isinstance(self.batch_size, int) and self.batch_size >= 1)
+        check("batch_size", good, "1 or more, or None")
+
+
+@dataclass
+class LPLOutput:
+    """The result of the loss: tensors on the device, in float32 (float64 for a float64 network).
+
+    Attributes:
+        per_sample: (B,) mean over layers of weight * layer loss; carries the gradient to the estimate.
+        per_layer: (L, B) layer losses without their weights, detached.
+        inlier_fraction: (L,) share of activations that were compared, detached; 1 for a layer without a mask.
+    """
+
+    per_sample: torch.Tensor
+    per_layer: torch.Tensor
+    inlier_fraction: torch.Tensor
+
+
+class LatentPerceptualLoss(torch.nn.Module):
+    """LPL through a frozen network: `loss(z0_pred, z0) -> LPLOutput`.
+
+    Target and estimate go through the network in lockstep, stage by stage. A stage's part of the loss and its gradient
+    are computed at once, so no list of features is ever held. If a gradient is wanted, the call itself runs the
+    network's backward pass down to the estimate, in chunks of `config.batch_size` samples. Only that gradient, of a
+    latent's size, stays for the denoiser's backward pass.
+
+    The network is held by reference: nothing is registered, moved, copied or changed, no parameter of it gets a
+    gradient, and several losses can share it. It runs in its own dtype, with autocast off.
+
+    Args:
+        stages: the network, as `FeatureStages`; or a diffusers autoencoder, whose decoder is then used up to
+            `config.num_blocks` up blocks.
+
+    Raises:
+        TypeError: the network is neither.
+        ValueError: the decoder has fewer up blocks than num_blocks; num_blocks is given with stages; or a decoder that
+            overflows in float16 (`force_upcast` in its config) is in float16.
+    """
+
+    def __init__(
+        self, stages: FeatureStages | AutoencoderKL | AsymmetricAutoencoderKL, config: LPLConfig | None = None
+    ):
+        super().__init__()
+        self.config = config or LPLConfig()
+        if hasattr(stages, "run"):
+            _check_stages(stages, self.config)
+        else:
+            stages = DecoderStages(stages, self.config.num_blocks)
+        if isinstance(stages, DecoderStages):
+            _check_overflow(stages)
+        self._stages = (stages,)  # in a tuple, so that a network that is an nn.Module does not become a submodule
+
+    @property
+    def stages(self):
+        """The network's `FeatureStages`."""
+        return self._stages[0]
+
+    def forward(self, z0_pred, z0):
+        """Compares an estimate with its target, both (B, C, h, w) in model space.
+
+        Raises:
+            ValueError: the shapes differ; or a stage's features do not suit the norm type.
+        """
+        if z0_pred.shape != z0.shape:  # it would broadcast, e.g. after gating only one of them
+            raise ValueError(f"z0_pred is {tuple(z0_pred.shape)} and z0 {tuple(z0.shape)}; they must have one shape")
+        if len(z0) == 0:  # no sample is gated: no losses, but a graph
+            nothing = z0_pred.flatten(1).sum(dim=1).to(torch.promote_types(self.stages.dtype, torch.float32))
+            return LPLOutput(nothing, nothing.new_zeros(len(self.stages), 0), nothing.new_ones(len(self.stages)))
+        with _without_autocast(z0.device.type):
+            size = len(z0) if self.config.norm_type == "batch" else self.config.batch_size or len(z0)
+            needs_gradient = torch.is_grad_enabled() and z0_pred.requires_grad
+            pairs = zip(z0_pred.detach().split(size), z0.detach().split(size), strict=True)
+            chunks = [self._chunk(estimate, target, needs_gradient) for estimate, target in pairs]
+        per_sample, per_layer, inliers, gradients = (list(column) for column in zip(*chunks, strict=True))
+        per_sample = torch.cat(per_sample)
+        if needs_gradient:
+            per_sample = _WithGradient.apply(z0_pred, per_sample, torch.cat(gradients))
+        counts = [len(chunk) / len(z0) for chunk in z0.split(size)]
+        fraction = sum(share * count for share, count in zip(inliers, counts, strict=True))
+        return LPLOutput(per_sample, torch.cat(per_layer, dim=1), fraction)
+
+    def _chunk(self, estimate, target, needs_gradient):
+        """Returns losses (b,), layer losses (L, b), inlier shares (L,) and d losses / d estimate of some samples."""
+        image_size = [side * self.stages.upscaling for side in target.shape[2:]]
+        tape = []  # per stage: its input, its output with the graph between (or None), d loss / d output
+        losses, shares, weights = [], [], []
+        first_height = None
+        x, xh = target, estimate
+        for index in range(len(self.stages)):
+            with torch.no_grad():  # the target first: its temporaries come while the estimate keeps less
+                x = self._stage(index, x)
+            source = xh
+            output = self._run(index, source, keep_graph=needs_gradient and self.config.checkpointing == "none")
+            xh = output.detach()
+            height = self._as_map(index, x).shape[2]
+            first_height = first_height or height
+            weight = min(1.0, first_height / height) if self.config.pow_law else 1.0
+            weights.append(weight / len(self.stages))
+            loss, share, gradient = self._compare(index, x, xh, image_size, weights[-1], needs_gradient)
+            losses.append(loss)
+            shares.append(share)
+            if needs_gradient:
+                tape.append((source, output if self.config.checkpointing == "none" else None, gradient))
+        del x, xh, source, output, gradient  # the backward pass is where memory peaks
+        per_layer = torch.stack(losses)
+        per_sample = sum(weight * loss for weight, loss in zip(weights, per_layer, strict=True))
+        gradient = self._backward(tape) / self._gradient_scale(image_size) if needs_gradient else None
+        return per_sample, per_layer, torch.stack(shares), gradient
+
+    def _stage(self, index, x):
+        """Returns the output of stage `index`; x: `z_model` for stage 0, else the previous output."""
+        return self.stages.run(index, first_input(self.stages, x) if index == 0 else x)
+
+    def _run(self, index, source, keep_graph):
+        """Returns a stage's output on the estimate's side; with keep_graph, `source` is the leaf of its graph."""
+        if not keep_graph:
+            with torch.no_grad():
+                return self._stage(index, source)
+        with torch.enable_grad(), InputGradientOnly():
+            output = self._stage(index, source.requires_grad_())
+        if not output.requires_grad:
+            raise ValueError(
+                f"stage {self.stages.names[index]!r} cuts the gradient: run it without torch.no_grad or detach"
+            )
+        return output
+
+    def _gradient_scale(self, image_size):
+        """Returns a power of two that keeps a float16 network's gradients, which shrink with the area, off zero."""
+        return 2.0 ** round(math.log2(image_size[0] * image_size[1])) if self.stages.dtype == torch.float16 else 1.0
+
+    def _as_map(self, index, features):
+        """Returns features as (b, C, H, W); (b, C) become one position. Raises ValueError if they do not suit."""
+        name, shape = self.stages.names[index], tuple(features.shape)
+        if len(shape) not in (2, 4):
+            raise ValueError(f"stage {name!r} has features of shape {shape}; they must be (B, C, H, W) or (B, C)")
+        norm_type = self.config.norm_type
+        if math.prod(shape[2:]) == 1 and norm_type in OVER_POSITIONS:
+            raise ValueError(
+                f"stage {name!r} has features of shape {shape}: a single position. norm_type {norm_type!r} divides by "
+                "a deviation over positions, which is 0 there: use 'shared', 'default' or 'none'"
+            )
+        return features if len(shape) == 4 else features[:, :, None, None]
+
+    def _compare(self, index, x, xh, image_size, weight, needs_gradient):
+        """Returns a layer's loss (b,), share of inliers (a scalar) and weight * d loss / d xh, scaled, in xh's dtype.
+
+        Works through the map block by block, so that the comparison's temporaries in float32 stay small and in cache.
+        """
+        config, kernels, mask, shape = self.config, None, None, xh.shape
+        x, xh = self._as_map(index, x), self._as_map(index, xh)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        if config.remove_outliers:
+            ratio = x.shape[2] / image_size[0]
+            kernels = morphology_kernels(ratio, image_size, config.outlier_reference_resolution)
+        by_channels = config.norm_type not in OVER_CHANNELS  # else by rows of positions, which need the whole mask
+        if kernels is not None and not by_channels:
+            mask = self._mask(x, kernels, dtype)
+        count = None if by_channels else inlier_count(x, mask, dtype)
+        loss, inliers = x.new_zeros(len(x), dtype=dtype), x.new_zeros((), dtype=dtype)
+        gradient = torch.empty_like(xh) if needs_gradient else None
+        factor = loss.new_full(loss.shape, weight * self._gradient_scale(image_size) / x.shape[1])
+        for block in _blocks(x, 1 if by_channels else 2):
+            target = x[block].to(dtype, memory_format=torch.contiguous_format)
+            estimate = xh[block].to(dtype, copy=True, memory_format=torch.contiguous_format)
+            inlier = None if mask is None else mask[block]
+            if kernels is not None and by_channels:
+                inlier = inlier_mask(target, kernels, config.outlier_quantile)
+            inliers += target.numel() if inlier is None else inlier.sum(dtype=dtype)
+            with torch.set_grad_enabled(needs_gradient):
+                estimate.requires_grad_(needs_gradient)
+                counts = inlier_count(target, inlier, dtype) if by_channels else count
+                options = (config.norm_type, config.loss_type, config.norm_gradient)
+                part = block_loss(target, estimate, inlier, counts, *options)
+            loss += part.detach()
+            if needs_gradient:
+                gradient[block] = torch.autograd.grad(part, estimate, factor)[0]
+        return loss / x.shape[1], inliers / x.numel(), gradient.view(shape) if needs_gradient else None
+
+    def _mask(self, x, kernels, dtype):
+        """Returns the layer's inliers, bool (b, C, H, W)."""
+        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
+        for block in _blocks(x, 1):
+            features = x[block].to(dtype, memory_format=torch.contiguous_format)
+            mask[block] = inlier_mask(features, kernels, self.config.outlier_quantile)
+        return mask
+
+    def _backward(self, tape):
+        """Returns d losses / d estimate from the layers' gradients: the backward pass, the last stage first."""
+        gradient = 0
+        while tape:
+            source, output, layer_gradient = tape.pop()
+            if output is None:
+                output = self._run(len(tape), source, keep_graph=True)
+            gradient = layer_gradient.add_(gradient)
+            (gradient,) = torch.autograd.grad(output, source, gradient)
+        return gradient
+
+
+def _check_stages(stages, config):
+    """Raises TypeError or ValueError for stages that do not follow `FeatureStages`, or a num_blocks beside them."""
+    wanted = ("__len__", "names", "upscaling", "input_space", "dtype")
+    missing = [name for name in wanted if not hasattr(stages, name)]
+    if missing:
+        raise TypeError(f"{type(stages).__name__} lacks {', '.join(missing)}; FeatureStages says what stages need")
+    if not 0 < len(stages) == len(stages.names):
+        raise ValueError(f"{type(stages).__name__} has {len(stages)} stages and {len(stages.names)} names; each stage "
+                         "needs a name, and one stage is needed")  # fmt: skip
+    if config.num_blocks != LPLConfig.num_blocks:
+        raise ValueError(
+            f"num_blocks is {config.num_blocks}; it is for a loss that is given a VAE: leave it out of the config and "
+            "give DecoderStages(vae, num_blocks) or stages of the length that you want"
+        )
+
+
+def _check_overflow(stages):
+    """Raises ValueError for a float16 decoder that overflows."""
+    config = stages.vae.config
+    if stages.dtype == torch.float16 and getattr(config, "force_upcast", False):
+        raise ValueError(
+            "this autoencoder's decoder overflows in float16 (force_upcast in its config): use bfloat16 or float32"
+            + (", or load madebyollin/sdxl-vae-fp16-fix" if config.latent_channels == 4 else "")
+        )
+
+
+def _without_autocast(device_type):
+    """Context manager: autocast is off inside, on devices that have it (the meta device has not)."""
+    available = torch.amp.is_autocast_available(device_type)
+    return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
+
+
+def _blocks(features, dim):
+    """Yields indices that cut (B, C, H, W) features along `dim` into blocks of about 2^21 elements (2^25 on a GPU)."""
+    size = 2**21 if features.device.type == "cpu" else 2**25
+    length = features.shape[dim]
+    step = max(1, size * length // max(1, features.numel()))
+    for start in range(0, length, step):
+        piece = slice(start, min(start + step, length))
+        yield (slice(None), piece) if dim == 1 else (slice(None), slice(None), piece)
+
+
+class _WithGradient(torch.autograd.Function):
+    """Values (B,) whose gradient (B, C, h, w) with respect to z0_pred is already known."""
+
+    @staticmethod
+    def forward(ctx, z0_pred, values, gradient):
+        ctx.save_for_backward(gradient)
+        return values.clone()
+
+    @staticmethod
+    @once_differentiable  # the gradient's own derivative is not known
+    def backward(ctx, grad):
+        (gradient,) = ctx.saved_tensors
+        return _per_sample(grad, gradient) * gradient, None, None
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 5. Which samples it applies to, and its weight
 
 
 @dataclass(frozen=True)
 class LPLGate:
-    """Which samples of a batch get the loss: those with little noise, by one of two thresholds.
+    """Selects the samples of a batch that get the loss: those with little noise, by one of two thresholds.
 
-    t_threshold: applies where timestep < t_threshold, on the scheduler's 0..1000 scale (1000 * sigma for flow).
-    sigma_threshold: applies where sigma / alpha <= sigma_threshold, as in the paper (best range there: 3 to 6).
-    threshold_resolution: the resolution that `sigma_threshold` is meant for; at another one it is multiplied by
-        resolution / threshold_resolution, so that the uncertainty per patch stays the same (paper, section 4.1).
-    resolution: of the images in px, sqrt(height * width) when they are not square.
+    Attributes:
+        t_threshold: the loss applies where timestep < t_threshold, on the scheduler's 0..1000 scale (1000 * sigma for
+            flow).
+        sigma_threshold: the loss applies where sigma / alpha <= sigma_threshold, as in the paper (best range 3 to 6).
+        threshold_resolution: resolution in px that `sigma_threshold` is meant for. At another one the threshold is
+            multiplied by resolution / threshold_resolution, which keeps the uncertainty per patch (section 4.1).
+        resolution: resolution of the images in px; sqrt(height * width) if they are not square.
     """
 
     t_threshold: float | None = None
@@ -115,26 +803,26 @@ class LPLGate:
 
     @property
     def limit(self):
-        """The threshold in use, after scaling with the resolution."""
+        """The threshold in use, scaled with the resolution."""
         if self.t_threshold is not None:
             return self.t_threshold
         return self.sigma_threshold * (self.resolution / self.threshold_resolution if self.threshold_resolution else 1)
 
     def at(self, resolution):
-        """The gate for images of another resolution in px."""
+        """Returns the gate for images of another resolution in px."""
         return replace(self, resolution=resolution) if self.threshold_resolution else self
 
     def __call__(self, timesteps, noise_to_signal):
-        """Bool (B,): whether the loss applies. Both arguments (B,); keep them on the CPU, so that nothing waits."""
+        """Returns whether the loss applies, bool (B,). Keep both arguments, (B,), on the CPU: then nothing waits."""
         return timesteps < self.limit if self.t_threshold is not None else noise_to_signal <= self.limit
 
 
 class AutoWeight(torch.nn.Module):
-    """The weight that keeps LPL at a share of the whole loss (the paper finds its best where LPL is about a fifth).
+    """The weight that keeps LPL at a share of the whole loss (the paper's best weight makes it about a fifth).
 
     w = share / (1 - share) * mean(diffusion) / mean(LPL term, zeros included), from running means of detached values.
-    The means live on the device as buffers and are saved with `state_dict`. `update` is called once per optimizer
-    step, with sums over its micro-steps and ranks; the weight is used from the next step on, and 0 until then.
+    The means are buffers on the device and part of `state_dict`. Call `update` once per optimizer step, with sums over
+    its micro-steps and ranks. The weight is used from the next step on; it is 0 until a sample was gated.
     """
 
     def __init__(self, share=0.2, decay=0.99):
@@ -147,7 +835,7 @@ class AutoWeight(torch.nn.Module):
 
     @torch.no_grad()
     def update(self, diffusion, lpl):
-        """Take in the detached diffusion loss and LPL term (each a scalar tensor) of one optimizer step.
+        """Adds the diffusion loss and the LPL term (scalar tensors) of one optimizer step to the running means.
 
         Values that are not finite leave the means as they are.
         """
@@ -158,158 +846,22 @@ class AutoWeight(torch.nn.Module):
 
     @property
     def unbiased_means(self):
-        """(2,) the bias-corrected running means of the diffusion loss and of the LPL term; 0 before any update."""
+        """(2,) bias-corrected running means of the diffusion loss and of the LPL term; 0 before any update."""
         return self.means / torch.where(self.mass > 0, self.mass, 1)
 
     def forward(self):
-        """The weight, a float32 scalar tensor on the device."""
+        """Returns the weight, a float32 scalar tensor on the device."""
         diffusion, lpl = self.means
         ratio = torch.where(lpl > 0, diffusion / torch.where(lpl > 0, lpl, 1), 0)
         return (self.share / (1 - self.share) * ratio).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# One layer: outlier mask, normalization, distance
-
-
-def order_statistics(values, quantile):
-    """The k-th smallest of each row of (..., N) for k = max(1, floor(q N)) and k = max(1, floor((1 - q) N)); exact."""
-    n = values.shape[-1]
-    low, high = max(1, int(quantile * n)), max(1, int((1 - quantile) * n))
-    return kth_extreme(values, low, largest=False), kth_extreme(values, n - high + 1, largest=True)
-
-
-def kth_extreme(values, k, largest, segments=8):
-    """The k-th smallest (or largest) of each row of (..., N), exact: what kthvalue gives, faster (docs/lab-notes.md).
-
-    The row is cut into segments of 8 values. The k segments with the smallest minima hold every value below the k-th
-    smallest minimum, and at least k values up to it: so the k-th smallest of all is the k-th smallest of theirs.
-    """
-    n = values.shape[-1]
-    if n % segments == 0 and 2 * k * segments <= n:
-        cut = values.unflatten(-1, (segments, n // segments))  # a segment is a column
-        extremes = cut.amax(dim=-2) if largest else cut.amin(dim=-2)
-        chosen = extremes.topk(k, dim=-1, largest=largest, sorted=False).indices
-        chosen = chosen.unsqueeze(-2).expand(*chosen.shape[:-1], segments, k)
-        values = cut.gather(-1, chosen).flatten(-2)
-    found = values.topk(k, dim=-1, largest=largest, sorted=False).values
-    return found.amin(dim=-1) if largest else found.amax(dim=-1)
-
-
-def morphology_kernels(size_ratio, image_size, reference_resolution=None):
-    """Kernel sizes (dilation, erosion) of the outlier mask for a feature map; None where no mask is used.
-
-    size_ratio: feature size / image size; 1 and 1/2 have a mask. image_size: (height, width) of the image in px.
-    reference_resolution: when given, the kernels cover the same share of any image, as in the paper (section 4.1).
-    """
-    kernels = {1.0: (3, 5), 0.5: (1, 3)}.get(size_ratio)
-    if kernels is None or reference_resolution is None:
-        return kernels
-    scale = (image_size[0] * image_size[1]) ** 0.5 / reference_resolution
-    return tuple(2 * int((kernel - 1) / 2 * scale + 0.5) + 1 for kernel in kernels)
-
-
-def dilate(mask, kernel):
-    """Dilation of a bool map (B, C, H, W) by a square of `kernel` px (odd); outside the map counts as False.
-
-    Shifts of the bool map, first along one axis and then along the other: many times faster than max pooling.
-    """
-    for dim in (2, 3):
-        source, size = mask, mask.shape[dim]
-        mask = source.clone()
-        for shift in range(1, min(kernel // 2, size - 1) + 1):
-            mask.narrow(dim, shift, size - shift).logical_or_(source.narrow(dim, 0, size - shift))
-            mask.narrow(dim, 0, size - shift).logical_or_(source.narrow(dim, shift, size - shift))
-    return mask
-
-
-def inlier_mask(features, kernels, quantile=0.02):
-    """Bool (B, C, H, W): False on the few activations of huge magnitude that decoders have.
-
-    An inlier lies between the outer quantiles of its sample and channel, widened by two standard deviations; the map
-    of inliers is then dilated and eroded with square kernels of `kernels` = (dilation, erosion) px. Outside the map
-    counts as an outlier for the dilation and as an inlier for the erosion.
-    """
-    rows = features.flatten(2)
-    low, high = order_statistics(rows, quantile)
-    centred = rows - rows.mean(dim=-1, keepdim=True)
-    margin = 2 * (centred.square().sum(dim=-1) / max(1, rows.shape[-1] - 1)).sqrt()
-    low, high = ((low - margin)[..., None, None], (high + margin)[..., None, None])
-    inlier = (features > low) & (features < high)
-    dilation, erosion = kernels
-    return ~dilate(~dilate(inlier, dilation), erosion)
-
-
-def channel_norm(features, mask):
-    """Norm over the channels of the inliers at each position, (B, 1, H, W), plus EPS; its gradient at 0 is 0."""
-    squares = (features if mask is None else features * mask).square().sum(dim=1, keepdim=True)
-    positive = squares > 0
-    return torch.where(positive, torch.where(positive, squares, 1).sqrt(), 0) + EPS
-
-
-def inlier_std(features, mask, dims):
-    """Standard deviation over the inliers along `dims` (kept), divided by their number, plus EPS."""
-    if mask is None:
-        return features.var(dim=dims, correction=0, keepdim=True).sqrt() + EPS
-    count = mask.sum(dim=dims, keepdim=True, dtype=features.dtype).clamp_min(1)
-    mean = (features * mask).sum(dim=dims, keepdim=True) / count
-    variance = ((features - mean) * mask).square().sum(dim=dims, keepdim=True) / count
-    return variance.sqrt() + EPS
-
-
-def normalized_difference(target, estimate, mask, norm_type):
-    """Difference of the normalised features, (B, C, H, W). Means cancel wherever both sides share their statistics.
-
-    "standard": both by the estimate's standard deviation per sample and channel, detached (the paper's).
-    "batch": both by the target's standard deviation per channel over batch and space.
-    "shared": both by the target's norm over channels at each position (as LPIPS does, on one side).
-    "default": each by its own norm over channels.
-    """
-    if norm_type == "standard":
-        return (estimate - target) / inlier_std(estimate.detach(), mask, (2, 3))
-    if norm_type == "batch":
-        return (estimate - target) / inlier_std(target, mask, (0, 2, 3))
-    if norm_type == "shared":
-        return (estimate - target) / channel_norm(target, mask)
-    return estimate / channel_norm(estimate, mask) - target / channel_norm(target, mask)
-
-
-def block_loss(target, estimate, mask, count, norm_type, loss_type):
-    """Sum over a block's channels and positions of the distance, each channel's divided by its `count`; (B,).
-
-    A block holds whole channels for "standard" and "batch" (whose statistics run over positions), whole positions for
-    "shared" and "default" (whose norms run over channels). target, estimate: (B, c, h, w), differentiable in
-    `estimate`; mask: bool (B, c, h, w) or None for all; count: (B, c) inliers per channel of the whole map.
-    """
-    difference = normalized_difference(target, estimate, mask, norm_type)
-    if mask is not None:
-        difference = difference * mask
-    distance = difference.square() if loss_type == "mse" else difference.abs()
-    return (distance.sum(dim=(2, 3)) / count).sum(dim=1)
-
-
-def layer_loss(target, estimate, mask, norm_type, loss_type):
-    """The loss of one layer, (B,): mean over channels of the mean distance over the channel's inliers.
-
-    target, estimate: (B, C, H, W); mask: bool (B, C, H, W) or None for all. Differentiable in `estimate`.
-    """
-    count = inlier_count(target, mask, target.dtype)
-    return block_loss(target, estimate, mask, count, norm_type, loss_type) / target.shape[1]
-
-
-def inlier_count(features, mask, dtype):
-    """(B, C) the number of inliers per sample and channel, at least 1, as `dtype`; of all where mask is None."""
-    if mask is None:
-        return features.new_full(features.shape[:2], max(1, features.shape[2] * features.shape[3]), dtype=dtype)
-    return mask.sum(dim=(2, 3), dtype=dtype).clamp_min(1)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The frozen decoder: its stages, and a backward pass that computes and keeps only what the input gradient needs
+# 6. The frozen network: a backward pass that computes and keeps only what the input gradient needs
 
 
 class _FrozenConv2d(torch.autograd.Function):
-    """Convolution with constant weights. Autograd would keep the input, for a weight gradient that nobody wants."""
+    """Convolution with constant weights. Autograd would keep the input, for a weight gradient that is not needed."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
@@ -321,13 +873,13 @@ class _FrozenConv2d(torch.autograd.Function):
     def backward(ctx, grad):
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.arguments
-        if stride in (1, (1, 1)):  # PyTorch's general function fills a stand-in for the input that it then ignores
+        if stride in (1, (1, 1)):  # PyTorch's general function fills a stand-in for the input and ignores it
             return F.conv_transpose2d(grad, weight, None, stride, padding, 0, groups, dilation), *[None] * 6
         return torch.nn.grad.conv2d_input(ctx.shape, weight, grad, *ctx.arguments), *[None] * 6
 
 
 class _FrozenLinear(torch.autograd.Function):
-    """Linear layer with constant weights, which keeps no input."""
+    """Linear layer with constant weights; keeps no input."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -340,15 +892,15 @@ class _FrozenLinear(torch.autograd.Function):
 
 
 class _FrozenGroupNorm(torch.autograd.Function):
-    """Group normalization with constant weights, optionally followed by SiLU, which keeps its input and nothing else.
+    """Group normalization with constant weights, optionally followed by SiLU; keeps its input and nothing else.
 
-    Normalises again in the backward pass, through PyTorch's public function: the kernels beneath it (native_group_norm
-    and its backward) expect memory layouts that only that function sees to, and give wrong numbers otherwise.
+    The backward pass normalises again through PyTorch's public function. The kernels beneath it (native_group_norm and
+    its backward) expect memory layouts that only the public function ensures, and give wrong numbers for others.
     """
 
     @staticmethod
     def forward(ctx, x, groups, weight, bias, eps, normed=None):
-        """`normed`: the norm's result where it is known; then the output is silu(normed)."""
+        """normed: the norm's result if it is known; the output is then silu(normed)."""
         ctx.save_for_backward(x, weight, bias)
         ctx.groups, ctx.eps, ctx.silu = groups, eps, normed is not None
         return F.group_norm(x, groups, weight, bias, eps) if normed is None else F.silu(normed)
@@ -364,10 +916,11 @@ class _FrozenGroupNorm(torch.autograd.Function):
 
 
 class InputGradientOnly(TorchFunctionMode):
-    """Inside this context the layers of a network are differentiated with respect to their input alone.
+    """Context manager: inside, a network's layers are differentiated with respect to their input alone.
 
     It replaces convolutions, linear layers and group norms (with the SiLU behind them) by functions with the same
-    values and the same input gradients that keep no more than they need. The network itself is left as it is.
+    values and the same input gradients that keep no more than they need. Layers whose weights are computed inside the
+    network keep PyTorch's functions, since the gradient may run through those weights. The network stays as it is.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -375,12 +928,18 @@ class InputGradientOnly(TorchFunctionMode):
         if torch.is_grad_enabled():
             if function is F.conv2d:
                 conv = _conv2d_arguments(*args, **kwargs)
-                if isinstance(conv[4], (int, tuple)) and conv[0].ndim == 4:
+                if isinstance(conv[4], (int, tuple)) and conv[0].ndim == 4 and _constant(*conv[1:3]):
                     return _FrozenConv2d.apply(*conv)
             if function is F.linear:
-                return _FrozenLinear.apply(*_linear_arguments(*args, **kwargs))
+                linear = _linear_arguments(*args, **kwargs)
+                if _constant(*linear[1:]):
+                    return _FrozenLinear.apply(*linear)
             if function is F.group_norm:
-                return self._group_norm(*args, **kwargs)
+                norm = _group_norm_arguments(*args, **kwargs)
+                if _constant(*norm[2:4]):
+                    normed = _FrozenGroupNorm.apply(*norm)
+                    normed._frozen_norm = norm, normed._version
+                    return normed
             if function is F.silu:
                 normed = args[0] if args else kwargs["input"]
                 frozen, version = getattr(normed, "_frozen_norm", (None, None))
@@ -388,332 +947,24 @@ class InputGradientOnly(TorchFunctionMode):
                     return _FrozenGroupNorm.apply(*frozen, normed.detach())
         return function(*args, **kwargs)
 
-    @staticmethod
-    def _group_norm(input, num_groups, weight=None, bias=None, eps=1e-5):
-        arguments = (input, num_groups, weight, bias, eps)
-        normed = _FrozenGroupNorm.apply(*arguments)
-        normed._frozen_norm = arguments, normed._version
-        return normed
+
+def _constant(*weights):
+    """Returns whether no gradient towards the network's input runs through these weights (tensors or None)."""
+    return all(
+        isinstance(weight, torch.nn.Parameter) or weight is None or not weight.requires_grad for weight in weights
+    )
 
 
 def _conv2d_arguments(input, weight, bias=None, stride=1, padding=0, dilation=1, groups=1):
-    """F.conv2d's arguments in order, however they were passed."""
+    """Returns F.conv2d's arguments in order, however they were passed."""
     return input, weight, bias, stride, padding, dilation, groups
 
 
 def _linear_arguments(input, weight, bias=None):
-    """F.linear's arguments in order."""
+    """Returns F.linear's arguments in order."""
     return input, weight, bias
 
 
-class DecoderStages:
-    """The stages of a diffusers decoder, walked one by one: what `vae.decode` does, cut where features are taken.
-
-    Stage 0 takes latents as the denoiser sees them through scaling, `post_quant_conv` (where the autoencoder has one),
-    `conv_in` and `mid_block`; stage i is `up_blocks[i - 1]`. Holds the autoencoder by reference and changes nothing.
-
-    Raises TypeError for a decoder of another build, naming its class.
-    """
-
-    def __init__(self, vae: AutoencoderKL | AsymmetricAutoencoderKL):
-        decoder = getattr(vae, "decoder", None)
-        parts = ("conv_in", "mid_block", "up_blocks", "conv_norm_out", "conv_act", "conv_out")
-        missing = [part for part in parts if not hasattr(decoder, part)]
-        video = not missing and any(isinstance(module, torch.nn.Conv3d) for module in decoder.modules())
-        if missing or video or hasattr(vae, "quantize"):
-            raise TypeError(
-                f"LPL needs a decoder built like AutoencoderKL's ({', '.join(parts)}); "
-                f"{type(vae).__name__} has a {type(decoder).__name__}"
-                + (f" without {', '.join(missing)}" if missing else "")
-                + ("; pass the autoencoder, not its decoder" if decoder is None and hasattr(vae, "up_blocks") else "")
-            )
-        self.vae, self.decoder = vae, decoder
-
-    def __len__(self):
-        return 1 + len(self.decoder.up_blocks)
-
-    @property
-    def dtype(self):
-        """The dtype that the decoder runs in."""
-        return self.decoder.conv_in.weight.dtype
-
-    @property
-    def upscaling(self):
-        """How many pixels of the image a latent's pixel becomes, in each direction; 8 for SDXL and SD3."""
-        return 2 ** sum(bool(getattr(block, "upsamplers", None)) for block in self.decoder.up_blocks)
-
-    def to_vae_space(self, z_model):
-        """z_vae = z_model / scaling_factor + shift_factor, in the decoder's dtype."""
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        z_model = z_model.to(torch.promote_types(z_model.dtype, torch.float32))
-        return (z_model / self.vae.config.scaling_factor + shift).to(self.dtype)
-
-    def to_model_space(self, z_vae):
-        """The inverse of `to_vae_space`: z_model = (z_vae - shift_factor) * scaling_factor, in float32 or better."""
-        shift = getattr(self.vae.config, "shift_factor", None) or 0.0
-        return (z_vae.to(torch.promote_types(z_vae.dtype, torch.float32)) - shift) * self.vae.config.scaling_factor
-
-    def run(self, index, x):
-        """Output of stage `index` (B, C, H, W); x is `z_model` for stage 0, else the previous stage's output."""
-        if index > 0:
-            return self.decoder.up_blocks[index - 1](x)
-        x = self.to_vae_space(x)
-        if getattr(self.vae, "post_quant_conv", None) is not None:
-            x = self.vae.post_quant_conv(x)
-        return self.decoder.mid_block(self.decoder.conv_in(x))
-
-    def finish(self, x):
-        """The image (B, 3, H, W) from the last stage's output: norm, activation and last convolution."""
-        return self.decoder.conv_out(self.decoder.conv_act(self.decoder.conv_norm_out(x)))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The loss
-
-
-@dataclass(frozen=True)
-class LPLConfig:
-    """Options of the loss. A bad value raises ValueError naming the field.
-
-    num_blocks: up blocks of the decoder that are used, 0 to 4 for SDXL and SD3; L = 1 + num_blocks layers.
-    norm_type: "standard" (the paper's), "shared" (LPIPS-like, smaller by about the number of channels), "default" or
-        "batch"; see `normalized_difference`. "batch" is the only one where a sample's loss depends on the others.
-    loss_type: "mse" or "l1".
-    pow_law: weight each layer by the inverse of its upscaling relative to the first: 1, 1/2, 1/4, 1/8, 1/8 for SDXL.
-    remove_outliers: leave out activations of huge magnitude; see `inlier_mask`.
-    outlier_quantile: share of activations at either end that the outlier limits start from, above 0, below 0.5.
-    outlier_reference_resolution: when given, the mask's kernels scale with sqrt(height * width) / this, in px.
-    checkpointing: "none", or "stage": keep only the stages' inputs and compute each stage again for its gradient.
-    batch_size: at most so many samples are in the decoder at a time; None: all. Ignored under "batch".
-    """
-
-    num_blocks: int = 4
-    norm_type: Literal["standard", "shared", "default", "batch"] = "standard"
-    loss_type: Literal["mse", "l1"] = "mse"
-    pow_law: bool = True
-    remove_outliers: bool = True
-    outlier_quantile: float = 0.02
-    outlier_reference_resolution: float | None = None
-    checkpointing: Literal["none", "stage"] = "none"
-    batch_size: int | None = None
-
-    def __post_init__(self):
-        def check(field, good, wanted):
-            if not good:
-                raise ValueError(f"{field} is {getattr(self, field)!r}; it must be {wanted}")
-
-        check("num_blocks", isinstance(self.num_blocks, int) and self.num_blocks >= 0, "a whole number, 0 or more")
-        check("norm_type", self.norm_type in NORM_TYPES, f"one of {', '.join(NORM_TYPES)}")
-        check("loss_type", self.loss_type in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}")
-        check("outlier_quantile", 0 < self.outlier_quantile < 0.5, "above 0 and below 0.5")
-        reference = self.outlier_reference_resolution
-        check("outlier_reference_resolution", reference is None or reference > 0, "a resolution in px, or None")
-        check("checkpointing", self.checkpointing in CHECKPOINTING, f"one of {', '.join(CHECKPOINTING)}")
-        good = self.batch_size is None or (isinstance(self.batch_size, int) and self.batch_size >= 1)
-        check("batch_size", good, "1 or more, or None")
-
-
-@dataclass
-class LPLOutput:
-    """What the loss returns; tensors on the device, in float32 (float64 for a float64 decoder).
-
-    per_sample: (B,) mean over layers of weight * layer loss; carries the gradient to the estimate.
-    per_layer: (L, B) the layers' losses without their weights, detached.
-    inlier_fraction: (L,) share of activations that were compared, detached; 1 where no mask is used.
-    """
-
-    per_sample: torch.Tensor
-    per_layer: torch.Tensor
-    inlier_fraction: torch.Tensor
-
-
-class LatentPerceptualLoss(torch.nn.Module):
-    """LPL through a frozen diffusers autoencoder: `loss(z0_pred, z0) -> LPLOutput`.
-
-    Target and estimate go through the decoder in lockstep, one stage at a time; a stage's part of the loss and its
-    gradient are taken at once, so that no list of features is ever held. With gradients wanted the call itself runs
-    the decoder's backward pass, down to the estimate, chunk by chunk of `config.batch_size` samples, and only that
-    gradient, of a latent's size, stays for the denoiser's backward.
-
-    Holds the autoencoder by reference: nothing is registered, moved, copied or changed, no parameter of it gets a
-    gradient, and several losses can share one. It runs in the decoder's own dtype, with autocast off.
-
-    Raises TypeError for another kind of decoder, ValueError when num_blocks exceeds the decoder's or when a decoder
-    that overflows in float16 (`force_upcast` in its config) is given in float16.
-    """
-
-    def __init__(self, vae: AutoencoderKL | AsymmetricAutoencoderKL, config: LPLConfig | None = None):
-        super().__init__()
-        self.config = config or LPLConfig()
-        stages = DecoderStages(vae)
-        if self.config.num_blocks > len(stages) - 1:
-            raise ValueError(f"num_blocks is {self.config.num_blocks}; this decoder has {len(stages) - 1} up blocks")
-        if stages.dtype == torch.float16 and getattr(vae.config, "force_upcast", False):
-            raise ValueError(
-                "this autoencoder's decoder overflows in float16 (force_upcast in its config): use bfloat16 or float32"
-                + (", or load madebyollin/sdxl-vae-fp16-fix" if vae.config.latent_channels == 4 else "")
-            )
-        self._stages = (stages,)  # in a tuple, so that the autoencoder does not become a submodule
-
-    @property
-    def stages(self):
-        """The decoder's stages."""
-        return self._stages[0]
-
-    def forward(self, z0_pred, z0):
-        """Compare an estimate with its target, both in model space, (B, C, h, w). Raises ValueError for two shapes."""
-        if (
-            z0_pred.shape != z0.shape
-        ):  # it would broadcast, e.g. when only one of them was reduced to the gated samples
-            raise ValueError(f"z0_pred is {tuple(z0_pred.shape)} and z0 {tuple(z0.shape)}; they must have one shape")
-        if len(z0) == 0:  # nothing was gated: no losses, with a graph all the same
-            nothing = z0_pred.flatten(1).sum(dim=1).to(torch.promote_types(self.stages.dtype, torch.float32))
-            layers = 1 + self.config.num_blocks
-            return LPLOutput(nothing, nothing.new_zeros(layers, 0), nothing.new_ones(layers))
-        with _without_autocast(z0.device.type), _own_checkpointing_off(self.stages.decoder):
-            size = len(z0) if self.config.norm_type == "batch" else self.config.batch_size or len(z0)
-            needs_gradient = torch.is_grad_enabled() and z0_pred.requires_grad
-            pairs = zip(z0_pred.detach().split(size), z0.detach().split(size), strict=True)
-            chunks = [self._chunk(estimate, target, needs_gradient) for estimate, target in pairs]
-        per_sample, per_layer, inliers, gradients = (list(column) for column in zip(*chunks, strict=True))
-        per_sample = torch.cat(per_sample)
-        if needs_gradient:
-            per_sample = _WithGradient.apply(z0_pred, per_sample, torch.cat(gradients))
-        counts = [len(chunk) / len(z0) for chunk in z0.split(size)]
-        fraction = sum(share * count for share, count in zip(inliers, counts, strict=True))
-        return LPLOutput(per_sample, torch.cat(per_layer, dim=1), fraction)
-
-    def _chunk(self, estimate, target, needs_gradient):
-        """Losses (b,), layer losses (L, b), inlier shares (L,) and d losses / d estimate of some samples."""
-        image_size = [side * self.stages.upscaling for side in target.shape[2:]]
-        tape = []  # per stage: its input, its output with the graph between (or None), d loss / d output
-        losses, shares, weights = [], [], []
-        first_height = None
-        x, xh = target, estimate
-        for index in range(1 + self.config.num_blocks):
-            with torch.no_grad():  # the target first: its temporaries come while the estimate keeps less
-                x = self.stages.run(index, x)
-            source = xh
-            output = self._run(index, source, keep_graph=needs_gradient and self.config.checkpointing == "none")
-            xh = output.detach()
-            first_height = first_height or x.shape[2]
-            weight = first_height / x.shape[2] if self.config.pow_law else 1.0
-            weights.append(weight / (1 + self.config.num_blocks))
-            loss, share, gradient = self._compare(x, xh, image_size, weights[-1], needs_gradient)
-            losses.append(loss)
-            shares.append(share)
-            if needs_gradient:
-                tape.append((source, output if self.config.checkpointing == "none" else None, gradient))
-        del x, xh, source, output, gradient  # the backward pass is where memory peaks
-        per_layer = torch.stack(losses)
-        per_sample = sum(weight * loss for weight, loss in zip(weights, per_layer, strict=True))
-        gradient = self._backward(tape) / self._gradient_scale(image_size) if needs_gradient else None
-        return per_sample, per_layer, torch.stack(shares), gradient
-
-    def _run(self, index, source, keep_graph):
-        """A stage of the estimate's walk; with its graph (`source` becomes its leaf) or without."""
-        if not keep_graph:
-            with torch.no_grad():
-                return self.stages.run(index, source)
-        with torch.enable_grad(), InputGradientOnly():
-            return self.stages.run(index, source.requires_grad_())
-
-    def _gradient_scale(self, image_size):
-        """A power of two that keeps a float16 decoder's gradients, which shrink with the area, away from zero."""
-        return 2.0 ** round(math.log2(image_size[0] * image_size[1])) if self.stages.dtype == torch.float16 else 1.0
-
-    def _compare(self, x, xh, image_size, weight, needs_gradient):
-        """One layer: its loss (b,), share of inliers (a scalar), weight * d loss / d xh, scaled, in xh's dtype.
-
-        Works through the map block by block, so that the comparison's temporaries in float32 stay small and in cache.
-        """
-        config, kernels, mask = self.config, None, None
-        dtype = torch.promote_types(x.dtype, torch.float32)
-        if config.remove_outliers:
-            ratio = x.shape[2] / image_size[0]
-            kernels = morphology_kernels(ratio, image_size, config.outlier_reference_resolution)
-        by_channels = config.norm_type in ("standard", "batch")  # else by rows of positions, which need the whole mask
-        if kernels is not None and not by_channels:
-            mask = self._mask(x, kernels, dtype)
-        count = None if by_channels else inlier_count(x, mask, dtype)
-        loss, inliers = x.new_zeros(len(x), dtype=dtype), x.new_zeros((), dtype=dtype)
-        gradient = torch.empty_like(xh) if needs_gradient else None
-        factor = loss.new_full(loss.shape, weight * self._gradient_scale(image_size) / x.shape[1])
-        for block in _blocks(x, 1 if by_channels else 2):
-            target = x[block].to(dtype, memory_format=torch.contiguous_format)
-            estimate = xh[block].to(dtype, copy=True, memory_format=torch.contiguous_format)
-            inlier = None if mask is None else mask[block]
-            if kernels is not None and by_channels:
-                inlier = inlier_mask(target, kernels, config.outlier_quantile)
-            inliers += target.numel() if inlier is None else inlier.sum(dtype=dtype)
-            with torch.set_grad_enabled(needs_gradient):
-                estimate.requires_grad_(needs_gradient)
-                counts = inlier_count(target, inlier, dtype) if by_channels else count
-                part = block_loss(target, estimate, inlier, counts, config.norm_type, config.loss_type)
-            loss += part.detach()
-            if needs_gradient:
-                gradient[block] = torch.autograd.grad(part, estimate, factor)[0]
-        return loss / x.shape[1], inliers / x.numel(), gradient
-
-    def _mask(self, x, kernels, dtype):
-        """The layer's inliers, bool (b, C, H, W)."""
-        mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        for block in _blocks(x, 1):
-            features = x[block].to(dtype, memory_format=torch.contiguous_format)
-            mask[block] = inlier_mask(features, kernels, self.config.outlier_quantile)
-        return mask
-
-    def _backward(self, tape):
-        """From the layers' gradients to the estimate's: the decoder's backward pass, the last stage first."""
-        gradient = 0
-        while tape:
-            source, output, layer_gradient = tape.pop()
-            if output is None:
-                output = self._run(len(tape), source, keep_graph=True)
-            gradient = layer_gradient.add_(gradient)
-            (gradient,) = torch.autograd.grad(output, source, gradient)
-        return gradient
-
-
-@contextlib.contextmanager
-def _own_checkpointing_off(decoder):
-    """Inside, diffusers' checkpointing of this decoder is off: it would compute stages again outside our context."""
-    on = [module for module in decoder.modules() if getattr(module, "gradient_checkpointing", False)]
-    for module in on:
-        module.gradient_checkpointing = False
-    try:
-        yield
-    finally:
-        for module in on:
-            module.gradient_checkpointing = True
-
-
-def _without_autocast(device_type):
-    """Context with autocast off, on devices that have it (the meta device has not)."""
-    available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
-
-
-def _blocks(features, dim):
-    """Indices that cut (B, C, H, W) features along `dim` into pieces of about two million elements (33 on a GPU)."""
-    size = 2**21 if features.device.type == "cpu" else 2**25
-    length = features.shape[dim]
-    step = max(1, size * length // max(1, features.numel()))
-    for start in range(0, length, step):
-        piece = slice(start, min(start + step, length))
-        yield (slice(None), piece) if dim == 1 else (slice(None), slice(None), piece)
-
-
-class _WithGradient(torch.autograd.Function):
-    """Values (B,) with a gradient (B, C, h, w) towards z0_pred that is known already."""
-
-    @staticmethod
-    def forward(ctx, z0_pred, values, gradient):
-        ctx.save_for_backward(gradient)
-        return values.clone()
-
-    @staticmethod
-    @once_differentiable  # the gradient is given, its own derivative is not
-    def backward(ctx, grad):
-        (gradient,) = ctx.saved_tensors
-        return _per_sample(grad, gradient) * gradient, None, None
+def _group_norm_arguments(input, num_groups, weight=None, bias=None, eps=1e-5):
+    """Returns F.group_norm's arguments in order."""
+    return input, num_groups, weight, bias, eps

@@ -123,6 +123,7 @@ from lpl_finetuning.training.checkpoints import Checkpoints
 from lpl_finetuning.training.guard import StopSignals
 from lpl_finetuning.training.models import (
     decode_latents,
+    latent_space,
     load_denoiser,
     load_part,
     load_part_config,
@@ -135,11 +136,11 @@ from lpl_finetuning.training.models import (
     vae_config,
 )
 from lpl_finetuning.training.objective import (
-    LatentSpace,
     build_objective,
     choose_prompts,
     gate_from_flags,
     lpl_dtype,
+    lpl_stages,
     sample_latents,
     sample_noise,
     sample_timesteps,
@@ -148,7 +149,7 @@ from lpl_finetuning.training.objective import (
 )
 from lpl_finetuning.training.optimization import Trainee, optimizer_settings
 from lpl_finetuning.training.plan import check_data, plan_run, print_plan
-from lpl_finetuning.training.reporter import Reporter, metric_names
+from lpl_finetuning.training.reporter import Reporter
 from lpl_finetuning.training.run import end, open_batches, open_output_dir, start_accelerator
 from lpl_finetuning.training.sharding import gathered, home
 from lpl_finetuning.training.validation import Validation
@@ -513,10 +514,10 @@ def prepare_objective(args, accelerator, plan, data):
     if measured or args.validation_prompt:
         vae = load_vae(base, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
     encoder = None if data.cached else load_vae(base, torch.float32, accelerator.device)
+    stages = lpl_stages(args, vae) if measured else None
     objective = build_objective(
-        args, accelerator, plan, data, LatentSpace.of(vae_config(base)), vae if measured else None, encoder, empty,
-        empty_is_zero, lpl_gate(args),
-    )  # fmt: skip
+        args, accelerator, plan, data, latent_space(base), stages, encoder, empty, empty_is_zero, lpl_gate(args)
+    )
     return objective, vae
 
 
@@ -533,8 +534,9 @@ def main(args, scan, held_out=()):
     plan = plan_run(args, accelerator, Schedule(args), len(scan.images))
     report = check_data(args, scan, held_out, load_tokenizers(args), accelerator)
     vae = load_vae(args.base_model, lpl_dtype(args, accelerator.mixed_precision), "meta")
-    print_plan(args, report, accelerator, plan, build_denoiser(args, plan.dtype, "meta"), vae, lpl_gate(args),
-               example_inputs)  # fmt: skip
+    denoiser = build_denoiser(args, plan.dtype, "meta")
+    stages = lpl_stages(args, vae)
+    print_plan(args, report, accelerator, plan, denoiser, vae.decoder, stages, lpl_gate(args), example_inputs)
     if args.dry_run:
         return
     output_dir = open_output_dir(args, accelerator, plan.resume_from, report, check_access)
@@ -559,7 +561,7 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
         save_weights=lambda folder, denoiser: save_weights(folder, denoiser, StableDiffusion3Pipeline, args.use_lora),
         load_weights=lambda folder, denoiser: load_weights(folder, denoiser, args.use_lora),
     )  # fmt: skip
-    reporter = Reporter(args, accelerator, "SD3", metric_names(args), plan.first_step, plan.total_steps)
+    reporter = Reporter(args, accelerator, objective.stage_names, plan.first_step, plan.total_steps)
     pipeline = functools.partial(sampling_pipeline, args=args, vae=vae, schedule=plan.schedule)
     sampling = pipeline, functools.partial(decode_latents, vae), SAMPLING_STEPS
     validation = Validation(args, accelerator, trainee, objective, data, reporter, signals, sampling,

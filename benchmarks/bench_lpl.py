@@ -31,7 +31,15 @@ import torch.nn.functional as F
 from diffusers import AutoencoderKL
 from torch.utils.checkpoint import checkpoint
 
-from lpl_utils import DecoderStages, LatentPerceptualLoss, LPLConfig, layer_loss, morphology_kernels
+from lpl_utils import (
+    DecoderStages,
+    LatentPerceptualLoss,
+    LPLConfig,
+    first_input,
+    layer_loss,
+    morphology_kernels,
+    stage_features,
+)
 
 VERSIONS = ("floor", "textbook", "ours", "ours-stage")
 
@@ -75,12 +83,9 @@ def floor(stages, target, estimate):
     """Three passes and nothing else, by plain autograd."""
     source = estimate.detach().requires_grad_()
     with torch.no_grad():
-        x = target
-        for index in range(len(stages)):
-            x = stages.run(index, x)
-    xh = source
-    for index in range(len(stages)):
-        xh = stages.run(index, xh)
+        for _ in stage_features(stages, target):
+            pass
+    *_, xh = stage_features(stages, source)  # the list of features holds no more than their graph
     return torch.autograd.grad(xh, source, torch.ones_like(xh))[0]
 
 
@@ -99,12 +104,9 @@ def textbook_mask(x, kernels):
 def textbook(stages, target, estimate, norm_type):
     """Two lists of features, block checkpointing, then the loss: the way it is usually written."""
     source = estimate.detach().requires_grad_()
-    features, estimated = [], []
     with torch.no_grad():
-        x = target
-        for index in range(len(stages)):
-            features.append(x := stages.run(index, x))
-    xh = source
+        features = list(stage_features(stages, target))
+    xh, estimated = first_input(stages, source), []
     for index in range(len(stages)):
         estimated.append(xh := checkpoint(stages.run, index, xh, use_reentrant=False))
     image_size = features[-1].shape[2:]

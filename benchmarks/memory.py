@@ -8,7 +8,6 @@ with `--json PATH`.
 # ruff: noqa: E402
 
 import argparse
-import functools
 import json
 import sys
 import tempfile
@@ -23,7 +22,8 @@ import train_sd3_lpl_flow
 import train_sdxl_lpl
 from lpl_finetuning.files import gigabytes
 from lpl_finetuning.training.models import load_vae
-from lpl_finetuning.training.plan import latent_size, memory_estimate, parts_of_a_rank
+from lpl_finetuning.training.objective import lpl_stages
+from lpl_finetuning.training.plan import memory_estimate, parts_of_a_rank
 
 PAGE, SCALING_PAGE = ROOT / "docs" / "memory.md", ROOT / "docs" / "scaling.md"
 NF4 = ROOT / "configs" / "nf4.json"
@@ -109,8 +109,8 @@ def estimate(model, way, resolution, lpl, ranks=1, stage=0):
         dtypes = (torch.float16, torch.float32) if "fp16" in way else (torch.bfloat16, torch.bfloat16)
         denoiser = script.build_denoiser(args, dtypes[0], "meta")
         vae = load_vae(args.base_model, dtypes[1], "meta")  # under fp16 the loss has its decoder in float32
-        inputs = functools.partial(script.example_inputs, denoiser, args, latent_size(args, vae))
-        parts = memory_estimate(args, denoiser, vae, dtypes[0], inputs)
+        stages = lpl_stages(args, vae)
+        parts = memory_estimate(args, denoiser, vae.decoder, stages, dtypes[0], script.example_inputs)
         if ranks > 1:
             parts = parts_of_a_rank(parts, next(iter(denoiser.models().values())), ranks, stage)
         return dict(parts)

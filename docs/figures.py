@@ -33,6 +33,7 @@ from lpl_utils import (
     morphology_kernels,
     noise_to_signal,
     normalized_difference,
+    stage_features,
 )
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -114,9 +115,8 @@ def as_rgb(target, *others):
 
 def difference_maps(stages, target, estimate):
     """Per stage: (features of the target, of the estimate (C, H, W), squared normalised difference (H, W))."""
-    shown, x, xh = [], target, estimate
-    for index in range(len(stages)):
-        x, xh = stages.run(index, x), stages.run(index, xh)
+    shown = []
+    for x, xh in zip(stage_features(stages, target), stage_features(stages, estimate), strict=True):
         kernels = morphology_kernels(x.shape[2] / SIZE, (SIZE, SIZE))
         mask = torch.ones_like(x, dtype=torch.bool) if kernels is None else inlier_mask(x, kernels)
         difference = normalized_difference(x, xh, mask, "standard") * mask

@@ -455,8 +455,13 @@ def add_lpl_arguments(parser):
         "threshold is given; the paper: 3 to 6)")  # fmt: skip
     add("--lpl_threshold_resolution", type=float, help="resolution that --lpl_sigma_threshold is meant for, px")
     add("--lpl_loss_type", choices=("mse", "l1"), default="mse", help="default: %(default)s")
-    add("--lpl_norm_type", choices=("standard", "shared", "default", "batch"), default="standard",
+    add("--lpl_features", choices=("decoder", "latent", "rgb"), default="decoder",
+        help="features that are compared: of the decoder's stages; of these and of the decoded picture (rgb); or the "
+        "latents themselves, as a control (default: %(default)s)")  # fmt: skip
+    add("--lpl_norm_type", choices=("standard", "shared", "default", "batch", "target", "none"), default="standard",
         help="how features are normalised; a weight means nothing without it (default: %(default)s)")  # fmt: skip
+    add("--lpl_norm_gradient", choices=("none", "half", "full"), default="none",
+        help="gradient through the deviation of --lpl_norm_type standard (default: %(default)s)")  # fmt: skip
     add("--lpl_pow_law", action="store_true", default=True,
         help="weight deeper layers by the inverse of their size (default: on; --no-lpl_pow_law)")  # fmt: skip
     add("--lpl_num_blocks", type=int, default=4, help="up blocks of the decoder that are used (default: %(default)s)")

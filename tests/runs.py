@@ -14,8 +14,9 @@ from safetensors.torch import load_file
 from lpl_finetuning.data import scan
 from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.training.models import load_vae
-from lpl_finetuning.training.objective import LatentSpace, Objective, SampleSettings
-from lpl_finetuning.training.plan import latent_size, memory_estimate
+from lpl_finetuning.training.objective import Objective, SampleSettings, lpl_stages
+from lpl_finetuning.training.plan import memory_estimate
+from lpl_utils import LatentSpace
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -71,18 +72,17 @@ def assert_resume_is_exact(script, flags, folder, steps=6, at=3):
         assert torch.equal(value, states[1][key]), key
 
 
-def objective_of(args, schedule=None, samples_per_step=8, space=(1.0, 0.0, 8), empty_prompt=None, empty_is_zero=False):
-    """An `Objective` without models; space: scaling factor, shift factor, pixels of a latent."""
+def objective_of(args, schedule=None, samples_per_step=8, space=(1.0, 0.0), empty_prompt=None, empty_is_zero=False):
+    """An `Objective` without models; space: scaling factor, shift factor."""
     settings = settings_from_flags(SampleSettings, args)
-    return Objective(settings, torch.device("cpu"), schedule, torch.float32, samples_per_step, LatentSpace(*space),
+    return Objective(settings, torch.device("cpu"), schedule, torch.float32, samples_per_step, LatentSpace(*space), 8,
                      empty_prompt or {}, empty_is_zero, guard=None)  # fmt: skip
 
 
 def memory_of(script, args, dtype, vae_dtype):
     """[(what, bytes)] of the plan's estimate for one device."""
     denoiser, vae = script.build_denoiser(args, dtype, "meta"), load_vae(args.base_model, vae_dtype, "meta")
-    inputs = partial(script.example_inputs, denoiser, args, latent_size(args, vae))
-    return memory_estimate(args, denoiser, vae, dtype, inputs)
+    return memory_estimate(args, denoiser, vae.decoder, lpl_stages(args, vae), dtype, script.example_inputs)
 
 
 def of(script, pipeline_class):

@@ -36,9 +36,11 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         lpl = {
             "weight": f"auto, {args.lpl_share:g} of the loss" if args.lpl_weight == "auto" else args.lpl_weight,
             f"applied at {threshold}": gate.limit,
+            "features": args.lpl_features,
+            "decoder stages": 1 + args.lpl_num_blocks if args.lpl_features != "latent" else None,
             "normalization": args.lpl_norm_type,
+            "gradient through its deviation": args.lpl_norm_gradient if args.lpl_norm_gradient != "none" else None,
             "loss": args.lpl_loss_type,
-            "decoder stages": 1 + args.lpl_num_blocks,
             "depth weighting": args.lpl_pow_law,
             "outliers masked": args.lpl_remove_outliers,
             "noise scale": args.lpl_scale,

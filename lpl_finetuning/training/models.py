@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from lpl_finetuning.base_model import read_json, require_layers
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.training.sharding import load_state
-from lpl_utils import DecoderStages
+from lpl_utils import LatentSpace
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
@@ -287,9 +287,15 @@ def prepare_for_training(args, denoiser, pipeline_class, targets, device):
     return denoiser
 
 
+def latent_space(base):
+    """The `LatentSpace` of the base model's autoencoder, from config.json."""
+    config = vae_config(base)
+    return LatentSpace(config["scaling_factor"], config.get("shift_factor") or 0.0)
+
+
 def decode_latents(vae, latents):
     """Images (B, 3, H, W) in [-1, 1] of the denoiser's latents (B, C, h, w), in the autoencoder's dtype."""
-    return vae.decode(DecoderStages(vae).to_vae_space(latents)).sample
+    return vae.decode(LatentSpace.of(vae).from_model(latents).to(vae.dtype)).sample
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -20,7 +20,17 @@ from lpl_finetuning.data.samples import (
 )
 from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.training.guard import Guard
-from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, lpl_noise_scale, noise_to_signal
+from lpl_utils import (
+    AutoWeight,
+    DecoderStages,
+    IdentityStages,
+    LatentPerceptualLoss,
+    LatentSpace,
+    LPLConfig,
+    LPLGate,
+    lpl_noise_scale,
+    noise_to_signal,
+)
 
 
 def to_device(tensor, device, dtype=None):
@@ -39,14 +49,21 @@ def lpl_config(args):
     """The `LPLConfig` of the flags. By default one image of 1024 px, or as many pixels, is decoded at a time."""
     by_default = "stage" if args.gradient_checkpointing else "none"
     return LPLConfig(
-        num_blocks=args.lpl_num_blocks,
         norm_type=args.lpl_norm_type,
+        norm_gradient=args.lpl_norm_gradient,
         loss_type=args.lpl_loss_type,
         pow_law=args.lpl_pow_law,
         remove_outliers=args.lpl_remove_outliers,
         checkpointing=args.lpl_checkpointing or by_default,
         batch_size=args.lpl_batch_size or max(1, round(1024**2 / math.prod(largest_size(args)))),
     )
+
+
+def lpl_stages(args, vae):
+    """The `FeatureStages` of --lpl_features on an autoencoder."""
+    if args.lpl_features == "latent":
+        return IdentityStages(DecoderStages(vae).upscaling)
+    return DecoderStages(vae, args.lpl_num_blocks, rgb=args.lpl_features == "rgb")
 
 
 def gate_from_flags(args, **by_default):
@@ -119,33 +136,6 @@ class PerceptualTerm:
 
 
 @dataclass(frozen=True)
-class LatentSpace:
-    """How latents relate to the autoencoder and to images: z_model = (z_vae - shift_factor) * scaling_factor."""
-
-    scaling_factor: float
-    shift_factor: float
-    pixels: int  # of an image on a side of one latent
-
-    @classmethod
-    def of(cls, config):
-        """The space of an `AutoencoderKL` with this config.json."""
-        pixels = 2 ** (len(config["block_out_channels"]) - 1)
-        return cls(config["scaling_factor"], config.get("shift_factor") or 0.0, pixels)
-
-    def to_model(self, z_vae):
-        """The autoencoder's latents as the denoiser sees them."""
-        return (z_vae - self.shift_factor) * self.scaling_factor
-
-    def to_vae(self, z_model):
-        """The denoiser's latents as the autoencoder sees them."""
-        return z_model / self.scaling_factor + self.shift_factor
-
-    def resolution(self, latents):
-        """Of the images of latents (B, C, h, w): the side in px of a square of the same area."""
-        return self.pixels * math.sqrt(latents.shape[-2] * latents.shape[-1])
-
-
-@dataclass(frozen=True)
 class SampleSettings:
     """The flags about how a sample is noised and prompted; each field has the name of its flag."""
 
@@ -167,12 +157,23 @@ class Objective:
     schedule: object  # noise levels, timesteps and targets: the script's `Schedule`
     dtype: torch.dtype  # the denoiser's inputs
     samples_per_step: int  # of an optimizer step, over micro-steps and ranks
-    space: LatentSpace
+    space: LatentSpace  # of the autoencoder's latents
+    pixels: int  # of an image on a side of one latent
     empty_prompt: dict  # the entry of "" in the prompt store; zeros where zeros are the pipeline's unconditional
     empty_is_zero: bool  # whether the pipeline's unconditional embedding is zero
     guard: Guard
     encoder: object = None  # the autoencoder, where images are encoded in every step
     perceptual: PerceptualTerm | None = None
+
+    @property
+    def stage_names(self):
+        """Names of the stages of the perceptual term; () where the objective has none."""
+        trains = self.perceptual is not None and self.perceptual.start is not None
+        return tuple(self.perceptual.loss.stages.names) if trains else ()
+
+    def resolution(self, latents):
+        """Of the images of latents (B, C, h, w): the side in px of a square of the same area."""
+        return self.pixels * math.sqrt(latents.shape[-2] * latents.shape[-1])
 
     def lpl_applies(self, step):
         """Whether the objective has the perceptual term at a step, counted from 0."""
@@ -180,7 +181,7 @@ class Objective:
 
     def gated(self, timesteps, latents):
         """Bool (B,) on the CPU: the samples that get the perceptual loss, at the resolution of their images."""
-        gate = self.perceptual.gate.at(self.space.resolution(latents))
+        gate = self.perceptual.gate.at(self.resolution(latents))
         return gate(timesteps, noise_to_signal(*self.schedule.levels(timesteps)))
 
     def perceptual_term(self, perceptual_loss, tensors, timesteps, images, metrics):
@@ -202,8 +203,8 @@ class Objective:
         index = to_device(gated, self.device)
         chosen = [tensor.index_select(0, index) for tensor in tensors]
         output = perceptual_loss(*chosen, timesteps[gated], self)
-        for layer, values in enumerate(output.per_layer):
-            self.guard.watch(f"LPL of layer {layer}", values, images[gated.numpy()])
+        for name, values in zip(self.perceptual.loss.stages.names, output.per_layer, strict=True):
+            self.guard.watch(f"LPL of the {name}", values, images[gated.numpy()])
         levels = self.schedule.levels(timesteps[gated])
         lpl_term = self.perceptual.total(output, gated, levels, len(timesteps), metrics)
         metrics.add("lpl/loss", lpl_term)
@@ -232,9 +233,8 @@ def build_objective(args, accelerator, plan, data, space, stages, encoder, empty
 
     Args:
         plan: the `Plan`; data: the `RunData`.
-        space: the `LatentSpace`.
-        stages: what `LatentPerceptualLoss` compares features of (an autoencoder will do); None where the loss is
-            neither used nor measured.
+        space: the `LatentSpace` of the autoencoder's latents.
+        stages: the `FeatureStages` that the loss compares; None where the loss is neither used nor measured.
         encoder: the autoencoder, where images are encoded in every step; else None.
         empty_prompt: the tensors of the unconditional prompt; empty_is_zero: whether they stand for zeros.
         gate: the `LPLGate`.
@@ -254,6 +254,7 @@ def build_objective(args, accelerator, plan, data, space, stages, encoder, empty
         dtype=plan.dtype,
         samples_per_step=plan.batch_size,
         space=space,
+        pixels=args.base_model.family.pixels_per_latent,
         empty_prompt=empty_prompt,
         empty_is_zero=empty_is_zero,
         guard=Guard(accelerator, args.max_nonfinite_steps, lambda index: data.images[index].name),
@@ -296,7 +297,7 @@ def sample_timesteps(numbers, latents, objective):
         uniform = stratified_uniform(settings.seed, numbers, size, objective.samples_per_step)
     else:
         uniform = addressed_uniform(settings.seed, numbers, "timestep")
-    return objective.schedule.draw_timesteps(torch.from_numpy(uniform), objective.space.resolution(latents))
+    return objective.schedule.draw_timesteps(torch.from_numpy(uniform), objective.resolution(latents))
 
 
 def choose_prompts(batch, objective, dropout):

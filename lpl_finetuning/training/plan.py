@@ -3,8 +3,7 @@
 import contextlib
 import hashlib
 import json
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
@@ -23,7 +22,7 @@ from lpl_finetuning.training.models import lora_config
 from lpl_finetuning.training.objective import lpl_config
 from lpl_finetuning.training.sharding import BUCKET, is_sharded, zero_stage
 from lpl_finetuning.training.validation import HELD_OUT_LEVELS
-from lpl_utils import DecoderStages, LatentPerceptualLoss
+from lpl_utils import LatentPerceptualLoss, stage_features
 
 
 @dataclass(frozen=True)
@@ -48,34 +47,46 @@ def plan_run(args, accelerator, schedule, images):
     return Plan(schedule, dtype, batch_size, total_steps, resume_from, first_step)
 
 
-def latent_size(args, vae):
+def latent_size(args):
     """(h, w) of the latents of the largest bucket."""
-    factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    return tuple(side // factor for side in largest_size(args))
+    return tuple(side // args.base_model.family.pixels_per_latent for side in largest_size(args))
 
 
-def lpl_bytes(args, vae):
-    """Bytes that the loss keeps for its backward pass: of all stages, or of the largest with checkpointing."""
-    config, size = lpl_config(args), latent_size(args, vae)
+class FirstStages:
+    """The first `count` of a network's stages; otherwise like the network's `FeatureStages`."""
+
+    def __init__(self, stages, count):
+        self.stages, self.names = stages, stages.names[:count]
+
+    def __len__(self):
+        return len(self.names)
+
+    def __getattr__(self, name):
+        return getattr(self.stages, name)
+
+
+def lpl_bytes(args, stages, shape):
+    """Bytes that the loss keeps for its backward pass: of all stages, or of the largest with checkpointing.
+
+    Args:
+        stages: `FeatureStages` on the meta device; shape: (C, h, w) of the latents.
+    """
+    config = lpl_config(args)
     totals = [0]
-    for blocks in range(1 + config.num_blocks):
+    for count in range(1, 1 + len(stages)):
         with torch.device("meta"), SavedBytes() as kept:
             batch = min(args.train_batch_size, config.batch_size)
-            pair = torch.randn(2, batch, vae.config.latent_channels, *size)
-            LatentPerceptualLoss(vae, replace(config, num_blocks=blocks))(pair[0].requires_grad_(), pair[1])
+            pair = torch.randn(2, batch, *shape)
+            LatentPerceptualLoss(FirstStages(stages, count), config)(pair[0].requires_grad_(), pair[1])
         totals.append(kept.total)
-    stages = [after - before for before, after in pairwise(totals)]
-    return max(stages) if config.checkpointing == "stage" else sum(stages)
+    parts = [after - before for before, after in pairwise(totals)]
+    return max(parts) if config.checkpointing == "stage" else sum(parts)
 
 
-def stage_shapes(args, vae):
-    """[(C, H, W)] of the features that the loss compares. vae: on the meta device."""
-    stages, shapes = DecoderStages(vae), []
-    x = torch.empty(1, vae.config.latent_channels, *latent_size(args, vae), device="meta")
-    for index in range(1 + args.lpl_num_blocks):
-        x = stages.run(index, x)
-        shapes.append(tuple(x.shape[1:]))
-    return shapes
+def stage_shapes(stages, shape):
+    """{stage's name: (C, H, W)} of the features that the loss compares, for latents of `shape`, (C, h, w)."""
+    features = stage_features(stages, torch.empty(1, *shape, device="meta"))
+    return {name: tuple(x.shape[1:]) for name, x in zip(stages.names, features, strict=True)}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -215,12 +226,14 @@ def check_machine(args):
             "out")  # fmt: skip
 
 
-def print_plan(args, report, accelerator, plan, denoiser, vae, gate, example_inputs):
+def print_plan(args, report, accelerator, plan, denoiser, network, stages, gate, example_inputs):
     """Print what will happen: flags, data, steps, validation, models, the perceptual loss and memory.
 
     Args:
         report: on the data, from `check_data`; plan: the `Plan`.
-        denoiser, vae: on the meta device; the denoiser's dtype changes.
+        denoiser: on the meta device; its dtype changes.
+        network: the module that the stages run; stages: the `FeatureStages` that the loss compares; on the meta
+            device.
         gate: the `LPLGate`.
         example_inputs: function (denoiser, args, (h, w), dtype) -> arguments of the denoiser for one batch.
 
@@ -233,9 +246,9 @@ def print_plan(args, report, accelerator, plan, denoiser, vae, gate, example_inp
     if args.use_lpl:
         share = plan.schedule.gated_share(gate)
         hint = plan.schedule.threshold_for(0.2, by_timestep=gate.t_threshold is not None)
-        print_lpl_plan(args, gate, share, hint, vae, accelerator.print)
-    size = latent_size(args, vae)
-    parts = memory_estimate(args, denoiser, vae, plan.dtype, partial(example_inputs, denoiser, args, size))
+        shape = latent_shape(denoiser, args, example_inputs)
+        print_lpl_plan(args, gate, share, hint, stages, shape, accelerator.print)
+    parts = memory_estimate(args, denoiser, network, stages, plan.dtype, example_inputs)
     print_memory(parts, denoiser, accelerator)
 
 
@@ -274,16 +287,18 @@ def print_models(args, models, how, say):
     say(f"          {how}, {args.optimizer}")
 
 
-def print_lpl_plan(args, gate, share, hint, vae, say):
+def print_lpl_plan(args, gate, share, hint, stages, shape, say):
     """Print the gate, weight and stages of the loss. share: of gated samples; hint: the flag that would gate 20 %."""
     config = lpl_config(args)
     rule = f"t < {gate.limit:g}" if gate.t_threshold is not None else f"sigma / alpha <= {gate.limit:g}"
     say(f"LPL: where {rule}, {100 * share:.1f} % of samples; weight {args.lpl_weight}"
         + (f" (a share of {args.lpl_share:g} of the loss)" if args.lpl_weight == "auto" else "")
-        + f"; {config.norm_type} normalization, {config.loss_type}, at most {config.batch_size} samples at a time, "
-        f"checkpointing {config.checkpointing}, {str(vae.dtype)[6:]}")  # fmt: skip
-    shapes = stage_shapes(args, vae)
-    say("     decoder stages: " + ", ".join("x".join(map(str, shape)) for shape in shapes))
+        + f"; {config.norm_type} normalization"
+        + (f" ({config.norm_gradient} gradient)" if config.norm_gradient != "none" else "")
+        + f", {config.loss_type}, at most {config.batch_size} samples at a time, checkpointing "
+        f"{config.checkpointing}, {str(stages.dtype)[6:]}")  # fmt: skip
+    shapes = stage_shapes(stages, shape).items()
+    say("     features: " + ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes))
     if share < 0.02:
         say(f"warning: LPL applies to under 2 % of the samples and will hardly matter; {hint} would give 20 %")
 
@@ -334,26 +349,32 @@ def parts_of_a_rank(parts, model, ranks, stage=0):
     return [*mine, ("gathered layers", 2 * bucket), ("exchange", 2 * bucket)]
 
 
-def saved_by_forward(denoiser, dtype, inputs):
+def saved_by_forward(denoiser, args, dtype, example_inputs):
     """Bytes that autograd keeps of a forward pass of the `Denoiser` on the meta device.
 
     Args:
         dtype: what autocast would run in; the weights are cast, since the meta device has no autocast.
-        inputs: function dtype -> the arguments of the forward pass, on the meta device.
     """
     denoiser.to(dtype)
     with torch.device("meta"), SavedBytes() as activations:
-        denoiser(*inputs(dtype))
+        denoiser(*example_inputs(denoiser, args, latent_size(args), dtype))
     return activations.total
 
 
-def memory_estimate(args, denoiser, vae, dtype, inputs):
+def latent_shape(denoiser, args, example_inputs):
+    """(C, h, w) of the latents of the largest bucket: the first of the denoiser's inputs."""
+    with torch.device("meta"):
+        return tuple(example_inputs(denoiser, args, latent_size(args), torch.float32)[0].shape[1:])
+
+
+def memory_estimate(args, denoiser, network, stages, dtype, example_inputs):
     """[(what, bytes)] that training needs on one device, every sample taken as gated; from shapes, nothing is run.
 
     Args:
-        denoiser, vae: on the meta device; the denoiser's dtype changes.
-        dtype, inputs: see `saved_by_forward`.
+        denoiser, network, stages, example_inputs: see `print_plan`.
+        dtype: that the denoiser computes in.
     """
+    shape = latent_shape(denoiser, args, example_inputs)
     weights = weight_bytes(args, denoiser.models())
     trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
     size, count = parameter_bytes(trained), sum(parameter.numel() for parameter in trained)
@@ -362,9 +383,8 @@ def memory_estimate(args, denoiser, vae, dtype, inputs):
         ("gradients", size),
         ("optimizer state", optimizer_state_bytes(args, size, count)),
         ("EMA", size if args.use_ema and not args.offload_ema else 0),
-        ("activations", saved_by_forward(denoiser, dtype, inputs)),
+        ("activations", saved_by_forward(denoiser, args, dtype, example_inputs)),
     ]
     if args.use_lpl:
-        decoder = parameter_bytes(vae.decoder.parameters())
-        parts += [("decoder", decoder), ("LPL", lpl_bytes(args, vae))]
+        parts += [("decoder", parameter_bytes(network.parameters())), ("LPL", lpl_bytes(args, stages, shape))]
     return parts

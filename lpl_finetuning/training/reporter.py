@@ -68,9 +68,9 @@ METRICS = ["train_loss", "diffusion_loss", "grad_norm", "lpl/loss", "lpl/weighte
            "lpl/num_samples", "lpl/application_ratio"]  # fmt: skip
 
 
-def metric_names(args):
-    """The log keys of a run, in the order of the packed read."""
-    layers = range(1 + args.lpl_num_blocks if args.use_lpl else 0)
+def metric_names(stages):
+    """The log keys of a run whose loss has so many stages, in the order of the packed read."""
+    layers = range(stages)
     return METRICS + [f"lpl/features/layer_{layer}/{what}" for layer in layers for what in ("loss", "outlier_ratio")]
 
 
@@ -121,23 +121,23 @@ class Reporter:
         history: the `History` of all rows, on rank 0.
     """
 
-    def __init__(self, args, accelerator, model, names, first_step, total_steps):
+    def __init__(self, args, accelerator, stages, first_step, total_steps):
         """
         Args:
-            model: what is trained, "SDXL" or "SD3".
-            names: log keys of the metrics, in the order of the packed read.
+            stages: names of the stages whose features the loss compares; () without the loss.
             first_step: steps that the run has made already.
         """
-        self.args, self.accelerator, self.names = args, accelerator, names
+        self.args, self.accelerator, self.stages, self.names = args, accelerator, stages, metric_names(len(stages))
         self.first_step, self.total_steps = first_step, total_steps
         kind, loss = "LoRA" if args.use_lora else "full", "with" if args.use_lpl else "without"
-        self.title = f"{model} {kind} fine-tuning, {loss} LPL"
+        family = args.base_model.family
+        self.title = f"{family.title} {kind} fine-tuning, {loss} LPL"
         self.metrics = Metrics(accelerator.device)
         self.output_dir = Path(args.output_dir)
         self.main = accelerator.is_main_process
         if self.main:
             self.history = History(self.output_dir / args.logging_dir / "metrics.jsonl", first_step)
-            accelerator.init_trackers(f"{model.lower()}-lpl", public_flags(args))
+            accelerator.init_trackers(f"{family.name}-lpl", public_flags(args))
         self.bar, self.samples, self.since, self.warned = None, 0, time.perf_counter(), False
 
     def steps(self):
@@ -221,7 +221,7 @@ class Reporter:
         """Draw `run.png`: the run at a glance so far."""
         if self.main and self.history.series("train_loss")[0]:
             with dispensable("run.png"):
-                plot_run(self.history, self.output_dir / "run.png", self.title)
+                plot_run(self.history, self.output_dir / "run.png", self.title, self.stages)
 
     def stopped(self, step):
         """Report the end of a run that a signal stopped, after its checkpoint."""
@@ -245,8 +245,8 @@ class Reporter:
             print(f"Pictures before and after: {grids[0]} and {grids[-1]}")
 
 
-def plot_run(history, path, title):
-    """Draw losses, the loss per stage, learning rate, throughput, and the held-out losses if there are any."""
+def plot_run(history, path, title, stages):
+    """Draw losses, the loss per stage (`stages`: names), learning rate, throughput, and held-out losses if any."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -263,15 +263,14 @@ def plot_run(history, path, title):
     ]:
         draw_curve(losses, *history.series(key), label)
     losses.set_title("losses in training")
-    layer = 0
-    while (series := history.series(f"lpl/features/layer_{layer}/loss"))[0]:
-        draw_curve(layers, *series, "middle block" if layer == 0 else f"up block {layer}", plt.cm.viridis(layer / 5))
-        layer += 1
-    if layer:
+    for layer, name in enumerate(stages):
+        series = history.series(f"lpl/features/layer_{layer}/loss")
+        draw_curve(layers, *series, name, plt.cm.viridis(layer / max(5, len(stages))))
+    if history.series("lpl/features/layer_0/loss")[0]:
         layers.set_yscale("log")
     else:
         layers.text(0.5, 0.5, "no LPL in these steps", ha="center", va="center", transform=layers.transAxes)
-    layers.set_title("LPL per decoder layer, unweighted")
+    layers.set_title("LPL per stage, unweighted")
     draw_curve(rate, *history.series("lr"), None, smooth=False)
     rate.set_title("learning rate")
     rate.set_ylim(bottom=0)

@@ -24,11 +24,11 @@ from lpl_finetuning import flags as flags_module
 from lpl_finetuning.data import report as report_module
 from lpl_finetuning.data import scan as scan_module
 from lpl_finetuning.data.encoding import latent_bytes
-from lpl_finetuning.training import objective, run
+from lpl_finetuning.training import run
 from lpl_utils import LPLGate
 from tests import runs
 from tests.children import start
-from tests.runs import assert_resume_is_exact, command
+from tests.runs import assert_resume_is_exact, command, objective_of
 
 SCRIPTS = {"sdxl": train_sdxl_lpl, "sd3": train_sd3_lpl_flow}
 SHAPES = [
@@ -120,7 +120,8 @@ def test_thresholds_follow_the_shape(sdxl_folder, sd3_folder):
     """--lpl_threshold_resolution and --timestep_shift auto go by the area of each bucket, not by --resolution."""
     gate = LPLGate(sigma_threshold=3, threshold_resolution=512, resolution=512)
     assert gate.at(1024).limit == 6 and gate.at(512) == gate and LPLGate(t_threshold=200).at(64).limit == 200
-    assert objective.LatentSpace(1.0, 0.0, 8).resolution(torch.zeros(1, 4, 64, 256)) == 1024
+    args = train_sdxl_lpl.parse_args(["--pretrained_model_name_or_path", str(sdxl_folder), "--dataset_name", "x"])
+    assert objective_of(args).resolution(torch.zeros(1, 4, 64, 256)) == 1024
     args = train_sd3_lpl_flow.parse_args(
         f"--pretrained_model_name_or_path {sd3_folder} --dataset_name x --resolution 64 --timestep_shift auto".split()
     )

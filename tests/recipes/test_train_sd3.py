@@ -252,7 +252,7 @@ def test_latents_are_shifted_and_scaled(flags, sd3_folder):
     args = train_sd3_lpl_flow.parse_args(flags)
     config = train_sd3_lpl_flow.vae_config(args.base_model)
     assert config["shift_factor"] and config["scaling_factor"] != 1
-    space = config["scaling_factor"], config["shift_factor"], 8
+    space = config["scaling_factor"], config["shift_factor"]
     mean = torch.randn(2, 16, 8, 8)
     batch = {"mean": mean, "std": torch.zeros_like(mean), "number": [0, 1]}
     latents = objective.sample_latents(batch, objective_of(args, space=space))
