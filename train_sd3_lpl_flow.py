@@ -123,6 +123,7 @@ from lpl_finetuning.training.checkpoints import Checkpoints
 from lpl_finetuning.training.guard import StopSignals
 from lpl_finetuning.training.models import (
     decode_latents,
+    latent_channels,
     latent_space,
     load_denoiser,
     load_part,
@@ -133,7 +134,6 @@ from lpl_finetuning.training.models import (
     load_weights,
     prepare_for_training,
     save_weights,
-    vae_config,
 )
 from lpl_finetuning.training.objective import (
     build_objective,
@@ -401,8 +401,8 @@ def fill_caches(args, images, held_out, dtype, accelerator):
         return encode_images(cuts, vae())
 
     return encoding.fill_caches(
-        args, images, held_out, accelerator, prompt_id, prompt_bytes(args, dtype), vae_config(args.base_model), encode,
-        encode_latents,
+        args, images, held_out, accelerator, prompt_id, prompt_bytes(args, dtype), latent_channels(args.base_model),
+        encode, encode_latents,
     )  # fmt: skip
 
 

@@ -164,7 +164,9 @@ def model_identity(base, *parts):
 
 
 def vae_identity(base):
-    """The same of the autoencoder, which --pretrained_vae_model_name_or_path may replace."""
+    """The same of the autoencoder, which --pretrained_vae_model_name_or_path may replace; of none in pixel space."""
+    if base.family.autoencoder is None:
+        return "pixels"
     if not base.vae:
         return model_identity(base, base.family.autoencoder.name)
     return model_digest(base.vae) if Path(base.vae).is_dir() else base.vae
@@ -188,10 +190,9 @@ def encode_images(cuts, vae):
     return rows_of({"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu(), "time_ids": time_ids})
 
 
-def latent_bytes(size, vae_config):
-    """Bytes of the entry of an image cut to `size`, (height, width); vae_config: the autoencoder's config.json."""
-    factor = 2 ** (len(vae_config["block_out_channels"]) - 1)
-    values = 2 * vae_config["latent_channels"] * (size[0] // factor) * (size[1] // factor)
+def latent_bytes(size, channels, pixels):
+    """Bytes of the entry of an image cut to `size`, (height, width); a latent has so many channels and pixels."""
+    values = 2 * channels * (size[0] // pixels) * (size[1] // pixels)
     return 4 * (values + 6) + ROW_BYTES
 
 
@@ -259,7 +260,7 @@ def encode_on_all_ranks(store, items, encode, at_once, description, accelerator,
 
 
 def fill_caches(
-    args, images, held_out, accelerator, prompt_id, prompt_bytes, vae_config, encode_prompts, encode_latents
+    args, images, held_out, accelerator, prompt_id, prompt_bytes, latent_channels, encode_prompts, encode_latents
 ):
     """Encode what is not on disk yet; returns `RunData`.
 
@@ -270,7 +271,7 @@ def fill_caches(
     Raises:
         DataError: the disk has no room for what would be encoded.
     """
-    root, rules = cache_folder(args), caption_rules(args)
+    root, rules, pixels = cache_folder(args), caption_rules(args), args.base_model.family.pixels_per_latent
     cuts, held_out_cuts = samples.framing(args, images), samples.framing(args, held_out, held_out=True)
     cached = cuts.can_be_cached(images)
     latent_id = digest(kind="latents", vae=vae_identity(args.base_model), interpolation=args.image_interpolation_mode)
@@ -287,7 +288,7 @@ def fill_caches(
 
     new_texts, text_bytes = count_missing(prompts, texts(), lambda text: prompt_bytes + ROW_BYTES)
     new_pictures, picture_bytes = count_missing(
-        latents, pictures(), lambda item: latent_bytes(item[1].size, vae_config)
+        latents, pictures(), lambda item: latent_bytes(item[1].size, latent_channels, pixels)
     )
     accelerator.print(
         f"Caches in {root}: to be encoded are {new_texts:,} captions ({text_bytes / 1e6:,.1f} MB) and "

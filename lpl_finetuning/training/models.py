@@ -293,6 +293,11 @@ def latent_space(base):
     return LatentSpace(config["scaling_factor"], config.get("shift_factor") or 0.0)
 
 
+def latent_channels(base):
+    """Channels of the latents of the base model's autoencoder."""
+    return vae_config(base)["latent_channels"]
+
+
 def decode_latents(vae, latents):
     """Images (B, 3, H, W) in [-1, 1] of the denoiser's latents (B, C, h, w), in the autoencoder's dtype."""
     return vae.decode(LatentSpace.of(vae).from_model(latents).to(vae.dtype)).sample

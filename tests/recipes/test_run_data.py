@@ -309,7 +309,8 @@ def test_the_predicted_size_is_the_size(recipe, tmp_path):
     args, data, _ = prepared(script, *words)
 
     predicted = sum(
-        latent_bytes(data.framing.sizes[bucket], script.vae_config(args.base_model)) for bucket in data.framing.buckets
+        latent_bytes(data.framing.sizes[bucket], script.latent_channels(args.base_model), 8)
+        for bucket in data.framing.buckets
     )
     predicted += len(data.prompts) * script.prompt_bytes(args, torch.float32)
     found = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("shard-*"))

@@ -25,7 +25,7 @@ from lpl_finetuning.data import scan as scan_module
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.training import objective
 from lpl_finetuning.training import run as run_module
-from lpl_finetuning.training.models import LORA_FILE
+from lpl_finetuning.training.models import LORA_FILE, vae_config
 from lpl_finetuning.training.plan import plan_run
 from lpl_utils import LPLGate, estimate_z0
 from tests.children import start
@@ -250,7 +250,7 @@ def test_what_training_sees_is_what_the_pipeline_encodes(kind, flags, sd3_folder
 def test_latents_are_shifted_and_scaled(flags, sd3_folder):
     """z_model = (z_vae - shift) * scaling, as the pipeline undoes it."""
     args = train_sd3_lpl_flow.parse_args(flags)
-    config = train_sd3_lpl_flow.vae_config(args.base_model)
+    config = vae_config(args.base_model)
     assert config["shift_factor"] and config["scaling_factor"] != 1
     space = config["scaling_factor"], config["shift_factor"]
     mean = torch.randn(2, 16, 8, 8)
