@@ -4,32 +4,82 @@ import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 import uuid
 from pathlib import Path
 
+from tests.fork_server import Forked, Server
+
 MARK = "STARTED_BY_TEST"  # an environment variable that all descendants inherit, also those in groups of their own
 STARTED = []  # (process, its mark)
+SERVER = Server()
 ROOT = Path(__file__).parents[1]
 
 
-def start(words, *, env=None, **options):
-    """subprocess.Popen, in a process group of its own; what is left at the test's end is killed by `end_all`."""
+def start(words, *, env=None, fresh=False, **options):
+    """subprocess.Popen, in a session of its own; what is left at the test's end is killed by `end_all`.
+
+    A Python script is forked from a process that has the libraries imported (`tests.fork_server`), unless `fresh`.
+    """
     mark = uuid.uuid4().hex
     environment = {**(os.environ if env is None else env), MARK: mark}
-    process = subprocess.Popen(words, env=environment, start_new_session=True, **options)
+    if fresh or not is_script(words):
+        process = subprocess.Popen(words, env=environment, start_new_session=True, **options)
+    else:
+        if SERVER.process is None:
+            SERVER.open(tempfile.mkdtemp(prefix="lpl-forks-"))
+        process = Forked(SERVER, words[1:], environment, **options)
     STARTED.append((process, mark))
     return process
 
 
-def alive(mark):
-    """Numbers of the processes that bear a mark."""
+def run(words, *, timeout=300, check=False, capture_output=True, **options):
+    """subprocess.run with `start`."""
+    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} if capture_output else {}
+    process = start(words, **streams, **options)
+    said, errors = process.communicate(timeout=timeout)
+    result = subprocess.CompletedProcess(words, process.returncode, said, errors)
+    if check:
+        result.check_returncode()
+    return result
+
+
+def run_on_ranks(words, count, *, env=None, timeout=300, **options):
+    """Run a script on `count` ranks of one machine, as torchrun would, to their end; returns their exit statuses."""
+    processes = start_ranks(words, count, env=env, **options)
+    return [process.wait(timeout) for process in processes]
+
+
+def start_ranks(words, count, *, env=None, **options):
+    """The processes of `count` ranks of a script."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    shared = {**(os.environ if env is None else env), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
+              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    return [start(words, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
+            for rank in range(count)]  # fmt: skip
+
+
+def is_script(words):
+    """Whether a command starts a Python script or module of the project, without options of the interpreter."""
+    if str(words[0]) != sys.executable or len(words) < 2:
+        return False
+    first = str(words[1])
+    return first.endswith(".py") or first == "-c" or (first == "-m" and not str(words[2]).startswith("torch"))
+
+
+def alive(mark, session=None):
+    """Numbers of the processes that bear a mark or belong to a session."""
     found, entry = [], f"{MARK}={mark}".encode()
     for path in Path("/proc").glob("[0-9]*/environ"):
         with contextlib.suppress(OSError):
-            if entry in path.read_bytes().split(b"\0"):
+            fields = Path(path.parent, "stat").read_text().rpartition(")")[2].split()
+            if entry in path.read_bytes().split(b"\0") or (fields[3] == str(session) and fields[0] != "Z"):
                 found.append(int(path.parent.name))
     return found
 
@@ -39,7 +89,8 @@ def kill(process, mark):
     if process.poll() is None:
         process.kill()
         process.wait()
-    while left := alive(mark):
+    session = process.pid if isinstance(process, Forked) else None
+    while left := alive(mark, session):
         for pid in left:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)

@@ -104,4 +104,6 @@ def pytest_collection_modifyitems(config, items):
 
 
 def pytest_unconfigure():
+    children.end_all()
+    children.SERVER.close()
     shutil.rmtree(HOME, ignore_errors=True)

@@ -1,7 +1,6 @@
 """A family of models that the package does not know trains with the loss, resumes bit-equal and saves."""
 
 import os
-import socket
 import sys
 
 import numpy as np
@@ -47,16 +46,9 @@ def test_a_third_family_trains_saves_and_measures(flags, tmp_path):
 
 def on_two_ranks(flags, folder, *more):
     """Run the script on two ranks to its end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    environment = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                   "ACCELERATE_USE_CPU": "true", "LOCAL_WORLD_SIZE": "2"}  # fmt: skip
-    words = [sys.executable, "-m", "tests.pixel_script", *flags, "--output_dir", str(folder), *map(str, more)]
-    ranks = [
-        children.start(words, cwd=runs.ROOT, env={**environment, "RANK": rank, "LOCAL_RANK": rank}) for rank in "01"
-    ]
-    assert [process.wait(timeout=200) for process in ranks] == [0, 0]
+    words = [sys.executable, "-m", "tests.pixel_script", *flags, "--output_dir", folder, *more]
+    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+    assert children.run_on_ranks(words, 2, env=environment, cwd=runs.ROOT) == [0, 0]
 
 
 def test_a_third_family_resumes_bit_equal_on_two_ranks(flags, tmp_path):
