@@ -16,42 +16,70 @@ from tests.fork_server import Forked, Server
 
 MARK = "STARTED_BY_TEST"  # an environment variable that all descendants inherit, also those in groups of their own
 STARTED = []  # (process, its mark)
-SERVER = Server()
+SERVER, LIGHT_SERVER = Server(), Server(light=True)
 ROOT = Path(__file__).parents[1]
 
 
-def start(words, *, env=None, fresh=False, **options):
+def start(words, *, env=None, fresh=False, light=False, **options):
     """subprocess.Popen, in a session of its own; what is left at the test's end is killed by `end_all`.
 
-    A Python script is forked from a process that has the libraries imported (`tests.fork_server`), unless `fresh`.
+    A Python script is forked from a process that has the libraries imported (`tests.fork_server`), unless `fresh`;
+    under `light` from one that has not, where importing torch is an error.
     """
     mark = uuid.uuid4().hex
     environment = {**(os.environ if env is None else env), MARK: mark}
     if fresh or not is_script(words):
         process = subprocess.Popen(words, env=environment, start_new_session=True, **options)
     else:
-        if SERVER.process is None:
-            SERVER.open(tempfile.mkdtemp(prefix="lpl-forks-"))
-        process = Forked(SERVER, words[1:], environment, **options)
+        server = LIGHT_SERVER if light else SERVER
+        if server.process is None:
+            server.open(tempfile.mkdtemp(prefix="lpl-forks-"))
+        process = Forked(server, words[1:], environment, **options)
     STARTED.append((process, mark))
     return process
 
 
 def run(words, *, timeout=300, check=False, capture_output=True, **options):
-    """subprocess.run with `start`."""
-    streams = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} if capture_output else {}
-    process = start(words, **streams, **options)
-    said, errors = process.communicate(timeout=timeout)
-    result = subprocess.CompletedProcess(words, process.returncode, said, errors)
+    """subprocess.run with `start`; several ranks of torchrun on one machine are forked too.
+
+    The ranks share standard output and error. When one fails, the others get SIGTERM, as from torchrun.
+    """
+    ranks, words = cut_torchrun(words)
+    text = options.pop("text", False)
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
+        streams = {"stdout": out, "stderr": errors} if capture_output else {}
+        processes = start_ranks(words, ranks, **streams, **options) if ranks else [start(words, **streams, **options)]
+        limit = time.monotonic() + timeout
+        while any(process.poll() is None for process in processes):
+            if any(process.returncode for process in processes):
+                for process in processes:
+                    process.terminate()
+            if time.monotonic() > limit:
+                raise subprocess.TimeoutExpired(words, timeout)
+            time.sleep(0.01)
+        said = []
+        for file in (out, errors):
+            file.seek(0)
+            said.append(file.read().decode() if text else file.read())
+    status = next((process.returncode for process in processes if process.returncode), 0)
+    result = subprocess.CompletedProcess(words, status, *said)
     if check:
         result.check_returncode()
     return result
 
 
-def run_on_ranks(words, count, *, env=None, timeout=300, **options):
-    """Run a script on `count` ranks of one machine, as torchrun would, to their end; returns their exit statuses."""
-    processes = start_ranks(words, count, env=env, **options)
-    return [process.wait(timeout) for process in processes]
+def cut_torchrun(words):
+    """(number of ranks, the script's command) of a torchrun command; (None, the words) of any other."""
+    words = [str(word) for word in words]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
+    if words[:4] != launch or words[5] != "--standalone":
+        return None, words
+    return int(words[4]), [sys.executable, *words[6:]]
+
+
+def run_on_ranks(words, count, *, timeout=300, **options):
+    """Run a script on `count` ranks to their end; returns their exit statuses."""
+    return [process.wait(timeout) for process in start_ranks(words, count, **options)]
 
 
 def start_ranks(words, count, *, env=None, **options):

@@ -106,4 +106,5 @@ def pytest_collection_modifyitems(config, items):
 def pytest_unconfigure():
     children.end_all()
     children.SERVER.close()
+    children.LIGHT_SERVER.close()
     shutil.rmtree(HOME, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Starts Python scripts by forking a process that has already imported the slow libraries.
 
-    python -m tests.fork_server SOCKET
+    python -m tests.fork_server SOCKET          # with torch and all
+    python -m tests.fork_server SOCKET light    # without: a child that imports torch ends with status 99
 
 A start from nothing imports torch, diffusers, transformers, accelerate and peft, which takes longer than most tests.
 The server imports them once. Each start is a fork of the server, in a session of its own, with the arguments,
@@ -44,6 +45,18 @@ def import_libraries():
 
     return (accelerate, bitsandbytes, datasets, diffusers, matplotlib, peft, torch, transformers,
             StableDiffusion3Pipeline, StableDiffusionXLPipeline, FSDPModule)  # fmt: skip
+
+
+def import_what_is_light():
+    """Import what the scripts import before torch; what reads the environment at its import is left out."""
+    import numpy
+    import PIL.Image
+    import yaml
+
+    return numpy, PIL, yaml
+
+
+IMPORTED_TORCH = 99  # exit status of a child of the light server that has imported torch
 
 
 def become(request, files):
@@ -99,12 +112,17 @@ def end(status):
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(Exception):
             stream.flush()
-    os._exit(status & 0xFF)
+    os._exit(IMPORTED_TORCH if LIGHT and "torch" in sys.modules else status & 0xFF)
 
 
-def serve(path):
+LIGHT = False
+
+
+def serve(path, light=False):
     """Answer requests on a socket until the client goes: [pid] at once, [pid, wait status] at the end of each."""
-    import_libraries()
+    global LIGHT
+    LIGHT = light
+    import_what_is_light() if light else import_libraries()
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     listener.listen()
@@ -147,8 +165,8 @@ def serve(path):
 class Server:
     """The fork server of a test session; it is started with the first process that is asked for."""
 
-    def __init__(self):
-        self.process = self.connection = None
+    def __init__(self, light=False):
+        self.light, self.process, self.connection = light, None, None
         self.ended, self.unread = {}, b""
 
     def open(self, folder):
@@ -156,7 +174,7 @@ class Server:
         path = str(Path(folder) / "fork-server")
         quiet = {"DIFFUSERS_VERBOSITY": "error", "TRANSFORMERS_VERBOSITY": "error", "HF_HUB_OFFLINE": "1",
                  "TRANSFORMERS_NO_ADVISORY_WARNINGS": "1", "OMP_NUM_THREADS": "1"}  # fmt: skip
-        words = [sys.executable, "-m", "tests.fork_server", path]
+        words = [sys.executable, "-m", "tests.fork_server", path, *["light"] * self.light]
         self.process = subprocess.Popen(words, cwd=ROOT, stdin=subprocess.DEVNULL, env={**os.environ, **quiet})
         self.connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         limit = time.monotonic() + 180
@@ -289,4 +307,4 @@ class Forked:
 
 
 if __name__ == "__main__":
-    serve(sys.argv[1])
+    serve(sys.argv[1], light=sys.argv[2:] == ["light"])

@@ -23,6 +23,7 @@ from lpl_finetuning import errors as errors_module
 from lpl_finetuning.training import checkpoint_folders
 from lpl_finetuning.training import guard as guard_module
 from tests import runs
+from tests.children import run as run_child
 from tests.children import start
 from tests.runs import command, weights
 
@@ -189,7 +190,7 @@ def test_a_rank_is_not_blamed_for_another(recipe, tmp_path):
              str(runs.ROOT / "tests" / "poisoned.py"), script.__name__, "1", "3,4", *map(str, flags),
              "--max_train_steps", "5", "--output_dir", str(tmp_path)]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    result = run_child(words, env=environment, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
     told = dict(re.findall(r"warning: step (\d is skipped on rank \d), not finite: (.*)", result.stderr))
     assert len(told) == result.stderr.count("warning: step") == 4
@@ -302,7 +303,8 @@ def two_ranks(script, flags, folder):
 
 
 STEP_WITHOUT_END = """
-import os, sys, guard_utils
+import os, sys
+from lpl_finetuning.training import guard as guard_utils
 guard_utils.PATIENCE = float(sys.argv[1])
 with guard_utils.StopSignals(accelerator=None) as signals:
     signals.step_began()
@@ -344,9 +346,10 @@ def signalled_words(script, function, call, number, ranks, flags):
 
 def signalled(script, function, call, *flags, number="SIGTERM", ranks=1):
     """Such a run, to its end."""
-    return subprocess.run(
-        signalled_words(script, function, call, number, ranks, flags), capture_output=True, text=True, timeout=300
-    )
+    words = signalled_words(script, function, call, number, ranks, flags)
+    if ranks > 1:  # the script finds the other ranks by their launcher
+        return subprocess.run(words, capture_output=True, text=True, timeout=300)
+    return run_child(words, text=True)
 
 
 PICTURES = ["--validation_prompt", "a red apple", "the sun", "--num_validation_images", 1, "--validation_steps", 2]
@@ -515,7 +518,8 @@ def test_a_loading_process_that_is_told_to_end_by_the_run_ends():
 
 
 LOADING_PROCESS = """
-import multiprocessing, os, sys, time, guard_utils
+import multiprocessing, os, sys, time
+from lpl_finetuning.training import guard as guard_utils
 
 def work():
     if sys.argv[1] == "late":  # the run is gone before its process is asked to look

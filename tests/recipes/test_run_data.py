@@ -26,7 +26,7 @@ from lpl_finetuning.data import scan as scan_module
 from lpl_finetuning.data.encoding import latent_bytes
 from lpl_finetuning.training import run
 from lpl_utils import LPLGate
-from tests import runs
+from tests import children, runs
 from tests.children import start
 from tests.runs import assert_resume_is_exact, command, objective_of
 
@@ -159,7 +159,7 @@ def launch(script, *flags, ranks=1):
             *words[1:],
         ]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+    result = children.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -211,7 +211,8 @@ def many(tmp_path, mixed):
 
 
 WAITS_FOR_ITS_END = """
-import runpy, sys, time, store_utils
+import runpy, sys, time
+from lpl_finetuning.data import store as store_utils
 put = store_utils.TensorStore.put
 def slow(store, entries):
     put(store, entries)

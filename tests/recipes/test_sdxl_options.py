@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -24,6 +23,7 @@ from lpl_finetuning.errors import UserError
 from lpl_finetuning.training import objective, optimization, plan
 from lpl_finetuning.training import run as run_module
 from lpl_finetuning.training.models import LORA_FILE
+from tests import children
 from tests.runs import assert_resume_is_exact, objective_of
 from tests.sdxl import command, draw, run, weights
 
@@ -531,7 +531,7 @@ def test_two_ranks_with_text_encoders_and_held_out_images(flags, tmp_path):
     two = [*launch, *command(*flags, "--output_dir", tmp_path / "two")[1:]]
     one = command(*flags, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "one")
     for words in (two, one):
-        result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+        result = children.run(words, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr[-2000:]
     saved = [load_file(tmp_path / name / LORA_FILE) for name in ("one", "two")]
     for key, value in saved[0].items():

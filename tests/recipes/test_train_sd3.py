@@ -28,6 +28,7 @@ from lpl_finetuning.training import run as run_module
 from lpl_finetuning.training.models import LORA_FILE, vae_config
 from lpl_finetuning.training.plan import plan_run
 from lpl_utils import LPLGate, estimate_z0
+from tests import children
 from tests.children import start
 from tests.runs import assert_resume_is_exact, objective_of
 from tests.sd3 import command, run, weights
@@ -419,7 +420,7 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(flags, tmp_path):
         [*launch, *command(*flags, "--output_dir", tmp_path / "two")[1:]],
         command(*flags, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "one"),
     ):
-        result = subprocess.run(words, env=environment, capture_output=True, text=True, timeout=300)
+        result = children.run(words, env=environment, capture_output=True, text=True, timeout=300)
         assert result.returncode == 0, result.stderr[-2000:]
     saved = [load_file(tmp_path / name / LORA_FILE) for name in ("one", "two")]
     for key, value in saved[0].items():

@@ -29,6 +29,7 @@ from lpl_finetuning.training import checkpoints, optimization
 from lpl_finetuning.training import models as models_module
 from lpl_finetuning.training import run as run_module
 from lpl_utils import LPLGate
+from tests import children
 from tests.children import start
 from tests.runs import ROOT, memory_of, objective_of, tensors_of
 from tests.sdxl import command, draw, run, weights
@@ -268,7 +269,7 @@ def test_the_result_of_two_ranks_does_not_fit_on_the_disk(flags, tmp_path):
     flags = [*map(str, flags), "--use_lora", "--max_train_steps", "2", "--output_dir", str(tmp_path)]
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     words = [*launch, "tests/full_disk.py", "train_sdxl_lpl", *flags]
-    result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=200)
+    result = children.run(words, cwd=ROOT, text=True, timeout=200)
     assert result.returncode != 0 and "its steps are saved" in result.stderr, result.stderr[-3000:]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
     run(*flags, "--resume_from_checkpoint", "latest")
@@ -645,11 +646,11 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(flags, tmp_path):
     flags = [*flags, "--use_lpl", "--lpl_t_threshold", 600, "--max_train_steps", 4, "--train_batch_size", 2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    subprocess.run(
+    children.run(
         [*launch, *command(*flags, "--output_dir", tmp_path / "two")[1:]],
         check=True, env=environment, capture_output=True, timeout=300,
     )  # fmt: skip
-    subprocess.run(
+    children.run(
         command(*flags, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "one"),
         check=True, env=environment, capture_output=True, timeout=300,
     )  # fmt: skip
@@ -783,7 +784,9 @@ def test_a_mistake_is_answered_before_torch_is_imported(flags):
     )
     assert result.returncode == 2
     assert "error: --resolution is 100" in result.stderr and "Traceback" not in result.stderr
-    assert " cli_utils\n" in result.stderr and " torch\n" not in result.stderr, "it was imported to tell a wrong flag"
+    assert " lpl_finetuning.flags\n" in result.stderr and " torch\n" not in result.stderr, (
+        "it was imported to tell a wrong flag"
+    )
 
 
 def test_dry_run_prints_the_plan_and_stops(flags, tmp_path, monkeypatch, capsys):
