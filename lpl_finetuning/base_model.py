@@ -150,7 +150,8 @@ class BaseModel:
         """The parts that have weights."""
         family, absent = self.family, self.absent_parts()
         encoders = (*family.text_encoders, *family.optional_text_encoders)
-        return [*(part.name for part in family.replaceable), *(part for part in encoders if part not in absent)]
+        autoencoder = [family.autoencoder.name] if family.autoencoder else []
+        return [*autoencoder, *(part for part in encoders if part not in absent), family.denoiser.name]
 
 
 def base_model_of(args, family):

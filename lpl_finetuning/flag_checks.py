@@ -57,8 +57,7 @@ def check_flags(args, family):
         require(getattr(args, name) < 1, f"--{name} is {getattr(args, name)}; it must be below 1, or {why}")
     require(args.seed < 2**64, f"--seed is {args.seed}; it must be less than 2**64")
     unit = family.pixels_per_latent
-    require(args.resolution > 0, f"--resolution is {args.resolution}; it must be above 0")
-    require(args.resolution % unit == 0,
+    require(args.resolution > 0 and args.resolution % unit == 0,
             f"--resolution is {args.resolution}; it must be a multiple of {unit}, because the latents are {unit} "
             f"times smaller, e.g. {max(unit, args.resolution // unit * unit)}")  # fmt: skip
     require(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: give the base model's "

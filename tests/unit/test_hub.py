@@ -34,7 +34,9 @@ UPLOAD = ["create", "yaml", "preupload", "batch", "put", "verify", "commit"]  # 
 # One process that imports the client once and calls what it is told to, a JSON line each way.
 CHILD = """
 import contextlib, io, json, os, sys
+from lpl_finetuning import publish
 from lpl_finetuning.results import hub
+functions = vars(hub) | {"main": publish.main}
 for line in sys.stdin:
     function, arguments, token = json.loads(line)
     os.environ.pop("HF_TOKEN", None)
@@ -42,7 +44,7 @@ for line in sys.stdin:
     said, status, value = io.StringIO(), 0, None
     with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
         try:
-            value = getattr(hub, function)(*arguments)
+            value = functions[function](*arguments)
         except SystemExit as stop:
             status = stop.code
         except (hub.UserError, hub.PublishError) as error:
@@ -338,8 +340,8 @@ def test_a_fault_at_any_request_loses_nothing(what, lora, hub, child):
             assert f"the Hub answered {what}, " in said
         assert f"The result is safe in {folder}" in said and "Traceback" not in said
         hub.fault = None
-        program, script, *words = shlex.split(printed_command(said))
-        assert (program, script) == ("python", "hub_utils.py")
+        program, option, module, *words = shlex.split(printed_command(said))
+        assert (program, option, module) == ("python", "-m", "lpl_finetuning.publish")
         assert child.call("main", words)[0] == 0
         assert hub.repositories[f"alice/at-{kind}"].commits == [names]
         assert hub.repositories[f"alice/at-{kind}"].files == {name: before[name] for name in names}
@@ -351,7 +353,7 @@ def test_a_commit_whose_answer_is_lost_is_not_made_twice(lora, hub, child):
     status, said = child.publish(folder, "alice/run")
     assert status == 3 and hub.repositories["alice/run"].commits == [names], "all, not nothing"
     hub.fault = None
-    assert child.call("main", shlex.split(printed_command(said))[2:])[0] == 0
+    assert child.call("main", shlex.split(printed_command(said))[3:])[0] == 0
     assert hub.repositories["alice/run"].commits == [names]
 
 
@@ -412,7 +414,7 @@ def test_the_printed_command_runs_in_a_shell(hub, tmp_path):
     assert first.returncode == 3 and first.stdout == ""
     hub.fault = None
     command = printed_command(first.stderr)
-    assert shlex.split(command)[2:] == [folder.name, "--hub_model_id", "run", "--hub_private_repo"]
+    assert shlex.split(command)[3:] == [folder.name, "--hub_model_id", "run", "--hub_private_repo"]
     second = subprocess.run(command, shell=True, **options)
     assert second.returncode == 0, second.stderr
     assert second.stdout == f"Published: {hub.url}/alice/run\n"
