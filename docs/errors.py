@@ -115,7 +115,7 @@ def expressions(tree):
 def messages():
     """{message: file} of the whole project, in the order of the source, but for those of nothing but names."""
     found = {}
-    for path in sorted(ROOT.glob("*.py")):
+    for path in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("lpl_finetuning/**/*.py"))]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
         known, told, owner = constants(tree), set(), {}
         for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
@@ -129,7 +129,7 @@ def messages():
                 continue
             if len(re.sub(r"\{[^{}| ]*\}|^warning|\W", "", text)) > 5 and text not in told:
                 told.add(text)
-                found.setdefault(text, path.name)
+                found.setdefault(text, str(path.relative_to(ROOT)))
     return found
 
 
