@@ -1,15 +1,16 @@
-"""What the loss costs on the SDXL-sized decoder: time and memory, side by side in one run.
+"""Measure time and memory of the loss on the SDXL-sized decoder, against two other versions in one run.
 
     python benchmarks/bench_lpl.py                                     # 256 px, float32 and bfloat16; CUDA if there is
     python benchmarks/bench_lpl.py --resolution 512 --dtypes bfloat16 --batch_size 2 --output bench.json
 
-Compared, forward and backward down to the estimate, one batch, same masks and normalization, random weights:
-  floor     what plain PyTorch needs for the three passes alone: target forward, estimate forward, input gradient;
+All versions compute forward and backward down to the estimate, on one batch with random weights:
+  floor     plain PyTorch, three passes alone: target forward, estimate forward, input gradient;
             no masks, no loss (the gradient starts from ones on the last feature map)
-  textbook  all features of both sides in two lists, each block under torch.utils.checkpoint, then the loss
+  textbook  all features of both sides in two lists, each block under torch.utils.checkpoint, then the loss;
+            same masks and normalization as ours
   ours      LatentPerceptualLoss, checkpointing="none";  ours-stage: checkpointing="stage"
-Times are medians over rounds in which the versions take turns; ratios are medians of the rounds' ratios. Memory is the
-peak above an idle process that has made one call at 64 px, each version in a process of its own.
+Times are medians over rounds in which the versions take turns. Ratios are medians of the rounds' ratios. Memory is the
+peak above an idle process that has made one call at 64 px; each version runs in its own process.
 """
 
 import argparse
@@ -55,7 +56,7 @@ def parse_args(argv=None):
     parser.add_argument("--width", type=int, default=128, help="of the decoder's last stage; 128 for SDXL")
     parser.add_argument("--contiguous", action="store_true", help="keep the decoder's weights out of channels-last")
     parser.add_argument("--output", help="write the figures to this JSON file")
-    parser.add_argument("--memory_of", choices=VERSIONS, help=argparse.SUPPRESS)  # a child process: print one peak
+    parser.add_argument("--memory_of", choices=VERSIONS, help=argparse.SUPPRESS)  # for child processes: print one peak
     return parser.parse_args(argv)
 
 
@@ -80,7 +81,7 @@ def build(args, dtype, device):
 
 
 def floor(stages, target, estimate):
-    """Three passes and nothing else, by plain autograd."""
+    """The gradient of three passes and nothing else, by plain autograd."""
     source = estimate.detach().requires_grad_()
     with torch.no_grad():
         for _ in stage_features(stages, target):
@@ -90,7 +91,7 @@ def floor(stages, target, estimate):
 
 
 def textbook_mask(x, kernels):
-    """The outlier mask by the functions that first come to mind: kthvalue and max pooling."""
+    """The outlier mask by kthvalue and max pooling, as it is usually written."""
     rows = x.flatten(2)
     n = rows.shape[-1]
     margin = 2 * rows.std(dim=-1)
@@ -102,7 +103,7 @@ def textbook_mask(x, kernels):
 
 
 def textbook(stages, target, estimate, norm_type):
-    """Two lists of features, block checkpointing, then the loss: the way it is usually written."""
+    """The gradient of the loss as it is usually written: two lists of features, block checkpointing, then the loss."""
     source = estimate.detach().requires_grad_()
     with torch.no_grad():
         features = list(stage_features(stages, target))
@@ -121,14 +122,14 @@ def textbook(stages, target, estimate, norm_type):
 
 
 def ours(vae, target, estimate, norm_type, checkpointing):
-    """The library's loss and its gradient."""
+    """The gradient of `LatentPerceptualLoss`."""
     source = estimate.detach().requires_grad_()
     lpl = LatentPerceptualLoss(vae, LPLConfig(norm_type=norm_type, checkpointing=checkpointing))
     return torch.autograd.grad(lpl(source, target).per_sample.sum(), source)[0]
 
 
 def versions(args, vae, target, estimate):
-    """Name -> function without arguments that returns the gradient of one version."""
+    """{name: function without arguments that returns the gradient} of all versions."""
     stages = DecoderStages(vae)
     return {
         "floor": lambda: floor(stages, target, estimate),
@@ -139,12 +140,12 @@ def versions(args, vae, target, estimate):
 
 
 def resident():
-    """Resident memory of this process in bytes (Linux)."""
+    """Resident memory of this process, bytes (Linux)."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def peak_memory(function, device):
-    """Peak memory of a call in bytes above what was there before it; sampled every 2 ms on the CPU."""
+    """Peak memory of a call above the memory before it, bytes; on the CPU sampled every 2 ms."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -165,7 +166,7 @@ def peak_memory(function, device):
 
 
 def measure(args, dtype_name, device):
-    """Rows of figures, one per version, for one dtype."""
+    """One row of figures per version, for one dtype."""
     vae, target, estimate = build(args, getattr(torch, dtype_name), device)
     functions = versions(args, vae, target, estimate)
     gradients = {name: function() for name, function in functions.items()}  # also warms up
@@ -185,7 +186,7 @@ def measure(args, dtype_name, device):
         child = [sys.executable, __file__, "--memory_of", name, "--dtypes", dtype_name, "--norm_type", args.norm_type]
         child += ["--resolution", args.resolution, "--batch_size", args.batch_size, "--width", args.width]
         child += ["--contiguous"] * args.contiguous
-        # freed memory goes back to the system at once, for all alike; else the C library's reserve is measured
+        # freed memory returns to the system at once, in all versions; else the C library's reserve is measured
         limits = {"MALLOC_MMAP_THRESHOLD_": "262144", "MALLOC_TRIM_THRESHOLD_": "262144"}
         printed = subprocess.run(
             [str(word) for word in child], check=True, capture_output=True, env={**os.environ, **limits}
@@ -206,7 +207,7 @@ def measure(args, dtype_name, device):
 
 
 def main(argv=None):
-    """Measure, print a table, write it."""
+    """Measure, print the table and write it."""
     args = parse_args(argv)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if args.memory_of:

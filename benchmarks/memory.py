@@ -1,8 +1,8 @@
-"""What fine-tuning takes of a GPU's memory, from the real architectures: python benchmarks/memory.py
+"""Compute the GPU memory of fine-tuning for the real architectures: python benchmarks/memory.py
 
-No weights and no GPU are needed: models are built on the meta device from configurations, and the figures are those
-of the scripts' own `--dry_run`. Writes the tables into docs/memory.md and docs/scaling.md, and the figures as JSON
-with `--json PATH`.
+Models are built on the meta device from configurations, so no weights and no GPU are needed. The figures are those of
+the scripts' `--dry_run`. The script writes the tables into docs/memory.md and docs/scaling.md, and with `--json PATH`
+the figures as JSON.
 """
 
 # ruff: noqa: E402
@@ -71,7 +71,7 @@ WAYS = {
 
 
 def write_configurations(folder, pipeline_class, denoiser, denoiser_config, vae_config):
-    """A pipeline's folder with nothing but configurations; those that the estimate does not need are empty."""
+    """Write a pipeline folder of configurations only. Configurations that the estimate does not need are empty."""
     parts = ["vae", denoiser, "text_encoder", "text_encoder_2", "tokenizer", "tokenizer_2", "scheduler"]
     for part in parts:
         (folder / part).mkdir()
@@ -87,14 +87,16 @@ def write_configurations(folder, pipeline_class, denoiser, denoiser_config, vae_
 RANKS = (1, 2, 4, 8, 16)
 
 
-SHARDINGS = {"": 0, ", ZeRO-2": 2, ", ZeRO-3": 3}  # the model's name in the table has this behind it; nothing is FSDP2
+# {suffix of the model's name in the table: ZeRO stage}; without a suffix it is FSDP2
+SHARDINGS = {"": 0, ", ZeRO-2": 2, ", ZeRO-3": 3}
 
 
 def estimate(model, way, resolution, lpl, ranks=1, stage=0):
     """{what: bytes} on one GPU of a run in bfloat16 with gradient checkpointing and one image per device.
 
-    way: of WAYS; its name may say fp16 or 4 bits.
-    ranks: among so many GPUs FSDP distributes the model, if more than one; or DeepSpeed's ZeRO of a stage, if not 0.
+    way: a key of WAYS; the name may contain fp16 or 4 bits.
+    ranks: number of GPUs that share the model, by FSDP2 or by DeepSpeed.
+    stage: ZeRO stage of DeepSpeed; 0 is FSDP2.
     """
     script, *configurations = MODELS[model]
     with tempfile.TemporaryDirectory() as folder:
@@ -104,11 +106,11 @@ def estimate(model, way, resolution, lpl, ranks=1, stage=0):
             "--train_batch_size", "1", "--gradient_checkpointing", "--mixed_precision", "bf16", "--dry_run",
             *WAYS[way], *(["--use_lpl"] if lpl else []),
         ])  # fmt: skip
-        if "4 bits" in way:  # not on the command line, which refuses it where PyTorch is for CPUs only
+        if "4 bits" in way:  # set here, since the command line refuses it when PyTorch is the CPU build
             args = args.but(bnb_quantization_config_path=str(NF4))
         dtypes = (torch.float16, torch.float32) if "fp16" in way else (torch.bfloat16, torch.bfloat16)
         denoiser = script.build_denoiser(args, dtypes[0], "meta")
-        vae = load_vae(args.base_model, dtypes[1], "meta")  # under fp16 the loss has its decoder in float32
+        vae = load_vae(args.base_model, dtypes[1], "meta")  # under fp16 the loss' decoder is in float32
         stages = lpl_stages(args, vae)
         parts = memory_estimate(args, denoiser, vae.decoder, stages, dtypes[0], script.example_inputs)
         if ranks > 1:
@@ -117,7 +119,7 @@ def estimate(model, way, resolution, lpl, ranks=1, stage=0):
 
 
 def table(rows):
-    """The page's table, Markdown."""
+    """The table of docs/memory.md, Markdown."""
     lines = [
         "| model | trained | px | without LPL | with LPL | of which weights, gradients, optimizer |",
         "|---|---|---:|---:|---:|---:|",
@@ -141,13 +143,13 @@ def scaling_table(totals):
 
 
 def put_table(page, text):
-    """Put a table between a page's marks."""
+    """Replace the table between the marks of a page."""
     old = page.read_text(encoding="utf-8")
     page.write_text(f"{old.split(START)[0]}{START}\n{text}\n{END}{old.split(END)[1]}", encoding="utf-8")
 
 
 def main():
-    """Compute the tables, print them, put them into the pages."""
+    """Compute the tables, print them and write them into the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="file for the figures")
     args = parser.parse_args()

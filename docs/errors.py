@@ -1,8 +1,9 @@
-"""Keeps docs/errors.md in step with the messages in the source: python docs/errors.py
+"""Keep docs/errors.md in step with the messages in the source: python docs/errors.py
 
-The page is its own source. Under each subject stand entries: a block of messages, then what a person wrote about them.
-This script adds messages that are new to the last subject, marked as to be written, and removes those that are gone;
-everything else stays as it is. `tests/docs/test_errors.py` fails while anything would change or is to be written.
+The page is its own source. Each of its subjects has entries: a block of messages, then an explanation written by hand.
+This script appends new messages as a last subject, marked as to be written, and removes messages that are gone.
+Everything else stays as it is. `tests/docs/test_errors.py` fails while the page is out of date or an explanation is to
+be written.
 """
 
 import ast
@@ -13,13 +14,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "errors.md"
 RAISED = {"UserError", "DataError", "PublishError", "ArgumentTypeError", "Damaged"}
-# Functions that give a part of a message, or a whole one, as a text.
-TELLING = {
+# Functions that return a message or a part of one.
+MESSAGE_FUNCTIONS = {
     "_unknown", "instead_of_pipeline", "unreadable", "weight_problem", "_advice", "warnings_about", "_why",
     "hub_problem", "_hub_problem",
 }  # fmt: skip
-# Names that say nothing about what stands in a message.
-DULL = {
+# Names that do not describe a placeholder.
+UNINFORMATIVE = {
     "join", "args", "str", "map", "len", "sorted", "getattr", "self", "max", "min", "Path", "int", "split", "type",
     "shown", "because", "first", "first_names", "count", "counted", "brief", "readable",
     "megabytes", "name_or_path",
@@ -33,7 +34,7 @@ NEW = "To be sorted in"
 
 
 def placeholder(node):
-    """What stands in a message for an expression: {name}, of the last name in it; a choice of texts as {one|other}."""
+    """The placeholder of an expression in a message: {name}, or {one|other} for a choice of two texts."""
     if isinstance(node, ast.IfExp):
         texts = [choice.value for choice in (node.body, node.orelse) if isinstance(choice, ast.Constant)]
         if len(texts) == 2 and all(texts):
@@ -47,12 +48,12 @@ def placeholder(node):
             names.append(part.attr)
         elif isinstance(part, ast.Name):
             names.append(part.id)
-    names = [name.strip("_") for name in names if name.strip("_") not in DULL]
+    names = [name.strip("_") for name in names if name.strip("_") not in UNINFORMATIVE]
     return "{" + (names[0] if names else "…") + "}"
 
 
 def constants(tree):
-    """{name: text} of the module's constants that are texts."""
+    """{name: text} of the module's string constants."""
     found = {}
     for node in tree.body:
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -63,7 +64,7 @@ def constants(tree):
 
 
 def texts_of(function):
-    """{name: expression} of a function's local variables that are given one text, or one of two."""
+    """{name: expression} of a function's local variables that are assigned once: a text, or a choice of two texts."""
     found, seen = {}, {argument.arg for argument in function.args.args}
     for node in ast.walk(function):
         if isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
@@ -79,7 +80,7 @@ def texts_of(function):
 
 
 def pattern(node, known):
-    """A message's text from its expression; known: texts and expressions of names."""
+    """The text of a message. known: {name: text or expression} of constants and local variables."""
     if isinstance(node, ast.Constant):
         return str(node.value)
     if isinstance(node, ast.JoinedStr):
@@ -94,7 +95,7 @@ def pattern(node, known):
 
 
 def expressions(tree):
-    """The expressions of a module that are messages."""
+    """Yield the expressions of a module that are messages."""
     for node in ast.walk(tree):
         if isinstance(node, ast.Call):
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
@@ -104,7 +105,7 @@ def expressions(tree):
                 yield node.args[1]
             elif name in ("print", "say") and node.args:
                 yield node.args[0]
-        elif isinstance(node, ast.FunctionDef) and node.name in TELLING:
+        elif isinstance(node, ast.FunctionDef) and node.name in MESSAGE_FUNCTIONS:
             for part in ast.walk(node):
                 if isinstance(part, (ast.Return, ast.Yield)) and part.value is not None:
                     yield part.value
@@ -113,13 +114,13 @@ def expressions(tree):
 
 
 def messages():
-    """{message: file} of the whole project, in the order of the source, but for those of nothing but names."""
+    """{message: file} of the whole project, in source order. Messages of placeholders alone are left out."""
     found = {}
-    for path in sorted(ROOT.glob("*.py")):
+    for path in [*sorted(ROOT.glob("*.py")), *sorted(ROOT.glob("lpl_finetuning/**/*.py"))]:
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        known, told, owner = constants(tree), set(), {}
+        known, seen, owner = constants(tree), set(), {}
         for function in (node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)):
-            owner |= {id(node): function for node in ast.walk(function)}  # an inner function comes later
+            owner |= {id(node): function for node in ast.walk(function)}  # inner functions come later and win
         printed = {id(node.args[0]) for node in ast.walk(tree) if isinstance(node, ast.Call) and node.args
                    and getattr(node.func, "id", getattr(node.func, "attr", "")) in ("print", "say")}  # fmt: skip
         for node in sorted(expressions(tree), key=lambda node: node.lineno):
@@ -127,9 +128,9 @@ def messages():
             text = " ".join(pattern(node, known | local).split())
             if id(node) in printed and not text.startswith("warning: "):
                 continue
-            if len(re.sub(r"\{[^{}| ]*\}|^warning|\W", "", text)) > 5 and text not in told:
-                told.add(text)
-                found.setdefault(text, path.name)
+            if len(re.sub(r"\{[^{}| ]*\}|^warning|\W", "", text)) > 5 and text not in seen:
+                seen.add(text)
+                found.setdefault(text, str(path.relative_to(ROOT)))
     return found
 
 
@@ -138,7 +139,7 @@ def messages():
 
 
 def parse(page):
-    """(head, [(subject, introduction, [([messages], text)])]) of the page."""
+    """(head, [(subject, introduction, [([messages], explanation)])]) of the page."""
     head, *subjects = re.split(r"^## ", page, flags=re.MULTILINE)
     parsed = []
     for subject in subjects:
@@ -146,40 +147,40 @@ def parse(page):
         introduction, *blocks = re.split(r"^```text\n", rest, flags=re.MULTILINE)
         entries = []
         for block in blocks:
-            told, _, text = block.partition("\n```\n")
-            entries.append((told.split("\n"), text.strip()))
+            lines, _, text = block.partition("\n```\n")
+            entries.append((lines.split("\n"), text.strip()))
         parsed.append((title.strip(), introduction.strip(), entries))
     return head, parsed
 
 
 def render(head, subjects):
-    """The page again."""
+    """The page from what `parse` returns."""
     parts = [head.rstrip() + "\n"]
     for title, introduction, entries in subjects:
         parts.append(f"\n## {title}\n")
         parts += [f"\n{introduction}\n"] if introduction else []
-        parts += ["\n```text\n" + "\n".join(told) + f"\n```\n\n{text}\n" for told, text in entries]
+        parts += ["\n```text\n" + "\n".join(lines) + f"\n```\n\n{text}\n" for lines, text in entries]
     return "".join(parts)
 
 
 def blank(message):
-    """A message without the names in its placeholders."""
+    """A message with empty placeholders."""
     return re.sub(r"\{[^{}]*\}", "{}", message)
 
 
 def updated(page, found):
-    """The page with the messages that are found in the source, and no others."""
+    """The page with exactly the messages found in the source."""
     head, subjects = parse(page)
-    listed = {line for _, _, entries in subjects for told, _ in entries for line in told}
-    # one that differs in its placeholders only was written otherwise in the source, and is the same to a reader
+    listed = {line for _, _, entries in subjects for lines, _ in entries for line in lines}
+    # a message that differs in its placeholders only is the same message to a reader
     renamed = {blank(message): message for message in found if message not in listed}
     kept, known = [], set()
     for title, introduction, entries in subjects:
-        entries = [([line if line in found else renamed.pop(blank(line), line) for line in told], text)
-                   for told, text in entries]  # fmt: skip
-        entries = [([line for line in told if line in found], text) for told, text in entries]
-        entries = [(told, text) for told, text in entries if told]
-        known |= {line for told, _ in entries for line in told}
+        entries = [([line if line in found else renamed.pop(blank(line), line) for line in lines], text)
+                   for lines, text in entries]  # fmt: skip
+        entries = [([line for line in lines if line in found], text) for lines, text in entries]
+        entries = [(lines, text) for lines, text in entries if lines]
+        known |= {line for lines, _ in entries for line in lines}
         if entries:
             kept.append((title, introduction, entries))
     new = [([message], f"{TO_BE_WRITTEN}, from {file}") for message, file in found.items() if message not in known]

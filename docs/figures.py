@@ -3,9 +3,9 @@
     python docs/figures.py                                  # about a minute on one CPU core
     python docs/figures.py --pictures 4 --output /tmp/f.png
 
-The upper part follows one picture through the loss, the lower part has the loss at every noise level. Estimates are
-single predictions of the UNet; feature maps and differences are those that `lpl_utils` compares. The values drawn are
-kept in the PNG's text chunk "figures" (JSON), so that a test can tell when the picture is out of date.
+The upper part follows one picture through the loss. The lower part shows the loss at every noise level. Estimates are
+single predictions of the UNet; feature maps and differences are those that `lpl_utils` compares. The values are stored
+in the PNG's text chunk "figures" (JSON), so that a test can tell when the picture is out of date.
 """
 
 import argparse
@@ -38,8 +38,8 @@ from lpl_utils import (
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = 64  # px of the tiny model's pictures
-SHOWN = "tiger-face"  # the picture that is followed
-SHOWN_T = 199  # its timestep: the noisiest that the default gate lets through
+SHOWN = "tiger-face"  # the picture of the upper part
+SHOWN_T = 199  # its timestep, the noisiest that passes the default gate
 CURVE_T = (0, 50, 100, 150, 199, 250, 300, 350, 400, 450, 500, 550, 600, 650, 700, 750, 800, 850, 900, 950, 999)
 THUMBNAIL_T = (0, 199, 400, 600, 800, 950)
 STAGES = ("middle block", "up block 1", "up block 2", "up block 3", "up block 4")
@@ -57,7 +57,7 @@ ROWS = (1.1, 2.98, 4.78)  # top edges, inches
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What is shown
+# Values
 
 
 class Tiny:
@@ -80,7 +80,7 @@ class Tiny:
         return torch.from_numpy(pixels).permute(2, 0, 1) / 127.5 - 1
 
     def latents(self, names):
-        """z_0 (B, 4, 8, 8) in model space: the means of the posterior."""
+        """z_0 (B, 4, 8, 8) in model space: posterior means."""
         posterior = self.pipe.vae.encode(torch.stack([self.picture(name) for name in names])).latent_dist
         return DecoderStages(self.pipe.vae).to_model_space(posterior.mean)
 
@@ -102,7 +102,7 @@ class Tiny:
 
 
 def as_rgb(target, *others):
-    """Feature maps (C, H, W) as RGB (H, W, 3): three principal components of the target's, one scale for all."""
+    """Feature maps (C, H, W) as RGB (H, W, 3): the target's three principal components, one scale for all."""
     rows = target.flatten(1).T.double()
     mean = rows.mean(dim=0)
     axes = torch.linalg.svd(rows - mean, full_matrices=False).Vh[:3]
@@ -132,7 +132,7 @@ def curve(tiny, count):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# How it is drawn; positions are inches from the left and the top
+# Drawing; positions are inches from the left and the top
 
 
 class Sheet:
@@ -165,7 +165,7 @@ class Sheet:
 
 
 def draw_walk(sheet, tiny, latents):
-    """The upper part: picture, latents, estimate, features and differences. Returns LPL's output."""
+    """Draw the upper part: picture, latents, estimate, features, differences. Returns the `LPLOutput`."""
     noisy, estimate = tiny.predict(latents, tiny.captions[:1], SHOWN_T, seed=SHOWN_T)
     output = LatentPerceptualLoss(tiny.pipe.vae)(estimate, latents)
     maps = difference_maps(DecoderStages(tiny.pipe.vae), latents, estimate)
@@ -204,7 +204,7 @@ def draw_walk(sheet, tiny, latents):
 
 
 def draw_arrows(sheet):
-    """The upper part's arrows, and the words beside them."""
+    """Draw the arrows of the upper part with their labels."""
     middle = [row + CELL / 2 for row in ROWS]
     for row, words, color in ((0, "encoder", INK), (1, "UNet", RED)):
         for column, label, paint in ((0, words, color), (1, "decoder", INK)):
@@ -228,7 +228,7 @@ def draw_arrows(sheet):
 
 
 def draw_gate(sheet, tiny, latents, losses):
-    """The lower part: LPL at every noise level, (T, count), and what the estimate looks like there."""
+    """Draw the lower part: the losses (T, count) at every noise level, and decoded estimates."""
     left, width, top, height = 0.95, 10.75, 8.65, 1.35
     axes = sheet.axes(left, top, width, height)
     axes.axvspan(0, GATE.limit, color=GREEN, alpha=0.13, linewidth=0)
@@ -259,7 +259,7 @@ def draw_gate(sheet, tiny, latents, losses):
 
 
 def main(argv=None):
-    """Compute, draw, write."""
+    """Compute the values, draw the figure and write it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--output", default=str(ROOT / "docs" / "images" / "how-lpl-works.png"))
     parser.add_argument("--pictures", type=int, default=96, help="how many the curve of the lower part is a mean of")

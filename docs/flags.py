@@ -1,4 +1,4 @@
-"""Writes docs/flags.md from the parsers of the training scripts: python docs/flags.py"""
+"""Write docs/flags.md from the parsers of the training scripts: python docs/flags.py"""
 
 import argparse
 import sys
@@ -10,28 +10,29 @@ SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow")
 
 HEAD = """# Flags
 
-Every flag of the training scripts, as `--help` groups them. This page is made by `python docs/flags.py`.
+This page lists every flag of the training scripts, grouped as in `--help`. `python docs/flags.py` writes it.
 
-- A file given with `--config` sets any flag (`learning_rate: 1e-4`, `use_lpl: true`); the command line wins. A run
-  saves its resolved flags as `config.yaml` in the output folder, and `--config` takes that file again.
-- A flag that takes nothing is a switch. Every switch `--x` also has `--no-x`, which turns off what a recipe turns on:
+- A recipe is a YAML file given with `--config`. It sets any flag (`learning_rate: 1e-4`, `use_lpl: true`), and the
+  command line wins over it. [`configs/recipes`](../configs/recipes) has recipes with reasons for the less obvious
+  values.
+- A run saves its resolved flags as `config.yaml` in the output folder. `--config` takes that file too.
+- A flag that takes no value is a switch. Every switch `--x` also has `--no-x`, which turns off what a recipe turns on:
   `--config configs/recipes/sdxl-lora-16gb.yaml --no-use_lpl`.
-- Ready-made files, with a reason beside the values that are less obvious: [`configs/recipes`](../configs/recipes).
 - Flags of the diffusers scripts (`train_text_to_image_sdxl.py`, `train_text_to_image_lora_sdxl.py`,
   `train_dreambooth_sd3.py`, `train_dreambooth_lora_sd3.py`) have the same names here and mostly the same defaults.
-  Differing are `--seed` (0 here, none there), `--output_dir`, for SD3 `--caption_column` (`text`; none),
-  `--text_encoder_lr` (that of `--learning_rate`; 5e-6) and `--precondition_outputs` (0; 1, which weights the
-  velocity's loss by sigma^2).
-- The first part has all flags of `train_sdxl_lpl.py`; `train_sd3_lpl_flow.py` takes them too, but for those marked
-  *SDXL only*. The second part has the flags that `train_sd3_lpl_flow.py` alone has, marked *SD3 only*, and those whose
-  default differs there.
-- Which samples get the loss where neither `--lpl_t_threshold` nor `--lpl_sigma_threshold` is given: for SDXL those
-  with `t < 200`, for SD3 those with `sigma / alpha <= 3`. `--dry_run` prints their share.
+  Exceptions (default here; there): `--seed` (0; none), `--output_dir`, for SD3 `--caption_column` (`text`; none),
+  `--text_encoder_lr` (that of `--learning_rate`; 5e-6) and `--precondition_outputs` (0; 1, which weights the velocity
+  loss by sigma^2).
+- The first part has all flags of `train_sdxl_lpl.py`. `train_sd3_lpl_flow.py` takes them too, except those marked
+  *SDXL only*. The second part has the flags of `train_sd3_lpl_flow.py` alone, marked *SD3 only*, and flags with
+  another default there.
+- With neither `--lpl_t_threshold` nor `--lpl_sigma_threshold`, samples with `t < 200` get the loss for SDXL, and
+  samples with `sigma / alpha <= 3` for SD3. `--dry_run` prints their share.
 """
 
 
 def value_of(action):
-    """What a flag takes, in a few words."""
+    """The kind of value that a flag takes, in a few words."""
     if isinstance(action.default, bool) and action.nargs == 0:
         return ""
     if action.choices:
@@ -41,14 +42,14 @@ def value_of(action):
 
 
 def default_of(action):
-    """A flag's default, as one would write it."""
+    """A flag's default in Markdown; empty if there is none."""
     if isinstance(action.default, bool):
         return "on" if action.default else ""
     return "" if action.default in (None, "") else f"`{action.default}`"
 
 
 def rows_of(group, others, only):
-    """A table row for each flag of a group; `only` stands before those that are not among the `others`."""
+    """Yield a table row for each flag of a group; `only` marks flags that are not among the `others`."""
     for action in group._group_actions:
         if isinstance(action, argparse._HelpAction):
             continue
@@ -60,7 +61,7 @@ def rows_of(group, others, only):
 
 
 def page():
-    """The whole page: all flags of the first script, and what the second has besides or otherwise."""
+    """The whole page: all flags of the first script, then the additional and different flags of the second."""
     parts, known = [HEAD], set()
     parsers = [__import__(script).build_parser() for script in SCRIPTS]
     for script, parser, other, only in zip(SCRIPTS, parsers, parsers[::-1], ("SDXL only.", "SD3 only."), strict=True):

@@ -1,8 +1,8 @@
-"""The 3,391 images of the npm package @lobehub/fluent-emoji-3d (MIT) and their Unicode names, as arrays.
+"""The 3,391 images of the npm package @lobehub/fluent-emoji-3d (MIT) as arrays, and their Unicode names.
 
-    python pretrain/emoji_images.py --work_dir pretrain/work        # fetches, decodes, prints what is there
+    python pretrain/emoji_images.py --work_dir pretrain/work        # downloads, decodes, prints the counts
 
-The package holds 256-px WebP files with an alpha channel, named by their code points; the names come from the PyPI
+The package has 256-px WebP files with an alpha channel, named by their code points. The names come from the PyPI
 package `emoji`. Nothing else is downloaded. The decoded arrays are kept in `work_dir`, so a second start is instant.
 """
 
@@ -21,7 +21,7 @@ SKIN_TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone
 
 
 def fetch_package(work_dir):
-    """Download and unpack the npm package into `work_dir`; returns the folder with its WebP files."""
+    """The folder with the WebP files; downloads and unpacks the npm package into `work_dir` if it is missing."""
     assets = Path(work_dir) / "package" / "assets"
     if not assets.is_dir():
         Path(work_dir).mkdir(parents=True, exist_ok=True)
@@ -34,11 +34,11 @@ def fetch_package(work_dir):
 
 
 def unicode_name(filename):
-    """Caption of one file: `1f469-200d-1f3a8.webp` -> "woman artist". Raises KeyError for an unknown sequence."""
+    """Caption of a file: `1f469-200d-1f3a8.webp` -> "woman artist". An unknown sequence raises KeyError."""
     import emoji
 
     stem = Path(filename).stem
-    if "_" in stem:  # the three flags of British nations: tag sequences, written without their closing tag
+    if "_" in stem:  # the flags of England, Scotland and Wales: the file name lacks the closing tag
         stem += "_e007f"
     wanted = "".join(chr(int(code, 16)) for code in re.split("[-_]", stem)).replace("\ufe0f", "")
     if not hasattr(unicode_name, "names"):
@@ -47,12 +47,12 @@ def unicode_name(filename):
 
 
 def concept(caption):
-    """The caption without its skin tone: what must not be split between training and held-out images."""
+    """The caption without its skin tone. Images of one concept are all trained on or all held out."""
     return SKIN_TONE.sub("", caption)
 
 
 def on_white(path, size):
-    """One file as an RGB image of `size` x `size` px: alpha composited on white, then resized with Lanczos."""
+    """A file as an RGB image of `size` x `size` px: composited on white, then resized with Lanczos."""
     image = Image.open(path).convert("RGBA")
     side = max(image.size)
     canvas = Image.new("RGBA", (side, side), "white")
@@ -61,7 +61,7 @@ def on_white(path, size):
 
 
 def load_emoji(work_dir, size):
-    """All images as uint8 (N, size, size, 3) and their captions, a list of N strings, in the order of file names."""
+    """All images, uint8 (N, size, size, 3), and their N captions, in the order of file names."""
     assets = fetch_package(work_dir)
     files = sorted(path.name for path in assets.iterdir())
     captions = [unicode_name(name) for name in files]
@@ -73,7 +73,7 @@ def load_emoji(work_dir, size):
 
 
 def held_out(captions, every=20):
-    """Boolean array (N,): one concept in `every`, chosen by its order in the alphabet, with all its skin tones."""
+    """Mask (N,) of held-out images: every `every`-th concept in alphabetical order, with all its skin tones."""
     concepts = sorted({concept(caption) for caption in captions})
     chosen = set(concepts[::every])
     return np.array([concept(caption) in chosen for caption in captions])

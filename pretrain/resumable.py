@@ -1,4 +1,4 @@
-"""What all pretrainings share: their state on disk (without pickle) and their arithmetic."""
+"""Saved states (no pickle) and autocast for all pretraining scripts."""
 
 import json
 import os
@@ -9,11 +9,11 @@ from safetensors.torch import load_file, save_file
 
 
 def save_state(folder, step, model, optimizer, ema):
-    """Write the state to a temporary folder, then put it in place of the old one."""
+    """Write the state to a temporary folder, then replace the old state by it."""
     folder = Path(folder)
     temporary = folder.with_name(folder.name + ".tmp")
     temporary.mkdir(parents=True, exist_ok=True)
-    # copies, since a file holds no tensor under two names and T5 has its embeddings twice
+    # copies, since safetensors refuses shared tensors and T5 has its embeddings twice
     tensors = {f"model/{name}": value.clone().contiguous() for name, value in model.state_dict().items()}
     tensors |= {f"ema/{index}": value.contiguous() for index, value in enumerate(ema.shadow_params)}
     for index, entries in optimizer.state_dict()["state"].items():
@@ -28,7 +28,7 @@ def save_state(folder, step, model, optimizer, ema):
 
 
 def load_state(folder, model, optimizer, ema):
-    """Put back what `save_state` wrote; returns the step to go on from (0 when there is nothing)."""
+    """Load what `save_state` wrote. Returns the number of steps made, 0 without a saved state."""
     folder = Path(folder)
     if not (folder / "state.json").is_file():
         return 0
@@ -48,6 +48,6 @@ def load_state(folder, model, optimizer, ema):
 
 
 def autocast():
-    """bfloat16 autocast on CPUs that compute in it; elsewhere float32, which is many times faster than emulation."""
+    """bfloat16 autocast if the CPU computes in it. Otherwise float32, since emulation is many times slower."""
     computes = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return torch.autocast("cpu", torch.bfloat16, enabled=computes)

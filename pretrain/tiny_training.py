@@ -1,4 +1,4 @@
-"""What the trainings of the tiny pipelines share: tokenizers, text configs, pictures, loop, samples, saving."""
+"""Shared by the scripts that train the tiny pipelines: tokenizers, text configs, pictures, loop, samples, saving."""
 
 import csv
 import json
@@ -17,8 +17,8 @@ from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerFast
 from pretrain.emoji_images import concept, held_out, load_emoji
 from pretrain.resumable import autocast, load_state, save_state
 
-SIZE = 64  # px of the pictures, 8 x 8 latents
-MARGIN = 8  # px of extra size that random crops move in
+SIZE = 64  # px of a picture; 8 x 8 latents
+MARGIN = 8  # px by which pictures are larger for random crops
 TRAIN_STEPS = 1000  # timesteps of the noise schedule
 SAMPLE_CAPTIONS = """red apple|banana|strawberry|pizza|hamburger|birthday cake|hot beverage|avocado
 cat face|dog face|panda|fox|frog|penguin|octopus|butterfly
@@ -27,7 +27,7 @@ automobile|rocket|sailboat|house|soccer ball|guitar|woman artist|man farmer dark
 
 
 def add_training_arguments(parser, steps, batch_size):
-    """The arguments that `encode_pictures`, `train` and `finish` read."""
+    """Add the flags that `encode_pictures`, `train` and `finish` read."""
     parser.add_argument("--work_dir", default="pretrain/work", help="where the pictures are unpacked")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--steps", type=int, default=steps)
@@ -48,12 +48,12 @@ def add_training_arguments(parser, steps, batch_size):
 def build_tokenizers(captions, size):
     """Two CLIP tokenizers with a byte-level vocabulary of at most `size` tokens, learnt from the captions.
 
-    Ids are ordered as CLIP's are: bytes ("!" is 0), bytes that end a word, merges, start and end of text. The first
-    tokenizer pads with the end of text, the second with "!", as SDXL's do.
+    Ids have CLIP's order: bytes ("!" is 0), bytes that end a word, merges, start and end of text. As in SDXL, the
+    first tokenizer pads with the end of text and the second with "!".
     """
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     start, end = "<|startoftext|>", "<|endoftext|>"
-    backend = CLIPTokenizer().backend_tokenizer  # brings CLIP's normalisation and splitting into words
+    backend = CLIPTokenizer().backend_tokenizer  # has CLIP's normalisation and word splitting
     trainer = trainers.BpeTrainer(
         vocab_size=4 * size, min_frequency=2, initial_alphabet=alphabet, end_of_word_suffix="</w>", show_progress=False
     )
@@ -72,7 +72,7 @@ def build_tokenizers(captions, size):
 
 
 def clip_configs(tokenizers, width, layers):
-    """Configs of the two CLIP text encoders, as SDXL and SD3 have them."""
+    """Configs of the two CLIP text encoders of SDXL and SD3."""
     return [
         CLIPTextConfig(
             vocab_size=len(tokens),
@@ -92,7 +92,7 @@ def clip_configs(tokenizers, width, layers):
 
 
 def tokenize(pipeline, captions):
-    """Token ids of both CLIP tokenizers, padded to 77 as the pipelines do: int64 (2, N, 77)."""
+    """Token ids of both CLIP tokenizers, int64 (2, N, 77), padded as in the pipelines."""
     ids = [
         tokenizer(captions, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
         for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2)
@@ -101,7 +101,7 @@ def tokenize(pipeline, captions):
 
 
 def load_training_pictures(args, size):
-    """Images and captions as `load_emoji` returns them; with --hold_out without the held-out pictures."""
+    """Images and captions of `load_emoji`; under --hold_out without the held-out pictures."""
     images, captions = load_emoji(args.work_dir, size)
     if not args.hold_out:
         return images, captions
@@ -111,11 +111,11 @@ def load_training_pictures(args, size):
 
 @torch.no_grad()
 def encode_pictures(vae, args, crops=0):
-    """Posteriors of each picture whole and cropped at random corners, in memory for the whole training.
+    """Posteriors of all pictures: each picture whole, and `crops` crops of it at random corners.
 
-    Returns the mean and standard deviation as the denoiser sees them, shifted and scaled as the autoencoder's config
-    says, float32 (N, 1 + crops, channels, 8, 8), and the crops' corners in px, int64 (N, 1 + crops, 2) as (top, left).
-    There are no flips: names tell left from right.
+    Returns mean and standard deviation in the denoiser's space (shifted and scaled), float32
+    (N, 1 + crops, channels, 8, 8), and the crops' corners (top, left) in px, int64 (N, 1 + crops, 2). There are no
+    flips: names tell left from right.
     """
     whole, _ = load_training_pictures(args, SIZE)
     large, _ = load_training_pictures(args, SIZE + MARGIN)
@@ -138,7 +138,7 @@ def encode_pictures(vae, args, crops=0):
 
 
 def sampling_probabilities(captions):
-    """Probability (N,) of drawing each picture: the n skin tones of one concept count together as sqrt(n) pictures."""
+    """Sampling probability (N,) of each picture. The n skin tones of a concept together count as sqrt(n) pictures."""
     _, inverse, counts = np.unique([concept(caption) for caption in captions], return_inverse=True, return_counts=True)
     weights = counts[inverse] ** -0.5
     return weights / weights.sum()
@@ -146,7 +146,7 @@ def sampling_probabilities(captions):
 
 @torch.no_grad()
 def save_samples(pipeline, args, path, columns=8, scale=2):
-    """Draw the fixed captions, each with its own seed, as a grid of four rows; print the captions."""
+    """Sample the fixed captions, each with its own seed, into a grid of four rows; print the captions."""
     captions = [line.split("|") for line in SAMPLE_CAPTIONS.split("\n")]
     flat = [caption for row in captions for caption in row]
     pipeline.set_progress_bar_config(disable=True)
@@ -162,28 +162,28 @@ def save_samples(pipeline, args, path, columns=8, scale=2):
     grid = pictures.reshape(-1, columns, SIZE, SIZE, 3).transpose(0, 2, 1, 3, 4).reshape(-1, columns * SIZE, 3)
     image = Image.fromarray((grid * 255).round().astype(np.uint8))
     image = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
-    # a palette: a quarter of the size
+    # a palette makes the file a quarter as large
     image.quantize(256, Image.Quantize.MAXCOVERAGE, kmeans=3).save(path, optimize=True)
     tqdm.write("\n".join([f"{path}:"] + ["    " + ", ".join(row) for row in captions]))
 
 
 def folder_megabytes(folder):
-    """Size of all files below a folder, in 10^6 bytes."""
+    """Size of all files below a folder, 10^6 bytes."""
     return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 1e6
 
 
 def finish(pipeline, args, folder, **options):
-    """Save the pipeline in float16, check its size, load it again (with `options`) and draw the samples with that."""
+    """Save the pipeline in float16, check its size, load it again (with `options`) and sample from the loaded one."""
     nets = [name for name, part in pipeline.components.items() if isinstance(part, torch.nn.Module)]
-    pipeline.vae.register_to_config(_name_or_path="")  # a folder of the machine that trained it
+    pipeline.vae.register_to_config(_name_or_path="")  # else it names a folder of this machine
     for part in pipeline.components.values():
-        if isinstance(part, PreTrainedTokenizerFast):  # its file would tell how it was last used
+        if isinstance(part, PreTrainedTokenizerFast):  # else its file keeps the last padding and truncation
             part.backend_tokenizer.no_truncation()
             part.backend_tokenizer.no_padding()
     pipeline.to(torch.float16).save_pretrained(folder)
     for name in nets:
         if name.startswith("text_encoder"):
-            # not asked for a dtype, transformers takes the one of this file, diffusers float32: let them agree
+            # without a dtype argument transformers takes this file's dtype and diffusers float32: make both float32
             path = folder / name / "config.json"
             path.write_text(json.dumps(json.loads(path.read_text()) | {"dtype": "float32"}, indent=2) + "\n")
     size = folder_megabytes(folder)
@@ -197,16 +197,16 @@ def finish(pipeline, args, folder, **options):
 
 
 def save_average(nets, ema, path):
-    """Write the averaged weights of all nets in float16; tensors are named `net.parameter`."""
+    """Write the averaged weights of all nets in float16, named `net.parameter`."""
     averages = zip(nets.named_parameters(), ema.shadow_params, strict=True)
     save_file({name: average.to(torch.float16).contiguous() for (name, _), average in averages}, path)
 
 
 def train(pipeline, names, args, started, step_loss):
-    """Train the parts called `names`, with saved states and sample grids on the way; then put in the average.
+    """Train the parts `names` of the pipeline and leave the averaged weights in them; writes states and sample grids.
 
-    `step_loss(rng)` draws a batch with a numpy generator of its own for each step and returns its loss, a scalar.
-    `started` is the time that --minutes count from.
+    started: time in seconds that --minutes counts from.
+    step_loss: function of the step's own numpy generator; draws a batch and returns its loss, a scalar.
     """
     output_dir = Path(args.output_dir)
     nets = torch.nn.ModuleDict({name: getattr(pipeline, name) for name in names})

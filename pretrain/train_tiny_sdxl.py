@@ -1,15 +1,15 @@
-"""Train a complete, tiny Stable Diffusion XL for 64-px pictures from nothing: tokenizers, text encoders and UNet.
+"""Train a complete, tiny Stable Diffusion XL for 64-px pictures from scratch: tokenizers, text encoders and UNet.
 
     python pretrain/train_autoencoder.py --output_dir pretrain/work/vae-4ch
     python pretrain/train_tiny_sdxl.py --vae pretrain/work/vae-4ch --output_dir pretrain/work/sdxl
 
-The pictures and captions are those of `emoji_images.py`. Nothing pretrained goes in except the autoencoder. Resumable:
-started again with the same arguments it goes on from the last saved state. It writes `progress.csv`, now and then
-`samples.png` (32 fixed captions, drawn by the real `StableDiffusionXLPipeline` with the averaged weights) and, at the
-end, `pipeline/`: the whole pipeline in float16, checked to load and to fit in `--max_megabytes`.
+The pictures and captions are those of `emoji_images.py`. Only the autoencoder is pretrained. The same command resumes
+from the last saved state. The script writes `progress.csv`, every `--sample_every` steps `samples.png` (32 fixed
+captions, sampled by the real `StableDiffusionXLPipeline` with the averaged weights) and, at the end, `pipeline/`: the
+whole pipeline in float16, checked to load and to fit in `--max_megabytes`.
 
-`--minutes` ends the training early and saves the pipeline all the same; the learning rate, a cosine over `--steps`, is
-then cut where it stands, so choose `--steps` by the measured speed first.
+`--minutes` ends the training early and still saves the pipeline. The learning rate, a cosine over `--steps`, then ends
+where it is, so choose `--steps` by the measured speed first.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from pretrain.tiny_training import (
 
 
 def parse_args(argv=None):
-    """Command-line arguments; the defaults are what the shipped weights were trained with."""
+    """Command-line arguments; the defaults trained the shipped weights."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_training_arguments(parser, steps=6500, batch_size=32)
     parser.add_argument("--vae", required=True, help="folder of the 4-channel autoencoder")
@@ -74,7 +74,7 @@ def build_pipeline(args, captions):
         up_block_types=("CrossAttnUpBlock2D",) * levels,
         layers_per_block=1,
         transformer_layers_per_block=1,
-        attention_head_dim=[channels // 16 for channels in args.block_out_channels],  # numbers of heads, in fact
+        attention_head_dim=[channels // 16 for channels in args.block_out_channels],  # in fact numbers of heads
         norm_num_groups=16,
         cross_attention_dim=2 * width,
         use_linear_projection=True,
@@ -123,7 +123,8 @@ def min_snr_weights(alphas_cumprod, gamma, prediction_type):
 def train_loss(pipeline, batch, schedule):
     """Weighted mean squared error of the predicted noise or velocity; a scalar.
 
-    `batch` holds ids (2, B, 77), keep (B,) as 0 or 1, latents and noise (B, 4, 8, 8), timesteps (B,), time_ids (B, 6).
+    batch: ids (2, B, 77), keep (B,) 0 or 1, latents and noise (B, 4, 8, 8), timesteps (B,), time_ids (B, 6).
+    schedule: cumulative alphas (T,) and loss weights (T,).
     """
     alphas_cumprod, weights = schedule
     alphas = alphas_cumprod[batch["timesteps"]].view(-1, 1, 1, 1)
@@ -141,9 +142,9 @@ def train_loss(pipeline, batch, schedule):
 
 
 def draw_batch(rng, ids, posteriors, probabilities, args):
-    """A random batch as `train_loss` takes it; half of the pictures whole, half of them crops.
+    """A random batch for `train_loss`. With --crops half of the pictures are whole and half are crops.
 
-    The original size told to the UNet is 64 px (what the pipeline says by default) or 256 px (what the files have).
+    The original size in `time_ids` is 64 px (the pipeline's default) or 256 px (the files' size).
     """
     means, stds, corners = posteriors
     size = args.batch_size
@@ -162,7 +163,7 @@ def draw_batch(rng, ids, posteriors, probabilities, args):
 
 
 def main(argv=None):
-    """Train, with saved states and sample grids on the way, then save the pipeline."""
+    """Train, then save the pipeline."""
     args = parse_args(argv)
     started = time.time()
     output_dir = Path(args.output_dir)
@@ -174,7 +175,7 @@ def main(argv=None):
     alphas_cumprod = pipeline.scheduler.alphas_cumprod.clone()
     schedule = alphas_cumprod, min_snr_weights(alphas_cumprod, args.snr_gamma, args.prediction_type)
 
-    # on a CPU, PyTorch's fused attention takes half of the time of a step: the plain one doubles the speed
+    # on a CPU, PyTorch's fused attention takes half of a step's time: plain attention doubles the speed
     pipeline.unet.set_attn_processor(AttnProcessor())
     pipeline.text_encoder.set_attn_implementation("eager")
     pipeline.text_encoder_2.set_attn_implementation("eager")

