@@ -1,6 +1,6 @@
 """Results in the layouts that other programs read: a LoRA in kohya's format, and a whole pipeline as one file.
 
-A LoRA is given as `parts`, as `training.models.adapters` returns it: {"unet" or "transformer", "text_encoder",
+A LoRA is given as `parts`, as `training.models.lora_parts` returns it: {"unet" or "transformer", "text_encoder",
 "text_encoder_2": (layers, config)}, as far as trained.
 
 "Original" names are those of Stability AI's code. ComfyUI, A1111 and sd-scripts build the same modules and look LoRA
@@ -20,7 +20,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from lpl_finetuning.errors import require
-from lpl_finetuning.training.models import adapters, nested, save_weights
+from lpl_finetuning.training.models import lora_parts, nested_clip_name, save_weights
 
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_PREFIXES = {
@@ -170,7 +170,7 @@ def replace_all(name, parts):
     return name
 
 
-def write(path, tensors, metadata):
+def write_safetensors(path, tensors, metadata):
     """Write a safetensors file that is whole or not there, even when the process is killed."""
     temporary = Path(f"{path}.tmp")
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
@@ -208,7 +208,7 @@ def original_name(part, module, denoiser_config):
     """The original name of a module of a part of the pipeline."""
     if part == "unet":
         return unet_name(module, denoiser_config)
-    return mmdit_name(module) if part == "transformer" else nested(module)
+    return mmdit_name(module) if part == "transformer" else nested_clip_name(module)
 
 
 def fuse_thirds(tensors):
@@ -259,7 +259,7 @@ def save_kohya(folder, parts, denoiser_config):
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
     }
-    write(Path(folder, KOHYA_FILE), tensors, metadata)
+    write_safetensors(Path(folder, KOHYA_FILE), tensors, metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def original_state_dict(unet, vae, text_encoder, text_encoder_2):
     return {
         **{f"model.diffusion_model.{name}": value for name, value in original_unet(unet).items()},
         **{f"first_stage_model.{name}": value for name, value in original_vae(vae).items()},
-        **{f"conditioner.embedders.0.transformer.{nested(name)}": value
+        **{f"conditioner.embedders.0.transformer.{nested_clip_name(name)}": value
            for name, value in text_encoder.state_dict().items()},
         **{f"conditioner.embedders.1.model.{name}": value for name, value in open_clip(text_encoder_2).items()},
     }  # fmt: skip
@@ -340,8 +340,8 @@ def original_sd3_state_dict(transformer, vae, text_encoder, text_encoder_2, text
     return {
         **{f"model.diffusion_model.{name}": value for name, value in mmdit.items()},
         **{f"first_stage_model.{name}": value for name, value in original_vae(vae).items()},
-        **{f"text_encoders.clip_l.transformer.{nested(name)}": value for name, value in clip_l.items()},
-        **{f"text_encoders.clip_g.transformer.{nested(name)}": value for name, value in clip_g.items()},
+        **{f"text_encoders.clip_l.transformer.{nested_clip_name(name)}": value for name, value in clip_l.items()},
+        **{f"text_encoders.clip_g.transformer.{nested_clip_name(name)}": value for name, value in clip_g.items()},
         **{f"text_encoders.t5xxl.transformer.{name}": value for name, value in t5.items()},
     }
 
@@ -374,7 +374,7 @@ def save_single_file(pipeline, path, dtype=torch.float16):
         tensors["v_pred"] = torch.tensor([])
     if schedule.get("rescale_betas_zero_snr", False):
         tensors["ztsnr"] = torch.tensor([])
-    write(path, tensors, {"format": "pt"})
+    write_safetensors(path, tensors, {"format": "pt"})
 
 
 def save_result(args, denoiser, pipeline_class, result_pipeline):
@@ -388,7 +388,7 @@ def save_result(args, denoiser, pipeline_class, result_pipeline):
     if args.use_lora:
         save_weights(folder, denoiser, pipeline_class, use_lora=True)
         if args.output_kohya_format:
-            save_kohya(folder, adapters(denoiser.models()), next(iter(denoiser.models().values())).config)
+            save_kohya(folder, lora_parts(denoiser.models()), next(iter(denoiser.models().values())).config)
         return
     pipeline = result_pipeline()
     pipeline.save_pretrained(folder)

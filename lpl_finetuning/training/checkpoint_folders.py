@@ -126,7 +126,7 @@ def is_complete(folder):
 # The folders of a run
 
 
-def old_place(folder):
+def replaced_path(folder):
     """Where a checkpoint waits while a new one of the same step takes its name."""
     return folder.parent / f".old-{folder.name}"
 
@@ -150,7 +150,7 @@ def list_checkpoints(output_dir):
     return sorted({step: folder for step, folder in candidates(output_dir) if is_complete(folder)}.items())
 
 
-def remove(folder):
+def remove_checkpoint(folder):
     """Delete a checkpoint so that a kill on the way leaves no half of one: under its name it is whole or gone."""
     doomed = folder.parent / f".tmp-{folder.name.removeprefix('.old-')}-removed"
     shutil.rmtree(doomed, ignore_errors=True)
@@ -179,14 +179,14 @@ def tidy(output_dir):
             continue
         final = folder.with_name(folder.name.removeprefix(".old-"))
         if final.is_dir() and verify_checkpoint(final) is None:
-            remove(folder)
+            remove_checkpoint(folder)
             continue
         if final.is_dir():
             set_damaged_aside(final)
         os.replace(folder, final)
 
 
-def set_aside(output_dir, resume_from, logging_dir="logs"):
+def set_earlier_run_aside(output_dir, resume_from, logging_dir="logs"):
     """Move what an earlier run left in the output folder to `previous-1` and so on, so that it is not taken for ours.
 
     On a fresh start that is everything it wrote, logs and flags included; resuming, the checkpoints after the one
@@ -275,7 +275,7 @@ def choose_checkpoint(args):
     if args.resume_from_checkpoint == "latest":
         folder = latest_checkpoint(args.output_dir)
     else:
-        folder = verified(args.resume_from_checkpoint, named_folder(args))
+        folder = verified_folder(args.resume_from_checkpoint, named_folder(args))
     if folder is not None:
         check_identity(args, folder)
     return folder
@@ -307,7 +307,7 @@ def named_folder(args):
     name = args.resume_from_checkpoint
     # the diffusers scripts look for the name inside the output folder
     for folder in (Path(name), Path(args.output_dir) / Path(name).name):
-        place = folder if folder.is_dir() else old_place(folder)
+        place = folder if folder.is_dir() else replaced_path(folder)
         if place.is_dir() and (CHECKPOINT.match(folder.name) or (place / MANIFEST).is_file()):
             return place
     raise UserError(
@@ -316,7 +316,7 @@ def named_folder(args):
     )
 
 
-def verified(name, folder):
+def verified_folder(name, folder):
     """The folder of --resume_from_checkpoint `name`. Raises UserError for a damaged one."""
     if (problem := verify_checkpoint(folder)) is not None:
         good, _ = newest_good(folder.parent)

@@ -17,7 +17,7 @@ from torch.distributed.fsdp import FSDPModule
 
 from lpl_finetuning.base_model import read_json, require_layers
 from lpl_finetuning.errors import UserError, require
-from lpl_finetuning.training.sharding import load_state
+from lpl_finetuning.training.sharding import load_full_state
 from lpl_utils import LatentSpace
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -38,7 +38,7 @@ def add_adapters(args, models, pipeline_class, targets):
     """
     for model in models.values():
         model.requires_grad_(False)
-    found = read_lora(args, models, pipeline_class) if args.init_lora else {}
+    found = load_init_lora(args, models, pipeline_class) if args.init_lora else {}
     for part, model in models.items():
         if part in found:
             continue
@@ -63,7 +63,7 @@ def add_adapters(args, models, pipeline_class, targets):
                 parameter.data = parameter.data.float()
 
 
-def read_lora(args, models, pipeline_class):
+def load_init_lora(args, models, pipeline_class):
     """Load --init_lora into the models by diffusers' own loaders; returns the names of the parts that it had."""
     flag = f"--init_lora {args.init_lora}"
     try:
@@ -117,7 +117,7 @@ def adapter_state(model):
     return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
-def adapters(models):
+def lora_parts(models):
     """{part: (layers, config)}: the adapters' tensors in float32, under PEFT's names, and their configurations."""
     return {
         part: ({name: value.float() for name, value in adapter_state(model).items()}, lora_config(model))
@@ -125,7 +125,7 @@ def adapters(models):
     }
 
 
-def nested(name):
+def nested_clip_name(name):
     """A text encoder's name as other programs know it: transformers 5 drops the "text_model." of `CLIPTextModel`."""
     return name if name.startswith(("text_model.", "text_projection")) else "text_model." + name
 
@@ -133,14 +133,14 @@ def nested(name):
 def save_lora(folder, parts, pipeline_class):
     """Write `pytorch_lora_weights.safetensors` in diffusers' format, with the configurations as metadata.
 
-    parts: see `adapters`. The layers of text encoders get their nested names. Their configurations name modules
+    parts: see `lora_parts`. The layers of text encoders get their nested names. Their configurations name modules
     without "text_model.", which matches the nested and the flat model alike.
     """
     arguments = {}
     for part, (layers, config) in parts.items():
         metadata = config.to_dict()
         if is_text_encoder(part):
-            layers = {nested(name): value for name, value in layers.items()}
+            layers = {nested_clip_name(name): value for name, value in layers.items()}
             for field in ("rank_pattern", "alpha_pattern"):
                 metadata[field] = {key.removeprefix("text_model."): value for key, value in metadata[field].items()}
         if not isinstance(metadata["target_modules"], str):
@@ -305,7 +305,7 @@ def decode_latents(vae, latents):
 def save_weights(folder, denoiser, pipeline_class, use_lora):
     """Write the trained weights as diffusers does: `unet/` or `transformer/`, or a LoRA file."""
     if use_lora:
-        save_lora(folder, adapters(denoiser.models()), pipeline_class)
+        save_lora(folder, lora_parts(denoiser.models()), pipeline_class)
     else:
         name, model = next(iter(denoiser.models().items()))
         model.save_pretrained(folder / name)
@@ -319,4 +319,4 @@ def load_weights(folder, denoiser, use_lora):
     name, model = next(iter(denoiser.models().items()))
     cls = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))  # diffusers' own class
     saved = cls.from_pretrained(folder, subfolder=name, use_safetensors=True)
-    load_state(model, saved.state_dict())
+    load_full_state(model, saved.state_dict())

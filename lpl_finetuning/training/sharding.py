@@ -75,7 +75,7 @@ def engine_config(accelerator):
     }
 
 
-def initialize(accelerator, model, optimizer):
+def build_zero_engine(accelerator, model, optimizer):
     """(engine to call in place of the model, which is divided in place; the `ZeroAdamW`)."""
     import deepspeed
 
@@ -91,16 +91,16 @@ def initialize(accelerator, model, optimizer):
     return engine, accelerator.deepspeed_engine_wrapped
 
 
-def autocast(accelerator):
+def zero_autocast(accelerator):
     """Function that gives the context to compute in; accelerate's own is off under DeepSpeed."""
     enabled = accelerator.mixed_precision == "bf16"
     return functools.partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=enabled)
 
 
-def has_engine(model):
+def has_zero_engine(model):
     """Whether an engine has the model: its parameters are marked."""
     parameter = next(model.parameters())
-    return is_divided(parameter) or hasattr(parameter, "_hp_mapping")
+    return is_zero3_parameter(parameter) or hasattr(parameter, "_hp_mapping")
 
 
 class ZeroAdamW:
@@ -158,11 +158,11 @@ class ZeroAdamW:
         """Done by the engine."""
 
     def state_dict(self):
-        """As of a torch optimizer, with a `Part` for each tensor that is divided."""
+        """As of a torch optimizer, with a `ZeroTensor` for each tensor that is divided."""
         from deepspeed.utils import safe_get_full_optimizer_state
 
         def part(parameter, name):
-            return Part(parameter, lambda: safe_get_full_optimizer_state(parameter, name))
+            return ZeroTensor(parameter, lambda: safe_get_full_optimizer_state(parameter, name))
 
         step = next(iter(self.inner.state.values()))["step"]
         state = {index: {"step": step.clone()} | {name: part(parameter, name) for name in ("exp_avg", "exp_avg_sq")}
@@ -176,7 +176,7 @@ class ZeroAdamW:
         parameters = self.parameters()
         for index, entries in state["state"].items():
             parameter = parameters[index]
-            put = safe_set_local_optimizer_state if is_divided(parameter) else safe_set_full_optimizer_state
+            put = safe_set_local_optimizer_state if is_zero3_parameter(parameter) else safe_set_full_optimizer_state
             for name in ("exp_avg", "exp_avg_sq"):
                 put(parameter, entries[name].to(self.engine.device), name)
             for part in self.flat:
@@ -189,39 +189,39 @@ class ZeroAdamW:
 
 
 @dataclass(frozen=True)
-class Part:
-    """A tensor of a parameter's shape, of which this rank has a part; `whole` gathers it, and is for all ranks."""
+class ZeroTensor:
+    """A tensor of a parameter's shape, of which this rank has a part; `full_tensor` gathers it on all ranks."""
 
     parameter: torch.nn.Parameter
-    whole: Callable
+    full_tensor: Callable
 
     def numel(self):
         """Of the whole tensor."""
-        return numel(self.parameter)
+        return full_numel(self.parameter)
 
     def element_size(self):
         """Bytes: float32."""
         return 4
 
 
-def is_divided(tensor):
+def is_zero3_parameter(tensor):
     """Whether it is a parameter under ZeRO-3."""
     return hasattr(tensor, "ds_tensor")
 
 
-def numel(tensor):
+def full_numel(tensor):
     """Of the whole tensor, which may be a parameter under ZeRO-3."""
-    return tensor.ds_numel if is_divided(tensor) else tensor.numel()
+    return tensor.ds_numel if is_zero3_parameter(tensor) else tensor.numel()
 
 
-def part_of(value, parameter):
+def zero3_shard(value, parameter):
     """This rank's part of a whole value, flat, as that of a parameter under ZeRO-3."""
     size = parameter.ds_tensor.numel()
     part = value.flatten()[size * torch.distributed.get_rank() :][:size]
     return torch.nn.functional.pad(part, (0, size - part.numel()))
 
 
-def joined(part, parameter):
+def gather_zero3(part, parameter):
     """The whole tensor of every rank's part of a parameter under ZeRO-3."""
     part = part.to(parameter.ds_tensor.device)
     whole = part.new_empty(torch.distributed.get_world_size() * part.numel())
@@ -229,24 +229,24 @@ def joined(part, parameter):
     return whole[: parameter.ds_numel].view(parameter.ds_shape)
 
 
-def let_go(model):
+def drop_gathered_weights(model):
     """Under ZeRO-3, release gathered weights: what is written to the parts has to be seen."""
     for parameter in model.parameters():
-        if is_divided(parameter):
+        if is_zero3_parameter(parameter):
             return parameter._z3_optimizer.empty_partition_cache()
 
 
-def load_weights(model, tensors):
+def load_zero_weights(model, tensors):
     """`load_state_dict` with whole tensors, which every rank has, for a model that an engine has."""
     from deepspeed.utils import safe_set_full_fp32_param, safe_set_local_fp32_param
 
-    let_go(model)
+    drop_gathered_weights(model)
     with torch.no_grad():
         for name, own in model.state_dict(keep_vars=True).items():
             value = tensors[name].to(own.device)
-            if is_divided(own):
-                own.ds_tensor.copy_(part_of(value, own))
-                safe_set_local_fp32_param(own, part_of(value, own))
+            if is_zero3_parameter(own):
+                own.ds_tensor.copy_(zero3_shard(value, own))
+                safe_set_local_fp32_param(own, zero3_shard(value, own))
             else:
                 own.copy_(value)
                 safe_set_full_fp32_param(own, value)  # of a buffer there is none
@@ -292,7 +292,7 @@ def set_up_sharding(accelerator, max_grad_norm=0.0):
     plugin.mixed_precision_policy = None
 
 
-def home(accelerator):
+def build_device(accelerator):
     """The device on which a model is built: one that is sharded goes to the GPU piece by piece, each rank its part."""
     return torch.device("cpu") if is_sharded(accelerator) else accelerator.device
 
@@ -309,8 +309,8 @@ def prepare(accelerator, denoiser, optimizer):
         _, optimizer = accelerator.prepare(model, optimizer)
         autocast = accelerator.autocast
     else:
-        engine, optimizer = initialize(accelerator, model, optimizer)
-        denoiser, autocast = type(denoiser)(engine), autocast(accelerator)
+        engine, optimizer = build_zero_engine(accelerator, model, optimizer)
+        denoiser, autocast = type(denoiser)(engine), zero_autocast(accelerator)
     torch.set_autocast_cache_enabled(False)  # it would keep a copy of every weight that is let go of
     forward = denoiser.forward
 
@@ -322,26 +322,26 @@ def prepare(accelerator, denoiser, optimizer):
     return denoiser, optimizer
 
 
-def clip(accelerator, optimizer, parameters, max_norm):
+def clip_gradients(accelerator, optimizer, parameters, max_norm):
     """Clip the gradients, and give their norm, the same on every rank. DeepSpeed also makes the step, if it's finite.
 
     max_norm: for all but DeepSpeed, which was told by `set_up_sharding`.
     """
     if isinstance(optimizer, ZeroAdamW):
         return optimizer.clip_and_step()
-    return whole(accelerator.clip_grad_norm_(parameters, max_norm))
+    return full_tensor(accelerator.clip_grad_norm_(parameters, max_norm))
 
 
 def reshard(model):
     """Let go of gathered weights: without a backward pass some stay, and would hide what is written to the parts."""
-    let_go(model)
+    drop_gathered_weights(model)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.reshard()
 
 
 @contextlib.contextmanager
-def evaluation(model):
+def eval_mode(model):
     """Inside, the model is as it draws and is measured; afterwards in its mode of before, every rank with its part."""
     was_training = model.training
     model.eval()
@@ -356,38 +356,38 @@ def evaluation(model):
 # Parts and wholes
 
 
-def is_part(value):
+def is_sharded_tensor(value):
     """Whether this rank has a part of it only."""
-    return isinstance(value, DTensor | Part) or is_divided(value)
+    return isinstance(value, DTensor | ZeroTensor) or is_zero3_parameter(value)
 
 
-def whole_bytes(tensor):
+def full_bytes(tensor):
     """Bytes of the whole tensor."""
-    return numel(tensor) * tensor.element_size()
+    return full_numel(tensor) * tensor.element_size()
 
 
-def local_part(tensor):
+def local_shard(tensor):
     """This rank's part of a tensor, in the same memory; a tensor that is not sharded itself."""
-    if is_divided(tensor):
+    if is_zero3_parameter(tensor):
         return tensor.ds_tensor.detach().requires_grad_(tensor.requires_grad)
     if not isinstance(tensor, DTensor):
         return tensor
     return tensor.detach().to_local().requires_grad_(tensor.requires_grad)
 
 
-def whole(tensor):
+def full_tensor(tensor):
     """The whole tensor on every rank; all of them have to ask."""
-    if isinstance(tensor, Part):
-        return tensor.whole()
-    if is_divided(tensor):
-        return joined(tensor.ds_tensor, tensor)
+    if isinstance(tensor, ZeroTensor):
+        return tensor.full_tensor()
+    if is_zero3_parameter(tensor):
+        return gather_zero3(tensor.ds_tensor, tensor)
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
-def sharded_like(part, tensor):
-    """A rank's part of a tensor that is sharded like another one, contiguous, as what `whole` takes."""
-    if is_divided(tensor):
-        return Part(tensor, lambda: joined(part, tensor))
+def from_local_shard(part, tensor):
+    """A rank's part of a tensor that is sharded like another one, contiguous, as what `full_tensor` takes."""
+    if is_zero3_parameter(tensor):
+        return ZeroTensor(tensor, lambda: gather_zero3(part, tensor))
     if not isinstance(tensor, DTensor):
         return part.contiguous()
     return DTensor.from_local(
@@ -395,35 +395,35 @@ def sharded_like(part, tensor):
     ).contiguous()
 
 
-def distributed_like(value, tensor):
+def shard_like(value, tensor):
     """A whole value, which every rank has, sharded like a tensor of its shape; other values as they are."""
-    if is_divided(tensor):
+    if is_zero3_parameter(tensor):
         same = isinstance(value, torch.Tensor) and value.shape == tensor.ds_shape
-        return part_of(value, tensor) if same else value
+        return zero3_shard(value, tensor) if same else value
     if not isinstance(tensor, DTensor) or not isinstance(value, torch.Tensor) or value.shape != tensor.shape:
         return value
     return distribute_tensor(value, tensor.device_mesh, tensor.placements, src_data_rank=None)
 
 
-def gather(tensors, keep):
+def full_tensors(tensors, keep):
     """{name: whole tensor} of {name: tensor}, on the CPU if sharded, one at a time; {} where `keep` is false."""
     found = {}
     for name, tensor in tensors.items():
-        value = whole(tensor)
+        value = full_tensor(tensor)
         if keep:
-            found[name] = value.cpu() if is_part(tensor) else value
+            found[name] = value.cpu() if is_sharded_tensor(tensor) else value
     return found
 
 
-def gathered(denoiser, keep):
+def with_full_weights(denoiser, keep):
     """The `Denoiser` with whole weights, on the CPU if it was sharded; None where `keep` is false. All ranks ask."""
-    if not any(is_part(parameter) for parameter in denoiser.parameters()):
+    if not any(is_sharded_tensor(parameter) for parameter in denoiser.parameters()):
         return denoiser if keep else None
     [model] = denoiser.models().values()
     reshard(model)
-    tensors = {name: value if is_divided(value) else value.detach()
+    tensors = {name: value if is_zero3_parameter(value) else value.detach()
                for name, value in model.state_dict(keep_vars=True).items()}  # fmt: skip
-    tensors = gather(tensors, keep)
+    tensors = full_tensors(tensors, keep)
     if not keep:
         return None
     kind = next(base for base in type(model).__mro__ if not issubclass(base, FSDPModule))  # diffusers' own class
@@ -433,29 +433,29 @@ def gathered(denoiser, keep):
     return type(denoiser)(copy)
 
 
-def load_state(model, tensors):
+def load_full_state(model, tensors):
     """`load_state_dict` with whole tensors, which every rank has, for a model that may be sharded."""
-    if has_engine(model):
-        return load_weights(model, tensors)
+    if has_zero_engine(model):
+        return load_zero_weights(model, tensors)
     own = model.state_dict()
-    model.load_state_dict({name: distributed_like(value, own.get(name)) for name, value in tensors.items()})
+    model.load_state_dict({name: shard_like(value, own.get(name)) for name, value in tensors.items()})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Agreement
 
 
-def from_first_rank(value, accelerator):
+def from_rank_0(value, accelerator):
     """What the first rank says, on every rank: anything that JSON can hold."""
-    return said_by(0, value, accelerator)
+    return broadcast_json(0, value, accelerator)
 
 
 def from_all_ranks(value, accelerator):
     """[what each rank says], on every rank."""
-    return [said_by(rank, value, accelerator) for rank in range(accelerator.num_processes)]
+    return [broadcast_json(rank, value, accelerator) for rank in range(accelerator.num_processes)]
 
 
-def said_by(rank, value, accelerator):
+def broadcast_json(rank, value, accelerator):
     """A value of one rank, as JSON: accelerate and torch would pickle it."""
     if accelerator.num_processes == 1:
         return value
@@ -467,3 +467,37 @@ def said_by(rank, value, accelerator):
         text = torch.empty(int(length), dtype=torch.uint8, device=device)
     torch.distributed.broadcast(text, rank)
     return json.loads(bytes(text.tolist()))
+
+
+SHARDED = ("weights", "gradients", "optimizer state", "EMA")
+
+
+def gathered_bytes(model):
+    """About how many bytes of whole weights and gradients FSDP has at a time; float32.
+
+    What is in no block stays gathered, with its gradients, and of the blocks the one that is computed and the next;
+    its gradients are there twice while they are reduced.
+    """
+    taken, sizes = set(), []
+    for module in reversed(list(model.modules())):  # the inner ones first
+        if module is model or type(module).__name__ in model._no_split_modules:
+            own = [parameter for parameter in module.parameters() if id(parameter) not in taken]
+            taken.update(map(id, own))
+            sizes.append(4 * sum(parameter.numel() for parameter in own))
+    *blocks, rest = sizes
+    return 2 * rest + 4 * max(blocks, default=0)
+
+
+def memory_of_rank(parts, model, ranks, stage=0):
+    """`memory_parts` for one of `ranks` GPUs among which FSDP distributes a model, or DeepSpeed's ZeRO of a stage.
+
+    ZeRO-2 leaves weights and EMA whole; each rank updates a part of the weights in a copy of its own.
+    """
+    whole = ("weights", "EMA") if stage == 2 else ()
+    mine = [(what, size / ranks if what in SHARDED and what not in whole else size) for what, size in parts]
+    if not stage:
+        return [*mine, ("gathered layers", gathered_bytes(model))]
+    bucket = 4 * min(BUCKET, sum(parameter.numel() for parameter in model.parameters()))
+    if stage == 2:
+        return [*mine, ("part that is updated", dict(parts)["weights"] / ranks), ("exchange", 2 * bucket)]
+    return [*mine, ("gathered layers", 2 * bucket), ("exchange", 2 * bucket)]
