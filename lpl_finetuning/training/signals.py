@@ -10,90 +10,97 @@ import threading
 import time
 
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-WATCHDOG_SECONDS = 15.0  # seconds that a stopped run has for its step, besides the time that its slowest step took
-PARENT_CHECK_SECONDS = 3.0  # seconds after which a loading process looks again whether the run is still there
+WATCHDOG_SECONDS = 15.0  # time a stopped run has to finish its step, on top of twice its slowest step
+PARENT_CHECK_SECONDS = 3.0  # interval at which a loader process checks that its run is still alive
 
 
 class StopSignals:
-    """Context in which SIGTERM, SIGINT and SIGUSR1 end a run without loss; a second one ends it at once.
+    """Context manager: SIGTERM, SIGINT and SIGUSR1 stop a run without loss; a second signal ends it at once.
 
-    Before the first step a run of one process ends there and then, with status 0; one of several dies by the signal,
-    and its launcher takes the others along. In the loop, `requested` tells it to stop after its step. From the signal
-    on a watchdog counts: where the step does not end, because another rank is gone and will never answer, the process
-    ends itself with the signal's usual status. `stop_watchdog` stops it. After the loop, the result is written first.
+    What the first signal does depends on when it comes:
+
+    - before the first step, a run of one process exits with status 0. One of several processes dies by the signal,
+      and the launcher ends the others;
+    - in the loop, `requested` holds the signal's number, and the loop stops after its step. A watchdog starts: if the
+      step does not end, because another rank is gone, the process exits with the signal's usual status;
+    - after the loop, the result is written first.
+
+    Attributes:
+        requested: number of the first signal, or None.
     """
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
-        self.requested, self.slowest, self.began = None, 0.0, None
-        self._before, self._reached, self._in_no_hurry, self._ending = {}, threading.Event(), False, False
+        self.requested, self.slowest_step, self.step_start = None, 0.0, None  # slowest_step in seconds
+        self._handlers_before, self._watchdog_off = {}, threading.Event()
+        self._between_steps = self._after_loop = False
 
     def __enter__(self):
         if threading.current_thread() is threading.main_thread():
             for number in STOP_SIGNALS:
-                self._before[number] = signal.signal(number, self._handle)
+                self._handlers_before[number] = signal.signal(number, self._handle)
         return self
 
     def __exit__(self, *exception):
-        self._reached.set()
-        for number, handler in self._before.items():
+        self._watchdog_off.set()
+        for number, handler in self._handlers_before.items():
             signal.signal(number, handler)
 
     def step_began(self):
-        """To be called at the start of every step: how long one takes decides how long the watchdog waits."""
+        """Mark the start of a step. The slowest step so far decides how long the watchdog waits."""
         now = time.monotonic()
-        if self.began is not None:
-            self.slowest = max(self.slowest, now - self.began)
-        self.began = now
+        if self.step_start is not None:
+            self.slowest_step = max(self.slowest_step, now - self.step_start)
+        self.step_start = now
 
     @contextlib.contextmanager
     def between_steps(self):
-        """Between steps, to draw, to measure or to save: the watchdog counts minutes for seconds.
+        """Context manager for sampling, validating and saving: inside, the watchdog waits 60 times as long.
 
-        The ranks leave it together. The first, which works the longest, waits for the others as in a step.
+        All ranks leave it together. Rank 0 works longest; the time that it waits for the others counts as in a step.
         """
-        began, self._in_no_hurry = time.monotonic(), True
+        start, self._between_steps = time.monotonic(), True
         try:
             yield
-            self._in_no_hurry = not self.accelerator.is_main_process
+            self._between_steps = not self.accelerator.is_main_process
             self.accelerator.wait_for_everyone()
         finally:
-            self._in_no_hurry = False
-            if self.began is not None:
-                self.began += time.monotonic() - began
+            self._between_steps = False
+            if self.step_start is not None:
+                self.step_start += time.monotonic() - start
 
     def stop_watchdog(self):
-        """The loop has seen the request and saves: no more hurry."""
-        self._reached.set()
+        """Stop the watchdog: the step has ended, and saving may take its time."""
+        self._watchdog_off.set()
 
     def loop_ended(self):
-        """The loop is over; what is left is to write the result."""
-        self._reached.set()
-        self._ending = True
+        """Mark the end of the loop: from here on a signal lets the run write its result first."""
+        self._watchdog_off.set()
+        self._after_loop = True
 
     def _handle(self, number, frame):
-        before_training = self.began is None and not self._ending
-        if self.requested is not None or (before_training and self.accelerator.num_processes > 1):
+        before_first_step = self.step_start is None and not self._after_loop
+        if self.requested is not None or (before_first_step and self.accelerator.num_processes > 1):
             signal.signal(number, signal.SIG_DFL)
             os.kill(os.getpid(), number)
             return
         self.requested = number
-        if before_training:
+        if before_first_step:
             print_from_handler(number, "stopped before the first step; what is encoded is kept")
             raise SystemExit(0)
-        if self._ending:
+        if self._after_loop:
             print_from_handler(number, "the result is written first; a second signal stops it at once")
             return
         print_from_handler(number, "the run stops after this step and saves; a second signal stops it at once")
-        threading.Thread(target=self._watch, args=(number,), daemon=True).start()
+        threading.Thread(target=self._run_watchdog, args=(number,), daemon=True).start()
 
-    def _watch(self, number):
-        left, before = WATCHDOG_SECONDS + 2 * self.slowest, time.monotonic()
+    def _run_watchdog(self, number):
+        left, before = WATCHDOG_SECONDS + 2 * self.slowest_step, time.monotonic()
         while left > 0:
-            if self._reached.wait(min(left, 0.5)):
+            if self._watchdog_off.wait(min(left, 0.5)):
                 return
             now = time.monotonic()
-            left -= (now - before) / (60 if self._in_no_hurry else 1)
+            left -= (now - before) / (60 if self._between_steps else 1)
             before = now
         os.write(2, b"the step does not end: is another rank gone? giving up; the last checkpoint is sound\n")
         if "--debug" in sys.argv:
@@ -101,33 +108,39 @@ class StopSignals:
         os._exit(128 + number)
 
 
-def print_from_handler(number, what):
-    """Say what a signal does, from its handler: print is not safe there."""
-    os.write(2, f"\n{signal.Signals(number).name}: {what}\n".encode())
+def print_from_handler(number, message):
+    """Print a signal's name and a message from a signal handler, where `print` is not safe."""
+    os.write(2, f"\n{signal.Signals(number).name}: {message}\n".encode())
 
 
 def leave_signals_to_the_run(worker=None):
-    """For the data loader's processes, which end when the run says so: Ctrl-C goes to the whole group.
+    """Make a loader process ignore stop signals: Ctrl-C reaches the whole group, but the run ends its loaders itself.
 
-    The run ends them with a SIGTERM of its own, which is told from others by its sender. They outlive a run that was
-    killed by a few seconds at most.
+    The run ends its loaders with SIGTERM, recognised by the process number of the sender. Loaders of a run that was
+    killed end within a few seconds.
+
+    Args:
+        worker: number of the loader, given by torch's `DataLoader`; not used.
     """
-    if not hasattr(signal, "sigtimedwait"):  # macOS can't tell
+    if not hasattr(signal, "sigtimedwait"):  # macOS has no way to learn the sender
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         return
     signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    known = multiprocessing.parent_process()  # from before it began, while the system may name its heir by now
-    run = os.getppid() if known is None else known.pid
-    above = os.getppid() if multiprocessing.get_start_method() == "forkserver" else run  # which ends with the run
-    threading.Thread(target=_await_parent, args=(run, above), daemon=True).start()
+    recorded = multiprocessing.parent_process()  # recorded at the start; by now the process may be re-parented
+    run = os.getppid() if recorded is None else recorded.pid
+    # a fork server ends with its run
+    parent = os.getppid() if multiprocessing.get_start_method() == "forkserver" else run
+    threading.Thread(target=_await_end_of_run, args=(run, parent), daemon=True).start()
 
 
-def _await_parent(run, above):
-    """Take the signals that come; end the process when the run sends SIGTERM, and once the run is gone.
+def _await_end_of_run(run, parent):
+    """Take all stop signals; exit when the run sends SIGTERM or is gone.
 
-    run: number of its process; above: of this one's parent.
+    Args:
+        run: process number of the run.
+        parent: process number of the expected parent: the run or its fork server.
     """
-    while os.getppid() == above:  # looked at after each signal too: none is ignored without a parent
+    while os.getppid() == parent:  # checked after each signal too, so that no orphan ignores a signal
         received = signal.sigtimedwait(STOP_SIGNALS, PARENT_CHECK_SECONDS)
         if received is not None and received.si_signo == signal.SIGTERM and received.si_pid == run:
             break
