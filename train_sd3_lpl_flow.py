@@ -120,7 +120,6 @@ from lpl_finetuning.data.encoding import encode_images, model_identity, rows_of
 from lpl_finetuning.results.export import save_result
 from lpl_finetuning.results.hub import check_access, model_card, publish_or_exit, tell_how_to_publish, write_card
 from lpl_finetuning.training.checkpoints import Checkpoints
-from lpl_finetuning.training.guard import StopSignals
 from lpl_finetuning.training.models import (
     decode_latents,
     latent_channels,
@@ -151,7 +150,8 @@ from lpl_finetuning.training.optimization import Trainee, optimizer_settings
 from lpl_finetuning.training.plan import check_data, plan_run, print_plan
 from lpl_finetuning.training.reporter import Reporter
 from lpl_finetuning.training.run import end, open_batches, open_output_dir, start_accelerator
-from lpl_finetuning.training.sharding import gathered, home
+from lpl_finetuning.training.sharding import build_device, with_full_weights
+from lpl_finetuning.training.signals import StopSignals
 from lpl_finetuning.training.validation import Validation
 from lpl_utils import estimate_z0, noise_to_signal
 
@@ -553,7 +553,7 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
     """Everything that needs the weights, up to the result on disk; returns whether it came to its end."""
     data = fill_caches(args, images, held_out, plan.dtype, accelerator)
     objective, vae = prepare_objective(args, accelerator, plan, data)
-    denoiser = build_denoiser(args, plan.dtype, home(accelerator))
+    denoiser = build_denoiser(args, plan.dtype, build_device(accelerator))
     settings = optimizer_settings(args, plan.batch_size)
     trainee = Trainee(settings, accelerator, denoiser, plan.total_steps, objective.guard)
     checkpoints = Checkpoints(
@@ -581,21 +581,21 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
                 objective.update_lpl_weight(step, trainee.terms, accelerator)
             reporter.step(done, outcome, plan.batch_size, trainee.log_values())
             if outcome.stop:
-                signals.reached()
+                signals.stop_watchdog()
             if checkpoints.due(done, outcome, plan.total_steps):
                 checkpoints.save(done)
             if outcome.stop and done < plan.total_steps:
                 break
             if validation.due(done) and done < plan.total_steps:
                 validation.run(done)
-    signals.ending()
+    signals.loop_ended()
     trainee.release()
     if done < plan.total_steps:
         reporter.stopped(done)
         return False
     if checkpoints.writes_here:
         with checkpoints.kept_if_unwritten(done), trainee.averaged():
-            whole = gathered(denoiser, accelerator.is_main_process)
+            whole = with_full_weights(denoiser, accelerator.is_main_process)
             if accelerator.is_main_process:
                 result = functools.partial(result_pipeline, whole, args, plan.schedule)
                 save_result(args, whole, StableDiffusion3Pipeline, result)

@@ -23,7 +23,8 @@ import train_sdxl_lpl
 from lpl_finetuning.files import gigabytes
 from lpl_finetuning.training.models import load_vae
 from lpl_finetuning.training.objective import lpl_stages
-from lpl_finetuning.training.plan import memory_estimate, parts_of_a_rank
+from lpl_finetuning.training.plan import memory_estimate
+from lpl_finetuning.training.sharding import memory_of_rank
 
 PAGE, SCALING_PAGE = ROOT / "docs" / "memory.md", ROOT / "docs" / "scaling.md"
 NF4 = ROOT / "configs" / "nf4.json"
@@ -114,7 +115,7 @@ def estimate(model, way, resolution, lpl, ranks=1, stage=0):
         stages = lpl_stages(args, vae)
         parts = memory_estimate(args, denoiser, vae.decoder, stages, dtypes[0], script.example_inputs)
         if ranks > 1:
-            parts = parts_of_a_rank(parts, next(iter(denoiser.models().values())), ranks, stage)
+            parts = memory_of_rank(parts, next(iter(denoiser.models().values())), ranks, stage)
         return dict(parts)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lpl_finetuning.data import scan
-from lpl_finetuning.training import guard
+from lpl_finetuning.training import signals
 
 PATIENCE = 0.5
 
@@ -48,7 +48,7 @@ def signalled(function, call, number):
 if __name__ == "__main__":
     name, function, call, number, *words = sys.argv[1:]
     script = importlib.import_module(name)
-    guard.PATIENCE = PATIENCE
+    signals.WATCHDOG_SECONDS = PATIENCE
     setattr(script, function, signalled(getattr(script, function), int(call), number))
     args = script.parse_args(words)
     script.main(args, *scan.find_images(args))

@@ -1,12 +1,15 @@
 """Results in the layouts that other programs read: a LoRA in kohya's format, and a whole pipeline as one file.
 
-A LoRA is given as `parts`, as `training.models.adapters` returns it: {"unet" or "transformer", "text_encoder",
-"text_encoder_2": (layers, config)}, as far as trained.
+A LoRA is given as `parts`, the return value of `training.models.lora_parts`: {part: (layers, config)} of the trained
+parts, which are "unet" or "transformer", "text_encoder" and "text_encoder_2".
 
-"Original" names are those of Stability AI's code. ComfyUI, A1111 and sd-scripts build the same modules and look LoRA
-layers up by these names, and diffusers knows them. Diffusers' own block numbers are read by fewer: older sd-scripts
-ignore them, A1111 misplaces an upsampler with them, and diffusers itself loses `add_embedding`. Of SD3,
-diffusers reads no kohya file at all: it takes its own, which lies beside it.
+Original names are those of Stability AI's code. ComfyUI, A1111 and sd-scripts look LoRA layers up by original names,
+and diffusers knows them too. Fewer programs read diffusers' own block numbers: older sd-scripts ignore such layers,
+A1111 misplaces an upsampler, and diffusers itself loses `add_embedding`. Of SD3, diffusers reads no kohya file at all;
+it reads its own file, which lies beside the kohya file.
+
+diffusers has `convert_state_dict_to_kohya`. It is not used here, because it writes alpha = rank, block names for SD3
+that ComfyUI does not read, and DoRA's vectors under names that no program knows.
 """
 
 import math
@@ -20,7 +23,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from lpl_finetuning.errors import require
-from lpl_finetuning.training.models import adapters, nested, save_weights
+from lpl_finetuning.training.models import lora_parts, nested_clip_name, save_weights
 
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_PREFIXES = {
@@ -33,9 +36,9 @@ COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 SD3_COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Names, from diffusers and transformers to the original
+# Original names of the names in diffusers and transformers
 
-UNET_ENDS = {
+UNET_MODULES = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
     "time_embedding.linear_2": "time_embed.2",
@@ -56,7 +59,7 @@ UNET_PARTS = {
     "conv_shortcut": "skip_connection",
     "conv": "conv",
 }
-MMDIT_ENDS = {
+MMDIT_MODULES = {
     "pos_embed.proj": "x_embedder.proj",
     "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
     "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
@@ -66,7 +69,7 @@ MMDIT_ENDS = {
     "norm_out.linear": "final_layer.adaLN_modulation.1",
     "proj_out": "final_layer.linear",
 }
-MMDIT_PARTS = {  # of a block; qkv.0, .1 and .2 are the thirds of one layer
+MMDIT_PARTS = {  # in a block; qkv.0, .1 and .2 are the query, key and value thirds of one layer
     "norm1.linear": "x_block.adaLN_modulation.1",
     "attn.to_q": "x_block.attn.qkv.0",
     "attn.to_k": "x_block.attn.qkv.1",
@@ -93,7 +96,7 @@ MMDIT_PARTS = {  # of a block; qkv.0, .1 and .2 are the thirds of one layer
     "ff_context.net.2": "context_block.mlp.fc2",
 }
 MMDIT_LAYER = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
-THIRD = re.compile(r"(.+qkv)[._]([012])(\..+)")  # a name of MMDIT_PARTS, or kohya's form of it, with what follows
+QKV_THIRD = re.compile(r"(.+qkv)[._]([012])(\..+)")  # (layer, third, rest) of a name in original or kohya form
 VAE_PARTS = {
     "down_blocks.": "down.",
     ".resnets.": ".block.",
@@ -121,15 +124,19 @@ OPEN_CLIP_PARTS = {
 
 
 def unet_name(module, config):
-    """The original name of a module of the UNet. Layers are numbered through all blocks, samplers included."""
-    if module in UNET_ENDS:
-        return UNET_ENDS[module]
+    """Return the original name of a module of the UNet: layers are numbered across blocks, samplers included.
+
+    Args:
+        config: the UNet's configuration.
+    """
+    if module in UNET_MODULES:
+        return UNET_MODULES[module]
     match = UNET_LAYER.fullmatch(module)
     part = match and (match[5] if match[3] == "attentions" else UNET_PARTS.get(match[5]))
     require(part, f"unet.{module} has no place in SDXL's original layout, which other programs read: "
             "leave --output_kohya_format or --single_file out")  # fmt: skip
     side, block, kind, layer = match.groups()[:4]
-    layer, slot = int(layer), int(kind == "attentions")  # each layer: slot 0 its resnet, slot 1 its transformer
+    layer, slot = int(layer), int(kind == "attentions")  # in a layer, slot 0 is the resnet and slot 1 the transformer
     if side is None:
         return f"middle_block.{2 * layer + slot}.{part}"
     last = config.layers_per_block
@@ -142,36 +149,39 @@ def unet_name(module, config):
 
 
 def mmdit_name(module):
-    """The original name of a module of SD3's transformer; `….qkv.0` to `….qkv.2` are the thirds of `….qkv`."""
+    """Return the original name of a module of SD3's transformer; queries, keys and values end in qkv.0, .1 and .2."""
     match = MMDIT_LAYER.fullmatch(module)
-    part = MMDIT_PARTS.get(match[2]) if match else MMDIT_ENDS.get(module)
+    part = MMDIT_PARTS.get(match[2]) if match else MMDIT_MODULES.get(module)
     require(part, f"transformer.{module} has no place in SD3's original layout, which other programs read: "
             "leave --output_kohya_format or --single_file out")  # fmt: skip
     return f"joint_blocks.{match[1]}.{part}" if match else part
 
 
 def to_shift_and_scale(module, value, config):
-    """Rows of SD3's `module` in the original order: shift, then scale, where diffusers' is scale, then shift."""
+    """Return the rows of SD3's `module` in the original order.
+
+    Two modules give scale and shift in diffusers, shift and scale in the original. The rows of other modules stay.
+    """
     last_context = f"transformer_blocks.{config.num_layers - 1}.norm1_context.linear"
     return torch.cat(value.chunk(2)[::-1]) if module in ("norm_out.linear", last_context) else value
 
 
 def vae_name(parameter, num_blocks):
-    """The original name of a parameter of the autoencoder: up blocks count down, middle resnets from 1."""
+    """Return the original name of a parameter of the autoencoder: up blocks count down, middle resnets from 1."""
     parameter = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{num_blocks - 1 - int(match[1])}", parameter)
     parameter = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", parameter)
     return replace_all(parameter, VAE_PARTS)
 
 
 def replace_all(name, parts):
-    """`name` with each key of `parts` replaced by its value, in order."""
+    """Return `name` with each key of `parts` replaced by its value, in order."""
     for ours, original in parts.items():
         name = name.replace(ours, original)
     return name
 
 
-def write(path, tensors, metadata):
-    """Write a safetensors file that is whole or not there, even when the process is killed."""
+def write_safetensors(path, tensors, metadata):
+    """Write a safetensors file that is complete or not there, even if the process is killed."""
     temporary = Path(f"{path}.tmp")
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
     os.replace(temporary, path)
@@ -182,10 +192,18 @@ def write(path, tensors, metadata):
 
 
 def kohya_state_dict(parts, denoiser_config):
-    """The layers under kohya's names: `lora_unet_….lora_down.weight` (r, …), `.lora_up.weight` (…, r), `.alpha` ().
+    """Return the layers under kohya's names.
 
-    Readers scale a layer by its alpha / r. Diffusers loses alphas that differ within a model, so each is `lora_alpha`,
-    and where `alpha_pattern` or rank-stabilised LoRA ask for another strength, `lora_up` is multiplied.
+    These are `lora_unet_….lora_down.weight` (r, in), `.lora_up.weight` (out, r) and `.alpha` (), of rank r.
+
+    Programs scale a layer by alpha / r. diffusers loses alphas that differ within a model, so every alpha is
+    `lora_alpha`. Where `alpha_pattern` or rank-stabilised LoRA asks for another strength, `lora_up` is multiplied.
+
+    Args:
+        denoiser_config: configuration of the UNet or the transformer.
+
+    Raises:
+        UserError: a layer is no plain LoRA, or has no original name.
     """
     tensors = {}
     for part, (layers, config) in parts.items():
@@ -205,22 +223,22 @@ def kohya_state_dict(parts, denoiser_config):
 
 
 def original_name(part, module, denoiser_config):
-    """The original name of a module of a part of the pipeline."""
+    """Return the original name of a module of `part`."""
     if part == "unet":
         return unet_name(module, denoiser_config)
-    return mmdit_name(module) if part == "transformer" else nested(module)
+    return mmdit_name(module) if part == "transformer" else nested_clip_name(module)
 
 
 def fuse_thirds(tensors):
-    """Join the LoRAs of queries, keys and values, named `…_qkv_0` to `…_qkv_2`, to one of the layer `…_qkv`.
+    """Join the LoRAs of queries, keys and values, `…_qkv_0` to `…_qkv_2`, into one LoRA of the layer `…_qkv`.
 
-    Its rank is R, the sum of theirs, and its `lora_up` (3 width, R) is block-diagonal, with rows of zeros for a third
-    that has no LoRA. Its alpha is the sum of those of its n thirds: of equal rank r, they keep their strength, as
-    n alpha / (n r) = alpha / r; otherwise the `lora_up` of one of rank r is multiplied by R / (n r).
+    The joined LoRA of n thirds with ranks r_i has rank R = sum r_i. Its `lora_up` (3 width, R) is block-diagonal, with
+    rows of zeros for a third without LoRA. Its alpha is the sum of the thirds' alphas, n alpha, and each third's
+    `lora_up` is multiplied by R / (n r_i), so that its strength stays n alpha / R * R / (n r_i) = alpha / r_i.
     """
     layers = {}
-    for name in [name for name in tensors if THIRD.fullmatch(name)]:
-        layer, third, leaf = THIRD.fullmatch(name).groups()
+    for name in [name for name in tensors if QKV_THIRD.fullmatch(name)]:
+        layer, third, leaf = QKV_THIRD.fullmatch(name).groups()
         layers.setdefault(layer, {}).setdefault(leaf, {})[int(third)] = tensors.pop(name)
     for layer, leaves in layers.items():
         downs, ups = leaves[".lora_down.weight"], leaves[".lora_up.weight"]
@@ -234,7 +252,7 @@ def fuse_thirds(tensors):
 
 
 def kohya_version(denoiser_config):
-    """(network module, base model's version) as sd-scripts writes and reads them."""
+    """Return (network module, version of the base model) as sd-scripts writes and reads them."""
     if "joint_attention_dim" not in denoiser_config:
         return "networks.lora", "sdxl_base_v1-0"
     if denoiser_config.qk_norm is None:
@@ -245,8 +263,11 @@ def kohya_version(denoiser_config):
 def save_kohya(folder, parts, denoiser_config):
     """Write `pytorch_lora_weights_kohya.safetensors`, a LoRA for ComfyUI, sd-scripts and (SDXL only) A1111.
 
-    denoiser_config: of the UNet or the transformer. SD3's readers take heads of width 64 for granted where they read a
-    whole model, not in a LoRA, so one for a smaller model is written like any other.
+    Programs that read a whole SD3 take heads of width 64 for granted. For a LoRA they do not, so that the LoRA of a
+    smaller model is written like any other.
+
+    Args:
+        denoiser_config: configuration of the UNet or the transformer.
     """
     tensors = kohya_state_dict(parts, denoiser_config)
     ranks = {value.shape[0] for name, value in tensors.items() if "lora_down" in name}
@@ -259,7 +280,7 @@ def save_kohya(folder, parts, denoiser_config):
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
     }
-    write(Path(folder, KOHYA_FILE), tensors, metadata)
+    write_safetensors(Path(folder, KOHYA_FILE), tensors, metadata)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -267,7 +288,7 @@ def save_kohya(folder, parts, denoiser_config):
 
 
 def original_unet(unet):
-    """The UNet's tensors under their original names."""
+    """Return the UNet's tensors under their original names."""
     tensors = {}
     for parameter, value in unet.state_dict().items():
         module, _, leaf = parameter.rpartition(".")
@@ -276,12 +297,12 @@ def original_unet(unet):
 
 
 def original_transformer(transformer):
-    """SD3's transformer's tensors under their original names; queries, keys and values in one, (3 width, …)."""
+    """Return the tensors of SD3's transformer under original names; queries, keys and values in one, (3 width, …)."""
     tensors, thirds = {}, {}
     for parameter, value in transformer.state_dict().items():
         module, _, leaf = parameter.rpartition(".")
         name = leaf if module == "pos_embed" else f"{mmdit_name(module)}.{leaf}"
-        if match := THIRD.fullmatch(name):
+        if match := QKV_THIRD.fullmatch(name):
             thirds.setdefault(match[1] + match[3], {})[match[2]] = value
         else:
             tensors[name] = to_shift_and_scale(module, value, transformer.config)
@@ -289,7 +310,7 @@ def original_transformer(transformer):
 
 
 def original_vae(vae):
-    """The autoencoder's tensors under their original names; there its attention is 1x1 convolutions, (C, C, 1, 1)."""
+    """Return the autoencoder's tensors under original names, its attention as 1x1 convolutions, (C, C, 1, 1)."""
     require(
         type(vae) is AutoencoderKL,
         f"vae: {type(vae).__name__} has no place in the original layout; leave --single_file out",
@@ -300,7 +321,7 @@ def original_vae(vae):
 
 
 def open_clip(text_encoder):
-    """A text encoder's tensors as OpenCLIP keeps them: queries, keys and values in one, the projection transposed."""
+    """Return a text encoder's tensors as OpenCLIP has them: q, k and v in one, the projection transposed."""
     ours = text_encoder.state_dict()
     tensors = {}
     for name, value in ours.items():
@@ -312,25 +333,25 @@ def open_clip(text_encoder):
 
 
 def original_state_dict(unet, vae, text_encoder, text_encoder_2):
-    """A whole SDXL under the names of Stability AI's file, less its constants `position_ids` and `logit_scale`."""
+    """Return the tensors of a whole SDXL under original names, without the constants position_ids and logit_scale."""
     return {
         **{f"model.diffusion_model.{name}": value for name, value in original_unet(unet).items()},
         **{f"first_stage_model.{name}": value for name, value in original_vae(vae).items()},
-        **{f"conditioner.embedders.0.transformer.{nested(name)}": value
+        **{f"conditioner.embedders.0.transformer.{nested_clip_name(name)}": value
            for name, value in text_encoder.state_dict().items()},
         **{f"conditioner.embedders.1.model.{name}": value for name, value in open_clip(text_encoder_2).items()},
     }  # fmt: skip
 
 
 def original_sd3_state_dict(transformer, vae, text_encoder, text_encoder_2, text_encoder_3):
-    """A whole SD3 under the names of Stability AI's file; text_encoder_3 (T5) may be None.
+    """Return the tensors of a whole SD3 under original names; text_encoder_3 (T5) may be None.
 
-    Readers take the projection of `text_encoder` (CLIP-L) for the identity: ComfyUI skips it, diffusers sets it. Any
-    other is multiplied into the first layer that sees its output, (width, pooled), so that nothing is lost.
+    Programs take the projection of `text_encoder` (CLIP-L) for the identity: ComfyUI skips the projection, diffusers
+    replaces it. Any other projection is therefore multiplied into the layer that takes its output, (width, pooled).
     """
     clip_l, clip_g = text_encoder.state_dict(), text_encoder_2.state_dict()
     t5 = text_encoder_3.state_dict() if text_encoder_3 is not None else {}
-    if t5:  # one tensor, which diffusers' loader looks for under both names; a file holds no tensor twice
+    if t5:  # diffusers' loader looks for this one tensor under both names; safetensors holds no tensor twice
         t5["encoder.embed_tokens.weight"] = t5["shared.weight"].clone()
     mmdit = original_transformer(transformer)
     projection, pooled = clip_l["text_projection.weight"], mmdit["y_embedder.mlp.0.weight"]
@@ -340,31 +361,39 @@ def original_sd3_state_dict(transformer, vae, text_encoder, text_encoder_2, text
     return {
         **{f"model.diffusion_model.{name}": value for name, value in mmdit.items()},
         **{f"first_stage_model.{name}": value for name, value in original_vae(vae).items()},
-        **{f"text_encoders.clip_l.transformer.{nested(name)}": value for name, value in clip_l.items()},
-        **{f"text_encoders.clip_g.transformer.{nested(name)}": value for name, value in clip_g.items()},
+        **{f"text_encoders.clip_l.transformer.{nested_clip_name(name)}": value for name, value in clip_l.items()},
+        **{f"text_encoders.clip_g.transformer.{nested_clip_name(name)}": value for name, value in clip_g.items()},
         **{f"text_encoders.t5xxl.transformer.{name}": value for name, value in t5.items()},
     }
 
 
-LAYOUTS = {  # pipeline class: (its models, what makes one dictionary of them)
+LAYOUTS = {  # pipeline class: (names of its models, function that returns the tensors of those models)
     StableDiffusionXLPipeline: (COMPONENTS, original_state_dict),
     StableDiffusion3Pipeline: (SD3_COMPONENTS, original_sd3_state_dict),
 }
 
 
 def save_single_file(pipeline, path, dtype=torch.float16):
-    """Write a whole SDXL or SD3 (the pipeline, or its folder) as the single file that ComfyUI (SDXL: A1111) loads.
+    """Write a whole SDXL or SD3 as the single file that ComfyUI loads, and A1111 for SDXL.
 
-    Programs that read it know a v-prediction model by the empty tensor `v_pred` and its zero terminal SNR by `ztsnr`,
-    and take everything else for granted. SDXL: the shapes, the noise schedule, 0.13025 as the scale of the latents.
-    SD3: as many heads, of width 64, as blocks, a timestep shift of 3, 1.5305 and 0.0609 as scale and shift.
+    The empty tensor `v_pred` marks a v-prediction model, the empty tensor `ztsnr` zero terminal SNR. Programs take
+    everything else for granted. For SDXL: the shapes, the noise schedule, and a scale of 0.13025 for the latents. For
+    SD3: as many heads as blocks, heads of width 64, a timestep shift of 3, and latents scaled by 1.5305 and shifted by
+    0.0609.
+
+    Args:
+        pipeline: the pipeline or its folder.
+        dtype: dtype of the tensors in the file.
+
+    Raises:
+        UserError: the layout can't hold the pipeline.
     """
     if not isinstance(pipeline, DiffusionPipeline):
         pipeline = DiffusionPipeline.from_pretrained(pipeline, dtype=dtype, use_safetensors=True)
     require(type(pipeline) in LAYOUTS, f"{type(pipeline).__name__}: single files are there for SDXL and SD3")
     components, layout = LAYOUTS[type(pipeline)]
     schedule, models = pipeline.scheduler.config, [getattr(pipeline, name) for name in components]
-    prediction_type = schedule.get("prediction_type", "epsilon")  # flow matching has no choice of it
+    prediction_type = schedule.get("prediction_type", "epsilon")  # flow matching has no such setting
     require(prediction_type in ("epsilon", "v_prediction"),
             f"prediction type {prediction_type}: other programs know epsilon and v_prediction")  # fmt: skip
     require(not any(".lora_A." in name for model in models if model is not None for name in model.state_dict()),
@@ -374,21 +403,22 @@ def save_single_file(pipeline, path, dtype=torch.float16):
         tensors["v_pred"] = torch.tensor([])
     if schedule.get("rescale_betas_zero_snr", False):
         tensors["ztsnr"] = torch.tensor([])
-    write(path, tensors, {"format": "pt"})
+    write_safetensors(path, tensors, {"format": "pt"})
 
 
 def save_result(args, denoiser, pipeline_class, result_pipeline):
-    """Write what the run is for into --output_dir: a LoRA, or a whole pipeline; and their other formats.
+    """Write the result into --output_dir: a LoRA or a whole pipeline, and their other formats.
 
     Args:
-        denoiser: the script's `Denoiser` with whole weights.
-        pipeline_class: diffusers' class of the pipeline; result_pipeline: function that returns the whole pipeline.
+        denoiser: the script's `Denoiser` with full weights.
+        pipeline_class: diffusers' class of the pipeline.
+        result_pipeline: function that returns the whole pipeline.
     """
     folder = Path(args.output_dir)
     if args.use_lora:
         save_weights(folder, denoiser, pipeline_class, use_lora=True)
         if args.output_kohya_format:
-            save_kohya(folder, adapters(denoiser.models()), next(iter(denoiser.models().values())).config)
+            save_kohya(folder, lora_parts(denoiser.models()), next(iter(denoiser.models().values())).config)
         return
     pipeline = result_pipeline()
     pipeline.save_pretrained(folder)

@@ -1,7 +1,15 @@
-"""The folders of checkpoints: which are whole, and which one a run goes on from. Nothing here imports torch.
+"""The folders of checkpoints: which are complete, and which one a run resumes from. Nothing here imports torch.
 
-`manifest.json`, with the size and sha256 of every other file, is the last file of a checkpoint to be written. So one
-that was not finished, or was damaged later, is noticed before anything is loaded.
+`manifest.json` has the size and sha256 of every other file, and is written last. A checkpoint that was not finished,
+or was damaged later, is therefore noticed before anything is loaded.
+
+Names in --output_dir:
+
+    checkpoint-N            a checkpoint after N optimizer steps
+    .tmp-checkpoint-N       a checkpoint that is being written or deleted
+    .old-checkpoint-N       a checkpoint-N until the new checkpoint-N is in place
+    damaged-checkpoint-N    a damaged checkpoint, neither resumed from nor deleted
+    previous-1, -2, …       what earlier runs left
 """
 
 import json
@@ -20,8 +28,8 @@ from lpl_finetuning.flags import recipe_text
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 MANIFEST = "manifest.json"
 MANIFEST_FORMAT = 1
-HASH_THREADS = 4  # sha256 runs without the interpreter's lock
-RUN_MARK = "config.yaml"  # a folder that has it is one of a run
+HASH_THREADS = 4  # sha256 releases the interpreter's lock
+RUN_MARK = "config.yaml"  # marks a folder as a run's
 LEFT_BY_A_RUN = (
     "checkpoint-*", "damaged-checkpoint-*", "validation", "image_*.png", "run.png", "data_report.json", "README.md",
     "pytorch_lora_weights*.safetensors", "model.safetensors", "model_index.json",
@@ -34,20 +42,20 @@ LEFT_BY_A_RUN = (
 
 
 class Damaged(ValueError):
-    """What is wrong with a checkpoint's folder; names the file."""
+    """A checkpoint's folder is damaged; the message names the file."""
 
 
 def files_in(folder):
-    """{path relative to `folder`, with slashes: path} of every file in it but the manifest, sorted."""
+    """Return {path relative to `folder`, with slashes: path} of every file except the manifest, sorted."""
     paths = {path.relative_to(folder).as_posix(): path for path in sorted(Path(folder).rglob("*")) if path.is_file()}
     paths.pop(MANIFEST, None)
     return paths
 
 
 def write_manifest(folder, step):
-    """Flush a finished folder to the disk and list its files in manifest.json, the last file to be written."""
+    """Flush a finished folder to the disk and list its files in manifest.json, the last file written."""
     paths = files_in(folder)
-    with ThreadPoolExecutor(HASH_THREADS) as pool:  # reads what is still in memory while the disk is written
+    with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashes files from memory while the disk is written
         hashes = {name: pool.submit(sha256_of, path) for name, path in paths.items()}
         for path in Path(folder).rglob("*"):
             sync_to_disk(path)
@@ -60,7 +68,11 @@ def write_manifest(folder, step):
 
 
 def read_manifest(folder):
-    """{"format": 1, "step": N, "files": {name: {"sha256": hex, "size": bytes}}}. Raises Damaged."""
+    """Return {"format": 1, "step": N, "files": {name: {"sha256": hex, "size": bytes}}}.
+
+    Raises:
+        Damaged: the manifest is missing or malformed.
+    """
     try:
         manifest = json.loads((Path(folder) / MANIFEST).read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -79,7 +91,7 @@ def read_manifest(folder):
 
 
 def check_sizes(folder, manifest):
-    """That the files of a manifest are there with their sizes, without reading them. Raises Damaged."""
+    """Raise Damaged unless every file of the manifest is there with its size. Reads no file."""
     paths = files_in(folder)
     for name, entry in manifest["files"].items():
         if name not in paths:
@@ -89,7 +101,7 @@ def check_sizes(folder, manifest):
 
 
 def check_contents(folder, manifest):
-    """That every file is the one of the manifest, and that there is no other. Reads all. Raises Damaged."""
+    """Raise Damaged unless every file has the manifest's sha256 and no other file is there. Reads all files."""
     paths = files_in(folder)
     if extra := sorted(paths.keys() - manifest["files"].keys()):
         raise Damaged(f"{extra[0]} is not in its manifest")
@@ -103,18 +115,18 @@ def check_contents(folder, manifest):
 
 
 def verify_checkpoint(folder):
-    """None for a checkpoint whose files are all as they were saved, else what is wrong, naming the file."""
+    """Return None for a checkpoint whose files are as they were saved, else what is wrong, naming the file."""
     try:
         manifest = read_manifest(folder)
         check_sizes(folder, manifest)
         check_contents(folder, manifest)
-    except (Damaged, OSError) as error:  # OSError: can't be read, or another rank is just setting it aside
+    except (Damaged, OSError) as error:  # OSError: unreadable, or being renamed by another rank
         return str(error)
     return None
 
 
 def is_complete(folder):
-    """The cheap check: a manifest, and every file of it with the right size."""
+    """Whether a checkpoint has a manifest and every file of the right size. Reads the manifest only."""
     try:
         check_sizes(folder, read_manifest(folder))
     except (Damaged, OSError):
@@ -126,16 +138,16 @@ def is_complete(folder):
 # The folders of a run
 
 
-def old_place(folder):
-    """Where a checkpoint waits while a new one of the same step takes its name."""
+def replaced_path(folder):
+    """Return the name that a checkpoint keeps while a new checkpoint of the same step takes its own."""
     return folder.parent / f".old-{folder.name}"
 
 
 def candidates(output_dir):
-    """[(step, folder)] of all that may be a checkpoint, complete or not, oldest first.
+    """Return [(step, folder)] of all checkpoints, complete or not, oldest first.
 
-    A run killed while it saved a step once more may leave that step in `.old-checkpoint-N`: it counts, and comes
-    before a checkpoint-N.
+    A run that was killed while it saved a step again may leave `.old-checkpoint-N`. That folder is listed too, before
+    checkpoint-N.
     """
     output_dir, found = Path(output_dir), []
     for path in output_dir.iterdir() if output_dir.is_dir() else ():
@@ -146,12 +158,12 @@ def candidates(output_dir):
 
 
 def list_checkpoints(output_dir):
-    """[(step, folder)] of the complete checkpoints of a run, one a step, oldest first; sizes are looked at only."""
+    """Return [(step, folder)] of a run's complete checkpoints, one per step, oldest first; checks sizes only."""
     return sorted({step: folder for step, folder in candidates(output_dir) if is_complete(folder)}.items())
 
 
-def remove(folder):
-    """Delete a checkpoint so that a kill on the way leaves no half of one: under its name it is whole or gone."""
+def remove_checkpoint(folder):
+    """Delete a checkpoint. Under its own name it is complete or gone, even if the process is killed meanwhile."""
     doomed = folder.parent / f".tmp-{folder.name.removeprefix('.old-')}-removed"
     shutil.rmtree(doomed, ignore_errors=True)
     os.replace(folder, doomed)
@@ -159,41 +171,47 @@ def remove(folder):
 
 
 def set_damaged_aside(folder):
-    """Rename a damaged checkpoint to damaged-checkpoint-N, so that it is neither resumed nor deleted; the new path."""
+    """Rename a damaged checkpoint to damaged-checkpoint-N; return the new path."""
     place = free_name(folder.parent, f"damaged-{folder.name.removeprefix('.old-')}")
     os.replace(folder, place)
     return place
 
 
 def remove_temporary(output_dir):
-    """Delete what killed runs were writing or deleting."""
+    """Delete the folders that killed runs were writing or deleting."""
     for path in Path(output_dir).glob(".tmp-checkpoint-*"):
         shutil.rmtree(path, ignore_errors=True)
 
 
 def tidy(output_dir):
-    """Clean up after killed runs: delete what they were writing, give `.old-checkpoint-N` its name back if need be."""
+    """Clean up after killed runs: delete unfinished folders; restore `.old-checkpoint-N` if need be."""
     remove_temporary(output_dir)
     for _, folder in candidates(output_dir):
         if not folder.name.startswith(".old-"):
             continue
         final = folder.with_name(folder.name.removeprefix(".old-"))
         if final.is_dir() and verify_checkpoint(final) is None:
-            remove(folder)
+            remove_checkpoint(folder)
             continue
         if final.is_dir():
             set_damaged_aside(final)
         os.replace(folder, final)
 
 
-def set_aside(output_dir, resume_from, logging_dir="logs"):
-    """Move what an earlier run left in the output folder to `previous-1` and so on, so that it is not taken for ours.
+def set_earlier_run_aside(output_dir, resume_from, logging_dir="logs"):
+    """Move what an earlier run left in the output folder to previous-1, previous-2, …; only rank 0 calls it.
 
-    On a fresh start that is everything it wrote, logs and flags included; resuming, the checkpoints after the one
-    resumed from, of which the damaged ones are renamed to damaged-checkpoint-N. Nothing is deleted but what killed
-    runs were writing. A run that was refused or stopped before it had anything to show leaves nothing to be kept.
-    For the main process alone. What the other ranks may be resuming from keeps its name.
-    Returns the folder, or None when there was nothing to move.
+    On a fresh start, that is everything the earlier run wrote, logs and flags included, unless it had stopped before
+    it wrote any result. On resuming, that is the checkpoints after the one resumed from, of which damaged ones are
+    renamed to damaged-checkpoint-N instead. Checkpoints that other ranks may resume from keep their names. Nothing is
+    deleted but unfinished folders of killed runs.
+
+    Args:
+        resume_from: folder of the checkpoint resumed from, or None.
+        logging_dir: folder of the logs, relative to `output_dir`.
+
+    Returns:
+        The folder previous-N, or None when there was nothing to move.
     """
     output_dir = Path(output_dir)
     if resume_from is None:
@@ -222,67 +240,72 @@ def set_aside(output_dir, resume_from, logging_dir="logs"):
 
 
 def left_by_a_run(output_dir, logging_dir):
-    """What a run wrote into its folder, in the order to move it: the mark last, should the mover be killed."""
+    """Return the paths that a run wrote, in the order to move them; `RUN_MARK` last, in case the mover is killed."""
     logs = output_dir / logging_dir
     logs = [logs] if (logs / "metrics.jsonl").is_file() and logs.is_relative_to(output_dir) else []
     results = [path for pattern in LEFT_BY_A_RUN for path in sorted(output_dir.glob(pattern))]
-    shown = any((path / "metrics.jsonl").stat().st_size for path in logs)
-    begun = any(not (path / RUN_MARK).is_file() for path in output_dir.glob("previous-*"))  # to be moved, perhaps
-    if not shown and not begun and all(path.name == "data_report.json" for path in results):
+    logged = any((path / "metrics.jsonl").stat().st_size for path in logs)
+    # a previous-N without the mark: a move that was killed may have moved the results already
+    half_moved = any(not (path / RUN_MARK).is_file() for path in output_dir.glob("previous-*"))
+    if not logged and not half_moved and all(path.name == "data_report.json" for path in results):
         return []
     return [*results, *logs, output_dir / RUN_MARK]
 
 
 def newer_than(resume_from, output_dir):
-    """The folders of `candidates` that come after the one resumed from, oldest first."""
+    """Return the folders of `candidates` after the checkpoint resumed from, oldest first."""
     found = candidates(output_dir)
     folders = [folder for _, folder in found]
     if resume_from in folders:
         return folders[folders.index(resume_from) + 1 :]
-    reached = read_manifest(resume_from)["step"]  # it lies elsewhere
-    return [folder for step, folder in found if step > reached]
+    first_step = read_manifest(resume_from)["step"]  # the checkpoint lies in another folder
+    return [folder for step, folder in found if step > first_step]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Which one a run goes on from
+# The checkpoint that a run resumes from
 
 
 def check_resume(args):
-    """Refuse early, from small files alone, what --resume_from_checkpoint can't go on from.
+    """Raise UserError early, from small files alone, if --resume_from_checkpoint names a checkpoint of another run.
 
-    `choose_checkpoint` verifies everything later. A newest checkpoint whose small files are damaged is left to it too:
-    the one before may do.
+    `choose_checkpoint` verifies all files later. If the small files are damaged it decides, as with `latest` an older
+    checkpoint may be sound.
     """
-    wish = args.resume_from_checkpoint
-    if not wish:
+    name = args.resume_from_checkpoint
+    if not name:
         return
-    found = [folder for _, folder in candidates(args.output_dir)] if wish == "latest" else [named_folder(args)]
+    found = [folder for _, folder in candidates(args.output_dir)] if name == "latest" else [named_folder(args)]
     if not found:
         return
     state = found[-1] / "training_state.json"
     try:
-        whole = read_manifest(found[-1])["files"]["training_state.json"]["sha256"] == sha256_of(state)
+        is_sound = read_manifest(found[-1])["files"]["training_state.json"]["sha256"] == sha256_of(state)
     except (Damaged, OSError, KeyError):
         return
-    if whole:
+    if is_sound:
         check_identity(args, found[-1])
 
 
 def choose_checkpoint(args):
-    """The folder that the flags mean, verified, and of this run; or None. Raises UserError."""
+    """Return the folder of --resume_from_checkpoint, verified and of this run; None for a fresh start.
+
+    Raises:
+        UserError: there is no such checkpoint, it is damaged, or it belongs to another run.
+    """
     if not args.resume_from_checkpoint:
         return None
     if args.resume_from_checkpoint == "latest":
         folder = latest_checkpoint(args.output_dir)
     else:
-        folder = verified(args.resume_from_checkpoint, named_folder(args))
+        folder = verified_folder(args.resume_from_checkpoint, named_folder(args))
     if folder is not None:
         check_identity(args, folder)
     return folder
 
 
 def check_identity(args, folder):
-    """Refuse a checkpoint of another run."""
+    """Raise UserError if a checkpoint belongs to another run."""
     found, wanted = json.loads((folder / "training_state.json").read_text())["identity"], run_identity(args)
     different = [
         f"{key} was {found.get(key)}, is {value}" for key, value in wanted.items() if differs(key, found, value)
@@ -295,19 +318,19 @@ def check_identity(args, folder):
 
 
 def differs(key, found, value):
-    """Whether an entry of a checkpoint's identity tells that it is another run's."""
-    if key == "base_weights":  # a name on the Hub and files can't be compared
+    """Whether an entry of a checkpoint's identity shows that it belongs to another run."""
+    if key == "base_weights":  # weights on the Hub and weights in a folder can't be compared
         before = found.get(key) or ""
         return bool(value) and before.partition(":")[0] == value.partition(":")[0] and before != value
     return found.get(key) != value
 
 
 def named_folder(args):
-    """The folder that --resume_from_checkpoint names, whole or not. Raises UserError where none is."""
+    """Return the folder that --resume_from_checkpoint names, damaged or not; raise UserError if there is none."""
     name = args.resume_from_checkpoint
     # the diffusers scripts look for the name inside the output folder
     for folder in (Path(name), Path(args.output_dir) / Path(name).name):
-        place = folder if folder.is_dir() else old_place(folder)
+        place = folder if folder.is_dir() else replaced_path(folder)
         if place.is_dir() and (CHECKPOINT.match(folder.name) or (place / MANIFEST).is_file()):
             return place
     raise UserError(
@@ -316,8 +339,8 @@ def named_folder(args):
     )
 
 
-def verified(name, folder):
-    """The folder of --resume_from_checkpoint `name`. Raises UserError for a damaged one."""
+def verified_folder(name, folder):
+    """Return `folder`, which --resume_from_checkpoint `name` names; raise UserError if it is damaged."""
     if (problem := verify_checkpoint(folder)) is not None:
         good, _ = newest_good(folder.parent)
         advice = f"; the newest good one is {good}" if good else ""
@@ -328,7 +351,7 @@ def verified(name, folder):
 
 
 def newest_good(output_dir):
-    """(the newest checkpoint that verifies or None, [(folder, what is wrong)] of the newer ones, newest first)."""
+    """Return (newest sound checkpoint or None, [(folder, what is wrong)] of newer checkpoints, newest first)."""
     damaged = []
     for _, folder in reversed(candidates(output_dir)):
         if (problem := verify_checkpoint(folder)) is None:
@@ -338,7 +361,7 @@ def newest_good(output_dir):
 
 
 def latest_checkpoint(output_dir):
-    """The newest checkpoint that verifies, or None when there is none at all. Raises UserError if all are damaged."""
+    """Return the newest sound checkpoint, or None if there is no checkpoint; raise UserError if all are damaged."""
     good, damaged = newest_good(output_dir)
     if good is None and damaged:
         problems = "; ".join(f"{folder.name}: {problem}" for folder, problem in damaged)
@@ -355,20 +378,20 @@ def latest_checkpoint(output_dir):
 
 
 def run_identity(args):
-    """What must be the same for a checkpoint to be resumed."""
+    """Return the entries that must be equal for a run to resume from a checkpoint."""
     names = ["use_lora", "seed", "use_ema", "optimizer", "use_8bit_adam", "timestep_sampling"]
     if args.use_lora:
         names += ["rank", "lora_alpha", "lora_layers", "use_dora", "train_text_encoder"]
     identity = {"recipe": args.base_model.family.title}
-    if args.use_lora:  # it is worth nothing on other weights than those it is trained on
+    if args.use_lora:  # a LoRA only fits the weights that it is trained on
         identity["base_weights"] = args.base_model.weights
     return identity | {name: getattr(args, name) for name in names}
 
 
 def changes_since(args, folder, images):
-    """["resolution was 512, is 1024", ...]: flags and number of images that differ from those of a checkpoint's run.
+    """Return ["resolution was 512, is 1024", …]: flags and number of images that differ from the checkpoint's run.
 
-    Of the files beside the checkpoint; [] where they are not there or can't be read.
+    Compares with the files beside the checkpoint; returns [] if they are missing or unreadable.
     """
     try:
         before = yaml.safe_load((folder.parent / RUN_MARK).read_text(encoding="utf-8"))

@@ -30,25 +30,25 @@ from lpl_finetuning.training.checkpoint_folders import (
     choose_checkpoint,
     is_complete,
     list_checkpoints,
-    old_place,
     read_manifest,
-    remove,
+    remove_checkpoint,
+    replaced_path,
     run_identity,
     set_damaged_aside,
     tidy,
     write_manifest,
 )
 from lpl_finetuning.training.sharding import (
-    distributed_like,
     from_all_ranks,
-    from_first_rank,
-    gather,
-    gathered,
-    is_part,
+    from_local_shard,
+    from_rank_0,
+    full_bytes,
+    full_tensors,
     is_sharded,
-    local_part,
-    sharded_like,
-    whole_bytes,
+    is_sharded_tensor,
+    local_shard,
+    shard_like,
+    with_full_weights,
 )
 
 SETTINGS = ("initial_lr", "weight_decay", "betas", "eps")  # entries of an optimizer's groups that flags may change
@@ -136,7 +136,7 @@ class Checkpoints:
 
     def save(self, step):
         """Write checkpoint-`step`. All ranks call it; rank 0 writes."""
-        with self.signals.unhurried():
+        with self.signals.between_steps():
             if self.writes_here:
                 self._write(step)
         self.clock.saved()
@@ -146,7 +146,7 @@ class Checkpoints:
         return kept_if_unwritten(None if self.sharded else lambda: self._write(step))
 
     def _write(self, step):
-        whole = gathered(self.trainee.bare, self.accelerator.is_main_process)
+        whole = with_full_weights(self.trainee.bare, self.accelerator.is_main_process)
         save_checkpoint(
             self.settings.output_dir, step, self.state, lambda folder: self.save_weights(folder, whole),
             self.settings.checkpoints_total_limit, self.accelerator.is_main_process,
@@ -164,8 +164,8 @@ def checkpoint_bytes(state, parameters=()):
     """
 
     def size(value):
-        if isinstance(value, torch.Tensor) or is_part(value):
-            return whole_bytes(value)
+        if isinstance(value, torch.Tensor) or is_sharded_tensor(value):
+            return full_bytes(value)
         if isinstance(value, dict):
             return sum(map(size, value.values()))
         return sum(map(size, value)) if isinstance(value, (list, tuple)) else 0
@@ -278,22 +278,22 @@ def kept_if_unwritten(save):
 
 
 def put_in_place(temporary, final):
-    """Rename a finished folder. A folder of that name is kept as `old_place` until the new one is in place."""
+    """Rename a finished folder. A folder of that name is kept as `replaced_path` until the new one is in place."""
     if final.exists() and not is_complete(final):
         set_damaged_aside(final)
     if final.exists():
-        os.replace(final, old_place(final))
+        os.replace(final, replaced_path(final))
     os.replace(temporary, final)
     sync_to_disk(final.parent)
-    if old_place(final).exists():
-        remove(old_place(final))
+    if replaced_path(final).exists():
+        remove_checkpoint(replaced_path(final))
 
 
 def prune(output_dir, newest, limit):
     """Delete the oldest checkpoints beyond `limit` (None: keep all), never the newest."""
     others = [folder for _, folder in list_checkpoints(output_dir) if folder != newest]
     for folder in others[: max(0, len(others) + 1 - limit)] if limit else []:
-        remove(folder)
+        remove_checkpoint(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,7 +314,7 @@ def optimizer_to_tensors(optimizer):
         if isinstance(value, dict):
             for name, entry in value.items():
                 flatten(f"{path}/{name}", entry)
-        elif is_part(value):
+        elif is_sharded_tensor(value):
             tensors[path] = value
         elif isinstance(value, torch.Tensor):
             tensors[path] = unshared(value, storages)
@@ -343,7 +343,7 @@ def load_optimizer(optimizer, tensors, rest):
         entries = state.setdefault(int(index), {})
         for name in names:
             entries = entries.setdefault(name, {})
-        entries[last] = distributed_like(value, parameters[int(index)])
+        entries[last] = shard_like(value, parameters[int(index)])
     optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
 
 
@@ -363,10 +363,10 @@ class TrainingState:
         tensors = {f"optimizer/{name}": value for name, value in tensors.items()}
         if self.ema is not None:
             pairs = zip(self.ema.shadow_params, parameters_of(self.optimizer), strict=True)
-            tensors |= {f"ema/{index}": sharded_like(*pair) for index, pair in enumerate(pairs)}
+            tensors |= {f"ema/{index}": from_local_shard(*pair) for index, pair in enumerate(pairs)}
         if self.auto_weight is not None:
             tensors |= {f"auto_weight/{name}": value for name, value in self.auto_weight.state_dict().items()}
-        return gather(tensors, keep), rest
+        return full_tensors(tensors, keep), rest
 
     def save(self, folder, step, collected):
         """Write training_state.safetensors and .json into a folder. collected: what `collect` returned."""
@@ -400,7 +400,7 @@ class TrainingState:
         if self.ema is not None:
             pairs = zip(self.ema.shadow_params, parameters_of(self.optimizer), strict=True)
             for index, (shadow, parameter) in enumerate(pairs):
-                shadow.copy_(local_part(distributed_like(part["ema"][str(index)], parameter)))
+                shadow.copy_(local_shard(shard_like(part["ema"][str(index)], parameter)))
             self.ema.optimization_step = info["ema_step"]
         if self.auto_weight is not None and "auto_weight" in part:
             self.auto_weight.load_state_dict(part["auto_weight"])
@@ -448,7 +448,7 @@ def checkpoint_to_resume(args, accelerator=None):
             decision = {"folder": str(folder), "manifest": sha256_of(folder / MANIFEST)} if folder else {}
         except UserError as error:
             decision = {"error": str(error)}
-    decision = from_first_rank(decision, accelerator)
+    decision = from_rank_0(decision, accelerator)
     if "error" in decision:
         raise UserError(decision["error"])
     if not decision:

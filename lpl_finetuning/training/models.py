@@ -17,12 +17,16 @@ from torch.distributed.fsdp import FSDPModule
 
 from lpl_finetuning.base_model import read_json, require_layers
 from lpl_finetuning.errors import UserError, require
-from lpl_finetuning.training.sharding import load_state
+from lpl_finetuning.training.sharding import load_full_state
 from lpl_utils import LatentSpace
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
-TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")
-ADAPTER = "default"
+TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # layers of text encoders that get an adapter
+ADAPTER = "default"  # PEFT's name of the adapter
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# LoRA
 
 
 def is_text_encoder(part):
@@ -31,31 +35,24 @@ def is_text_encoder(part):
 
 
 def add_adapters(args, models, pipeline_class, targets):
-    """Give each model an adapter, in float32 and trainable; all other weights are frozen.
+    """Give each model a trainable adapter in float32, and freeze all other weights.
 
-    targets: names of the denoiser's layers that get one. With --init_lora shape and weights come from that file.
-    Raises UserError for layers that do not exist, or a file that does not fit.
+    With --init_lora, shapes and weights come from that file.
+
+    Args:
+        models: {part: model}.
+        pipeline_class: diffusers' class of the pipeline, which reads --init_lora.
+        targets: names of the denoiser's layers that get an adapter.
+
+    Raises:
+        UserError: a layer does not exist or can't have an adapter, or --init_lora does not fit.
     """
     for model in models.values():
         model.requires_grad_(False)
-    found = read_lora(args, models, pipeline_class) if args.init_lora else {}
+    loaded = load_init_lora(args, models, pipeline_class) if args.init_lora else set()
     for part, model in models.items():
-        if part in found:
-            continue
-        layers = TEXT_ENCODER_TARGETS if is_text_encoder(part) else targets
-        config = LoraConfig(
-            r=args.rank or 4,
-            lora_alpha=args.lora_alpha or args.rank or 4,
-            lora_dropout=args.lora_dropout,
-            use_dora=args.use_dora,
-            init_lora_weights="gaussian",
-            target_modules=list(layers),
-        )
-        require_layers(part, layers, [name for name, _ in model.named_modules()])
-        try:
-            model.add_adapter(config, adapter_name=ADAPTER)
-        except ValueError as error:  # e.g. a layer of a kind that can't have one
-            raise UserError(f"--lora_layers: {error}") from None
+        if part not in loaded:
+            add_new_adapter(args, part, model, TEXT_ENCODER_TARGETS if is_text_encoder(part) else targets)
     for model in models.values():
         for name, parameter in model.named_parameters():
             if "lora_" in name:
@@ -63,11 +60,28 @@ def add_adapters(args, models, pipeline_class, targets):
                 parameter.data = parameter.data.float()
 
 
-def read_lora(args, models, pipeline_class):
-    """Load --init_lora into the models by diffusers' own loaders; returns the names of the parts that it had."""
+def add_new_adapter(args, part, model, layers):
+    """Give a model an adapter with the shape of the flags; `layers`: names of the layers, or ends of names."""
+    config = LoraConfig(
+        r=args.rank or 4,
+        lora_alpha=args.lora_alpha or args.rank or 4,
+        lora_dropout=args.lora_dropout,
+        use_dora=args.use_dora,
+        init_lora_weights="gaussian",
+        target_modules=list(layers),
+    )
+    require_layers(part, layers, [name for name, _ in model.named_modules()])
+    try:
+        model.add_adapter(config, adapter_name=ADAPTER)
+    except ValueError as error:  # e.g. a kind of layer for which PEFT has no LoRA
+        raise UserError(f"--lora_layers: {error}") from None
+
+
+def load_init_lora(args, models, pipeline_class):
+    """Load --init_lora into the models with diffusers' own loaders; return the names of the parts that it has."""
     flag = f"--init_lora {args.init_lora}"
     try:
-        tensors, *alphas, metadata = pipeline_class.lora_state_dict(  # SD3's has no alphas
+        tensors, *alphas, metadata = pipeline_class.lora_state_dict(  # SD3's returns no alphas
             args.init_lora,
             return_lora_metadata=True,
             use_safetensors=True,
@@ -81,15 +95,8 @@ def read_lora(args, models, pipeline_class):
     require(not left, f"{flag}: it has layers for {', '.join(left)}, which this run does not train{hint}")
     for part in found:
         model, own = models[part], sum(name.startswith(part + ".") for name in tensors)
-        more = {"adapter_name": ADAPTER, "metadata": metadata}
-        if is_text_encoder(part):
-            load = pipeline_class.load_lora_into_text_encoder
-            more |= {"text_encoder": model, "prefix": part, "network_alphas": alphas[0] if alphas else None}
-        else:
-            load = getattr(pipeline_class, f"load_lora_into_{part}")
-            more |= {part: model} | ({"network_alphas": alphas[0]} if alphas else {})
         try:
-            load(tensors, **more)
+            load_lora_part(pipeline_class, part, model, tensors, alphas, metadata)
         except (RuntimeError, ValueError) as error:
             raise UserError(
                 f"{flag}: it does not fit this model's {part}, give one made for it: {str(error)[:300]}"
@@ -107,40 +114,54 @@ def read_lora(args, models, pipeline_class):
     return found
 
 
+def load_lora_part(pipeline_class, part, model, tensors, alphas, metadata):
+    """Load one part of what `pipeline_class.lora_state_dict` returned into its model, as a new adapter."""
+    arguments = {"adapter_name": ADAPTER, "metadata": metadata}
+    if is_text_encoder(part):
+        arguments |= {"text_encoder": model, "prefix": part, "network_alphas": alphas[0] if alphas else None}
+        pipeline_class.load_lora_into_text_encoder(tensors, **arguments)
+    else:
+        arguments |= {part: model} | ({"network_alphas": alphas[0]} if alphas else {})
+        getattr(pipeline_class, f"load_lora_into_{part}")(tensors, **arguments)
+
+
 def lora_config(model):
-    """The PEFT configuration of a model's adapter."""
+    """Return the PEFT configuration of a model's adapter."""
     return model.peft_config[ADAPTER]
 
 
 def adapter_state(model):
-    """{name: tensor} of a model's adapter, as PEFT names them."""
+    """Return {name: tensor} of a model's adapter, under PEFT's names."""
     return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
-def adapters(models):
-    """{part: (layers, config)}: the adapters' tensors in float32, under PEFT's names, and their configurations."""
+def lora_parts(models):
+    """Return {part: (layers, config)}: adapters in float32 under PEFT's names, and their PEFT configurations."""
     return {
         part: ({name: value.float() for name, value in adapter_state(model).items()}, lora_config(model))
         for part, model in models.items()
     }
 
 
-def nested(name):
-    """A text encoder's name as other programs know it: transformers 5 drops the "text_model." of `CLIPTextModel`."""
+def nested_clip_name(name):
+    """Return a name with the "text_model." that other programs expect and transformers 5 drops in `CLIPTextModel`."""
     return name if name.startswith(("text_model.", "text_projection")) else "text_model." + name
 
 
 def save_lora(folder, parts, pipeline_class):
     """Write `pytorch_lora_weights.safetensors` in diffusers' format, with the configurations as metadata.
 
-    parts: see `adapters`. The layers of text encoders get their nested names. Their configurations name modules
-    without "text_model.", which matches the nested and the flat model alike.
+    Layers of text encoders get nested names. The configurations name modules without "text_model.", which matches
+    nested and flat models alike.
+
+    Args:
+        parts: from `lora_parts`.
     """
     arguments = {}
     for part, (layers, config) in parts.items():
         metadata = config.to_dict()
         if is_text_encoder(part):
-            layers = {nested(name): value for name, value in layers.items()}
+            layers = {nested_clip_name(name): value for name, value in layers.items()}
             for field in ("rank_pattern", "alpha_pattern"):
                 metadata[field] = {key.removeprefix("text_model."): value for key, value in metadata[field].items()}
         if not isinstance(metadata["target_modules"], str):
@@ -150,7 +171,7 @@ def save_lora(folder, parts, pipeline_class):
 
 
 def load_lora(folder, models):
-    """Put back what `save_lora` wrote, into models that have their adapters."""
+    """Load what `save_lora` wrote into models that already have adapters."""
     tensors = load_file(folder / LORA_FILE)
     for part, model in models.items():
         prefix = part + "."
@@ -158,9 +179,9 @@ def load_lora(folder, models):
             prefix += "text_model."
         layers = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
         fits = layers.keys() == adapter_state(model).keys()
-        wrong = set_peft_model_state_dict(model, layers, adapter_name=ADAPTER) if fits else None
+        result = set_peft_model_state_dict(model, layers, adapter_name=ADAPTER) if fits else None
         require(
-            fits and not wrong.unexpected_keys,
+            fits and not result.unexpected_keys,
             f"{folder}: its LoRA has other layers for the {part} than this run's (--lora_layers, --rank, --use_dora)",
         )
 
@@ -310,7 +331,7 @@ def decode_latents(vae, latents):
 def save_weights(folder, denoiser, pipeline_class, use_lora):
     """Write the trained weights as diffusers does: `unet/` or `transformer/`, or a LoRA file."""
     if use_lora:
-        save_lora(folder, adapters(denoiser.models()), pipeline_class)
+        save_lora(folder, lora_parts(denoiser.models()), pipeline_class)
     else:
         name, model = next(iter(denoiser.models().items()))
         model.save_pretrained(folder / name)
@@ -324,4 +345,4 @@ def load_weights(folder, denoiser, use_lora):
     name, model = next(iter(denoiser.models().items()))
     cls = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))  # diffusers' own class
     saved = cls.from_pretrained(folder, subfolder=name, use_safetensors=True)
-    load_state(model, saved.state_dict())
+    load_full_state(model, saved.state_dict())

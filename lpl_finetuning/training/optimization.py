@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 
 from lpl_finetuning.flags import settings_from_flags
-from lpl_finetuning.training.sharding import clip, is_sharded, local_part, prepare
+from lpl_finetuning.training.sharding import clip_gradients, is_sharded, local_shard, prepare
 
 
 @dataclass(frozen=True)
@@ -121,7 +121,7 @@ def build_ema(settings, parameters):
     from diffusers.training_utils import EMAModel
 
     ema = EMAModel(
-        map(local_part, parameters),
+        map(local_shard, parameters),
         decay=settings.ema_decay,
         update_after_step=settings.ema_update_after_step,
         foreach=settings.foreach_ema,
@@ -135,7 +135,7 @@ def update_ema(ema, parameters, offload):
     """One step of the average; with `offload` computed on the parameters' device and kept on the CPU."""
     if offload:
         ema.to(parameters[0].device, non_blocking=True)
-    ema.step(map(local_part, parameters))
+    ema.step(map(local_shard, parameters))
     if offload:
         ema.to("cpu")
 
@@ -217,10 +217,12 @@ class Trainee:
         Raises:
             UserError: --max_nonfinite_steps steps in a row were not finite.
         """
-        grad_norm = clip(self.accelerator, self.optimizer, self.parameters, self.settings.max_grad_norm or math.inf)
+        grad_norm = clip_gradients(
+            self.accelerator, self.optimizer, self.parameters, self.settings.max_grad_norm or math.inf
+        )
         finite, faults, wishes = self.guard.read(grad_norm, wishes)
         under_scaler = self.accelerator.scaler is not None  # fp16: the scaler skips the step itself, lowers its scale
-        self.guard.judge(faults, step, under_scaler=under_scaler)
+        self.guard.record(faults, step, under_scaler=under_scaler)
         if finite:
             metrics.add("grad_norm", grad_norm)
         if finite or under_scaler:
@@ -238,7 +240,7 @@ class Trainee:
         if self.ema is None:
             yield
             return
-        parameters = [local_part(parameter) for parameter in self.parameters]
+        parameters = [local_shard(parameter) for parameter in self.parameters]
         self.ema.store(parameters)
         self.ema.copy_to(parameters)
         try:

@@ -20,7 +20,7 @@ from lpl_finetuning.training.checkpoint_folders import changes_since, read_manif
 from lpl_finetuning.training.checkpoints import checkpoint_to_resume
 from lpl_finetuning.training.models import lora_config
 from lpl_finetuning.training.objective import lpl_config
-from lpl_finetuning.training.sharding import BUCKET, is_sharded, zero_stage
+from lpl_finetuning.training.sharding import is_sharded, memory_of_rank, zero_stage
 from lpl_finetuning.training.validation import HELD_OUT_LEVELS
 from lpl_utils import LatentPerceptualLoss, stage_features
 
@@ -308,45 +308,11 @@ def print_memory(parts, denoiser, accelerator):
     say = accelerator.print
     if is_sharded(accelerator):
         [model] = denoiser.models().values()
-        parts = parts_of_a_rank(parts, model, accelerator.num_processes, zero_stage(accelerator))
+        parts = memory_of_rank(parts, model, accelerator.num_processes, zero_stage(accelerator))
     total = gigabytes(sum(size for _, size in parts))
     say(
         f"Memory, estimated: {total}: " + ", ".join(f"{what} {gigabytes(size)}" for what, size in parts if size) + "\n"
     )
-
-
-SHARDED = ("weights", "gradients", "optimizer state", "EMA")
-
-
-def gathered_bytes(model):
-    """Estimated bytes of whole weights and gradients that FSDP holds at a time, in float32.
-
-    Weights outside any block stay gathered, with their gradients. Of the blocks, the current and the next are
-    gathered; the gradients of the current block exist twice while they are reduced.
-    """
-    taken, sizes = set(), []
-    for module in reversed(list(model.modules())):  # the inner ones first
-        if module is model or type(module).__name__ in model._no_split_modules:
-            own = [parameter for parameter in module.parameters() if id(parameter) not in taken]
-            taken.update(map(id, own))
-            sizes.append(4 * sum(parameter.numel() for parameter in own))
-    *blocks, rest = sizes
-    return 2 * rest + 4 * max(blocks, default=0)
-
-
-def parts_of_a_rank(parts, model, ranks, stage=0):
-    """`memory_estimate` for one of `ranks` GPUs under FSDP, or under DeepSpeed's ZeRO-`stage`.
-
-    ZeRO-2 keeps weights and EMA whole; each rank updates a part of the weights in its own copy.
-    """
-    whole = ("weights", "EMA") if stage == 2 else ()
-    mine = [(what, size / ranks if what in SHARDED and what not in whole else size) for what, size in parts]
-    if not stage:
-        return [*mine, ("gathered layers", gathered_bytes(model))]
-    bucket = 4 * min(BUCKET, sum(parameter.numel() for parameter in model.parameters()))
-    if stage == 2:
-        return [*mine, ("part that is updated", dict(parts)["weights"] / ranks), ("exchange", 2 * bucket)]
-    return [*mine, ("gathered layers", 2 * bucket), ("exchange", 2 * bucket)]
 
 
 def saved_by_forward(denoiser, args, dtype, example_inputs):

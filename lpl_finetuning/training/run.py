@@ -18,9 +18,9 @@ from lpl_finetuning.errors import DataError, OwnError, UserError, require
 from lpl_finetuning.files import dispensable
 from lpl_finetuning.flag_checks import wants
 from lpl_finetuning.flags import save_recipe
-from lpl_finetuning.training.checkpoint_folders import set_aside
-from lpl_finetuning.training.guard import leave_signals_to_the_run
+from lpl_finetuning.training.checkpoint_folders import set_earlier_run_aside
 from lpl_finetuning.training.sharding import check_zero_devices, set_up_sharding
+from lpl_finetuning.training.signals import leave_signals_to_the_run
 
 
 def start_accelerator(args):
@@ -118,7 +118,7 @@ def open_output_dir(args, accelerator, resume_from, report, check_access):
     hub_name = None
     with lock(output_dir) if accelerator.is_main_process else contextlib.nullcontext():
         if accelerator.is_main_process:
-            if aside := set_aside(output_dir, resume_from, args.logging_dir):
+            if aside := set_earlier_run_aside(output_dir, resume_from, args.logging_dir):
                 accelerator.print(f"Results of an earlier run are kept in {aside}")
             if args.push_to_hub:
                 name = args.hub_model_id or output_dir.resolve().name

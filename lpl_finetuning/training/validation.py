@@ -16,7 +16,7 @@ from lpl_finetuning.files import dispensable
 from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.training.objective import to_device
 from lpl_finetuning.training.reporter import Metrics
-from lpl_finetuning.training.sharding import evaluation, is_sharded
+from lpl_finetuning.training.sharding import eval_mode, is_sharded
 
 HELD_OUT_LEVELS = 10  # noise levels at which the held-out loss is measured
 HELD_OUT_SEED = 0  # of the held-out noise: not --seed, so that runs with different seeds can be compared
@@ -78,7 +78,7 @@ class Validation:
         prompts, held_out = self.settings.validation_prompt, len(self.data.held_out)
         if not held_out and not prompts:
             return
-        with self.signals.unhurried(), self.reporter.paused(), self.trainee.averaged():
+        with self.signals.between_steps(), self.reporter.paused(), self.trainee.averaged():
             if held_out and (losses := self.held_out_losses()):
                 self.reporter.log(step, losses)
             if prompts and self.samples_here:
@@ -102,7 +102,7 @@ class Validation:
         pipeline.set_progress_bar_config(disable=True)
         rows = [(prompt, []) for prompt in settings.validation_prompt]
         quiet = not self.accelerator.is_main_process
-        with evaluation(denoiser):
+        with eval_mode(denoiser):
             for prompt, drawn in tqdm(rows, desc="validation images", leave=False, disable=quiet):
                 for first in range(0, images, at_once):
                     if self.broken_off():
@@ -151,7 +151,7 @@ class Validation:
         idle = -(-len(batches) // ranks) - len(mine) if self.sharded else 0
         work = [(numbers, True) for numbers in mine] + [(batches[0], False)] * idle
         quiet = not accelerator.is_local_main_process
-        with evaluation(self.trainee.bare):
+        with eval_mode(self.trainee.bare):
             for numbers, counted in tqdm(work, desc="held-out loss", leave=False, disable=quiet):
                 if ranks == 1 and self.broken_off():
                     return {}

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 import train_sd3_lpl_flow
 import train_sdxl_lpl
 from lpl_finetuning import errors as errors_module
-from lpl_finetuning.training import checkpoint_folders
+from lpl_finetuning.training import checkpoint_folders, signals
 from lpl_finetuning.training import guard as guard_module
 from tests import runs
 from tests.children import run as run_child
@@ -157,7 +157,7 @@ def test_only_the_rank_that_has_the_image_names_it(capsys, mine, another_has_one
     guard = watching(Ranks([0.0, 1.0], another_has_one), mine)
     finite, faults, wishes = guard.read(torch.tensor(math.nan), [False, False])
     assert not finite and wishes == [False, True] and "; ".join(map(guard.describe, faults)) == told
-    guard.judge(faults, 3, under_scaler)
+    guard.record(faults, 3, under_scaler)
     counts = not under_scaler or not told.startswith("the gradient of")
     assert guard.in_a_row == counts, "the ranks count the same steps"
     assert (f"step 3 is skipped on rank 0, not finite: {told}\n" in capsys.readouterr().err) == counts
@@ -180,7 +180,7 @@ def test_the_rank_that_tells_how_the_run_ended_may_have_no_image():
     _, faults, _ = guard.read(torch.tensor(math.nan), [False])
     told = r"the last with the gradient, because of another rank\. What was saved is sound; .* if there is one"
     with pytest.raises(errors_module.UserError, match=told):
-        guard.judge(faults, 3)
+        guard.record(faults, 3)
 
 
 @WITH_SDXL
@@ -304,10 +304,10 @@ def two_ranks(script, flags, folder):
 
 STEP_WITHOUT_END = """
 import os, sys
-from lpl_finetuning.training import guard as guard_utils
-guard_utils.PATIENCE = float(sys.argv[1])
-with guard_utils.StopSignals(accelerator=None) as signals:
-    signals.step_began()
+from lpl_finetuning.training import signals
+signals.WATCHDOG_SECONDS = float(sys.argv[1])
+with signals.StopSignals(accelerator=None) as stop:
+    stop.step_began()
     os.write(1, b"ready")
     lock = __import__("threading").Lock()
     lock.acquire()
@@ -500,7 +500,7 @@ def test_a_loading_process_that_is_told_to_end_by_the_run_ends():
     ready = context.Event()
 
     def work():
-        guard_module.leave_signals_to_the_run()
+        signals.leave_signals_to_the_run()
         ready.set()
         while True:
             time.sleep(0.1)
@@ -519,14 +519,14 @@ def test_a_loading_process_that_is_told_to_end_by_the_run_ends():
 
 LOADING_PROCESS = """
 import multiprocessing, os, sys, time
-from lpl_finetuning.training import guard as guard_utils
+from lpl_finetuning.training import signals
 
 def work():
     if sys.argv[1] == "late":  # the run is gone before its process is asked to look
         while os.getppid() == multiprocessing.parent_process().pid:
             time.sleep(0.01)
-    guard_utils.PARENT_CHECK = float(sys.argv[2])
-    guard_utils.leave_signals_to_the_run()
+    signals.PARENT_CHECK_SECONDS = float(sys.argv[2])
+    signals.leave_signals_to_the_run()
     os.write(1, b"%d\\n" % os.getpid())
     time.sleep(1000)
 

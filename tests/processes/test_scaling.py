@@ -26,7 +26,7 @@ from lpl_finetuning import flag_checks
 from lpl_finetuning.base_model import BaseModel
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SDXL
-from lpl_finetuning.training import plan, sharding
+from lpl_finetuning.training import sharding
 from lpl_finetuning.training.checkpoint_folders import run_identity
 from lpl_finetuning.training.checkpoints import TrainingState, save_checkpoint
 from tests import children, runs
@@ -345,6 +345,6 @@ def test_what_is_gathered():
 
     model = torch.nn.Sequential(Block(3, 3), torch.nn.Linear(2, 1), Block(4, 4))
     model._no_split_modules = ["Block"]
-    assert plan.gathered_bytes(model) == 2 * 4 * 3 + 4 * 4 * 20
-    parts = plan.parts_of_a_rank([("weights", 80), ("activations", 8)], model, 4)
+    assert sharding.gathered_bytes(model) == 2 * 4 * 3 + 4 * 4 * 20
+    parts = sharding.memory_of_rank([("weights", 80), ("activations", 8)], model, 4)
     assert dict(parts) == {"weights": 20, "activations": 8, "gathered layers": 344}

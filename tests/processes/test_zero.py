@@ -18,8 +18,7 @@ import train_sd3_lpl_flow
 import train_sdxl_lpl
 from lpl_finetuning import flag_checks
 from lpl_finetuning.errors import UserError
-from lpl_finetuning.training import plan
-from lpl_finetuning.training.sharding import BUCKET, numel, part_of
+from lpl_finetuning.training.sharding import BUCKET, full_numel, memory_of_rank, zero3_shard
 from tests import children, runs
 from tests.processes.test_scaling import FLAGS, assert_same, refused_under, rows, scaling_flags, wait_for
 from tests.runs import ROOT
@@ -241,19 +240,19 @@ def test_parts_are_equal_and_make_the_whole(ranks, monkeypatch):
     parts = []
     for rank in range(ranks):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
-        parts.append(part_of(value, parameter))
+        parts.append(zero3_shard(value, parameter))
     assert {part.shape for part in parts} == {parameter.ds_tensor.shape}
-    assert torch.equal(torch.cat(parts)[: numel(parameter)].reshape(2, 5), value)
+    assert torch.equal(torch.cat(parts)[: full_numel(parameter)].reshape(2, 5), value)
 
 
 def test_the_memory_of_a_rank():
     model = torch.nn.Linear(4, 5, bias=False)
     parts = [("weights", 80), ("gradients", 80), ("optimizer state", 160), ("EMA", 80), ("activations", 8)]
-    two, three = (dict(plan.parts_of_a_rank(parts, model, 4, stage)) for stage in (2, 3))
+    two, three = (dict(memory_of_rank(parts, model, 4, stage)) for stage in (2, 3))
     assert two == {"weights": 80, "gradients": 20, "optimizer state": 40, "EMA": 80, "activations": 8,
                    "part that is updated": 20, "exchange": 160}  # fmt: skip
     assert three == {"weights": 20, "gradients": 20, "optimizer state": 40, "EMA": 20, "activations": 8,
                      "gathered layers": 160, "exchange": 160}  # fmt: skip
     with torch.device("meta"):
         large = torch.nn.Linear(BUCKET, 4)
-    assert dict(plan.parts_of_a_rank(parts, large, 4, 3))["exchange"] == 8 * BUCKET
+    assert dict(memory_of_rank(parts, large, 4, 3))["exchange"] == 8 * BUCKET

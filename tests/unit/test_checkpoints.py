@@ -32,7 +32,7 @@ from lpl_finetuning.training.checkpoint_folders import (
     named_folder,
     newest_good,
     run_identity,
-    set_aside,
+    set_earlier_run_aside,
     tidy,
     verify_checkpoint,
     write_manifest,
@@ -276,7 +276,7 @@ def test_damage_is_noticed_named_and_gone_around(name, how, save, tmp_path, caps
     unseen = how == "add" or (how == "flip" and name != MANIFEST)  # by the cheap check
     assert list_checkpoints(tmp_path)[-1][0] == (400 if unseen else 300)
     files = sorted(path.name for path in bad.rglob("*"))
-    assert set_aside(tmp_path, good) is None
+    assert set_earlier_run_aside(tmp_path, good) is None
     assert names(tmp_path) == ["checkpoint-300", "damaged-checkpoint-400"]
     assert sorted(path.name for path in (tmp_path / "damaged-checkpoint-400").rglob("*")) == files
     assert checkpoint_to_resume(arguments(tmp_path)) == good, "as a slower rank sees it"
@@ -351,7 +351,7 @@ def test_several_damaged_ones_are_all_named_and_kept(save, tmp_path, capsys):
     assert said == [f"checkpoint-3 is damaged: {WEIGHTS} is missing; going back to checkpoint-1",
                     f"checkpoint-2 is damaged: {WEIGHTS} has another sha256 than its manifest says; going back to "
                     "checkpoint-1"]  # fmt: skip
-    set_aside(tmp_path, tmp_path / "checkpoint-1")
+    set_earlier_run_aside(tmp_path, tmp_path / "checkpoint-1")
     assert names(tmp_path) == [
         "checkpoint-1",
         "damaged-checkpoint-2",
@@ -441,15 +441,15 @@ def test_results_of_earlier_runs_move(save, tmp_path):
     (tmp_path / ".tmp-checkpoint-4").mkdir()
     (tmp_path / "previous-2").mkdir()
     damage(tmp_path / "checkpoint-2", WEIGHTS, "flip")
-    assert set_aside(tmp_path, tmp_path / "checkpoint-1") == tmp_path / "previous-1"
+    assert set_earlier_run_aside(tmp_path, tmp_path / "checkpoint-1") == tmp_path / "previous-1"
     assert names(tmp_path) == ["checkpoint-1", "damaged-checkpoint-2", "previous-1", "previous-2"]
     assert names(tmp_path / "previous-1") == ["checkpoint-3"]
-    assert set_aside(tmp_path, tmp_path / "checkpoint-1") is None
-    assert set_aside(tmp_path, None) == tmp_path / "previous-3"
+    assert set_earlier_run_aside(tmp_path, tmp_path / "checkpoint-1") is None
+    assert set_earlier_run_aside(tmp_path, None) == tmp_path / "previous-3"
     assert names(tmp_path) == ["damaged-checkpoint-2", "previous-1", "previous-2", "previous-3"]
     save(5)
     (tmp_path / "config.yaml").touch()
-    assert set_aside(tmp_path, None) == tmp_path / "previous-4"
+    assert set_earlier_run_aside(tmp_path, None) == tmp_path / "previous-4"
     assert names(tmp_path / "previous-4") == ["checkpoint-5", "config.yaml", "damaged-checkpoint-2"]
 
 
@@ -457,9 +457,9 @@ def test_a_run_that_showed_nothing_leaves_nothing_to_keep(tmp_path):
     (tmp_path / "logs").mkdir()
     for name in ("config.yaml", "data_report.json", "logs/metrics.jsonl", "notes.txt"):
         (tmp_path / name).touch()
-    assert set_aside(tmp_path, None) is None
+    assert set_earlier_run_aside(tmp_path, None) is None
     (tmp_path / "logs" / "metrics.jsonl").write_text("{}")
-    assert set_aside(tmp_path, None) == tmp_path / "previous-1"
+    assert set_earlier_run_aside(tmp_path, None) == tmp_path / "previous-1"
     assert names(tmp_path) == ["notes.txt", "previous-1"], "what is the user's own stays"
     assert names(tmp_path / "previous-1") == ["config.yaml", "data_report.json", "logs"]
 
@@ -468,7 +468,7 @@ def test_resuming_from_elsewhere_moves_what_is_newer(save, tmp_path):
     save(1), save(3)
     best = save(2).rename(tmp_path / "best")
     save(2)
-    set_aside(tmp_path, best)
+    set_earlier_run_aside(tmp_path, best)
     assert names(tmp_path) == ["best", "checkpoint-1", "checkpoint-2", "previous-1"]
     assert names(tmp_path / "previous-1") == ["checkpoint-3"]
 
@@ -784,7 +784,7 @@ def test_killed_at_every_write_of_a_save(there, step, limit, save, tmp_path):
             named = SimpleNamespace(resume_from_checkpoint=f"checkpoint-{steps[-1]}", output_dir=folder)
             assert named_folder(named) == good
             assert build()[1].load(good) == steps[-1]
-            assert set_aside(folder, good) is None, "on a start with `latest`"
+            assert set_earlier_run_aside(folder, good) is None, "on a start with `latest`"
             assert good.is_dir(), "what other ranks load from keeps its name"
         seen.update(name.split("checkpoint")[0] for name in names(folder))
         save(step + 1, limit=1, folder=folder)
@@ -819,7 +819,7 @@ def test_killed_while_it_recovers(save, tmp_path):
         kept = [verify_checkpoint(place) for where in places for _, place in list_checkpoints(where)]
         assert kept == [None, None]
 
-    kill_at_every_call(lambda: set_aside(folder, None), folder, before, check_kept)
+    kill_at_every_call(lambda: set_earlier_run_aside(folder, None), folder, before, check_kept)
     assert names(folder) == ["previous-1"] and names(folder / "previous-1") == ["checkpoint-1", "checkpoint-2"]
 
     (before / "my" / "logs").mkdir(parents=True)
@@ -829,12 +829,12 @@ def test_killed_while_it_recovers(save, tmp_path):
     mine = ["config.yaml", "image_0.png", "metrics.jsonl", "model_index.json"]
 
     def check_results(kill_at):
-        set_aside(folder, None, "my/logs")
+        set_earlier_run_aside(folder, None, "my/logs")
         kept = [path for path in folder.rglob("*") if path.name in mine]
         assert sorted(path.name for path in kept) == mine
         assert all(path.relative_to(folder).parts[0].startswith("previous-") for path in kept)
 
-    assert kill_at_every_call(lambda: set_aside(folder, None, "my/logs"), folder, before, check_results)
+    assert kill_at_every_call(lambda: set_earlier_run_aside(folder, None, "my/logs"), folder, before, check_results)
 
 
 def test_an_old_one_beside_a_damaged_new_one(save, tmp_path, capsys):
@@ -846,7 +846,7 @@ def test_an_old_one_beside_a_damaged_new_one(save, tmp_path, capsys):
     good = checkpoint_to_resume(arguments(tmp_path))
     assert good == tmp_path / ".old-checkpoint-2"
     assert "checkpoint-2 is damaged" in capsys.readouterr().out
-    for start in (lambda: set_aside(tmp_path, good), lambda: tidy(tmp_path)):
+    for start in (lambda: set_earlier_run_aside(tmp_path, good), lambda: tidy(tmp_path)):
         copy = shutil.copytree(tmp_path, tmp_path.with_name(tmp_path.name + "-copy"))
         start()
         assert verify_checkpoint(newest_good(tmp_path)[0]) is None

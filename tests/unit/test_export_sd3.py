@@ -22,11 +22,11 @@ from transformers import CLIPTextConfig, CLIPTextModelWithProjection, T5Config, 
 
 from benchmarks.memory import SD3_VAE, SD35_LARGE, SD35_MEDIUM
 from lpl_finetuning.errors import UserError
+from lpl_finetuning.families import SD3
 from lpl_finetuning.results import export
 from lpl_finetuning.training import models
 from tests.tiny_models import sd3_pipeline
 from tests.unit.test_export import TEXT, add_loras, draw, gap, layers_of
-from train_sd3_lpl_flow import LORA_TARGETS
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA
@@ -98,7 +98,7 @@ def test_the_converter_undoes_our_names(tiny):
 RANKS = {"rank_pattern": {"to_q": 6, "add_v_proj": 2, "linear_1": 3}}
 ALPHAS = {"alpha_pattern": {"to_k": 7, "add_q_proj": 0.5, "attn.to_out.0": 2}}
 CASES = {
-    "recipe": (LORA_TARGETS, {}),
+    "recipe": (SD3.lora_layers, {}),
     "q": (["to_q"], {}),
     "k and v": (["to_k", "attn.to_v", "add_k_proj"], {}),
     "norms": (["norm1.linear", "norm1_context.linear", "norm_out.linear"], {}),
@@ -131,7 +131,7 @@ def test_a_reader_gets_the_same_weights(case, tiny, pipeline, tmp_path):
 def test_text_encoders(tiny, pipeline, tmp_path):
     """CLIP-L and CLIP-G, of different rank and alpha, beside the transformer."""
     configs = {
-        "transformer": LoraConfig(r=4, lora_alpha=10, target_modules=list(LORA_TARGETS)),
+        "transformer": LoraConfig(r=4, lora_alpha=10, target_modules=list(SD3.lora_layers)),
         "text_encoder": LoraConfig(r=8, lora_alpha=3, target_modules=TEXT),
         "text_encoder_2": LoraConfig(r=2, lora_alpha=5, target_modules=TEXT),
     }
@@ -149,7 +149,7 @@ def test_text_encoders(tiny, pipeline, tmp_path):
 
 def test_diffusers_takes_its_own_file(tiny, pipeline, tmp_path):
     """From a folder with both, whatever the alpha; the kohya file alone is none that it knows."""
-    loras = add_loras(pipeline, {"transformer": LoraConfig(r=4, lora_alpha=10, target_modules=list(LORA_TARGETS))})
+    loras = add_loras(pipeline, {"transformer": LoraConfig(r=4, lora_alpha=10, target_modules=list(SD3.lora_layers))})
     live, base = predict(pipeline.transformer), predict(tiny.transformer)
     models.save_lora(tmp_path, loras, StableDiffusion3Pipeline)
     export.save_kohya(tmp_path, loras, pipeline.transformer.config)

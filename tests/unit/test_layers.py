@@ -20,7 +20,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("data.report", "data.encoding", "data.contact_sheet", "families"),
     ("flags",),
     ("flag_checks",),
-    ("training.checkpoint_folders", "training.sharding", "training.guard"),
+    ("training.checkpoint_folders", "training.sharding", "training.guard", "training.signals"),
     ("training.models", "training.reporter"),
     ("training.objective", "training.optimization", "training.checkpoints"),
     ("training.validation", "training.run"),
