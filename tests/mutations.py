@@ -22,6 +22,7 @@ are not there.
 
 import argparse
 import contextlib
+import difflib
 import fnmatch
 import importlib
 import os
@@ -150,9 +151,9 @@ def write_patch(patch):
 
 
 def find_patches(folder, only):
-    """The patches whose names match a pattern, in order."""
+    """The patches whose names match one of some patterns, in order."""
     paths = sorted(folder.glob("*.patch"))
-    return [read_patch(path) for path in paths if fnmatch.fnmatch(path.stem, only)]
+    return [read_patch(path) for path in paths if any(fnmatch.fnmatch(path.stem, glob) for glob in only)]
 
 
 def applies(patch, folder, check=True):
@@ -452,7 +453,8 @@ def enclosing_line(source, number):
 def test_place(word, sources):
     """An argument of pytest with the path that the test has now: that of a function of its name.
 
-    Raises LookupError where there is none, or several.
+    Of several files, and for a file as a whole, the one whose name is most alike counts. Raises LookupError where
+    there is none.
     """
     path, _, test = word.partition("::")
     if not path.endswith(".py"):
@@ -461,12 +463,12 @@ def test_place(word, sources):
     has = re.compile(rf"def {function}\(")
     if path in sources and (not function or any(has.match(line) for line in sources[path])):
         return word
-    if function:
-        found = [name for name, lines in sources.items() if name.startswith("tests/") and any(map(has.match, lines))]
-    else:
-        found = [name for name in sources if Path(name).name == Path(path).name]
-    beside = [name for name in found if Path(name).name == Path(path).name]
-    found = beside if len(beside) == 1 else found
+    tests = [name for name in sources if name.startswith("tests/") and Path(name).name.startswith("test_")]
+    found = [name for name in tests if not function or any(map(has.match, sources[name]))]
+    if len(found) > 1 or not function:
+        before, stems = Path(path).stem, [Path(name).stem for name in found]
+        near = sorted(filter(before.startswith, stems))[-1:] or difflib.get_close_matches(before, stems, n=1)
+        found = [name for name in found if Path(name).stem in near]
     if len(found) != 1:
         raise LookupError(f"{word}: {'in several files' if found else 'in no file'} now")
     return found[0] + (f"::{test}" if test else "")
@@ -526,7 +528,7 @@ def build_parser():
     """The flags."""
     parser = argparse.ArgumentParser(prog="python -m tests.mutations", description=__doc__.split("\n\n")[0])
     add = parser.add_argument
-    add("--only", default="*", metavar="GLOB", help="patches with such names alone")
+    add("--only", nargs="+", default=["*"], metavar="GLOB", help="patches with such names alone")
     add("--jobs", type=int, default=1, help="so many at a time (default: %(default)s)")
     add("--seconds", type=float, default=40, help="that the tests of one patch may take (default: %(default)s)")
     add("--write", metavar="FILE", help="write the final lines into this file too")
@@ -540,7 +542,7 @@ def main(argv=None):
     args = build_parser().parse_args(argv)
     patches = find_patches(ROOT / PATCHES, args.only)
     if not patches:
-        print(f"no patch in {PATCHES} is called {args.only}")
+        print(f"no patch in {PATCHES} is called {' or '.join(args.only)}")
         return 1
     if args.relocate:
         problems = relocate(patches)
