@@ -221,6 +221,7 @@ def run_pytest(folder, tests, log):
         sys.modules["__main__"] = types.ModuleType("__main__")
         sys.argv = ["pytest"]
         signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
         import pytest
 
         status = int(pytest.main(["-x", "-q", "-p", "no:cacheprovider", "-p", "no:xdist", *tests]))
@@ -548,6 +549,7 @@ def main(argv=None):
         problems = relocate(patches)
         print("\n".join([f"{len(patches)} patches looked at", *problems]))
         return int(bool(problems))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))  # and the forks end too
     began = time.monotonic()
 
     def tell(name, outcome, took, remark):
