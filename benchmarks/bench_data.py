@@ -252,7 +252,7 @@ def fill_stores(flags):
         "latents": images_to_encode(images, framing(args, images)),
     }
     for kind, pairs in keys.items():
-        [folder] = (cache_folder(args) / kind).iterdir()
+        [folder] = (cache_folder(args.cache_dir) / kind).iterdir()
         store, names = TensorStore(folder), (key for key, _ in tqdm(pairs, f"filling {kind}", leave=False))
         first = next(names)
         shapes = {name: (value.shape, value.dtype) for name, value in store.get(first).items()}

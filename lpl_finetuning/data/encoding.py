@@ -272,7 +272,7 @@ def fill_caches(
     Raises:
         DataError: the disk has no room for what would be encoded.
     """
-    root, rules = cache_folder(args), caption_rules(args)
+    root, rules = cache_folder(args.cache_dir), caption_rules(args)
     cuts, held_out_cuts = samples.framing(args, images), samples.framing(args, held_out, held_out=True)
     cached = cuts.can_be_cached(images)
     latent_id = digest(kind="latents", vae=vae_identity(args), interpolation=args.image_interpolation_mode)

@@ -31,7 +31,7 @@ from lpl_finetuning.data.tables import (
     select,
     sizes_of,
 )
-from lpl_finetuning.errors import FIRST_NAMES, DataError, be, counted, first_names, shown
+from lpl_finetuning.errors import FIRST_NAMES, DataError, counted, first_names, is_or_are, shown
 
 
 def data_report(args, scan, held_out):
@@ -280,7 +280,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         have = "has" if several == 1 else "have"
         rows[-1] = ("captions", f"{rows[-1][1]}, {counted(several, 'image')} {have} several")
     if captions["default"]:
-        rows.append(("", f"{captions['default']} {be(captions['default'])} the default caption"))
+        rows.append(("", f"{captions['default']} {is_or_are(captions['default'])} the default caption"))
     if captions["length"]:
         low, middle, high = captions["length"]
         rows.append(("length", f"{low:g} to {high:g} characters, median {middle:g}"))

@@ -196,7 +196,7 @@ def check_data(args, scan, held_out, tokenizers, accelerator):
         return (rules.text(caption) for image in scan.images for caption in image.captions)
 
     with accelerator.main_process_first():
-        counts = truncated_captions(tokenizers, captions, cache_folder(args) / "scans")
+        counts = truncated_captions(tokenizers, captions, cache_folder(args.cache_dir) / "scans")
     report["truncated"] = counts
     if any(counts.values()):
         which = ", ".join(f"{count} of them by {name}" for name, count in counts.items() if count)

@@ -14,8 +14,8 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("files",),
     ("base_model",),
     ("data.images", "data.tables", "data.store"),
-    ("data.samples", "data.folders"),
-    ("data.packed",),
+    ("data.samples", "data.findings"),
+    ("data.folders", "data.packed"),
     ("data.scan",),
     ("data.report", "data.encoding", "data.contact_sheet"),
     ("flags",),
@@ -30,7 +30,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("errors", "files", "base_model", "flags", "flag_checks", "training.checkpoint_folders", "data.images",
-              "data.tables", "data.store", "data.samples", "data.folders", "data.packed", "data.scan",
+              "data.tables", "data.store", "data.samples", "data.findings", "data.folders", "data.packed", "data.scan",
               "data.report")  # fmt: skip
 
 
