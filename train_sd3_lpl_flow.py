@@ -37,7 +37,6 @@ from lpl_finetuning.base_model import (
     read_json,
     weights_fingerprint,
 )
-from lpl_finetuning.data.samples import target_sizes
 from lpl_finetuning.data.scan import find_images
 from lpl_finetuning.errors import errors_for_people, quiet_libraries, require
 from lpl_finetuning.flag_checks import check_flags
@@ -49,6 +48,9 @@ from lpl_finetuning.flags import (
     add_model_arguments,
     add_run_arguments,
     add_training_arguments,
+    data_source,
+    encoding_settings,
+    framing_rules,
     is_number,
 )
 from lpl_finetuning.results.hub import check_publishing
@@ -144,7 +146,7 @@ def check_sizes(args, config):
     """Refuse images that do not fall into tokens, or into more than the positions that the transformer knows."""
     patch, positions = 8 * config.get("patch_size", 2), config.get("pos_embed_max_size", 192)
     flag = "--aspect_ratio_buckets" if args.aspect_ratio_buckets else "--resolution"
-    for size in target_sizes(args):
+    for size in framing_rules(args).sizes():
         found = " x ".join(map(str, size)) if args.aspect_ratio_buckets else size[0]
         require(not any(side % patch for side in size),
                 f"{flag} is {found}; it must be a multiple of {patch}, the pixels of a token")  # fmt: skip
@@ -164,7 +166,7 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a busy CPU to a halt
     with errors_for_people("--debug" in sys.argv):
         ARGS = parse_args()
-        SCAN, HELD_OUT = find_images(ARGS)
+        SCAN, HELD_OUT = find_images(data_source(ARGS))
         quiet_libraries(ARGS.debug)
 
 import torch
@@ -453,8 +455,8 @@ def fill_caches(args, images, held_out, dtype, accelerator):
         return encode_images(cuts, vae())
 
     return encoding.fill_caches(
-        args, images, held_out, accelerator, prompt_id, prompt_bytes(args, dtype), vae_config(args), encode,
-        encode_latents,
+        encoding_settings(args), images, held_out, accelerator, prompt_id, prompt_bytes(args, dtype),
+        vae_config(args), encode, encode_latents,
     )  # fmt: skip
 
 

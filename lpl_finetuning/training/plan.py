@@ -12,11 +12,10 @@ import torch
 
 from lpl_finetuning.base_model import read_json
 from lpl_finetuning.data.encoding import in_chunks
-from lpl_finetuning.data.report import check_strict, data_report, report_lines
-from lpl_finetuning.data.samples import caption_rules, largest_size
+from lpl_finetuning.data.report import build_report, refuse_remarks, report_lines
 from lpl_finetuning.errors import require
 from lpl_finetuning.files import cache_folder, digest, gigabytes, write_whole
-from lpl_finetuning.flags import print_configuration
+from lpl_finetuning.flags import caption_rules, framing_rules, print_configuration
 from lpl_finetuning.training.checkpoint_folders import changes_since, read_manifest
 from lpl_finetuning.training.checkpoints import checkpoint_to_resume
 from lpl_finetuning.training.models import lora_config
@@ -51,7 +50,7 @@ def plan_run(args, accelerator, schedule, images):
 def latent_size(args, vae):
     """(h, w) of the latents of the largest bucket."""
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
-    return tuple(side // factor for side in largest_size(args))
+    return tuple(side // factor for side in framing_rules(args).largest_size())
 
 
 def lpl_bytes(args, vae):
@@ -190,7 +189,8 @@ def truncated_captions(tokenizers, captions, folder):
 
 def check_data(args, scan, held_out, tokenizers, accelerator):
     """The report on the data, with the captions that the tokenizers truncate; DataError under --strict if remarked."""
-    report, rules = data_report(args, scan, held_out), caption_rules(args)
+    report = build_report(scan, held_out, framing_rules(args), args.train_batch_size)
+    rules = caption_rules(args)
 
     def captions():
         return (rules.text(caption) for image in scan.images for caption in image.captions)
@@ -201,7 +201,8 @@ def check_data(args, scan, held_out, tokenizers, accelerator):
     if any(counts.values()):
         which = ", ".join(f"{count} of them by {name}" for name, count in counts.items() if count)
         report["remarks"].append(f"Captions are longer than the tokenizers take, and cut off: {which}.")
-    check_strict(args, report)
+    if args.strict:
+        refuse_remarks(report)
     return report
 
 

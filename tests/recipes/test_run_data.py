@@ -379,8 +379,9 @@ def test_remarks_on_held_out_images_are_heard(request, pictures, tmp_path):
              "--resolution", 64, "--validation_data_dir", held_out, "--on_bad_image", "skip"]  # fmt: skip
     args = train_sdxl_lpl.parse_args([str(flag) for flag in [*flags, "--strict"]])
     scan, images = scan_module.find_images(args)
-    remarks = report_module.data_report(args, scan, images)["remarks"]
+    report = report_module.build_report(scan, images, flags_module.framing_rules(args), args.train_batch_size)
+    remarks = report["remarks"]
     assert len(images) == 5
     assert "--validation_data_dir: 1 of the images are left out." in remarks
-    with pytest.raises(flags_module.DataError, match="--strict"):
-        report_module.check_strict(args, report_module.data_report(args, scan, images))
+    with pytest.raises(errors.DataError, match="--strict"):
+        report_module.refuse_remarks(report)

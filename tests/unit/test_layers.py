@@ -31,7 +31,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("errors", "files", "base_model", "flags", "flag_checks", "training.checkpoint_folders", "data.images",
               "data.tables", "data.store", "data.samples", "data.findings", "data.folders", "data.packed", "data.scan",
-              "data.report")  # fmt: skip
+              "data.report", "data.encoding", "data.contact_sheet")  # fmt: skip
 
 
 def path_of(name):

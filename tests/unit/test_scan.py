@@ -102,9 +102,9 @@ def test_scanning_imports_nothing_slow(tmp_path):
     tar(tmp_path / "set/s.tar", ("a.png", image_bytes()), ("a.txt", b"a"))
     code = (
         "import json, sys\n"
-        "from lpl_finetuning.data import report, scan, tables\n"
+        "from lpl_finetuning.data import report, samples, scan, tables\n"
         f"found = scan.scan_folder({str(tmp_path / 'set')!r})\n"
-        "report.report_lines(report.build_report(found, [], 64)), found.images[0].read_bytes()\n"
+        "report.report_lines(report.build_report(found, [], samples.FramingRules(64))), found.images[0].read_bytes()\n"
         "tables.hold_out(found.images, 1)\n"
         "print(json.dumps(list(sys.modules)))\n"
     )
