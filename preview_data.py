@@ -6,28 +6,19 @@
     python preview_data.py FOLDER --preview preview.png --config configs/recipes/sdxl-lora-16gb.yaml
     python preview_data.py FOLDER --preview preview.png --vae madebyollin/sdxl-vae-fp16-fix
 
-With a run's seed, batch size and data flags, or its recipe as --config, the sheet has the very samples that this run
-on one GPU begins with: the same crops, flips, captions and dropped captions. With --vae it shows beside each picture
-what the autoencoder makes of its latents: no denoiser can draw better than that.
+Give the seed, batch size and data flags of a run, or the run's recipe as --config. Then the sheet shows the first
+samples of that run on one GPU: the same crops, flips, captions and dropped captions. With --vae it also shows the
+autoencoder's reconstruction of each picture. No denoiser can produce better pictures than that.
 
-What this file holds, in order:
-
-1. flags of the command, and their checks;
-2. samples: the first ones of training, as the training set gives them;
-3. text: what is written under a picture, in letters that the fonts have;
-4. layout: which tile stands where;
-5. drawing: header, tiles and panel;
-6. the command.
-
-Sizes are (height, width) in pixels and positions (top, left), as in `data.samples`; places in the sheet are Pillow's,
-(left, top). Importing this file imports no torch; the report needs none either.
+Top to bottom: the flags, the samples, the sheet, the command. `data/contact_sheet.py` draws the sheet. Importing this
+file imports no torch, and the report needs none. Sizes are (height, width) in px, positions (top, left).
 """
 
 import argparse
 import math
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,37 +28,29 @@ from PIL import Image
 from lpl_finetuning.base_model import check_part, model_file
 from lpl_finetuning.data.contact_sheet import SampleFacts, draw_sheet, make_tile
 from lpl_finetuning.data.images import Crop, from_pixel_values
-from lpl_finetuning.data.report import check_strict, data_report, report_lines, save_report
-from lpl_finetuning.data.samples import (
-    Framing,
-    SampleOrder,
-    TrainingSet,
-    addressed_normal,
-    addressed_uniform,
-    caption_rules,
-    framing,
-)
+from lpl_finetuning.data.report import build_report, refuse_remarks, report_lines, save_report
+from lpl_finetuning.data.samples import Framing, SampleOrder, TrainingSet, addressed_normal, addressed_uniform
 from lpl_finetuning.data.scan import find_images
 from lpl_finetuning.data.tables import CaptionedImage
 from lpl_finetuning.errors import UserError, errors_for_people, quiet_libraries, require
 from lpl_finetuning.flag_checks import NOT_NEGATIVE, POSITIVE, check_data_flags, exclude
-from lpl_finetuning.flags import FlagParser, add_data_arguments
+from lpl_finetuning.flags import FlagParser, add_data_arguments, caption_rules, data_source, framing_rules
 
 if TYPE_CHECKING:
     import torch
 
 
-MOST_IMAGES = 1000  # a sheet of more is no longer one that anybody looks at
+MOST_IMAGES = 1000  # nobody looks at a larger sheet
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Flags
+# Flags
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def build_parser() -> FlagParser:
-    """All flags of the command. Those about the data are the training scripts' own."""
-    parser = FlagParser(__doc__.split("\n\nWhat this file holds")[0], takes_part_of_a_recipe=True)
+    """All flags of the command. The flags about the data are those of the training scripts."""
+    parser = FlagParser(__doc__.split("\n\nTop to bottom")[0], takes_part_of_a_recipe=True)
     parser.add_argument("folder", nargs="?", metavar="FOLDER", help="the images, as for --train_data_dir")
     group = parser.add_argument_group("preview")
     add = group.add_argument
@@ -76,13 +59,13 @@ def build_parser() -> FlagParser:
     add("--vae", metavar="FOLDER_OR_NAME", help="show what this autoencoder, or a pipeline's, makes of them")
     add("--report", metavar="FILE.json", help="write the report on the data into this file")
     add_data_arguments(parser, resolution=1024)
-    # Of no use here, but a line copied from a run may have it.
+    # Without effect here, but part of command lines that are copied from a run.
     parser.flags()["dataloader_num_workers"].help = argparse.SUPPRESS
     group = parser.add_argument_group("run")
     add = group.add_argument
-    add("--config", help="recipe file of that run, or its config.yaml: its flags about the data are taken")
-    add("--seed", type=int, default=0, help="of the run that is looked ahead at (default: %(default)s)")
-    add("--train_batch_size", type=int, default=16, help="of that run (default: %(default)s, as for SDXL)")
+    add("--config", help="recipe file of the run, or its config.yaml: the flags about the data are taken from it")
+    add("--seed", type=int, default=0, help="seed of the run (default: %(default)s)")
+    add("--train_batch_size", type=int, default=16, help="batch size of the run (default: %(default)s, as for SDXL)")
     add("--validation_split", type=float, help="share of the images, or number, that the run holds out")
     add("--validation_data_dir", help="or a folder of captioned images that it holds out")
     add("--max_validation_samples", type=int, default=64, help="held-out images (default: %(default)s)")
@@ -91,13 +74,13 @@ def build_parser() -> FlagParser:
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Flags, checked before any image is read.
+    """The flags, checked before any image is read.
 
     Raises:
-        UserError: a flag is unknown, out of range, or contradicts another; a folder or model is not there.
+        UserError: a flag is unknown, out of range, or contradicts another flag; a folder or model does not exist.
     """
     args = build_parser().parse(argv)
-    if args.folder and args.config:  # the folder named on the command line wins over the recipe's
+    if args.folder and args.config:  # the folder on the command line takes precedence over the recipe
         args = args.but(train_data_dir=None, dataset_name=None)
     sources = [args.folder, args.train_data_dir, args.dataset_name]
     require(any(sources), "no data: give a FOLDER or --dataset_name NAME")
@@ -147,26 +130,36 @@ def _check_output(args, name, suffix):
         require(not inside, f"{flag} lies among the images of {folder}, and would be one of them: name another place")
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def training_samples(
-    args: argparse.Namespace, images: Sequence[CaptionedImage], cuts: Framing
+    args: argparse.Namespace, images: Sequence[CaptionedImage], framing: Framing
 ) -> Iterator[tuple[SampleFacts, np.ndarray, np.ndarray | None]]:
     """The first samples of training: (facts, pixels, reconstruction or None), uint8 (H, W, 3) each.
 
-    Only their images are opened. images: to train on; cuts: how they are cut, `data.scan.framing`.
+    Only the images of these samples are opened.
+
+    Args:
+        args: the flags.
+        images: images to train on.
+        framing: how the images are cut.
 
     Raises:
-        DataError: an image can't be read, or has changed since it was scanned.
+        DataError: an image can't be read, or has changed since the scan.
         UserError: the autoencoder can't be loaded.
     """
-    order = SampleOrder(args.seed, args.train_batch_size, cuts.buckets)
-    samples = TrainingSet(images, order, cuts, caption_rules(args))
+    order = SampleOrder(args.seed, args.train_batch_size, framing.buckets)
+    samples = TrainingSet(images, order, framing, caption_rules(args))
     vae = load_vae(args.vae) if args.vae else None
     for n in range(args.preview_images):
         sample, (epoch, index) = samples[n], order[n]
-        view, _ = cuts.draw(index, images[index], args.seed, epoch * len(images) + index)
+        view, _ = framing.draw(index, images[index], args.seed, epoch * len(images) + index)
         numbers = [int(value) for value in sample["time_ids"]]
         crop = Crop(*(tuple(numbers[first : first + 2]) for first in (0, 2, 4)))
-        # As `training.run.choose_prompts` draws it.
+        # The same draw as in `training.objective.choose_prompts`.
         dropped = bool(addressed_uniform(args.seed, [n], "dropout")[0] < args.proportion_empty_prompts)
         pixels, decoded = from_pixel_values(sample["pixel_values"]), None
         if vae is not None:
@@ -177,10 +170,10 @@ def training_samples(
 
 
 def load_vae(name: str) -> "torch.nn.Module":
-    """The `AutoencoderKL` of this folder or name, or of the pipeline there; float32, on the GPU if there is one.
+    """The `AutoencoderKL` in a folder or on the Hub, or of a pipeline there: float32, on the GPU if there is one.
 
     Raises:
-        UserError: it can't be loaded.
+        UserError: the autoencoder can't be loaded.
     """
     quiet_libraries(debug=False)
     import torch
@@ -191,17 +184,22 @@ def load_vae(name: str) -> "torch.nn.Module":
         vae = AutoencoderKL.from_pretrained(
             name, subfolder="vae" if in_pipeline else None, dtype=torch.float32, use_safetensors=True
         )
-    except Exception as error:  # files that are missing, cut short or of another model, or no network
+    except Exception as error:  # files are missing, cut short or of another model, or there is no network
         reason = str(error).strip().split("\n")[0] or type(error).__name__
         raise UserError(f"--vae {name}: the autoencoder can't be loaded: {reason}") from error
     return vae.requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def reconstruct(vae: "torch.nn.Module", pixel_values: "torch.Tensor", seed: int, n: int) -> np.ndarray:
-    """What the autoencoder makes of the latents that the n-th sample is trained on, uint8 (H, W, 3).
+    """The autoencoder's picture of the latents that the n-th sample is trained on, uint8 (H, W, 3).
 
-    pixel_values: float32 (3, H, W) in [-1, 1]. The latents are a sample of the posterior, as in
-    `training.run.sample_latents`.
+    The latents are the sample of the posterior that `training.objective.sample_latents` draws.
+
+    Args:
+        vae: the autoencoder.
+        pixel_values: the cut image, float32 (3, H, W) in [-1, 1].
+        seed: seed of the run.
+        n: number of the sample.
 
     Raises:
         UserError: the autoencoder gives pictures of another size.
@@ -220,31 +218,37 @@ def reconstruct(vae: "torch.nn.Module", pixel_values: "torch.Tensor", seed: int,
 
 
 def psnr(pixels: np.ndarray, estimate: np.ndarray) -> float:
-    """Peak signal-to-noise ratio of two uint8 pictures in dB: 10 log10(255^2 / mse); infinite where they agree."""
+    """Peak signal-to-noise ratio of two uint8 pictures in dB, 10 log10(255^2 / mse); infinite for equal pictures."""
     mse = float(np.square(pixels.astype(np.float64) - estimate).mean())
     return 10 * math.log10(255**2 / mse) if mse else math.inf
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 6. The command
+# The sheet
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def preview(args: argparse.Namespace, images: Sequence[CaptionedImage]) -> Image.Image:
-    """The contact sheet of a run with these flags; images: those that it trains on."""
+    """The contact sheet of a run with these flags. images: images to train on."""
     from tqdm import tqdm
 
-    cuts = framing(args, images)
-    samples = tqdm(training_samples(args, images, cuts), "drawing", args.preview_images, unit=" images", delay=1,
+    framing = framing_rules(args).framing(images)
+    samples = tqdm(training_samples(args, images, framing), "drawing", args.preview_images, unit=" images", delay=1,
                    leave=False)  # fmt: skip
     tiles = [make_tile(*sample) for sample in samples]
-    numbers = np.bincount(cuts.buckets, minlength=len(cuts.sizes)).tolist()
-    counts = {size: number for size, number in zip(cuts.sizes, numbers, strict=True) if number}
+    numbers = np.bincount(framing.buckets, minlength=len(framing.sizes)).tolist()
+    counts = {size: number for size, number in zip(framing.sizes, numbers, strict=True) if number}
     return draw_sheet(*header(args, len(images), len(counts)), tiles, args.train_batch_size, counts)
 
 
 def header(args: argparse.Namespace, images: int, buckets: int) -> tuple[str, str]:
-    """(title, line below it) of a sheet; buckets: how many are in use."""
+    """(title, subtitle) of the sheet.
+
+    Args:
+        args: the flags.
+        images: number of images to train on.
+        buckets: number of buckets in use.
+    """
     name = args.dataset_name or Path(args.train_data_dir).resolve().name
     parts = [
         f"{images:,} images",
@@ -269,8 +273,13 @@ def header(args: argparse.Namespace, images: int, buckets: int) -> tuple[str, st
     return f"{name}: what the model will see first", ", ".join(parts)
 
 
-def write(flag: str, path: str, save) -> None:
-    """Call save(path); a UserError names the flag where the file can't be written."""
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def write(flag: str, path: str, save: Callable[[str], object]) -> None:
+    """Call save(path); raise a UserError that names the flag if the file can't be written."""
     try:
         save(path)
     except OSError as error:
@@ -283,12 +292,13 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else list(argv)
     with errors_for_people("--debug" in argv):
         args = parse_args(argv)
-        scan, held_out = find_images(args)
-        report = data_report(args, scan, held_out)
+        scan, held_out = find_images(data_source(args))
+        report = build_report(scan, held_out, framing_rules(args), args.train_batch_size)
         print("\n".join(report_lines(report)))
         if args.report:
             write("--report", args.report, lambda path: save_report(report, path))
-        check_strict(args, report)
+        if args.strict:
+            refuse_remarks(report)
         if args.preview:
             sheet = preview(args, scan.images)
             write("--preview", args.preview, sheet.save)

@@ -31,6 +31,8 @@ from lpl_finetuning.flags import (
     add_model_arguments,
     add_run_arguments,
     add_training_arguments,
+    data_source,
+    encoding_settings,
     input_path,
 )
 from lpl_finetuning.results.hub import check_publishing
@@ -90,7 +92,7 @@ if __name__ == "__main__":
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a busy CPU to a halt
     with errors_for_people("--debug" in sys.argv):
         ARGS = parse_args()
-        SCAN, HELD_OUT = find_images(ARGS)
+        SCAN, HELD_OUT = find_images(data_source(ARGS))
         quiet_libraries(ARGS.debug)
 
 import torch
@@ -354,8 +356,8 @@ def fill_caches(args, images, held_out, dtype, accelerator):
         return encode_images(cuts, vae())
 
     return encoding.fill_caches(
-        args, images, held_out, accelerator, prompt_id, prompt_bytes(args, dtype), latent_channels(args.base_model),
-        encode, encode_latents,
+        encoding_settings(args), images, held_out, accelerator, prompt_id, prompt_bytes(args, dtype),
+        latent_channels(args.base_model), encode, encode_latents,
     )  # fmt: skip
 
 

@@ -49,10 +49,10 @@ from tqdm import tqdm
 
 from lpl_finetuning import errors
 from lpl_finetuning.data.encoding import encode_missing
-from lpl_finetuning.data.samples import caption_rules, framing
 from lpl_finetuning.data.scan import find_images, scan_folder
 from lpl_finetuning.data.store import TensorStore
 from lpl_finetuning.files import cache_folder
+from lpl_finetuning.flags import caption_rules, data_source, framing_rules
 
 COUNTS = {"scan": [10_000], "memory": [1_000, 10_000, 100_000], "loader": [10_000], "encode": [256]}
 DIFFERENT = 200  # JPEGs
@@ -246,13 +246,13 @@ def fill_stores(flags):
     from lpl_finetuning.data.encoding import captions_to_encode, images_to_encode
 
     args = train_sdxl_lpl.parse_args(flags)
-    images = find_images(args)[0].images
+    images = find_images(data_source(args))[0].images
     keys = {
-        "prompts": captions_to_encode(args, caption_rules(args), images),
-        "latents": images_to_encode(images, framing(args, images)),
+        "prompts": captions_to_encode(caption_rules(args), images, prompts=args.validation_prompt or ()),
+        "latents": images_to_encode(images, framing_rules(args).framing(images)),
     }
     for kind, pairs in keys.items():
-        [folder] = (cache_folder(args) / kind).iterdir()
+        [folder] = (cache_folder(args.cache_dir) / kind).iterdir()
         store, names = TensorStore(folder), (key for key, _ in tqdm(pairs, f"filling {kind}", leave=False))
         first = next(names)
         shapes = {name: (value.shape, value.dtype) for name, value in store.get(first).items()}
@@ -329,8 +329,8 @@ def measure_encode(args, count, work):
     flags = ["--pretrained_model_name_or_path", str(ROOT / "examples" / "tiny-sdxl"), "--train_data_dir",
              str(pictures), "--resolution", "64", "--center_crop", "--cache_dir", str(work)]  # fmt: skip
     parsed = train_sdxl_lpl.parse_args(flags)
-    images = find_images(parsed)[0].images
-    items = list(images_to_encode(images, framing(parsed, images)))
+    images = find_images(data_source(parsed))[0].images
+    items = list(images_to_encode(images, framing_rules(parsed).framing(images)))
     vae = train_sdxl_lpl.load_vae(parsed.base_model, torch.float32, torch.device("cpu"))
     encode = functools.partial(encode_images, vae=vae)
 

@@ -79,7 +79,22 @@ def quiet_libraries(debug):
 
 
 class DataError(ValueError):
-    """A mistake in the user's data. The message names the flag or file, what was found there, and what to do."""
+    """A mistake in the user's data: what was found in which file or flag, and what to do about it.
+
+    str() gives problem and advice. A list of many mistakes shows every problem, and each advice once.
+
+    Args:
+        problem: sentences that begin with the flag or file; after a list of lines, the advice stands on its own line.
+        advice: sentences that also fit several mistakes of the same kind.
+    """
+
+    def __init__(self, problem: str, advice: str = ""):
+        super().__init__(problem, advice)
+        self.problem, self.advice = problem, advice
+
+    def __str__(self) -> str:
+        separator = "\n" if "\n" in self.problem else " "
+        return f"{self.problem}{separator}{self.advice}" if self.advice else self.problem
 
 
 FIRST_NAMES = 5  # of many, in a message
@@ -111,8 +126,8 @@ def counted(number: int, unit: str) -> str:
     return f"{number} {unit}{'s' * (number != 1)}"
 
 
-def be(number: int) -> str:
-    """ "is" or "are"."""
+def is_or_are(number: int) -> str:
+    """ "is" for 1, else "are"."""
     return "is" if number == 1 else "are"
 
 

@@ -1,8 +1,8 @@
 """The families of models that the training scripts train: their `Family`, and what must fit together in each."""
 
 from lpl_finetuning.base_model import Family, Part, check_channels
-from lpl_finetuning.data.samples import target_sizes
 from lpl_finetuning.errors import require
+from lpl_finetuning.flags import framing_rules
 
 VAE = Part("vae", "autoencoder", "AutoencoderKL", "pretrained_vae_model_name_or_path")
 
@@ -79,7 +79,7 @@ def check_tokens(args, config):
     """Refuse images that do not fall into tokens, or into more tokens than the transformer has positions for."""
     patch, positions = SD3.pixels_per_latent * config.get("patch_size", 2), config.get("pos_embed_max_size", 192)
     flag = "--aspect_ratio_buckets" if args.aspect_ratio_buckets else "--resolution"
-    for size in target_sizes(args):
+    for size in framing_rules(args).sizes():
         found = " x ".join(map(str, size)) if args.aspect_ratio_buckets else size[0]
         require(not any(side % patch for side in size),
                 f"{flag} is {found}; it must be a multiple of {patch}, the pixels of a token")  # fmt: skip

@@ -82,7 +82,8 @@ def check_free_space(folder: str | os.PathLike, needed_bytes: int, what: str) ->
     if needed_bytes + FREE_MARGIN > free:
         raise DataError(
             f"{folder}: {what} needs {_readable(needed_bytes)} and {_readable(FREE_MARGIN)} to spare, but "
-            f"{_readable(free)} are free there. Make room, or name a folder on another disk with --cache_dir."
+            f"{_readable(free)} are free there.",
+            "Make room, or name a folder on another disk with --cache_dir.",
         )
 
 
@@ -113,9 +114,12 @@ def free_name(output_dir, name):
     return path
 
 
-def cache_folder(args):
-    """Where scans and encodings are kept: `lpl` in --cache_dir, or in the user's cache."""
-    return Path(args.cache_dir or os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "lpl"
+def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
+    """The folder that holds scans and encodings: `lpl` in --cache_dir, or in the user's cache without --cache_dir.
+
+    The user's cache is $XDG_CACHE_HOME, or ~/.cache where that variable is unset or empty.
+    """
+    return Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "lpl"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

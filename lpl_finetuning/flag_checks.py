@@ -9,9 +9,8 @@ from pathlib import Path
 from packaging.version import Version
 
 from lpl_finetuning.base_model import hub_like, read_json
-from lpl_finetuning.data.samples import target_sizes
 from lpl_finetuning.errors import require
-from lpl_finetuning.flags import REPOSITORY
+from lpl_finetuning.flags import REPOSITORY, framing_rules
 
 POSITIVE = (
     "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples",
@@ -304,7 +303,7 @@ def check_lpl_flags(args):
 
 def check_data_flags(args):
     """Contradictions among the flags about captions and crops."""
-    target_sizes(args)
+    framing_rules(args).sizes()
     require(not (args.center_crop and args.cache_variants),
             "--cache_variants are random crops: leave it or --center_crop out")  # fmt: skip
     require(args.shuffle_tags or not args.keep_tags, "--keep_tags does nothing without --shuffle_tags")

@@ -11,8 +11,12 @@ from pathlib import Path
 
 import yaml
 
+from lpl_finetuning.data.encoding import EncodingSettings, vae_identity
 from lpl_finetuning.data.images import INTERPOLATIONS
+from lpl_finetuning.data.samples import CaptionRules, FramingRules
+from lpl_finetuning.data.scan import DataSource
 from lpl_finetuning.errors import UserError, require
+from lpl_finetuning.files import cache_folder
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -526,3 +530,34 @@ def add_run_arguments(parser, validation_epochs):
     add("--local_rank", type=int, default=-1, help="accepted for compatibility")
     add("--debug_loss", action="store_true", help="accepted for compatibility: every loss is logged anyway")
     add("--enable_npu_flash_attention", action="store_true", help="accepted for compatibility")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Settings from flags
+
+
+def data_source(args):
+    """Where images and captions come from."""
+    return settings_from_flags(DataSource, args)
+
+
+def framing_rules(args):
+    """How images are cut."""
+    return settings_from_flags(FramingRules, args)
+
+
+def caption_rules(args):
+    """How captions change before they are encoded."""
+    return settings_from_flags(CaptionRules, args)
+
+
+def encoding_settings(args):
+    """What is encoded, and where the encodings are kept. Reads the autoencoder's files for their digests."""
+    return EncodingSettings(
+        folder=cache_folder(args.cache_dir),
+        framing_rules=framing_rules(args),
+        caption_rules=caption_rules(args),
+        prompts=tuple(args.validation_prompt or ()),
+        vae_identity=vae_identity(args.base_model),
+        pixels_per_latent=args.base_model.family.pixels_per_latent,
+    )

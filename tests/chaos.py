@@ -105,11 +105,12 @@ def work(script, flags, environment, log):
 
     from lpl_finetuning import errors
     from lpl_finetuning.data import scan
+    from lpl_finetuning.flags import data_source
 
     module = importlib.import_module(script)
     with errors.errors_for_people(debug=True):
         args = module.parse_args(flags)
-        module.main(args, *scan.find_images(args))
+        module.main(args, *scan.find_images(data_source(args)))
 
 
 class Launcher:

@@ -10,6 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lpl_finetuning.data import scan
 from lpl_finetuning.errors import errors_for_people
+from lpl_finetuning.flags import data_source
 
 
 def full(*args):
@@ -23,4 +24,4 @@ if __name__ == "__main__":
     script.save_result = full
     with errors_for_people(debug=False):
         args = script.parse_args(words)
-        script.main(args, *scan.find_images(args))
+        script.main(args, *scan.find_images(data_source(args)))

@@ -12,6 +12,7 @@ from lpl_finetuning.data import encoding
 from lpl_finetuning.data.images import to_pixel_values
 from lpl_finetuning.data.scan import find_images
 from lpl_finetuning.flag_checks import check_flags
+from lpl_finetuning.flags import data_source
 from lpl_finetuning.results import export, hub
 from lpl_finetuning.training import models, objective, optimization, plan, reporter, run, validation
 from lpl_finetuning.training.checkpoint_folders import check_resume
@@ -161,7 +162,7 @@ def main(args, scan, held_out=()):
 
 def train(args, images, held_out, settled, accelerator, signals, gate):
     store = {"kind": "none"}, 4, 3, encode_nothing, encode
-    data = encoding.fill_caches(args, images, held_out, accelerator, *store)
+    data = encoding.fill_caches(flags.encoding_settings(args), images, held_out, accelerator, *store)
     parts = LatentSpace(), Edges(), None, data.prompt(""), False, gate
     goal = objective.build_objective(args, accelerator, settled, data, *parts)
     denoiser = build_denoiser(args, settled.dtype, accelerator.device)
@@ -195,4 +196,4 @@ def train(args, images, held_out, settled, accelerator, signals, gate):
 
 if __name__ == "__main__":
     ARGS = parse_args()
-    main(ARGS, *find_images(ARGS))
+    main(ARGS, *find_images(data_source(ARGS)))

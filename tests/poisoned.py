@@ -15,6 +15,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lpl_finetuning.data import scan
+from lpl_finetuning.flags import data_source
 
 
 def poisoned(denoise, calls):
@@ -35,4 +36,4 @@ if __name__ == "__main__":
     if os.environ["RANK"] == rank:
         script.denoise = poisoned(script.denoise, set(map(int, calls.split(","))))
     args = script.parse_args(words)
-    script.main(args, *scan.find_images(args))
+    script.main(args, *scan.find_images(data_source(args)))

@@ -12,7 +12,7 @@ from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from lpl_finetuning.data import scan
-from lpl_finetuning.flags import settings_from_flags
+from lpl_finetuning.flags import data_source, settings_from_flags
 from lpl_finetuning.training.models import load_vae
 from lpl_finetuning.training.objective import Objective, SampleSettings, lpl_stages
 from lpl_finetuning.training.plan import memory_estimate
@@ -25,7 +25,7 @@ def run(script, *flags):
     """A script's main, in this process: the rows of its metrics file. script: the module."""
     AcceleratorState._reset_state(True)
     args = script.parse_args([str(flag) for flag in flags])
-    script.main(args, *scan.find_images(args))
+    script.main(args, *scan.find_images(data_source(args)))
     path = Path(args.output_dir, args.logging_dir, "metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
 

@@ -15,6 +15,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lpl_finetuning.data import scan
+from lpl_finetuning.flags import data_source
 from lpl_finetuning.training import signals
 
 PATIENCE = 0.5
@@ -51,4 +52,4 @@ if __name__ == "__main__":
     signals.WATCHDOG_SECONDS = PATIENCE
     setattr(script, function, signalled(getattr(script, function), int(call), number))
     args = script.parse_args(words)
-    script.main(args, *scan.find_images(args))
+    script.main(args, *scan.find_images(data_source(args)))

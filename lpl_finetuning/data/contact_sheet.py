@@ -1,26 +1,14 @@
-"""A look at the data: what is in a folder of pictures, and what the model will see of it.
+"""A contact sheet: pictures with captions and crops, in batches, beside counts of all of them.
 
-    python preview_data.py FOLDER                               # the report on the data
-    python preview_data.py FOLDER --report data_report.json     # and in a file
-    python preview_data.py FOLDER --preview preview.png         # and a contact sheet of the first samples
-    python preview_data.py FOLDER --preview preview.png --config configs/recipes/sdxl-lora-16gb.yaml
-    python preview_data.py FOLDER --preview preview.png --vae madebyollin/sdxl-vae-fp16-fix
+Sections:
 
-With a run's seed, batch size and data flags, or its recipe as --config, the sheet has the very samples that this run
-on one GPU begins with: the same crops, flips, captions and dropped captions. With --vae it shows beside each picture
-what the autoencoder makes of its latents: no denoiser can draw better than that.
+1. facts about a sample, and the texts that describe them;
+2. text in letters that the fonts have, in lines that fit;
+3. layout: the place of each picture;
+4. drawing: header, pictures and panel.
 
-What this file holds, in order:
-
-1. flags of the command, and their checks;
-2. samples: the first ones of training, as the training set gives them;
-3. text: what is written under a picture, in letters that the fonts have;
-4. layout: which tile stands where;
-5. drawing: header, tiles and panel;
-6. the command.
-
-Sizes are (height, width) in pixels and positions (top, left), as in `data.samples`; places in the sheet are Pillow's,
-(left, top). Importing this file imports no torch; the report needs none either.
+Sizes of images are (height, width) and positions (top, left), as in `data.samples`. Places and sizes on the sheet are
+Pillow's, (left, top) and (width, height). Importing this file imports no torch.
 """
 
 import bisect
@@ -38,15 +26,15 @@ from PIL import Image, ImageDraw, ImageFont
 from lpl_finetuning.data.images import Crop, lost_share, resized_size
 from lpl_finetuning.errors import shown
 
-# Of the sheet, in px
+# Lengths on the sheet, in px
 WIDTH, MARGIN, PANEL = 1600, 32, 250
-PICTURE = 224  # height of a picture at most
-NARROW = 128  # width of the text under a picture at least
+PICTURE = 224  # largest height of a picture
+NARROW = 128  # smallest width of the text below a picture
 TILE_GAP, BLOCK_GAP, SHELF_GAP, ROW_GAP, PAIR_GAP = 16, 28, 28, 16, 4
 BAND = 32  # from the top of a block to its pictures
 ROOM = WIDTH - 2 * MARGIN - PANEL - 2 * BLOCK_GAP  # width of the part with the pictures
-WIDE = (ROOM - 3 * TILE_GAP) // 4  # width of a picture at most
-LINE, SMALL_LINE = 18, 15  # heights of a caption's lines and of those below
+WIDE = (ROOM - 3 * TILE_GAP) // 4  # largest width of a picture
+LINE, SMALL_LINE = 18, 15  # heights of the lines of captions and details
 
 CAPTION_LINES, DETAIL_LINES = 3, 5
 TITLE, HEADING, TEXT, SMALL = 26, 17, 14, 12  # font sizes
@@ -57,17 +45,23 @@ UNKNOWN = "□"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Samples
+# 1. Facts
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class SampleFacts:
-    """What is told of a sample.
+    """What the sheet shows about a sample.
 
-    number: in the stream of samples; epoch: in which its image comes here, from 0.
-    name: of the image. caption: as drawn, before it is dropped or not.
-    psnr: of the autoencoder's reconstruction, in dB; None without an autoencoder.
+    Attributes:
+        number: number of the sample in the stream of samples.
+        epoch: epoch of the image, from 0.
+        name: name of the image.
+        caption: drawn caption, before it is dropped or not.
+        dropped: whether the caption is dropped.
+        flipped: whether the image is mirrored.
+        crop: how the image is cut.
+        psnr: quality of the autoencoder's reconstruction in dB; None without an autoencoder.
     """
 
     number: int
@@ -81,30 +75,25 @@ class SampleFacts:
 
     @property
     def enlarged(self) -> float:
-        """By how much the image was resized; more than 1 where it is smaller than its target."""
+        """Factor by which the image is resized; above 1 for an image that is smaller than the target."""
         original, target = self.crop.original_size, self.crop.target_size
         return max(new / old for new, old in zip(resized_size(original, target), original, strict=True))
 
     @property
     def lost(self) -> float:
-        """The share of the image that the crop throws away."""
+        """The share of the image that the crop removes."""
         return float(lost_share(np.array([self.crop.original_size]), self.crop.target_size)[0])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 3. Text
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def caption_shown(facts: SampleFacts) -> tuple[str, bool]:
-    """(text under a picture, whether it is the sample's caption): a dropped or empty one has a word in its place."""
+    """(text below a picture, whether the text is the caption): a word replaces a dropped or empty caption."""
     if facts.dropped:
         return "(dropped)", False
     return (facts.caption, True) if facts.caption.strip() else ("(empty)", False)
 
 
 def crop_shown(facts: SampleFacts) -> list[str]:
-    """How the image became the picture: "from 1080 x 1920", "crop top 0 left 12", "3% lost", "flipped"."""
+    """How the image was cut, in words: "from 1080 x 1920", "crop top 0 left 12", "3% lost", "flipped"."""
     crop = facts.crop
     parts = ["from {} x {}".format(*crop.original_size)]
     if facts.enlarged > 1.005:
@@ -116,48 +105,53 @@ def crop_shown(facts: SampleFacts) -> list[str]:
     return [*parts, "flipped"] if facts.flipped else parts
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Text
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 @functools.cache
 def small_font(size: int) -> ImageFont.FreeTypeFont:
-    """Pillow's own font, which has little more than ASCII."""
+    """Pillow's default font, which has little more than ASCII."""
     return ImageFont.load_default(size)
 
 
 @functools.cache
 def large_font(size: int) -> ImageFont.FreeTypeFont:
-    """The font that comes with matplotlib: Latin with accents, Greek, Cyrillic, Hebrew, Arabic, but no Chinese."""
+    """Matplotlib's font: Latin with accents, Greek, Cyrillic, Hebrew and Arabic, but no Chinese."""
     import matplotlib
 
     path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans.ttf")
-    return ImageFont.truetype(str(path), size - 1)  # its letters are larger
+    return ImageFont.truetype(str(path), size - 1)  # the letters are larger than those of Pillow's font
 
 
 @functools.cache
 def _has(font, character):
-    """Whether a font has a character: it draws a missing one as it draws one that no font has."""
+    """Whether a font has a character. A font draws a missing character like U+10FFFF, which no font has."""
     glyphs = [font.getmask(letter) for letter in (character, "\U0010ffff")]
     return character == " " or (glyphs[0].size, bytes(glyphs[0])) != (glyphs[1].size, bytes(glyphs[1]))
 
 
 def legible(text: str) -> str:
-    """The text in one line, with `UNKNOWN` for every character that the fonts can't draw, such as Chinese ones."""
+    """The text in one line, with `UNKNOWN` for each character that the fonts lack, such as Chinese characters."""
     letters = []
     for letter in " ".join(unicodedata.normalize("NFC", text).split()):
         kind = unicodedata.category(letter)
         if kind[0] != "C" and (_has(small_font(TEXT), letter) or _has(large_font(TEXT), letter)):
             letters.append(letter)
-        elif kind not in ("Cf", "Mn", "Me"):  # which only change their neighbours
+        elif kind not in ("Cf", "Mn", "Me"):  # these kinds only change neighbouring characters
             letters.append(UNKNOWN)
     return "".join(letters)
 
 
 def font_for(text: str, size: int) -> ImageFont.FreeTypeFont:
-    """The font for a legible text: Pillow's own, where it has all letters."""
+    """The font for a legible text: Pillow's font if it has all letters, else matplotlib's."""
     font = small_font(size)
     return font if all(_has(small_font(TEXT), letter) for letter in text) else large_font(size)
 
 
 def wrap(words: Iterable[str], font: ImageFont.FreeTypeFont, width: float, most: int) -> list[str]:
-    """Legible words in lines of at most `width` px, those too long for one broken; after `most` lines an ellipsis."""
+    """Legible words in at most `most` lines of `width` px. Long words are broken; an ellipsis marks what is cut."""
     lines, line = [], ""
     for word in words:
         if font.getlength(f"{line} {word}".strip()) <= width:
@@ -181,7 +175,7 @@ def wrap(words: Iterable[str], font: ImageFont.FreeTypeFont, width: float, most:
 
 
 def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
-    """A name in one line of at most `width` px; of a long one the end is kept, which tells files apart."""
+    """A name in one line of at most `width` px. A long name keeps its end, which distinguishes files."""
     if font.getlength(text) <= width:
         return text
     while len(text) > 1 and font.getlength(f"…{text}") > width:
@@ -190,13 +184,13 @@ def shorten(text: str, font: ImageFont.FreeTypeFont, width: float) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Layout
+# 3. Layout
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One sample on the sheet: its picture, and with an autoencoder the reconstruction, and the lines below."""
+    """One sample on the sheet: the picture, with an autoencoder also the reconstruction, and the lines below."""
 
     facts: SampleFacts
     pictures: tuple[Image.Image, ...]
@@ -211,9 +205,9 @@ class Tile:
 
 
 def shown_size(size: tuple[int, int]) -> tuple[int, int]:
-    """How large a picture of a size is drawn, (height, width).
+    """The size on the sheet of a picture of a size; both are (height, width).
 
-    Shrunk to fit, or enlarged by a whole factor, so that every pixel of a small one can be seen.
+    A large picture shrinks to fit. A small picture grows by a whole factor, so that every pixel can be seen.
     """
     factor = min(PICTURE / size[0], WIDE / size[1])
     factor = math.floor(factor) if factor >= 1 else factor
@@ -221,7 +215,13 @@ def shown_size(size: tuple[int, int]) -> tuple[int, int]:
 
 
 def make_tile(facts: SampleFacts, pixels: np.ndarray, decoded: np.ndarray | None) -> Tile:
-    """The tile of a sample; of the pixels only what is drawn is kept."""
+    """The tile of a sample; it holds the pictures in the size on the sheet.
+
+    Args:
+        facts: about the sample.
+        pixels: the cut image, uint8 (H, W, 3).
+        decoded: the autoencoder's reconstruction, uint8 (H, W, 3); None without an autoencoder.
+    """
     height, width = shown_size(pixels.shape[:2])
     resample = Image.Resampling.NEAREST if height >= pixels.shape[0] else Image.Resampling.LANCZOS
     arrays = [pixels] if decoded is None else [pixels, decoded]
@@ -235,7 +235,7 @@ def make_tile(facts: SampleFacts, pixels: np.ndarray, decoded: np.ndarray | None
 
 @dataclass(frozen=True)
 class Block:
-    """The tiles of a batch, or of a part of it, that stand side by side; only its first part has a heading."""
+    """Tiles of a batch side by side. A wide batch has several blocks, of which only the first has a heading."""
 
     heading: str
     tiles: list[Tile]
@@ -249,12 +249,12 @@ class Block:
 
     @property
     def band(self) -> int:
-        """Height of the heading, with the rule below it."""
+        """Height of the heading and the rule below the heading."""
         return BAND if self.heading else 0
 
 
 def batch_blocks(tiles: Sequence[Tile], batch_size: int, room: int = ROOM) -> Iterator[Block]:
-    """Blocks of at most `room` px, one for each batch, or several of about the same number of tiles."""
+    """Blocks of at most `room` px: one per batch, or several with about the same number of tiles."""
     several_epochs = any(tile.facts.epoch for tile in tiles)
     for batch, group in groupby(tiles, key=lambda tile: tile.facts.number // batch_size):
         group = list(group)
@@ -262,14 +262,14 @@ def batch_blocks(tiles: Sequence[Tile], batch_size: int, room: int = ROOM) -> It
         if several_epochs:
             epochs = sorted({tile.facts.epoch + 1 for tile in group})
             heading += f", epoch {epochs[0]}" if len(epochs) == 1 else f", epochs {epochs[0]} to {epochs[-1]}"
-        fit = max(1, (room + TILE_GAP) // (group[0].size[0] + TILE_GAP))  # all of a batch are of one width
+        fit = max(1, (room + TILE_GAP) // (group[0].size[0] + TILE_GAP))  # the tiles of a batch have the same width
         fit = math.ceil(len(group) / math.ceil(len(group) / fit))
         for first in range(0, len(group), fit):
             yield Block("" if first else heading, group[first : first + fit])
 
 
 def arrange(blocks: Sequence[Block], room: int = ROOM) -> tuple[list[tuple[int, int, Block]], tuple[int, int]]:
-    """([(left, top, block)], (width, height) of all): blocks with a heading fill shelf after shelf."""
+    """([(left, top, block)], (width, height) of all blocks): blocks with a heading share rows where they fit."""
     placed, left, top, shelf, right = [], 0, 0, 0, 0
     for block in blocks:
         width, height = block.size
@@ -283,12 +283,20 @@ def arrange(blocks: Sequence[Block], room: int = ROOM) -> tuple[list[tuple[int, 
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Drawing
+# 4. Drawing
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def draw_sheet(title: str, subtitle: str, tiles: Sequence[Tile], batch_size: int, counts: dict) -> Image.Image:
-    """The sheet. counts: {bucket: number of images in it}, of those in use."""
+    """The sheet.
+
+    Args:
+        title: first line of the header.
+        subtitle: second line of the header.
+        tiles: samples, in the order of their numbers.
+        batch_size: samples of a batch.
+        counts: {bucket: number of images} of the buckets in use.
+    """
     counts = dict(sorted(counts.items(), key=lambda pair: -pair[1]))
     colours = {bucket: COLOURS[number % len(COLOURS)] for number, bucket in enumerate(counts)}
     placed, (width, height) = arrange(list(batch_blocks(tiles, batch_size)))
@@ -310,7 +318,7 @@ def draw_sheet(title: str, subtitle: str, tiles: Sequence[Tile], batch_size: int
 
 
 def draw_block(sheet: Image.Image, left: int, top: int, block: Block, colour: str) -> None:
-    """A batch: its heading over a rule in the colour of its bucket, and its tiles."""
+    """Draw the heading of a batch, a rule in the colour of the bucket, and the tiles."""
     draw = ImageDraw.Draw(sheet)
     if block.heading:
         draw.text((left, top), block.heading, INK, small_font(HEADING))
@@ -321,7 +329,7 @@ def draw_block(sheet: Image.Image, left: int, top: int, block: Block, colour: st
 
 
 def draw_tile(sheet: Image.Image, left: int, top: int, tile: Tile) -> None:
-    """A picture, its reconstruction, its caption and where it comes from."""
+    """Draw a picture, the reconstruction, the caption and the details."""
     draw = ImageDraw.Draw(sheet)
     column = left
     for number, picture in enumerate(tile.pictures):
@@ -344,7 +352,7 @@ def draw_tile(sheet: Image.Image, left: int, top: int, tile: Tile) -> None:
 
 
 def draw_panel(tiles: Sequence[Tile], counts: dict, colours: dict) -> Image.Image:
-    """The column on the right: the buckets of the whole training set, and counts of what is on the sheet."""
+    """The column on the right: the buckets of all images, and counts of the samples on the sheet."""
     panel = Image.new("RGB", (PANEL, 130 + 22 * min(len(counts), MOST_BARS + 1) + 200), "white")
     draw = ImageDraw.Draw(panel)
     draw.text((0, 0), "All images by size" if len(counts) > 1 else "Size", INK, small_font(HEADING))
@@ -374,7 +382,7 @@ def draw_panel(tiles: Sequence[Tile], counts: dict, colours: dict) -> Image.Imag
 
 
 def panel_rows(facts: Sequence[SampleFacts]) -> list[tuple[str, str]]:
-    """What is counted on a sheet: (name, value)."""
+    """Counts of the samples on the sheet: (name, value)."""
     total = len(facts)
     rows = [("samples", f"{total:,}"), ("images", f"{len({fact.name for fact in facts}):,} different")]
     for name, number in (
@@ -391,7 +399,7 @@ def panel_rows(facts: Sequence[SampleFacts]) -> list[tuple[str, str]]:
 
 
 def panel_note(tiles: Sequence[Tile]) -> str:
-    """The small print."""
+    """Explanations at the end of the panel."""
     note = "Sizes are height x width in px. A crop's place is counted in the resized, flipped image."
     if any(UNKNOWN in line for tile in tiles for line in (*tile.caption, *tile.details)):
         note += f" {UNKNOWN} is a character that this sheet has no letter for; the model gets the real one."

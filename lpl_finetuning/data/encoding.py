@@ -1,10 +1,16 @@
-"""Everything is encoded once, into stores on disk that later runs find again: prompts and latents.
+"""Encoding prompts and latents once, into stores on disk that later runs find again.
 
-The stores are keyed by what they depend on and nothing else: the text encoders and their dtype; the autoencoder and
-the interpolation. A second run with another learning rate, batch size or output folder encodes nothing, and neither
-does one with other aspect-ratio buckets for the images whose shape stays the same.
+Sections:
 
-All ranks encode, each its share, and images are opened while the autoencoder is at work.
+1. encoding what a store lacks, on one rank;
+2. keys and entries of prompts and latents;
+3. the caches of a run: all ranks encode, each rank its share, and threads open images ahead of the autoencoder.
+
+The key of a store has what its encodings depend on and nothing else: text encoders and dtype, or autoencoder and
+interpolation. So a run with another learning rate, batch size or output folder encodes nothing. With other
+aspect-ratio buckets a run encodes only the images whose shape changes.
+
+Importing this file imports no torch.
 """
 
 import contextlib
@@ -17,18 +23,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-
 from lpl_finetuning.base_model import model_digest
-from lpl_finetuning.data import samples
 from lpl_finetuning.data.images import to_pixel_values
-from lpl_finetuning.data.samples import CaptionRules, Framing, caption_rules
-from lpl_finetuning.data.store import BATCHES_AHEAD, SHARD_BYTES, SHARD_ENTRIES, TensorStore, entry_bytes
+from lpl_finetuning.data.samples import CaptionRules, Framing, FramingRules
+from lpl_finetuning.data.store import TensorStore, entry_bytes
 from lpl_finetuning.data.tables import CaptionedImage
-from lpl_finetuning.files import cache_folder, check_free_space, digest
+from lpl_finetuning.files import check_free_space, digest
 
 if TYPE_CHECKING:
     import torch
+
+SHARD_ENTRIES = 256  # entries of a shard at most
+SHARD_BYTES = 64 * 2**20  # bytes after which a shard is written
+BATCHES_AHEAD = 2  # batches that threads prepare while a batch is encoded
+ROW_BYTES = 24  # bytes of an entry in a store besides the tensors
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 1. Encoding what a store lacks
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 def encode_missing(
@@ -42,24 +55,29 @@ def encode_missing(
     rank: int = 0,
     world_size: int = 1,
     show: bool = True,
-    listed: Callable[[], None] = lambda: None,
+    barrier: Callable[[], None] = lambda: None,
 ) -> int:
-    """Encode the items whose keys the store does not have, each key once, and put them there.
+    """Encode the items whose keys are missing in the store, each key once, and put the encodings there.
 
-    When none is missing `encode_batch` is not called, so a caller may load its encoder in the first call. A shard is
-    written every 256 entries or 64 MiB, and when an error or Ctrl-C ends the work: little is lost.
+    `encode_batch` is not called if no key is missing, so the caller may load the encoder in the first call. A shard is
+    written every 256 entries or 64 MiB, and when an error or Ctrl-C ends the work.
 
-    Several ranks share the work if their stores hold the same entries when they call this: each encodes every
-    world_size-th batch. Put a barrier and `refresh` after it.
+    Several ranks share the work if their stores hold the same entries at the start: each rank encodes every
+    world_size-th batch. The caller puts a barrier and `refresh` after the call.
 
     Args:
-        keys_and_items: (key, whatever `encode_batch` takes); all missing ones are held, so keep the items light.
-        encode_batch: a list of at most `batch_size` items to as many dictionaries of tensors.
-        description: stands before the progress bar, such as "encoding images"; its last word is what is counted.
-        prepare: what `encode_batch` gets instead of an item. Called in threads, at most two batches ahead.
-        group: of an item, such as its size; the items of a batch belong to one group.
-        show: whether to show a progress bar.
-        listed: called once it is known what is missing: a barrier, so that no rank writes while another still looks.
+        store: gets the encodings.
+        keys_and_items: (key, item) pairs; all missing items are held in memory, so they should be light.
+        encode_batch: function from a list of at most `batch_size` (prepared) items to as many dictionaries of tensors.
+        batch_size: items of a batch.
+        description: title of the progress bar, such as "encoding images"; the last word is the unit.
+        prepare: function of an item whose result `encode_batch` gets instead; called in threads, at most
+            `BATCHES_AHEAD` batches ahead.
+        group: function of an item, such as its size; the items of a batch belong to one group.
+        rank: number of this rank.
+        world_size: number of ranks that share the work.
+        show: show a progress bar.
+        barrier: called once the missing keys are known, so that no rank writes while another rank still looks.
 
     Returns:
         The number of entries that this rank encoded.
@@ -67,8 +85,8 @@ def encode_missing(
     Raises:
         ValueError: `encode_batch` returned another number of entries than it was given items.
     """
-    missing = store._missing(keys_and_items)
-    listed()
+    missing = store.missing_items(keys_and_items)
+    barrier()
     batches = _batches(missing, batch_size, group)[rank::world_size]
     num_items = sum(map(len, batches))
     if not num_items:
@@ -90,7 +108,7 @@ def encode_missing(
                     pending, pending_bytes = {}, 0
                 bar.update(len(batch))
     except BaseException:
-        with contextlib.suppress(OSError):  # the first error is the one to tell
+        with contextlib.suppress(OSError):  # the first error is the one to raise
             store.put(pending)
         raise
     store.put(pending)
@@ -98,7 +116,7 @@ def encode_missing(
 
 
 def _batches(missing: dict[str, Any], batch_size: int, group: Callable[[Any], Hashable] | None) -> list[list[str]]:
-    """Keys in batches of one group each."""
+    """Keys in batches; the items of a batch belong to one group."""
     groups: dict[Hashable, list[str]] = {}
     for key, item in missing.items():
         groups.setdefault(group(item) if group else None, []).append(key)
@@ -106,7 +124,7 @@ def _batches(missing: dict[str, Any], batch_size: int, group: Callable[[Any], Ha
 
 
 def _prepared(batches: Iterable[list[Any]], prepare: Callable[[Any], Any] | None) -> Iterator[list[Any]]:
-    """The batches with their items prepared by threads, at most `BATCHES_AHEAD` ahead of the one that is yielded."""
+    """The batches with their items prepared by threads, at most `BATCHES_AHEAD` batches ahead of the caller."""
     if prepare is None:
         yield from batches
         return
@@ -123,35 +141,13 @@ def _prepared(batches: Iterable[list[Any]], prepare: Callable[[Any], Any] | None
         pool.shutdown(wait=True, cancel_futures=True)
 
 
-ROW_BYTES = 24  # what a store keeps of an entry besides its tensors
+# ---------------------------------------------------------------------------------------------------------------------
+# 2. Keys and entries
+# ---------------------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class RunData:
-    """What the loop reads: images, how they are cut, what their captions become, and the stores of their encodings."""
-
-    images: Sequence[CaptionedImage]
-    held_out: Sequence[CaptionedImage]
-    framing: Framing
-    held_out_framing: Framing
-    captions: CaptionRules
-    prompts: TensorStore
-    latents: TensorStore
-    cached: bool  # whether the images to train on are among the latents; the held-out ones always are
-
-    def prompt(self, caption):
-        """The tensors of one prompt."""
-        return self.prompts.get(prompt_key(caption))
-
-    def held_out_entry(self, number):
-        """(latent entry, prompt entry) of a held-out image."""
-        image = self.held_out[number]
-        [view] = self.held_out_framing.views(number, image)
-        return self.latents.get(view.key(image.content)), self.prompt(self.captions.text(image.caption))
-
-
-def prompt_key(text):
-    """Key of a text in its store."""
+def prompt_key(text: str) -> str:
+    """The key of a text in a store of prompts."""
     return digest(caption=text)
 
 
@@ -172,33 +168,17 @@ def vae_identity(base):
     return model_digest(base.vae) if Path(base.vae).is_dir() else base.vae
 
 
-def rows_of(columns):
-    """{name: (N, ...)} to N dictionaries {name: (...)}."""
-    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
+def captions_to_encode(
+    rules: CaptionRules, *sets: Sequence[CaptionedImage], prompts: Iterable[str] = ()
+) -> Iterator[tuple[str, str]]:
+    """(key, text) of every prompt that a run may use.
 
-
-@torch.no_grad()
-def encode_images(cuts, vae):
-    """Images as the autoencoder sees them: a list of {"mean", "std" (C, h, w), "time_ids" (6,)} on the CPU.
-
-    cuts: [(pixels uint8 (H, W, 3), Crop)] of one shape. Mean and deviation are kept, not a sample, so that caching
-    freezes nothing.
+    Args:
+        rules: how captions change.
+        sets: images whose captions are encoded.
+        prompts: further texts; the empty text is always among the prompts.
     """
-    pixels = torch.stack([to_pixel_values(array) for array, _ in cuts])
-    posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
-    time_ids = torch.tensor([crop.time_ids for _, crop in cuts], dtype=torch.float32)
-    return rows_of({"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu(), "time_ids": time_ids})
-
-
-def latent_bytes(size, channels, pixels):
-    """Bytes of the entry of an image cut to `size`, (height, width); a latent has so many channels and pixels."""
-    values = 2 * channels * (size[0] // pixels) * (size[1] // pixels)
-    return 4 * (values + 6) + ROW_BYTES
-
-
-def captions_to_encode(args, rules, *sets):
-    """(key, text) of every prompt that a run may ask for."""
-    for text in ["", *(args.validation_prompt or [])]:
+    for text in ["", *prompts]:
         yield prompt_key(text), text
     for images in sets:
         for image in images:
@@ -206,89 +186,163 @@ def captions_to_encode(args, rules, *sets):
                 yield prompt_key(text), text
 
 
-def images_to_encode(images, cuts):
-    """(key, (image, view, how images are cut)) of every latent that a run may ask for; cuts: their `Framing`."""
+def images_to_encode(images: Sequence[CaptionedImage], framing: Framing) -> Iterator[tuple[str, tuple]]:
+    """(key, (image, view, framing)) of every latent that a run may use."""
     for index, image in enumerate(images):
-        for view in cuts.views(index, image):
-            yield view.key(image.content), (image, view, cuts)
+        for view in framing.views(index, image):
+            yield view.key(image.content), (image, view, framing)
 
 
-def cut(item):
-    """(pixels, Crop) of one of `images_to_encode`'s items."""
-    image, view, cuts = item
-    return cuts.cut(image, view)
+def cut(item: tuple) -> tuple:
+    """(pixels uint8 (H, W, 3), `Crop`) of an item of `images_to_encode`."""
+    image, view, framing = item
+    return framing.cut(image, view)
 
 
-def open_store(folder, accelerator):
-    """A store whose shards are known to be sound; every rank checks its share of those that are new."""
-    TensorStore(folder).verify(accelerator.process_index, accelerator.num_processes)
-    accelerator.wait_for_everyone()
-    return TensorStore(folder)
+def encode_images(cuts: list[tuple], vae: "torch.nn.Module") -> list[dict[str, "torch.Tensor"]]:
+    """The autoencoder's distribution of each image: {"mean", "std" (C, h, w), "time_ids" (6,)}, on the CPU.
+
+    The store holds mean and deviation instead of a sample, so that caching freezes nothing.
+
+    Args:
+        cuts: (pixels uint8 (H, W, 3), `Crop`) of each image, all of one shape.
+        vae: the autoencoder.
+    """
+    import torch
+
+    with torch.no_grad():
+        pixels = torch.stack([to_pixel_values(array) for array, _ in cuts])
+        posterior = vae.encode(pixels.to(vae.device, vae.dtype)).latent_dist
+        time_ids = torch.tensor([crop.time_ids for _, crop in cuts], dtype=torch.float32)
+        return rows_of(
+            {"mean": posterior.mean.float().cpu(), "std": posterior.std.float().cpu(), "time_ids": time_ids}
+        )
 
 
-def count_missing(store, items, entry_bytes):
-    """(how many of the items, each once, are not in the store; bytes of their entries)."""
-    seen, size = set(), 0
-    for key, item in items:
-        if key not in store and hash(key) not in seen:
-            seen.add(hash(key))
-            size += entry_bytes(item)
-    return len(seen), size
+def rows_of(columns: dict[str, "torch.Tensor"]) -> list[dict[str, "torch.Tensor"]]:
+    """N dictionaries {name: (...)} from one dictionary {name: (N, ...)}."""
+    return [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
 
 
-def in_chunks(items, size=65536):
-    """Lists of the items, so that a million of them are never held at once."""
-    items = iter(items)
-    while chunk := list(itertools.islice(items, size)):
-        yield chunk
+def latent_bytes(size: tuple[int, int], channels: int, pixels: int) -> int:
+    """Bytes of the store's entry for an image that is cut to `size`.
+
+    Args:
+        size: (height, width) in px.
+        channels: channels of a latent.
+        pixels: side in px of the square that one latent stands for.
+    """
+    values = 2 * channels * (size[0] // pixels) * (size[1] // pixels)
+    return 4 * (values + 6) + ROW_BYTES
 
 
-def encode_on_all_ranks(store, items, encode, at_once, description, accelerator, **more):
-    """Encode what is missing, each rank its share. items: function that gives them, the same on every rank."""
-    world, machine = accelerator.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
-    passes = [(accelerator.process_index, world)]
-    if world > machine:  # whose disks may be their own: then each machine encodes what the others kept to themselves
-        passes.append((accelerator.local_process_index, machine))
-    for rank, size in passes:
-        for chunk in in_chunks(items()):
-            encode_missing(
-                store, chunk, encode, at_once, description, rank=rank, world_size=size,
-                listed=accelerator.wait_for_everyone, show=accelerator.is_local_main_process, **more,
-            )  # fmt: skip
-            accelerator.wait_for_everyone()
-            store.refresh()
+# ---------------------------------------------------------------------------------------------------------------------
+# 3. The caches of a run
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class EncodingSettings:
+    """What is encoded, and where the encodings are kept.
+
+    Attributes:
+        folder: the cache folder.
+        framing_rules: how images are cut.
+        caption_rules: how captions change.
+        prompts: texts that are encoded besides the captions.
+        vae_identity: what tells encodings of this autoencoder from those of others; values that JSON can hold.
+        pixels_per_latent: side in px of the square that one latent stands for.
+    """
+
+    folder: Path
+    framing_rules: FramingRules
+    caption_rules: CaptionRules
+    prompts: Sequence[str] = ()
+    vae_identity: Any = None
+    pixels_per_latent: int = 8
+
+
+@dataclass(frozen=True)
+class RunData:
+    """What the training loop reads.
+
+    Attributes:
+        images: images to train on.
+        held_out: images to validate with.
+        framing, held_out_framing: how the images are cut.
+        captions: how captions change.
+        prompts, latents: stores of the encodings.
+        cached: whether `latents` holds the images to train on; it always holds the held-out images.
+    """
+
+    images: Sequence[CaptionedImage]
+    held_out: Sequence[CaptionedImage]
+    framing: Framing
+    held_out_framing: Framing
+    captions: CaptionRules
+    prompts: TensorStore
+    latents: TensorStore
+    cached: bool
+
+    def prompt(self, caption: str) -> dict[str, "torch.Tensor"]:
+        """The tensors of a prompt."""
+        return self.prompts.get(prompt_key(caption))
+
+    def held_out_entry(self, number: int) -> tuple[dict[str, "torch.Tensor"], dict[str, "torch.Tensor"]]:
+        """(latent entry, prompt entry) of a held-out image."""
+        image = self.held_out[number]
+        [view] = self.held_out_framing.views(number, image)
+        return self.latents.get(view.key(image.content)), self.prompt(self.captions.text(image.caption))
 
 
 def fill_caches(
-    args, images, held_out, accelerator, prompt_id, prompt_bytes, latent_channels, encode_prompts, encode_latents
-):
-    """Encode what is not on disk yet; returns `RunData`.
+    settings: EncodingSettings,
+    images: Sequence[CaptionedImage],
+    held_out: Sequence[CaptionedImage],
+    accelerator: Any,
+    prompt_id: dict[str, Any],
+    prompt_bytes: int,
+    latent_channels: int,
+    encode_prompts: Callable[[list[str]], list[dict[str, "torch.Tensor"]]],
+    encode_latents: Callable[[list[tuple]], list[dict[str, "torch.Tensor"]]],
+) -> RunData:
+    """Encode the prompts and latents of a run that are not on disk yet.
 
-    prompt_id: what the encoded prompts depend on, for `digest`; prompt_bytes: of one of them; encode_prompts: function
-    from texts to a list of {name: tensor}; encode_latents: the same from [(pixels, Crop)]. Neither is called when
-    nothing is missing.
+    Neither of the two functions is called if nothing is missing.
+
+    Args:
+        settings: what is encoded, and where the encodings are kept.
+        images: images to train on; latents are cached if each image has a fixed number of views.
+        held_out: images to validate with.
+        accelerator: accelerate's.
+        prompt_id: what encoded prompts depend on; values that JSON can hold.
+        prompt_bytes: bytes of an encoded prompt.
+        latent_channels: channels of a latent.
+        encode_prompts: function from texts to tensors.
+        encode_latents: function from [(pixels, `Crop`)] to tensors.
 
     Raises:
-        DataError: the disk has no room for what would be encoded.
+        DataError: the disk has no room for the encodings.
     """
-    root, rules, pixels = cache_folder(args), caption_rules(args), args.base_model.family.pixels_per_latent
-    cuts, held_out_cuts = samples.framing(args, images), samples.framing(args, held_out, held_out=True)
-    cached = cuts.can_be_cached(images)
-    latent_id = digest(kind="latents", vae=vae_identity(args.base_model), interpolation=args.image_interpolation_mode)
+    root, rules, framing_rules = settings.folder, settings.caption_rules, settings.framing_rules
+    framing, held_out_framing = framing_rules.framing(images), framing_rules.framing(held_out, held_out=True)
+    cached = framing.can_be_cached(images)
+    mode = framing_rules.image_interpolation_mode
+    latent_id = digest(kind="latents", vae=settings.vae_identity, interpolation=mode)
     prompts = open_store(root / "prompts" / digest(**prompt_id)[:16], accelerator)
     latents = open_store(root / "latents" / latent_id[:16], accelerator)
 
     def texts():
-        return captions_to_encode(args, rules, images, held_out)
+        return captions_to_encode(rules, images, held_out, prompts=settings.prompts)
 
     def pictures():
-        yield from images_to_encode(held_out, held_out_cuts)
+        yield from images_to_encode(held_out, held_out_framing)
         if cached:
-            yield from images_to_encode(images, cuts)
+            yield from images_to_encode(images, framing)
 
     new_texts, text_bytes = count_missing(prompts, texts(), lambda text: prompt_bytes + ROW_BYTES)
     new_pictures, picture_bytes = count_missing(
-        latents, pictures(), lambda item: latent_bytes(item[1].size, latent_channels, pixels)
+        latents, pictures(), lambda item: latent_bytes(item[1].size, latent_channels, settings.pixels_per_latent)
     )
     accelerator.print(
         f"Caches in {root}: to be encoded are {new_texts:,} captions ({text_bytes / 1e6:,.1f} MB) and "
@@ -299,11 +353,78 @@ def fill_caches(
             "Random crops: images are encoded in every step; --center_crop or --cache_variants encodes them once"
         )
     check_free_space(root, text_bytes + picture_bytes, "encoded captions and images")
-    anywhere = accelerator.reduce(torch.tensor([new_texts, new_pictures], device=accelerator.device), "sum").tolist()
-    if anywhere[0]:
+    new_texts, new_pictures = _on_any_rank(accelerator, new_texts, new_pictures)
+    if new_texts:
         encode_on_all_ranks(prompts, texts, encode_prompts, 16, "encoding captions", accelerator)
-    if anywhere[1]:
-        at_once = max(1, min(16, (1024 // args.resolution) ** 2))
+    if new_pictures:
+        at_once = max(1, min(16, (1024 // framing_rules.resolution) ** 2))
         encode_on_all_ranks(latents, pictures, encode_latents, at_once, "encoding images", accelerator, prepare=cut,
                             group=lambda item: item[1].size)  # fmt: skip
-    return RunData(images, held_out, cuts, held_out_cuts, rules, prompts, latents, cached)
+    return RunData(images, held_out, framing, held_out_framing, rules, prompts, latents, cached)
+
+
+def open_store(folder: Path, accelerator: Any) -> TensorStore:
+    """A store of sound shards. Each rank checks its share of the shards that were not checked before."""
+    TensorStore(folder).verify(accelerator.process_index, accelerator.num_processes)
+    accelerator.wait_for_everyone()
+    return TensorStore(folder)
+
+
+def count_missing(
+    store: TensorStore, items: Iterable[tuple[str, Any]], entry_bytes: Callable[[Any], int]
+) -> tuple[int, int]:
+    """(number of the items that the store lacks, bytes of their entries). An item with the same key counts once."""
+    seen, size = set(), 0
+    for key, item in items:
+        if key not in store and hash(key) not in seen:
+            seen.add(hash(key))
+            size += entry_bytes(item)
+    return len(seen), size
+
+
+def _on_any_rank(accelerator: Any, *counts: int) -> list[int]:
+    """The sums of some counts over all ranks."""
+    import torch
+
+    return accelerator.reduce(torch.tensor(counts, device=accelerator.device), "sum").tolist()
+
+
+def encode_on_all_ranks(
+    store: TensorStore,
+    items: Callable[[], Iterable[tuple[str, Any]]],
+    encode: Callable[[list[Any]], list[dict[str, "torch.Tensor"]]],
+    at_once: int,
+    description: str,
+    accelerator: Any,
+    **options: Any,
+) -> None:
+    """Encode what the store lacks, each rank a share.
+
+    Args:
+        store: gets the encodings.
+        items: function that gives (key, item) pairs, the same on every rank.
+        encode: function from a list of items to tensors.
+        at_once: items of a batch.
+        description: title of the progress bar.
+        accelerator: accelerate's.
+        options: for `encode_missing`.
+    """
+    world, machine = accelerator.num_processes, int(os.environ.get("LOCAL_WORLD_SIZE", accelerator.num_processes))
+    passes = [(accelerator.process_index, world)]
+    if world > machine:  # the machines may not share a disk: then each machine encodes what it lacks after pass 1
+        passes.append((accelerator.local_process_index, machine))
+    for rank, size in passes:
+        for chunk in in_chunks(items()):
+            encode_missing(
+                store, chunk, encode, at_once, description, rank=rank, world_size=size,
+                barrier=accelerator.wait_for_everyone, show=accelerator.is_local_main_process, **options,
+            )  # fmt: skip
+            accelerator.wait_for_everyone()
+            store.refresh()
+
+
+def in_chunks(items: Iterable[Any], size: int = 65536) -> Iterator[list[Any]]:
+    """Lists of at most `size` items; a million items are never in memory at once."""
+    items = iter(items)
+    while chunk := list(itertools.islice(items, size)):
+        yield chunk

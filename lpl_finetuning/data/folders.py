@@ -1,61 +1,66 @@
-"""Where images and captions come from: folders, caption files, listings, WebDataset shards, Hugging Face data sets.
+"""Captioned images in a folder: pictures with caption files, and listings.
 
-What this file holds, in order:
+Sections:
 
-1. folders: the files below one, and what lies there that can't be used;
-2. captions: texts as they stand in files and cells;
-3. listings: the rows of `metadata.jsonl`, `.csv` and `.parquet`;
-4. shards: the images in a tar with their captions;
-5. data sets: their images and captions.
+1. walking: the files below a folder, and what can't be used there;
+2. caption files: a `.txt` or `.caption` file beside each picture;
+3. listings: `metadata.jsonl`, `.csv` and `.parquet`;
+4. rows: the lines of a listing, whatever its kind.
 
-Everything is read here with the place of every mistake, and nothing is kept: `data.scan` does that. Importing this
-file imports neither torch nor datasets: Parquet listings import pyarrow, and data sets import datasets, when they are
-met.
+This file alone decides which caption belongs to which file. It adds an entry for each image to the findings of a scan
+(`data.findings`), without opening the image. Shards in the folder are noted here and read by `data.packed`.
 
-Names are paths relative to the folder, with `/`. A place is where something stands, for messages; a `DataError`
-begins with it.
+Importing this file imports neither torch nor datasets; a Parquet listing imports pyarrow. Names are paths relative to
+the folder, with `/`.
 """
 
 import csv
-import difflib
-import json
 import os
 import re
 import stat
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from io import TextIOWrapper
 from itertools import chain
 from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
+from lpl_finetuning.data.findings import (
+    Findings,
+    Named,
+    caption_lines,
+    decode_text,
+    is_utf8,
+    json_object,
+    not_utf8,
+    refuse_long,
+    require_column,
+)
 from lpl_finetuning.data.images import IMAGE_EXTENSIONS
-from lpl_finetuning.data.tables import ROWS_AT_ONCE, SEPARATOR, read_bytes
-from lpl_finetuning.errors import DataError, be, because, brief, counted, first_names, shown
+from lpl_finetuning.data.tables import ROWS_AT_ONCE, read_bytes
+from lpl_finetuning.errors import FIRST_NAMES, DataError, because, brief, counted, first_names, is_or_are, shown
 
-CAPTION_EXTENSIONS = (".txt", ".caption")  # the first one found beside an image is read
+CAPTION_EXTENSIONS = (".txt", ".caption")  # the first kind that is found beside an image is read
 LISTING_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-MAX_CAPTION = 100_000  # characters; a longer text is no caption
 
 _KNOWN = {*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS, ".tar"}
-_OTHER_PICTURES = (".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".svg", ".tga")  # told of, not read
-_LITTER = {"desktop.ini", "ehthumbs.db", "thumbs.db"}  # what a system hides in folders, in lower case
+_OTHER_PICTURES = (".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".svg", ".tga")  # named, not read
+_LITTER = {"desktop.ini", "ehthumbs.db", "thumbs.db"}  # files of operating systems, in lower case
 _PACKED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4?|z))$", re.IGNORECASE)
-_ABOUT = re.compile(  # texts that lie beside pictures and are no captions, such as README.txt and LICENSE-MIT.txt
+_ABOUT = re.compile(  # texts beside pictures that are no captions, such as README.txt and LICENSE-MIT.txt
     r"(read[-_]?me|licen[cs]e|copying|copyright|notice|credits|authors|attributions?|sources|citation|changelog|terms"
     r"|requirements)([-_.].*)?\.txt",
     re.IGNORECASE,
 )
-MAX_JSON = 2**24  # bytes of a `.json` in a shard
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 1. Folders
+# 1. Walking
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class FoundFile(NamedTuple):
-    """A file below the folder; `suffix` is in lower case."""
+    """A file below the folder. `suffix` is in lower case; `size` is in bytes."""
 
     path: str
     suffix: str
@@ -64,23 +69,26 @@ class FoundFile(NamedTuple):
 
     @property
     def stem(self) -> str:
-        """The path without its suffix, which an image and its caption file have in common."""
+        """The path without the suffix: the same for an image and its caption file."""
         return self.path[: -len(self.suffix)]
 
 
 class FolderWalk:
     """One walk over the visible files below a folder: images, caption files, listings and tars.
 
-    When `files` has ended, `bad` has the images that can't be read, with reasons, and `unread_stems` the stems of
-    these and of pictures of other kinds. `others` has (ending, path) of files of which nothing is known, as they can
-    be printed; whoever walks may empty it on the way.
+    The lists are complete when `files` has ended.
+
+    Attributes:
+        bad: (name, reason) of each image that can't be read.
+        unread_stems: stems of the bad images and of pictures of kinds that are not read.
+        others: printable (ending, path) of each file of an unknown kind; the caller may empty the list on the way.
     """
 
     def __init__(self, root: Path, flag: str):
         """
         Args:
             root: the folder.
-            flag: that named it, for messages.
+            flag: the flag that named the folder, for messages.
         """
         self.root, self.flag = root, flag
         self.bad: list[tuple[str, str]] = []
@@ -90,10 +98,10 @@ class FolderWalk:
         self._links, self._outside, self._packed, self._pictures = [], [], [], []
 
     def files(self) -> Iterator[FoundFile]:
-        """The files that may be used, in no order.
+        """The usable files, in no particular order.
 
         Raises:
-            DataError: a folder or a file that is no image can't be read.
+            DataError: a folder can't be read, or a file that is not an image.
         """
         folders = [""]
         while folders:
@@ -109,7 +117,7 @@ class FolderWalk:
                     folders.append(f"{path}/")
 
     def _entries(self, folder: str) -> Iterator[os.DirEntry]:
-        # A folder that can't be read must not be passed over: its images would silently be missing.
+        # Skipping a folder that can't be read would leave out its images without a word.
         try:
             with os.scandir(os.path.join(self.root, folder)) as entries:
                 yield from (entry for entry in entries if not entry.name.startswith("."))
@@ -125,7 +133,7 @@ class FolderWalk:
             elif suffix in _OTHER_PICTURES:
                 self._pictures.append(path)
                 self.unread_stems.add(path[: -len(suffix)])
-            elif not _needs_no_word(entry.name):
+            elif not _is_expected(entry.name):
                 self.others.append((shown(suffix), path if is_utf8(path) else shown(path)))
         elif entry.is_symlink() and not _is_inside(os.path.realpath(entry.path), self._real_root):
             self._outside.append(path)
@@ -134,7 +142,7 @@ class FolderWalk:
         elif suffix in IMAGE_EXTENSIONS:
             self._add_bad(path, suffix, "the name is not UTF-8; rename the file or its folder")
         elif suffix not in CAPTION_EXTENSIONS:
-            raise DataError(f"{self.root}: the name {shown(path)} is not UTF-8. Rename the file or its folder.")
+            raise DataError(f"{self.root}: the name {shown(path)} is not UTF-8.", "Rename the file or its folder.")
         return None
 
     def _with_status(self, path: str, suffix: str, entry: os.DirEntry) -> FoundFile | None:
@@ -146,7 +154,7 @@ class FolderWalk:
         except OSError as error:
             reason = f"{'a broken link' if entry.is_symlink() else 'can not be read'} ({because(error)})"
         if suffix not in IMAGE_EXTENSIONS:
-            raise DataError(f"{shown(os.path.join(self.root, path))}: {reason}. Replace or remove it.")
+            raise DataError(f"{shown(os.path.join(self.root, path))}: {reason}.", "Replace or remove it.")
         self._add_bad(path, suffix, reason)
         return None
 
@@ -155,7 +163,7 @@ class FolderWalk:
         self.unread_stems.add(path[: -len(suffix)])
 
     def remarks(self) -> list[str]:
-        """Sentences about what was not used.
+        """Sentences about links and pictures that are not used.
 
         Raises:
             DataError: links lead out of the folder, or shards are compressed.
@@ -164,12 +172,14 @@ class FolderWalk:
             lead = "is a link that leads" if len(self._outside) == 1 else "are links that lead"
             raise DataError(
                 f"{self.flag}: {counted(len(self._outside), 'file')} in {self.root} {lead} out of the folder: "
-                f"{first_names(sorted(self._outside))}. Copy what is meant into the folder."
+                f"{first_names(sorted(self._outside))}.",
+                "Copy what is meant into the folder.",
             )
         if self._packed:
             raise DataError(
                 f"{self.flag}: compressed shards can't be read at random: {first_names(sorted(self._packed))} in "
-                f"{self.root}. Unpack them (gunzip a.tar.gz gives a.tar); the images in them hardly compress."
+                f"{self.root}.",
+                "Unpack them (gunzip a.tar.gz gives a.tar); the images in them hardly compress.",
             )
         remarks = []
         if self._links:
@@ -179,7 +189,7 @@ class FolderWalk:
         if count := len(self._pictures):
             names = first_names(sorted(self._pictures))
             remarks.append(
-                f"{counted(count, 'picture')} in {self.root} {be(count)} of a kind that is not read: {names}."
+                f"{counted(count, 'picture')} in {self.root} {is_or_are(count)} of a kind that is not read: {names}."
             )
         return remarks
 
@@ -191,99 +201,201 @@ def _is_folder(entry: os.DirEntry) -> bool:
         return False
 
 
-def _needs_no_word(name: str) -> bool:
-    """Whether a file of no kind that is read is left by a system, about the folder (README.md), or made it (.py)."""
+def _is_expected(name: str) -> bool:
+    """Whether a file needs no remark: files of operating systems, README.md and the like, and Python scripts."""
     stem, suffix = os.path.splitext(name)
     return (
         name.lower() in _LITTER
         or suffix.lower() == ".py"
-        or (suffix.lower() in ("", ".md", ".rst") and is_about(f"{stem}.txt"))
+        or (suffix.lower() in ("", ".md", ".rst") and _is_about(f"{stem}.txt"))
     )
 
 
 def _is_inside(path: str, root: str) -> bool:
-    """Whether a path is the root or below it; both are absolute and normal."""
+    """Whether a path is the root or below the root. Both paths are absolute and normalised."""
     return path == root or path.startswith(root.rstrip("/") + "/")
 
 
-def is_utf8(text: str) -> bool:
-    """Whether a text can be written as UTF-8, which the names of files need not be."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def find_files(findings: Findings) -> tuple[list[str], set[str]]:
+    """Fill the tables of files (`pictures`, `sidecars`, `shards`, `others`) and the findings' bad images and warnings.
+
+    Returns:
+        The sorted listings, and the stems of pictures that are not read.
+    """
+    walk = FolderWalk(findings.request.root, findings.request.flag)
+    listings, pictures, sidecars, shards = [], [], [], []
+
+    def store() -> None:
+        findings.facts.insert("INSERT INTO pictures VALUES (?, ?, ?, ?)", pictures)
+        findings.facts.insert("INSERT INTO sidecars VALUES (?, ?, ?, ?, ?, 0)", sidecars)
+        findings.facts.insert("INSERT INTO others VALUES (?, ?)", walk.others)
+        for rows in (pictures, sidecars, walk.others):
+            rows.clear()
+
+    for file in walk.files():
+        if os.path.basename(file.path) in LISTING_NAMES:
+            listings.append(file.path)
+        elif file.suffix == ".tar":
+            shards.append((file.path, file.size, file.mtime_ns))
+        elif file.suffix in CAPTION_EXTENSIONS:
+            kind = CAPTION_EXTENSIONS.index(file.suffix)
+            sidecars.append((file.stem, kind, file.path, file.size, file.mtime_ns))
+        else:
+            pictures.append((file.path, file.stem, file.size, file.mtime_ns))
+        if len(pictures) + len(sidecars) + len(walk.others) >= ROWS_AT_ONCE:
+            store()
+    store()
+    findings.db.execute("CREATE INDEX pictures_stem ON pictures (stem)")
+    findings.db.execute(
+        "UPDATE sidecars SET second = 1 WHERE EXISTS (SELECT 1 FROM sidecars o WHERE o.stem = sidecars.stem "
+        "AND (o.kind, o.path) < (sidecars.kind, sidecars.path))"
+    )
+    findings.facts.insert("INSERT INTO shards VALUES (?, ?, ?)", shards)
+    findings.bad += walk.bad
+    findings.warnings += walk.remarks()
+    return sorted(listings), walk.unread_stems
+
+
+def remarks_on_others(findings: Findings) -> list[str]:
+    """A remark on the files of unknown kinds, counted by ending, unless there are none. Listed files don't count."""
+    rows = findings.db.execute(
+        "SELECT ending, count(*), min(path) FROM others WHERE path NOT IN (SELECT path FROM entries) "
+        "GROUP BY ending ORDER BY count(*) DESC, ending"
+    ).fetchall()
+    if not rows:
+        return []
+    count = sum(row[1] for row in rows)
+    kinds = [
+        f"{ending or 'no ending'}: {number}, such as {shown(path)}" for ending, number, path in rows[:FIRST_NAMES]
+    ]
+    if len(rows) > FIRST_NAMES:
+        kinds.append(f"and {counted(len(rows) - FIRST_NAMES, 'more ending')}")
+    are = is_or_are(count)
+    return [
+        f"{counted(count, 'file')} in {findings.request.place} {are} of no kind that is read ({'; '.join(kinds)}). "
+        "Convert or rename what is meant, a picture to .png, a caption to .txt, a listing to "
+        f"{' or '.join(LISTING_NAMES)}, and move the rest elsewhere."
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Captions
+# 2. Caption files
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def join_captions(
-    cell: Any, place: str, what: str, unit: str, default: str | None, empty_allowed: bool = False
-) -> str | None:
-    """The captions in a cell (a text or a list of texts), stripped, joined by `SEPARATOR`.
+def add_captioned_pictures(findings: Findings, unread_stems: set[str]) -> Named:
+    """Add an entry for each picture, with the captions of the caption file beside the picture.
 
-    None where the default caption takes their place, because all are empty or there are none. An empty one is refused
-    where there is no default caption, unless it is allowed.
+    Args:
+        findings: with the tables that `find_files` fills.
+        unread_stems: stems of pictures that are not read; caption files beside them get no remark.
+
+    Returns:
+        The caption files that are not used.
 
     Raises:
-        DataError: "{place}: {what} must be text", and the like; a caption that is not to be had goes with its {unit}.
+        DataError: a picture has no caption, or caption files can't be used.
     """
-    texts = list(cell) if isinstance(cell, (list, tuple)) else [cell]
-    if default is not None:
-        texts = [text for text in texts if text is not None]
-    for text in texts:
-        if not isinstance(text, str):
-            raise DataError(f"{place}: {what} must be text, not {brief(text)}. Correct it, or name another column.")
-        if len(text) > MAX_CAPTION:
-            raise DataError(f"{place}: not a caption: {len(text)} characters. At most {MAX_CAPTION} are read.")
-        if SEPARATOR in text:
-            raise DataError(f"{place}: {what} holds a zero byte ({brief(text)}). Is it UTF-16? Save it as UTF-8.")
-        if not is_utf8(text):
-            raise DataError(f"{place}: {what} holds half a character ({brief(text)}). Write it anew.")
-    kept = [text.strip() for text in texts if text.strip()]
-    if (not kept or len(kept) < len(texts)) and default is None and not empty_allowed:
-        raise DataError(f"{place}: {what} is empty. Write one, or remove the {unit}.")
-    return SEPARATOR.join(kept) if kept or default is None else None
+    _read_caption_files(findings)
+    _add_pictures(findings)
+    lone, second = _remark_on_lone_captions(findings, unread_stems), _remark_on_second_captions(findings)
+    return {"count": lone["count"] + second["count"], "first": [*lone["first"], *second["first"]][:FIRST_NAMES]}
 
 
-def caption_lines(text: str) -> list[str] | str:
-    """The lines of a caption file that has a caption in each; an empty caption where there are none."""
-    return [line for line in text.splitlines() if line.strip()] or ""
+def _read_caption_files(findings: Findings) -> None:
+    """Bring the table `texts` up to date: the text of each caption file beside an image.
+
+    Mistakes are noted; `_add_pictures` refuses them together with its own.
+    """
+    query = (
+        "SELECT s.path, s.size, s.mtime_ns FROM sidecars s LEFT JOIN texts t ON t.path = s.path "
+        "WHERE (t.path IS NULL OR t.size != s.size OR t.mtime_ns != s.mtime_ns) "
+        "AND NOT s.second AND EXISTS (SELECT 1 FROM pictures p WHERE p.stem = s.stem) ORDER BY s.path"
+    )
+
+    def read(item: tuple) -> str | DataError:  # in a thread
+        try:
+            return read_caption_file(findings.request.root / item[0], item[1])
+        except DataError as error:
+            return error
+
+    def store(item: tuple, text: str | DataError) -> None:
+        with findings.noting():
+            if isinstance(text, DataError):
+                raise text
+            findings.db.execute("INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?)", (*item, text))
+
+    findings.facts.update(query, read, store)
+
+
+def _add_pictures(findings: Findings) -> None:
+    """Add an entry for each picture; refuse all mistakes in caption files, then pictures without a caption."""
+    request, bare, total = findings.request, [], 0
+    rows = findings.db.execute(
+        "SELECT p.path, p.size, p.mtime_ns, t.path, t.text FROM pictures p LEFT JOIN sidecars s "
+        "ON s.stem = p.stem AND NOT s.second LEFT JOIN texts t ON t.path = s.path ORDER BY p.path"
+    )
+
+    def entries() -> Iterator[tuple]:
+        nonlocal total
+        for path, size, mtime_ns, sidecar, text in rows:
+            total += 1
+            default = request.default(path)
+            if sidecar is None and default is None:
+                bare.append(path if len(bare) <= FIRST_NAMES else "")
+                continue
+            place = str(request.root / (sidecar or path))
+            cell = caption_lines(text) if text is not None and request.caption_per_line else text
+            with findings.noting():
+                captions = findings.captions(cell, default, place, "the caption", "image")
+                yield path, captions, path, 0, None, size, mtime_ns, place
+
+    findings.add_entries(entries())
+    if bare:
+        others = "".join(f" {remark}" for remark in remarks_on_others(findings))
+        raise DataError(
+            f"{request.flag}: {len(bare)} of {total} images in {request.place} have no caption: {first_names(bare)}.",
+            f"Put a file ending in {' or '.join(CAPTION_EXTENSIONS)} beside each, or list the images in "
+            'metadata.jsonl, one {"file_name": "…", "text": "…"} per line, or give all one with --instance_prompt, '
+            f"or each the name of its folder with --caption_from_folder.{others}",
+        )
+
+
+def _remark_on_lone_captions(findings: Findings, unread_stems: set[str]) -> Named:
+    """The caption files beside neither an image, nor a picture that is not read, nor a shard."""
+    lone = "FROM sidecars s WHERE NOT EXISTS (SELECT 1 FROM pictures p WHERE p.stem = s.stem)"
+    shards = {os.path.splitext(path)[0] for (path,) in findings.db.execute("SELECT path FROM shards")}
+    found: Named = {"count": 0, "first": []}
+    for stem, path in findings.db.execute(f"SELECT s.stem, s.path {lone} ORDER BY s.path"):
+        if stem in unread_stems or stem in shards or _is_about(path):
+            continue
+        found["count"] += 1
+        if len(found["first"]) < FIRST_NAMES:
+            found["first"].append(shown(path))
+    findings.remark(found, "caption file", "has no image and is not used", "have no images and are not used")
+    return found
+
+
+def _remark_on_second_captions(findings: Findings) -> Named:
+    """The caption files beside an image whose captions come from another caption file."""
+    found = findings.named(
+        "SELECT path FROM sidecars s WHERE second AND EXISTS (SELECT 1 FROM pictures p WHERE p.stem = s.stem) "
+        "ORDER BY path"
+    )
+    findings.remark(found, "caption file", "is not used, since another one of the same image comes first",
+                "are not used, since others of the same images come first")  # fmt: skip
+    return found
 
 
 def read_caption_file(path: Path, size: int) -> str:
-    """The text of a caption file of so many bytes."""
+    """The text of a caption file; a file that is too long is not opened. size: bytes of the file."""
     refuse_long(size, str(path))
     return decode_text(read_bytes(path), path)
 
 
-def is_about(path: str) -> bool:
-    """Whether a file is one of those that are about a folder of pictures, README.txt and the like, and no caption."""
+def _is_about(path: str) -> bool:
+    """Whether a file describes the folder (README.txt and the like) and is no caption."""
     return _ABOUT.fullmatch(os.path.basename(path)) is not None
-
-
-def refuse_long(size: int, place: str, limit: int = 4 * MAX_CAPTION) -> None:
-    """A file of more bytes than a caption can have is not even read."""
-    if size > limit:
-        raise DataError(f"{shown(place)}: not a caption: {size} bytes. At most {MAX_CAPTION} characters are read.")
-
-
-def decode_text(data: bytes, place: str | os.PathLike) -> str:
-    """The text of a caption file, without the byte order mark that some editors write."""
-    try:
-        text = data.decode("utf-8-sig")
-        if (at := data.find(b"\0")) >= 0:
-            raise DataError(f"{shown(str(place))}: byte {at} is zero. Is it UTF-16? Save the file as UTF-8.")
-    except UnicodeDecodeError as error:
-        raise _not_utf8(place, error.start) from error
-    return text
-
-
-def _not_utf8(place: str | os.PathLike, byte: int) -> DataError:
-    return DataError(f"{shown(str(place))}: not UTF-8 (byte {byte}). Save the file as UTF-8.")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -291,22 +403,165 @@ def _not_utf8(place: str | os.PathLike, byte: int) -> DataError:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def refuse_two_listings(listings: Sequence[str], root: Path, flag: str) -> None:
+def add_listings(findings: Findings, listings: Sequence[str]) -> dict[str, Named]:
+    """Add an entry for each row of the listings.
+
+    Returns:
+        "unlisted" images, images that are "repeated" in listings, and "unused_captions", by the names of `Scan`.
+
+    Raises:
+        DataError: two listings lie in one folder, or rows can't be used.
+    """
+    _refuse_two_listings(listings, findings.request.root, findings.request.flag)
+    for listing in listings:
+        _add_listing(findings, listing)
+    _check_listed(findings)
+    return _remark_on_listed(findings)
+
+
+def _refuse_two_listings(listings: Sequence[str], root: Path, flag: str) -> None:
     """Raise a DataError where two listings lie in one folder."""
     parents = Counter(os.path.dirname(path) for path in listings)
     for parent, count in parents.items():
         if count > 1:
             names = [os.path.basename(path) for path in listings if os.path.dirname(path) == parent]
             raise DataError(
-                f"{flag}: {' and '.join(names)} are in {os.path.join(root, parent)}; "
-                "which one counts is not clear. Remove all but one."
+                f"{flag}: {' and '.join(names)} are in {os.path.join(root, parent)}; which one counts is not clear.",
+                "Remove all but one.",
             )
 
 
-def listing_rows(
+def _add_listing(findings: Findings, listing: str) -> None:
+    """Add an entry for each row of a listing. `_check_listed` checks later whether the files exist."""
+    request, root = findings.request, os.path.realpath(findings.request.root)
+    what = f"the caption {request.caption_column!r}"
+    needed = request.default("x") is None
+
+    def entries() -> Iterator[tuple]:
+        for place, row in _listing_rows(request.root / listing, request.image_column, request.caption_column, needed):
+            column = request.image_column if request.image_column in row else "file_name"
+            require_column(column, row, place, "--image_column")
+            if needed:
+                require_column(request.caption_column, row, place, "--caption_column")
+            with findings.noting():
+                name = _listed_name(row[column], column, os.path.dirname(listing), root, place)
+                captions = findings.captions(
+                    row.get(request.caption_column), request.default(name), place, what, "line"
+                )
+                yield name, captions, name, 0, None, None, None, place
+
+    findings.add_entries(entries())
+
+
+def _check_listed(findings: Findings) -> None:
+    """Set size and time of each listed entry. An entry without a file is an error, or noted and left out."""
+    db, root = findings.db, os.path.realpath(findings.request.root)
+    db.execute(
+        "UPDATE entries SET (size, mtime_ns) = (SELECT size, mtime_ns FROM pictures p WHERE p.path = entries.path)"
+    )
+    # The other files are missing, hidden, below a link, or have another ending than images.
+    rest = db.execute("SELECT rowid, path, place FROM entries WHERE size IS NULL ORDER BY rowid").fetchall()
+    for row, path, place in rest:
+        with findings.noting():
+            status, reason = _listed_status(path, root, place)
+            if status is not None:
+                db.execute("UPDATE entries SET size = ?, mtime_ns = ? WHERE rowid = ?", (*status, row))
+            elif findings.request.skip_bad:
+                db.execute("DELETE FROM entries WHERE rowid = ?", (row,))
+                findings.missing.append(f"{place}: {shown(path)}")
+            else:
+                raise DataError(
+                    f"{place}: {brief(path)} is listed, but {reason} in {findings.request.place}.",
+                    "Correct the line, or leave out all such lines with --on_bad_image skip.",
+                )
+    findings.refuse_mistakes()
+    if findings.missing:
+        findings.warnings.append(
+            f"{counted(len(findings.missing), 'listed file')} left out: not there: {first_names(findings.missing)}."
+        )
+
+
+def _remark_on_listed(findings: Findings) -> dict[str, Named]:
+    """Images in no listing, images that are listed more than once, and caption files of listed images."""
+    unlisted = findings.named(
+        "SELECT p.path FROM pictures p LEFT JOIN (SELECT DISTINCT path FROM entries) e ON e.path = p.path "
+        "WHERE e.path IS NULL ORDER BY p.path"
+    )
+    names = [name for name, _ in findings.bad]  # no entry can name a file that can't be read
+    unlisted = {"count": unlisted["count"] + len(names), "first": (unlisted["first"] + names)[:FIRST_NAMES]}
+    findings.bad = []
+    repeated = findings.named("SELECT name FROM entries GROUP BY name HAVING count(*) > 1 ORDER BY name")
+    beside = findings.named(
+        "SELECT path FROM sidecars WHERE stem IN (SELECT p.stem FROM pictures p JOIN entries e ON e.path = p.path) "
+        "ORDER BY path"
+    )
+    findings.remark(unlisted, "image", "is in no listing and not used", "are in no listing and not used")
+    findings.remark(repeated, "image", "is listed more than once", "are listed more than once")
+    findings.remark(beside, "caption file", "is not used, since its image is listed",
+                "are not used, since their images are listed")  # fmt: skip
+    return {"unlisted": unlisted, "repeated": repeated, "unused_captions": beside}
+
+
+def _listed_name(cell: Any, column: str, parent: str, root: str, place: str) -> str:
+    """The path of a listed file, relative to the root. Listings come from strangers: a path must not leave the root.
+
+    Args:
+        cell: the content of the cell.
+        column: the column of the cell, for messages.
+        parent: the folder of the listing, relative to the root.
+        root: the folder, absolute and without links.
+        place: the listing and the line.
+    """
+    if not isinstance(cell, str) or not cell.strip():
+        raise DataError(f"{place}: {column!r} must be the name of a file, not {brief(cell)}.")
+    if "\0" in cell or not is_utf8(cell):
+        raise DataError(f"{place}: {brief(cell)} is no usable file name.", "Correct the name.")
+    absolute = PurePosixPath(cell).is_absolute() or PureWindowsPath(cell).is_absolute()
+    path = os.path.normpath(os.path.join(root, parent, cell))
+    if absolute or not _is_inside(path, root):
+        raise DataError(f"{place}: {brief(cell)} leads out of the folder {root}.", "Copy the file into the folder.")
+    return os.path.relpath(path, root)
+
+
+def _listed_status(path: str, root: str, place: str) -> tuple[tuple[int, int] | None, str]:
+    """((size, mtime_ns), "") of a listed file, or (None, reason) for a file that can't be read.
+
+    Raises:
+        DataError: a link in the path leads out of the folder.
+    """
+    try:
+        real = os.path.realpath(os.path.join(root, path))
+        if not _is_inside(real, root):
+            raise DataError(
+                f"{place}: {brief(path)} leads out of the folder {root}.", "Copy the file into the folder."
+            )
+        status = os.stat(real)
+    except DataError:
+        raise
+    except FileNotFoundError:
+        return None, "there is no such file"
+    except (OSError, ValueError) as error:
+        return None, because(error)
+    if not stat.S_ISREG(status.st_mode):
+        return None, "it is no file"
+    return (status.st_size, status.st_mtime_ns), ""
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# 4. Rows
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _listing_rows(
     listing: Path, image_column: str, caption_column: str, caption_needed: bool
 ) -> Iterator[tuple[str, dict]]:
-    """(place, row) of each row of a listing, of whatever kind. Of Parquet only the columns that matter are read."""
+    """(place, row) of each row of a listing; the ending of the name tells the kind.
+
+    Args:
+        listing: the file.
+        image_column, caption_column: the columns of a Parquet file that are read.
+        caption_needed: refuse a Parquet file without the caption column.
+    """
     if listing.suffix == ".jsonl":
         return _json_rows(listing)
     if listing.suffix == ".csv":
@@ -315,13 +570,13 @@ def listing_rows(
 
 
 def _json_rows(listing: Path) -> Iterator[tuple[str, dict]]:
-    # Binary, since text would also be split at U+2028 and the like inside a string.
+    # Lines of a binary file: lines of a text file would also end at U+2028 and the like inside a string.
     start = 0
     for number, line in enumerate(_lines(listing), start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            raise _not_utf8(f"{listing}:{number}", start + error.start) from error
+            raise not_utf8(f"{listing}:{number}", start + error.start) from error
         start += len(line)
         if text.strip():
             yield f"{listing}:{number}", json_object(text, f"{listing}:{number}")
@@ -335,37 +590,27 @@ def _lines(listing: Path) -> Iterator[bytes]:
         raise DataError(f"{shown(str(listing))}: can't be read: {because(error)}.") from error
 
 
-def json_object(text: str, place: str) -> dict:
-    """The object that a line of JSON is, or a DataError."""
-    try:
-        row = json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON ({error}). Each line must be one object.") from error
-    if not isinstance(row, dict):
-        raise DataError(f'{place}: must be an object like {{"file_name": "…", "text": "…"}}, not {brief(row)}.')
-    return row
-
-
 def _csv_rows(listing: Path) -> Iterator[tuple[str, dict]]:
     try:
         # newline="" leaves line breaks, also those inside quotes, to csv.
         with open(listing, "rb") as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
             header = text.readline()
-            # Blanks after the commas of the header: those of the rows are no part of their fields either.
+            # Where blanks follow the commas of the header, blanks after the commas of a row are no part of a field.
             reader = csv.DictReader(chain([header], text), strict=True, skipinitialspace=", " in header)
             try:
                 reader.fieldnames = _csv_header(reader.fieldnames or [], f"{listing}:1")
                 for row in reader:
                     place = f"{listing}:{reader.line_num}"
                     if None in row:
-                        raise DataError(f"{place}: more fields than columns. Put a caption with a comma into quotes.")
+                        problem = f"{place}: more fields than columns."
+                        raise DataError(problem, "Put a caption with a comma into quotes.")
                     yield place, row
             except csv.Error as error:
-                # Counted up to the row before: an open quote is noticed only at the end of the file.
+                # line_num counts the rows before this row: csv notices an open quote only at the end of the file.
                 place = f"{listing}:{reader.line_num + 1}"
                 raise DataError(f"{place}: not CSV ({error}). Is a quote left open?") from error
     except UnicodeDecodeError:
-        # It is counted from the start of what was read last, so the place is looked for again.
+        # The error counts from the start of the last block, so the file is searched again for the place.
         _refuse_not_utf8(listing)
         raise
     except OSError as error:
@@ -373,25 +618,25 @@ def _csv_rows(listing: Path) -> Iterator[tuple[str, dict]]:
 
 
 def _csv_header(names: Sequence[str], place: str) -> list[str]:
-    """The names of the columns without blanks around them; those of another kind of table are refused."""
+    """The names of the columns without blanks around them. A table with other separators is refused."""
     if len(names) == 1:
         for separator, what in ((";", "semicolons"), ("\t", "tabs")):
             if separator in names[0]:
                 raise DataError(
-                    f"{place}: the columns seem to be separated by {what}; they must be separated by commas. "
-                    "Save the file with commas, and captions with a comma in quotes."
+                    f"{place}: the columns seem to be separated by {what}; they must be separated by commas.",
+                    "Save the file with commas, and captions with a comma in quotes.",
                 )
     return [name.strip() for name in names]
 
 
 def _refuse_not_utf8(listing: Path) -> None:
-    """Raise an error for the first line that is not UTF-8."""
+    """Raise a DataError for the first line that is not UTF-8."""
     start = 0
     for number, line in enumerate(_lines(listing), start=1):
         try:
             line.decode()
         except UnicodeDecodeError as error:
-            raise _not_utf8(f"{listing}:{number}", start + error.start) from error
+            raise not_utf8(f"{listing}:{number}", start + error.start) from error
         start += len(line)
 
 
@@ -416,56 +661,3 @@ def _parquet_rows(
                     number += 1
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{shown(str(listing))}: can't be read as Parquet: {because(error)}") from error
-
-
-def listed_name(cell: Any, column: str, parent: str, root: str, place: str) -> str:
-    """The path, relative to the root, of a file in a listing. It leads nowhere else: listings come from strangers.
-
-    Args:
-        cell: what stands in the listing.
-        column: its column, for messages.
-        parent: the folder of the listing, relative to the root.
-        root: the folder, absolute and without links.
-        place: the listing with the line.
-    """
-    if not isinstance(cell, str) or not cell.strip():
-        raise DataError(f"{place}: {column!r} must be the name of a file, not {brief(cell)}.")
-    if "\0" in cell or not is_utf8(cell):
-        raise DataError(f"{place}: {brief(cell)} is no usable file name. Correct it.")
-    absolute = PurePosixPath(cell).is_absolute() or PureWindowsPath(cell).is_absolute()
-    path = os.path.normpath(os.path.join(root, parent, cell))
-    if absolute or not _is_inside(path, root):
-        raise DataError(f"{place}: {brief(cell)} leads out of the folder {root}. Copy the file into the folder.")
-    return os.path.relpath(path, root)
-
-
-def listed_status(path: str, root: str, place: str) -> tuple[tuple[int, int] | None, str]:
-    """((size, mtime_ns), "") of a listed file, or (None, why there is none). `root` is as in `listed_name`.
-
-    Raises:
-        DataError: a link on the way leads out of the folder.
-    """
-    try:
-        real = os.path.realpath(os.path.join(root, path))
-        if not _is_inside(real, root):
-            raise DataError(f"{place}: {brief(path)} leads out of the folder {root}. Copy the file into it.")
-        status = os.stat(real)
-    except DataError:
-        raise
-    except FileNotFoundError:
-        return None, "there is no such file"
-    except (OSError, ValueError) as error:
-        return None, because(error)
-    if not stat.S_ISREG(status.st_mode):
-        return None, "it is no file"
-    return (status.st_size, status.st_mtime_ns), ""
-
-
-def require_column(column: str, columns: Iterable[str], place: str, flag: str) -> None:
-    """Raise a DataError, with the nearest name, unless the column is among the columns."""
-    columns = list(columns)
-    if column in columns:
-        return
-    near = difflib.get_close_matches(column, [str(name) for name in columns], n=1, cutoff=0.0)
-    advice = f"Did you mean {flag} {near[0]}?" if near else f"Name the right one with {flag}."
-    raise DataError(f"{place}: there is no column {column!r} ({flag}); the columns are {columns}. {advice}")

@@ -1,22 +1,16 @@
-"""Where images and captions come from: folders, caption files, listings, WebDataset shards, Hugging Face data sets.
+"""Captioned images in packed form: WebDataset shards, and data sets of Hugging Face's `datasets`.
 
-What this file holds, in order:
+Sections:
 
-1. folders: the files below one, and what lies there that can't be used;
-2. captions: texts as they stand in files and cells;
-3. listings: the rows of `metadata.jsonl`, `.csv` and `.parquet`;
-4. shards: the images in a tar with their captions;
-5. data sets: their images and captions.
+1. shards: the images in a tar, with their captions;
+2. data sets: loading, and the images and captions of the rows.
 
-Everything is read here with the place of every mistake, and nothing is kept: `data.scan` does that. Importing this
-file imports neither torch nor datasets: Parquet listings import pyarrow, and data sets import datasets, when they are
-met.
-
-Names are paths relative to the folder, with `/`. A place is where something stands, for messages; a `DataError`
-begins with it.
+The functions add an entry for each image to the findings of a scan (`data.findings`), without opening the image.
+Importing this file imports neither torch nor datasets; a data set imports datasets and pyarrow.
 """
 
 import contextlib
+import json
 import os
 import re
 import tarfile
@@ -27,23 +21,40 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lpl_finetuning.data.folders import MAX_JSON, decode_text, refuse_long
+from lpl_finetuning.data.findings import (
+    Findings,
+    caption_lines,
+    decode_text,
+    json_object,
+    refuse_long,
+    require_column,
+)
 from lpl_finetuning.data.images import IMAGE_EXTENSIONS
 from lpl_finetuning.data.tables import ROWS_AT_ONCE
-from lpl_finetuning.errors import DataError, because, counted, first_names, shown
+from lpl_finetuning.errors import FIRST_NAMES, DataError, because, counted, first_names, is_or_are, shown
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 4. Shards
+# 1. Shards
 # ---------------------------------------------------------------------------------------------------------------------
 
-_CAPTION_KINDS = ("txt", "caption", "json")  # the first one found beside an image is read
+_MAX_JSON = 2**24  # bytes of a `.json` member
+_CAPTION_KINDS = ("txt", "caption", "json")  # the first kind that is found beside an image is read
 _KIND = re.compile(r"(?:.*/|)[^.]+[.]([^/]*)", re.DOTALL)  # what follows the first dot of the base name
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset's own
+_META = re.compile(r"__[^/]*__($|/)")  # webdataset's own members
 _HERE = re.compile(r"(\./+)*")  # `tar -C folder .` writes ./a.png
 
 
 class ShardImage(NamedTuple):
-    """An image in a shard; `text` is that of its caption's member, None where there is none."""
+    """An image in a shard.
+
+    Attributes:
+        offset: first byte of the image in the tar.
+        length: bytes of the image.
+        name: printable name of the image's member.
+        caption_name: printable name of the caption's member.
+        text: content of the caption's member; None for an image without a caption.
+        is_json: 1 where the text is JSON, else 0.
+    """
 
     offset: int
     length: int
@@ -62,10 +73,14 @@ class _Member(NamedTuple):
 
 
 def shard_images(path: Path, remarks: list[str]) -> Iterator[ShardImage]:
-    """The images in a shard; what is not used is remarked upon at the end.
+    """The images in a shard.
 
-    Members are grouped as webdataset does it: neighbours with the same path up to the first dot of the base name
-    belong together, and the rest of the name, in lower case, tells what they are.
+    Members are grouped as by webdataset. Neighbours with the same path up to the first dot of the base name belong
+    together; the rest of the name, in lower case, is the kind of the member.
+
+    Args:
+        path: the tar.
+        remarks: gets sentences about members that are not used, at the end.
 
     Raises:
         DataError: the tar is damaged, cut short or compressed, or a caption can't be read.
@@ -95,17 +110,17 @@ def _remark_on_members(path: Path, names: list[str], one: str, many: str) -> str
 
 
 def _sample(path: Path, members: Iterable[_Member], odd: list[str]) -> tuple[list[tuple], dict[str, tuple[str, str]]]:
-    """([(offset, length, name) of an image], {kind: (name, text) of a caption}) among members that belong together."""
+    """([(offset, length, name) of each image], {kind: (name, text) of each caption}) of members of one group."""
     images, texts, kinds = [], {}, set()
     for name, _, kind, info, tar in members:
         place = f"{shown(str(path))}: {shown(name)}"
         if kind in kinds:
-            raise DataError(f"{place}: there are two members of this kind with one name. Rename one.")
+            raise DataError(f"{place}: there are two members of this kind with one name.", "Rename one.")
         kinds.add(kind)
         if f".{kind}" in IMAGE_EXTENSIONS:
             images.append((info.offset_data, info.size, _printable(name)))
         elif kind in _CAPTION_KINDS:
-            refuse_long(info.size, place, *([MAX_JSON] if kind == "json" else []))
+            refuse_long(info.size, place, *([_MAX_JSON] if kind == "json" else []))
             texts[kind] = (_printable(name), decode_text(tar.extractfile(info).read(), place))
         elif f".{kind.rpartition('.')[2]}" in IMAGE_EXTENSIONS:
             odd.append(name)
@@ -113,17 +128,21 @@ def _sample(path: Path, members: Iterable[_Member], odd: list[str]) -> tuple[lis
 
 
 def _members(path: Path) -> Iterator[_Member]:
-    """The files in a tar, once each; sure to reach the end of it. Raises whatever tarfile raises."""
+    """The files in a tar, each once, up to the end mark.
+
+    Raises:
+        tarfile.TarError: the tar is damaged, or the end mark is missing; tarfile raises other types too.
+    """
     with open(path, "rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
         while (info := tar.next()) is not None:
-            tar.members.clear()  # or all of them would be held
+            tar.members.clear()  # tarfile would keep all members in memory
             name = info.name[_HERE.match(info.name).end() :]
             match = _KIND.fullmatch(name)
             if info.isreg() and match and not _META.match(name):
                 if info.issparse():
                     raise tarfile.ReadError(f"{shown(name)} is stored with holes; pack it without --sparse")
                 yield _Member(name, name[: match.start(1) - 1], match[1].lower(), info, tar)
-        # tarfile takes a cut or a broken header for the end. The real one is a block of zeros.
+        # tarfile takes a cut or broken header for the end of the tar. The real end mark is a block of zeros.
         file.seek(tar.offset)
         end = file.read(tarfile.RECORDSIZE + tarfile.BLOCKSIZE)
         if len(end) < tarfile.BLOCKSIZE or any(end[: tarfile.BLOCKSIZE]):
@@ -134,7 +153,7 @@ def _members(path: Path) -> Iterator[_Member]:
 
 @contextlib.contextmanager
 def _tar_errors(path: Path) -> Iterator[None]:
-    """Turn the many errors of damaged tars into one that names the file."""
+    """Context manager: turns the many errors of damaged tars into a DataError that names the file."""
     try:
         yield
     except DataError:
@@ -142,10 +161,10 @@ def _tar_errors(path: Path) -> Iterator[None]:
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5"):
-                message = f"{shown(str(path))}: a compressed tar. Uncompress it; only plain ones are read."
-                raise DataError(message) from error
+                advice = "Uncompress it; only plain ones are read."
+                raise DataError(f"{shown(str(path))}: a compressed tar.", advice) from error
         raise DataError(
-            f"{shown(str(path))}: the tar is damaged or cut short ({because(error)}). Copy or pack it again."
+            f"{shown(str(path))}: the tar is damaged or cut short ({because(error)}).", "Copy or pack it again."
         ) from error
 
 
@@ -153,13 +172,92 @@ def _printable(name: str) -> str:
     return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def add_shards(findings: Findings) -> str:
+    """Add an entry for each image in the shards of a folder.
+
+    Returns:
+        The number of shards, in words.
+
+    Raises:
+        DataError: a shard or a caption can't be used, or an image has no caption.
+    """
+    _list_shards(findings)
+    _add_members(findings)
+    (count,) = findings.db.execute("SELECT count(*) FROM shards").fetchone()
+    return counted(count, "WebDataset shard")
+
+
+def _list_shards(findings: Findings) -> None:
+    """Bring the table `members` up to date: the images in the shards, with their captions."""
+    query = (
+        "SELECT s.* FROM shards s LEFT JOIN tars t USING (path, size, mtime_ns) WHERE t.path IS NULL ORDER BY s.path"
+    )
+
+    def store(item: tuple, _: None) -> None:
+        path, size, mtime_ns = item
+        remarks: list[str] = []
+        for table in ("tars", "members", "facts"):
+            findings.db.execute(f"DELETE FROM {table} WHERE path = ?", (path,))
+        rows = ((path, *image) for image in shard_images(findings.request.root / path, remarks))
+        findings.db.executemany("INSERT INTO members VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
+        findings.db.execute("INSERT INTO tars VALUES (?, ?, ?, ?)", (path, size, mtime_ns, json.dumps(remarks)))
+
+    # `store` reads the shards one by one, and stores each row as soon as it is read.
+    findings.facts.update(query, lambda item: None, store)
+    for (remarks,) in findings.db.execute("SELECT t.remarks FROM tars t JOIN shards USING (path) ORDER BY path"):
+        findings.warnings += json.loads(remarks)
+
+
+def _add_members(findings: Findings) -> None:
+    """Add an entry for each image in the table `members`."""
+    request, bare, total = findings.request, [], 0
+    rows = findings.db.execute(
+        "SELECT m.path, offset, length, name, caption_name, text, is_json, s.size, s.mtime_ns FROM members m "
+        "JOIN shards s ON s.path = m.path ORDER BY m.path, offset"
+    )
+
+    def entries() -> Iterator[tuple]:
+        nonlocal total
+        for path, offset, length, member, caption_name, text, is_json, size, mtime_ns in rows:
+            total += 1
+            default, name = request.default(path), f"{path}/{member}"
+            place, what = f"{request.root / path}: {shown(caption_name or member)}", "the caption"
+            cell = text
+            if is_json:
+                row, what = json_object(text, place), f"the caption {request.caption_column!r}"
+                if default is None:
+                    require_column(request.caption_column, row, place, "--caption_column")
+                cell = row.get(request.caption_column)
+            elif text is not None and request.caption_per_line:
+                cell = caption_lines(text)
+            elif text is None and default is None:
+                bare.append(name if len(bare) <= FIRST_NAMES else "")
+                continue
+            with findings.noting():
+                captions = findings.captions(cell, default, place, what, "sample")
+                yield name, captions, path, offset, length, size, mtime_ns, place
+
+    findings.add_entries(entries())
+    if bare:
+        raise DataError(
+            f"{request.flag}: {len(bare)} of {total} images in the shards of {request.place} have no caption: "
+            f"{first_names(bare)}.",
+            "Each needs a .txt or .json member of the same name right beside it in the tar; or give all one with "
+            "--instance_prompt.",
+        )
+
+
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Data sets
+# 2. Data sets
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 def load_dataset(name: str, config: str | None, split: str, cache_dir: str | os.PathLike | None) -> Any:
-    """`datasets.load_dataset`, or `load_from_disk` for a folder that `save_to_disk` wrote."""
+    """A split of a data set from the Hub, or of a folder that `save_to_disk` wrote.
+
+    Raises:
+        DataError: the data set can't be loaded, or has no such split.
+    """
     import datasets
 
     folder = Path(name)
@@ -177,13 +275,17 @@ def load_dataset(name: str, config: str | None, split: str, cache_dir: str | os.
     except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         config_text = f" --dataset_config_name {config}" if config else ""
         raise DataError(
-            f"--dataset_name {name}{config_text}: the split {split!r} can't be loaded: {error} "
-            "Check its name and the network; a folder with images is --train_data_dir."
+            f"--dataset_name {name}{config_text}: the split {split!r} can't be loaded: {error}",
+            "Check its name and the network; a folder with images is --train_data_dir.",
         ) from error
 
 
 def undecoded_images(dataset: Any, column: str, place: str) -> Any:
-    """The data set with nothing but its images, undecoded. One column only: reading a row decodes every column."""
+    """The data set with its image column alone, undecoded. Reading a row of more columns would decode all of them.
+
+    Raises:
+        DataError: the column holds no images.
+    """
     import datasets
 
     try:
@@ -194,8 +296,8 @@ def undecoded_images(dataset: Any, column: str, place: str) -> Any:
         ) from error
 
 
-def cells_of(dataset: Any, column: str) -> Iterator[Any]:
-    """The cells of a column; None for each row where the data set has no such column."""
+def _cells_of(dataset: Any, column: str) -> Iterator[Any]:
+    """The cells of a column; None for each row of a data set without such a column."""
     if column not in dataset.column_names:
         yield from [None] * len(dataset)
         return
@@ -203,8 +305,8 @@ def cells_of(dataset: Any, column: str) -> Iterator[Any]:
         yield from batch[column]
 
 
-def files_of_rows(images: Any, column: str) -> dict[int, tuple[int, int]]:
-    """(size, mtime_ns) for the rows that hold no bytes but the path of a file, which may change under the data set."""
+def _files_of_rows(images: Any, column: str) -> dict[int, tuple[int, int]]:
+    """{row: (size, mtime_ns)} of the rows that hold a path instead of bytes; such a file may change later."""
     import pyarrow.compute as compute
 
     files, start = {}, 0
@@ -218,3 +320,32 @@ def files_of_rows(images: Any, column: str) -> dict[int, tuple[int, int]]:
                 files[start + int(index)] = (status.st_size, status.st_mtime_ns)
         start += len(cells)
     return files
+
+
+def add_rows(findings: Findings, dataset: Any) -> None:
+    """Add an entry for each row of a data set.
+
+    Without a default caption an empty caption is allowed, and counted in a warning.
+
+    Raises:
+        DataError: a caption can't be used.
+    """
+    request, num_empty = findings.request, 0
+    default, files = request.default_caption, _files_of_rows(request.images, request.image_column)
+
+    def entries() -> Iterator[tuple]:
+        nonlocal num_empty
+        for index, cell in enumerate(_cells_of(dataset, request.caption_column)):
+            place = f"--caption_column {request.caption_column!r} of {request.place}: row {index}"
+            texts = cell if isinstance(cell, (list, tuple)) else [cell]
+            if default is None:
+                num_empty += any(isinstance(text, str) and not text.strip() for text in texts) or not texts
+            with findings.noting():
+                captions = findings.captions(cell, default, place, "the caption", "row", empty_allowed=default is None)
+                yield f"{index:09d}", captions, "", index, None, *files.get(index, (0, 0)), place
+
+    findings.add_entries(entries())
+    if num_empty:
+        findings.warnings.append(
+            f"{num_empty} of {len(dataset)} captions of {request.place} {is_or_are(num_empty)} empty."
+        )

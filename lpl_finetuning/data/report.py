@@ -1,8 +1,8 @@
-"""The report on the data of a run: what a scan found, in numbers, in remarks, and on one page of the terminal.
+"""The report on the data of a run: what a scan found, as numbers, as remarks, and as one page of the terminal.
 
-What this file holds, in order:
+Sections:
 
-1. the report: a dictionary that `data_report.json` is written from;
+1. the report: a dictionary, which `data_report.json` holds;
 2. statistics of formats, sizes, captions and copies;
 3. remarks: sentences about what deserves a look;
 4. the page.
@@ -12,6 +12,7 @@ Importing this file imports neither torch nor datasets. Sizes are (height, width
 
 import hashlib
 import json
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from typing import Any
 import numpy as np
 
 from lpl_finetuning.data.images import assign_buckets, lost_share
-from lpl_finetuning.data.samples import target_sizes
+from lpl_finetuning.data.samples import FramingRules
 from lpl_finetuning.data.scan import Scan
 from lpl_finetuning.data.tables import (
     ROWS_AT_ONCE,
@@ -31,25 +32,7 @@ from lpl_finetuning.data.tables import (
     select,
     sizes_of,
 )
-from lpl_finetuning.errors import FIRST_NAMES, DataError, be, counted, first_names, shown
-
-
-def data_report(args, scan, held_out):
-    """The report on the data of a run, `data.report.build_report`."""
-    sizes = target_sizes(args) if args.aspect_ratio_buckets else None
-    return build_report(scan, held_out, args.resolution, sizes, args.train_batch_size)
-
-
-def check_strict(args, report):
-    """Under --strict, everything that the report on the data remarks upon is an error."""
-    if args.strict and report["remarks"]:
-        raise DataError("--strict: " + "\n  ".join(["the report on the data remarks:", *report["remarks"]]))
-
-
-def save_report(report, path):
-    """Write the report on the data as JSON."""
-    Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
-
+from lpl_finetuning.errors import FIRST_NAMES, DataError, counted, first_names, is_or_are, shown
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The report
@@ -57,26 +40,20 @@ def save_report(report, path):
 
 
 def build_report(
-    scan: Scan,
-    held_out: Sequence[CaptionedImage],
-    resolution: int,
-    buckets: Sequence[tuple[int, int]] | None = None,
-    batch_size: int = 1,
+    scan: Scan, held_out: Sequence[CaptionedImage], rules: FramingRules, batch_size: int = 1
 ) -> dict[str, Any]:
-    """What is in the data, as numbers and names that JSON can hold.
+    """The report on the data, numbers and names that JSON can hold.
 
     Args:
-        scan: its images are those to train on.
+        scan: with the images to train on.
         held_out: images to validate with.
-        resolution: `--resolution`, the side of the square that images are cropped to without buckets.
-        buckets: sizes, of which each image goes to the one of the nearest aspect ratio.
-        batch_size: of a micro-batch; a bucket with fewer images is remarked upon.
+        rules: how images are cut.
+        batch_size: samples of a micro-batch; a bucket with fewer images gets a remark.
 
     Returns:
-        Among others "remarks": sentences about what deserves a look.
+        The report; "remarks" are sentences about what deserves a look.
     """
-    images, targets = scan.images, list(buckets or [(resolution, resolution)])
-    sizes = sizes_of(images)
+    images, sizes = scan.images, sizes_of(scan.images)
     report: dict[str, Any] = {
         "source": scan.source,
         "images": len(images),
@@ -93,17 +70,28 @@ def build_report(
         "in_both": _in_both(images, held_out),
     }
     if len(images):
-        report |= _buckets(images, sizes, targets)
+        report |= _buckets(images, sizes, rules.sizes())
         report["very_wide_or_tall"] = _named(images, sizes.max(axis=1) > 4 * sizes.min(axis=1))
-    report["batch_size"], report["bucketed"] = batch_size, buckets is not None
+    report["batch_size"], report["bucketed"] = batch_size, bool(rules.aspect_ratio_buckets)
     report["remarks"] = [*scan.warnings, *_remarks(report)]
     return report
+
+
+def refuse_remarks(report: dict[str, Any]) -> None:
+    """Raise a DataError if the report has remarks: the effect of --strict."""
+    if report["remarks"]:
+        raise DataError("--strict: " + "\n  ".join(["the report on the data remarks:", *report["remarks"]]))
+
+
+def save_report(report: dict[str, Any], path: str | os.PathLike) -> None:
+    """Write the report as JSON."""
+    Path(path).write_text(json.dumps(report, indent=1, ensure_ascii=False), encoding="utf-8")
 
 
 def _buckets(
     images: Sequence[CaptionedImage], sizes: np.ndarray, targets: Sequence[tuple[int, int]]
 ) -> dict[str, Any]:
-    """How many images go to each target size, what they lose there, and which are smaller."""
+    """The number of images of each target size, the share that cropping removes, and the images that are smaller."""
     chosen = assign_buckets(sizes, targets)
     short = np.zeros(len(sizes), dtype=bool)
     buckets = []
@@ -129,7 +117,7 @@ def _named(images: Sequence[CaptionedImage], mask: np.ndarray) -> dict[str, Any]
 def _formats_and_notes(images: Sequence[CaptionedImage]) -> dict[str, Any]:
     formats: Counter = Counter()
     notes: dict[str, dict] = {}
-    if isinstance(images, ImageTable):  # a list knows nothing of these
+    if isinstance(images, ImageTable):  # a list has neither formats nor notes
         for name, format_name, joined in images.columns("name, format, notes"):
             formats[format_name] += 1
             for note in joined.split(",") if joined else ():
@@ -183,35 +171,22 @@ def _caption_statistics(images: Sequence[CaptionedImage]) -> dict[str, Any]:
 
 
 def _duplicates(images: Sequence[CaptionedImage]) -> dict[str, Any]:
-    """Groups of images with the same bytes under different names."""
-    contents = contents_of(images)
-    order = np.argsort(contents, kind="stable")
-    same = contents[order[1:]] == contents[order[:-1]]
-    groups, first, group = 0, [], []
-    extra = 0
-
-    def close() -> None:
-        nonlocal groups, extra, group
-        names = sorted({image.name for image in select(images, np.array(group))})
+    """Groups of images with the same bytes under different names. Images are repeated where listings repeat them."""
+    _, group_of, sizes = np.unique(contents_of(images), return_inverse=True, return_counts=True)
+    rows = np.flatnonzero(sizes[group_of] > 1)
+    rows = rows[np.argsort(group_of[rows], kind="stable")]
+    groups, copies, first = 0, 0, []
+    for group in np.split(rows, np.flatnonzero(np.diff(group_of[rows])) + 1) if len(rows) else ():
+        names = sorted({image.name for image in select(images, group)})
         if len(names) > 1:
-            groups, extra = groups + 1, extra + len(names) - 1
+            groups, copies = groups + 1, copies + len(names) - 1
             if len(first) < FIRST_NAMES:
                 first.append([shown(name) for name in names[:FIRST_NAMES]])
-        group = []
-
-    for place in np.flatnonzero(same):
-        if group and group[-1] != order[place]:  # another run of equal neighbours
-            close()
-        if not group:
-            group.append(int(order[place]))
-        group.append(int(order[place + 1]))
-    if group:
-        close()
-    return {"groups": groups, "copies": extra, "first": sorted(first)}
+    return {"groups": groups, "copies": copies, "first": sorted(first)}
 
 
 def _in_both(images: Sequence[CaptionedImage], held_out: Sequence[CaptionedImage]) -> dict[str, Any]:
-    """Images to validate with that are trained on too."""
+    """Held-out images that are also among the images to train on."""
     if not len(held_out) or not len(images):
         return {"count": 0, "first": []}
     return _named(held_out, np.isin(contents_of(held_out), contents_of(images)))
@@ -264,7 +239,7 @@ def _remark_on_copies(found: dict[str, Any]) -> list[str]:
 
 
 def report_lines(report: dict[str, Any]) -> list[str]:
-    """The report as one page for the terminal: at most 40 lines."""
+    """The report as one page for the terminal, at most 40 lines."""
     rows = [("captions from", report["source"]), ("images", f"{report['images']}, held out: {report['held_out']}")]
     if report["formats"]:
         rows.append(("formats", ", ".join(f"{name or '?'} {count}" for name, count in report["formats"].items())))
@@ -280,7 +255,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         have = "has" if several == 1 else "have"
         rows[-1] = ("captions", f"{rows[-1][1]}, {counted(several, 'image')} {have} several")
     if captions["default"]:
-        rows.append(("", f"{captions['default']} {be(captions['default'])} the default caption"))
+        rows.append(("", f"{captions['default']} {is_or_are(captions['default'])} the default caption"))
     if captions["length"]:
         low, middle, high = captions["length"]
         rows.append(("length", f"{low:g} to {high:g} characters, median {middle:g}"))

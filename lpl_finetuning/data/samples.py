@@ -1,20 +1,18 @@
-"""The data of a training run: addressed randomness, captions, framing, samples and batches.
+"""The samples of a training run: addressed randomness, captions, framing, order and batches.
 
-What this file holds, in order:
+Sections:
 
 1. addressed randomness: every random number follows from (seed, number of the sample), never from a stream's state;
-2. captions: which text an image gets in an epoch;
-3. framing: how an image is cut, and what of that can be encoded once;
-4. order: which image is the n-th sample, so that every batch holds images of one shape;
-5. the training set, and the batches of sample numbers that each rank works on;
-6. `python preview_data.py FOLDER`: a report on a folder of pictures, and a contact sheet of what the model will see.
+2. captions: the text that an image gets in an epoch;
+3. framing: how images are cut, and which cuts can be encoded once;
+4. order: which image is the n-th sample; every batch holds images of one shape;
+5. the training set, and the sample numbers of each rank's batches.
 
-Images are found by `data.scan`, kept in tables by `data.tables`, opened and cut by `data.images`, and their encodings
-kept by `data.store`. Importing this file imports neither torch nor datasets, so that a script can check its data
-before the slow imports.
+`data.scan` finds images, `data.tables` holds them, `data.images` opens and cuts them, `data.store` holds encodings.
+Importing this file imports neither torch nor datasets, so that a script can check its data before the slow imports.
 
-Shape suffixes: B samples in a batch, C channels, H height, W width; h, w the same in latent pixels, N images.
-Sizes are (height, width) and positions are (top, left), in pixels, wherever nothing else is said.
+Shape suffixes: B samples in a batch, C channels, H height, W width; h, w height and width in latent pixels; N images.
+Sizes are (height, width) and positions are (top, left), in pixels unless stated otherwise.
 """
 
 import functools
@@ -42,39 +40,7 @@ if TYPE_CHECKING:
     import torch
 
 
-def target_sizes(args):
-    """The shapes that images are cut to, ((height, width), ...)."""
-    if not args.aspect_ratio_buckets:
-        return ((args.resolution, args.resolution),)
-    if args.aspect_ratio_buckets == "auto":
-        return auto_buckets(args.resolution)
-    return parse_buckets(args.aspect_ratio_buckets)
-
-
-def largest_size(args):
-    """The target with the most pixels, (height, width)."""
-    return max(target_sizes(args), key=lambda size: size[0] * size[1])
-
-
-def framing(args, images, held_out=False):
-    """How images are cut; held-out ones always in the same way."""
-    sizes = target_sizes(args)
-    return Framing(
-        sizes,
-        assign_buckets(sizes_of(images), sizes) if images else np.zeros(0, np.int16),
-        center_crop=args.center_crop or held_out,
-        random_flip=args.random_flip and not held_out,
-        interpolation=args.image_interpolation_mode,
-        crops=0 if held_out else args.cache_variants,
-    )
-
-
-def caption_rules(args):
-    """What becomes of captions before they are encoded."""
-    return CaptionRules(args.trigger_word, args.shuffle_tags, args.keep_tags, args.tag_shuffles)
-
-
-# The numbers are part of what a seed means: a changed number changes every run. Add at the end, never renumber.
+# A seed means these numbers: a changed number changes every run. Add streams at the end, and never renumber.
 STREAMS = {
     "noise": 1,
     "timestep": 2,
@@ -103,8 +69,8 @@ STREAMS = {
 def addressed_rng(seed: int, n: int, stream: str) -> np.random.Generator:
     """A generator whose numbers follow from (seed, stream, n) alone.
 
-    Philox with (seed, stream) as key and n in the highest of its four 64-bit counter words. The generator itself
-    counts from the lowest word up, so two addresses share no numbers before 2**192 draws.
+    The generator is Philox with (seed, stream) as key and n in the highest of four 64-bit counter words. Philox counts
+    from the lowest word up, so two addresses share no numbers before 2**192 draws.
 
     Args:
         seed: 0 <= seed < 2**64.
@@ -126,7 +92,7 @@ def addressed_rng(seed: int, n: int, stream: str) -> np.random.Generator:
 
 
 def addressed_normal(seed: int, numbers: Iterable[int], shape: Sequence[int], stream: str) -> "torch.Tensor":
-    """Standard normal noise, float32 (B, *shape) on the CPU: row b follows from (seed, numbers[b]) alone."""
+    """Standard normal noise, float32 (B, *shape) on the CPU. Row b follows from (seed, numbers[b]) alone."""
     import torch
 
     rows = [addressed_rng(seed, int(n), stream).standard_normal(tuple(shape), dtype=np.float32) for n in numbers]
@@ -134,21 +100,22 @@ def addressed_normal(seed: int, numbers: Iterable[int], shape: Sequence[int], st
 
 
 def addressed_uniform(seed: int, numbers: Iterable[int], stream: str) -> np.ndarray:
-    """Uniform numbers in [0, 1), float64 (B,): entry b follows from (seed, numbers[b]) alone."""
+    """Uniform numbers in [0, 1), float64 (B,). Entry b follows from (seed, numbers[b]) alone."""
     return np.array([addressed_rng(seed, int(n), stream).random() for n in numbers], dtype=np.float64)
 
 
 def stratified_uniform(seed: int, numbers: Iterable[int], batch_size: int, per_step: int) -> np.ndarray:
-    """Uniform numbers in [0, 1), float64 (B,), of which those of one optimizer step are spread evenly.
+    """Uniform numbers in [0, 1), float64 (B,), spread evenly within each optimizer step.
 
-    Systematic sampling: the `per_step` samples of a step (those of all micro-steps and ranks) sit at
-    frac(u + s / per_step), where u is uniform, one for each step, and s runs over 0..per_step - 1. So an interval of
-    length p gets floor or ceil of p * per_step of them, while each sample for itself is uniform. The strata are dealt
-    out so that the samples of one micro-batch are spread evenly too.
+    Systematic sampling: the `per_step` samples of a step, over all micro-steps and ranks, lie at
+    frac(u + s / per_step). u is one uniform number per step, and s runs over 0..per_step - 1. So an interval of length
+    p gets floor or ceil of p * per_step samples, while each single sample is uniform. The strata s are dealt out so
+    that the samples of one micro-batch are spread evenly too.
 
     Args:
-        numbers: of samples, counted as `AddressedBatches` counts them.
-        batch_size: of a micro-batch.
+        seed: 0 <= seed < 2**64.
+        numbers: numbers of the samples, as `AddressedBatches` counts them.
+        batch_size: samples of a micro-batch.
         per_step: samples of an optimizer step, a multiple of batch_size.
     """
     steps, places = np.divmod(np.fromiter(numbers, dtype=np.int64), per_step)
@@ -158,7 +125,7 @@ def stratified_uniform(seed: int, numbers: Iterable[int], batch_size: int, per_s
 
 
 def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
-    """The order of an epoch: a permutation of range(size), int64 (size,)."""
+    """The order of the images in an epoch: a permutation of range(size), int64 (size,)."""
     return addressed_rng(seed, epoch, "order").permutation(size)
 
 
@@ -169,22 +136,25 @@ def epoch_order(seed: int, epoch: int, size: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class CaptionRules:
-    """What becomes of a caption before it is encoded.
+    """How captions change before they are encoded. Each field is the flag of that name.
 
-    trigger_word: stands before every caption, with a comma, where the caption does not begin with it as a whole word.
-        Where it is one of the parts between commas, it goes from there to the front.
-    shuffle_tags: the parts between commas change places from epoch to epoch.
-    keep_tags: so many of them keep their place at the front.
-    shuffles: so many orders of each caption are encoded; one of them is drawn in each epoch.
+    A tag is a part of a caption between commas.
+
+    Attributes:
+        trigger_word: word put before every caption, with a comma, unless the caption begins with it as a whole word.
+            A tag that equals the trigger word moves to the front.
+        shuffle_tags: shuffle the tags in each epoch.
+        keep_tags: number of tags at the front that stay in place.
+        tag_shuffles: number of orders of each caption that are encoded; each epoch draws one of them.
     """
 
     trigger_word: str = ""
     shuffle_tags: bool = False
     keep_tags: int = 0
-    shuffles: int = 8
+    tag_shuffles: int = 8
 
     def text(self, caption: str, shuffle: int = 0) -> str:
-        """The caption in the given one of its orders, 0 <= shuffle < shuffles."""
+        """The text of a caption. shuffle: number of the order of the tags, 0 <= shuffle < tag_shuffles."""
         own = {tag.lower() for tag in _tags(self.trigger_word)}
         if self.shuffle_tags:
             tags = _tags(caption)
@@ -192,7 +162,7 @@ class CaptionRules:
                            for part in (tags[: self.keep_tags], tags[self.keep_tags :]))  # fmt: skip
             if own and not kept and moved and self._begins(moved[0]):  # such as "sks dog on a beach"
                 kept, moved = moved[:1], moved[1:]
-            # From the caption itself, not from the seed: another run finds the same orders in the cache.
+            # The address is the caption, not the seed, so that other runs find the same orders in the cache.
             rng = addressed_rng(int(digest(caption=caption)[:15], 16), shuffle, "tags")
             caption = ", ".join([*kept, *(moved[place] for place in rng.permutation(len(moved)))])
         if self._begins(caption):
@@ -203,27 +173,27 @@ class CaptionRules:
         return f"{self.trigger_word}, {caption}" if caption else self.trigger_word
 
     def _begins(self, caption: str) -> bool:
-        """Whether a caption begins with the trigger word and not with a longer one; without a trigger word it does."""
+        """Whether a caption begins with the trigger word as a whole word; true without a trigger word."""
         length = len(self.trigger_word)
         same = caption[:length].lower() == self.trigger_word.lower()
         return same and not (length and caption[length : length + 1].isalnum())
 
     def texts(self, captions: Iterable[str]) -> list[str]:
-        """Every text that one of the captions may become, each once."""
-        orders = range(self.shuffles if self.shuffle_tags else 1)
+        """Every text that the captions of an image may become, each once."""
+        orders = range(self.tag_shuffles if self.shuffle_tags else 1)
         return list(dict.fromkeys(self.text(caption, order) for caption in captions for order in orders))
 
     def draw(self, captions: Sequence[str], seed: int, address: int) -> str:
-        """The text of one sample; address: of its image in its epoch."""
+        """The text of one sample. address: epoch * N + index of the image."""
         if len(captions) == 1 and not self.shuffle_tags:
             return self.text(captions[0])
         rng = addressed_rng(seed, address, "caption")
         caption = captions[int(rng.integers(len(captions)))]
-        return self.text(caption, int(rng.integers(self.shuffles)))
+        return self.text(caption, int(rng.integers(self.tag_shuffles)))
 
 
 def _tags(caption: str) -> list[str]:
-    """What stands between the commas of a caption, without the empty ones."""
+    """The parts of a caption between commas, without empty parts."""
     return [tag for part in caption.split(",") if (tag := part.strip())]
 
 
@@ -234,9 +204,12 @@ def _tags(caption: str) -> list[str]:
 
 @dataclass(frozen=True)
 class View:
-    """One way to cut an image: to which size, mirrored or not, and which of its numbered random crops.
+    """One way to cut an image.
 
-    crop: None for the centre, where the image can be cut in one way only, or for a place drawn anew in each epoch.
+    Attributes:
+        size: (height, width) of the cut image.
+        flip: mirror left to right.
+        crop: number of a random crop. None for the centre, for a forced crop, and for a place that each epoch draws.
     """
 
     size: tuple[int, int]
@@ -244,7 +217,7 @@ class View:
     crop: int | None = None
 
     def key(self, content: str) -> str:
-        """Its name in a store of latents; content: sha256 of the image file."""
+        """The key of the view in a store of latents. content: sha256 of the image file, hex."""
         height, width = self.size
         crop = "" if self.crop is None else f"-crop{self.crop}"
         return f"{content}-{height}x{width}{crop}{'-flipped' if self.flip else ''}"
@@ -254,12 +227,13 @@ class View:
 class Framing:
     """How the images of a run are cut.
 
-    sizes: the targets, (height, width) each: one, or the aspect-ratio buckets.
-    buckets: int (N,), which of the sizes each image gets.
-    center_crop: cut the centre, else a random place.
-    random_flip: mirror half of the samples.
-    interpolation: a name from `data.images.INTERPOLATIONS`.
-    crops: so many random crops of each image are numbered, so that they can be encoded once; 0: a new one every time.
+    Attributes:
+        sizes: targets, (height, width) each: one size, or the aspect-ratio buckets.
+        buckets: index of each image's size, int (N,).
+        center_crop: cut the centre instead of a random place.
+        random_flip: mirror half of the samples.
+        interpolation: a name from `data.images.INTERPOLATIONS`.
+        crops: number of random crops of each image that can be encoded once; 0 draws a new crop in each epoch.
     """
 
     sizes: tuple[tuple[int, int], ...]
@@ -270,9 +244,16 @@ class Framing:
     crops: int = 0
 
     def draw(self, index: int, image: CaptionedImage, seed: int, address: int) -> tuple[View, np.random.Generator]:
-        """(view of a sample, generator of its crop); address: of the image in its epoch."""
+        """(view of a sample, generator of the crop).
+
+        Args:
+            index: of the image in the data set.
+            image: the image.
+            seed: of the run.
+            address: epoch * N + index of the image.
+        """
         rng = addressed_rng(seed, address, "augment")
-        # Drawn whether used or not, so that the crop does not depend on whether images are flipped.
+        # The flip is always drawn, so that the crop does not depend on --random_flip.
         flip = bool(rng.random() < 0.5) and self.random_flip
         size = self.sizes[self.buckets[index]]
         if self.crops and not crop_is_forced(image.size, size, self.center_crop):
@@ -280,20 +261,20 @@ class Framing:
         return View(size, flip), rng
 
     def views(self, index: int, image: CaptionedImage) -> list[View]:
-        """Every view that `draw` may give, where all of them can be encoded once."""
+        """Every view of an image that `draw` may give. All of them can be encoded once if `can_be_cached`."""
         size = self.sizes[self.buckets[index]]
         if self.crops and not crop_is_forced(image.size, size, self.center_crop):
             return [self._numbered(size, crop) for crop in range(self.crops)]
         return [View(size, flip) for flip in ((False, True) if self.random_flip else (False,))]
 
     def _numbered(self, size, crop):
-        return View(size, self.random_flip and crop % 2 == 1, crop)  # every other one is mirrored
+        return View(size, self.random_flip and crop % 2 == 1, crop)  # every second crop is mirrored
 
     def cut(self, image: CaptionedImage, view: View, rng: np.random.Generator | None = None):
-        """(pixels uint8 (H, W, 3), `Crop`) of a view. rng: for a random crop that has no number.
+        """(pixels uint8 (H, W, 3), `Crop`) of a view. rng: generator of a random crop without a number.
 
         Raises:
-            DataError: the image can't be read, or has changed since it was found.
+            DataError: the image can't be read, or has changed since the scan.
         """
         if view.crop is not None:
             rng = addressed_rng(int(image.content[:15], 16), view.crop, "crop")
@@ -302,12 +283,52 @@ class Framing:
         return prepare_image(pixels, view.size, center, view.flip, self.interpolation, rng)
 
     def can_be_cached(self, images: Sequence[CaptionedImage]) -> bool:
-        """Whether each image has a fixed number of views."""
+        """Whether each image has a fixed number of views, which can be encoded once."""
         if self.center_crop or self.crops:
             return True
         pairs = np.unique(np.column_stack([sizes_of(images), self.buckets]), axis=0)
         return all(
             crop_is_forced((height, width), self.sizes[bucket], False) for height, width, bucket in pairs.tolist()
+        )
+
+
+@dataclass(frozen=True)
+class FramingRules:
+    """How a run cuts images, whichever images these are. Each field is the flag of that name."""
+
+    resolution: int
+    aspect_ratio_buckets: str | None = None
+    center_crop: bool = False
+    cache_variants: int = 0
+    random_flip: bool = False
+    image_interpolation_mode: str = "lanczos"
+
+    def sizes(self) -> tuple[tuple[int, int], ...]:
+        """The targets, (height, width) each: the square of the resolution, or the aspect-ratio buckets.
+
+        Raises:
+            DataError: --aspect_ratio_buckets, or --resolution for automatic buckets, is not usable.
+        """
+        if not self.aspect_ratio_buckets:
+            return ((self.resolution, self.resolution),)
+        if self.aspect_ratio_buckets == "auto":
+            return auto_buckets(self.resolution)
+        return parse_buckets(self.aspect_ratio_buckets)
+
+    def largest_size(self) -> tuple[int, int]:
+        """The target with the most pixels, (height, width)."""
+        return max(self.sizes(), key=lambda size: size[0] * size[1])
+
+    def framing(self, images: Sequence[CaptionedImage], held_out: bool = False) -> Framing:
+        """The framing of some images. held_out: cut each image in one way only, the centre without a flip."""
+        sizes = self.sizes()
+        return Framing(
+            sizes,
+            assign_buckets(sizes_of(images), sizes) if len(images) else np.zeros(0, np.int16),
+            center_crop=self.center_crop or held_out,
+            random_flip=self.random_flip and not held_out,
+            interpolation=self.image_interpolation_mode,
+            crops=0 if held_out else self.cache_variants,
         )
 
 
@@ -317,22 +338,23 @@ class Framing:
 
 
 class SampleOrder:
-    """Which image is the n-th sample of the endless stream, and in which epoch.
+    """Which image is the n-th sample of the endless stream of epochs.
 
-    The images of each bucket form a stream of their own, in which one epoch's permutation follows the other, and
-    which is cut into batches; so every batch is full and of one shape, an image comes once in each of its epochs, and
-    only a batch at the seam of two epochs holds images of both. The buckets' batches are dealt out at random, in an
-    epoch as many of each as its images fill: rounded up in some epochs and down in others, in which ones by a phase of
-    the bucket, so that in each epoch an image is used once on average over seeds. All of it follows from (seed, epoch)
-    alone.
+    Each bucket has a stream of its own: the permutations of its images in successive epochs, cut into batches. So
+    every batch is full and of one shape, and an image comes once in each epoch of its bucket's stream. Only a batch at
+    the seam of two epochs holds images of both.
+
+    An epoch deals out the batches of all buckets in random order, as many of each bucket as the bucket's images fill.
+    That number is rounded up in some epochs and down in others, by a random phase of the bucket. So on average over
+    seeds each image is used once per epoch. Everything follows from (seed, epoch) alone.
     """
 
     def __init__(self, seed: int, batch_size: int, buckets: np.ndarray):
         """
         Args:
-            seed: of the permutations.
-            batch_size: of a micro-batch.
-            buckets: int (N,), the bucket of each image.
+            seed: seed of the permutations.
+            batch_size: samples of a micro-batch.
+            buckets: bucket of each image, int (N,).
 
         Raises:
             ValueError: no images.
@@ -340,16 +362,16 @@ class SampleOrder:
         if not len(buckets):
             raise ValueError("A training set needs at least one image.")
         self.seed, self.batch_size = seed, batch_size
-        names, self.buckets, counts = np.unique(buckets, return_inverse=True, return_counts=True)  # none is empty
+        names, self.buckets, counts = np.unique(buckets, return_inverse=True, return_counts=True)  # of buckets in use
         self.counts = counts.astype(np.int64)  # images in each bucket
-        # A bucket with fewer images than a batch would else begin every run with a whole batch.
+        # Without phases a bucket with fewer images than a batch would have a batch in the first epoch of every run.
         phases = [addressed_rng(seed, int(name), "phase").integers(batch_size) for name in names]
         self.phases = np.array(phases, dtype=np.int64)
         self.starts = np.concatenate([[0], np.cumsum(self.counts)])
         self._members = functools.lru_cache(maxsize=4)(self._epoch_members)
         self._slots = functools.lru_cache(maxsize=4)(self._epoch_slots)
 
-    def __getstate__(self) -> dict:  # caches can't go to a spawned worker
+    def __getstate__(self) -> dict:  # a spawned worker makes its own caches
         return {name: value for name, value in self.__dict__.items() if name not in ("_members", "_slots")}
 
     def __setstate__(self, state: dict) -> None:
@@ -374,10 +396,10 @@ class SampleOrder:
         return epoch, int(self._members(epoch)[self.starts[bucket] + place])
 
     def _batch(self, batch: int) -> tuple[int, int]:
-        """(bucket, number in the bucket's own stream) of the batch-th micro-batch of all."""
+        """(bucket, number in the bucket's stream) of a micro-batch, by the number among the batches of all buckets."""
         if len(self.counts) == 1:
             return 0, batch
-        epoch = batch * self.batch_size // len(self.buckets)  # or a little off: of each bucket up to a batch
+        epoch = batch * self.batch_size // len(self.buckets)  # a guess; each bucket may be off by up to one batch
         while self._begun(epoch).sum() > batch:
             epoch -= 1
         while self._begun(epoch + 1).sum() <= batch:
@@ -387,11 +409,11 @@ class SampleOrder:
         return int(buckets[place]), int(numbers[place])
 
     def _begun(self, epoch: int) -> np.ndarray:
-        """How many batches of each bucket are dealt out before an epoch."""
+        """Number of batches of each bucket that are dealt out before an epoch."""
         return (epoch * self.counts + self.phases) // self.batch_size
 
     def _epoch_slots(self, epoch: int) -> tuple[np.ndarray, np.ndarray]:
-        """The batches dealt out in an epoch, in the order of their turn: (bucket, number in the bucket's stream)."""
+        """(bucket, number in the bucket's stream) of the batches of an epoch, in order; two arrays."""
         first, end = self._begun(epoch), self._begun(epoch + 1)
         buckets = np.repeat(np.arange(len(self.counts)), end - first)
         addressed_rng(self.seed, epoch, "slots").shuffle(buckets)
@@ -401,7 +423,7 @@ class SampleOrder:
         return buckets, numbers
 
     def _epoch_members(self, epoch: int) -> np.ndarray:
-        """The indices of all images, bucket after bucket, each bucket in the order of this epoch: int32 (N,)."""
+        """Indices of all images, int32 (N,): bucket after bucket, within a bucket in the order of the epoch."""
         order = epoch_order(self.seed, epoch, len(self.buckets))
         return order[np.argsort(self.buckets[order], kind="stable")].astype(np.int32)
 
@@ -412,17 +434,17 @@ class SampleOrder:
 
 
 class TrainingSet:
-    """Samples by their number n in the endless stream of epochs; a map-style data set for torch's DataLoader.
+    """A map-style data set for torch's DataLoader: samples by the number n in the endless stream of epochs.
 
     `self[n]` holds
 
-    - with `latents`: `mean` and `std`, float32 (C, h, w), of the encoder's distribution;
+    - with `latents`: `mean` and `std` of the encoder's distribution, float32 (C, h, w);
       without: `pixel_values`, float32 (3, H, W) in [-1, 1];
-    - `time_ids`: float32 (6,), the micro-conditioning of this very crop (`Crop.time_ids`);
-    - with `prompts`: the prompt's tensors, under the names they were stored by;
-    - `number` (n), `index` (of the image) and `caption`, as it was drawn.
+    - `time_ids`: micro-conditioning of the sample's crop (`Crop.time_ids`), float32 (6,);
+    - with `prompts`: the tensors of the prompt, by the names in the store;
+    - `number` (n), `index` of the image, and the drawn `caption`.
 
-    Order, caption, flip and crop follow from (seed, epoch, index) alone: they depend on no worker or rank.
+    Order, caption, flip and crop follow from (seed, epoch, index) alone, and are the same on every worker and rank.
     """
 
     def __init__(
@@ -437,18 +459,19 @@ class TrainingSet:
     ):
         """
         Args:
-            images: the captioned images, in an order that is the same for every rank and run.
+            images: captioned images, in the same order on every rank and in every run.
             order: which image is which sample.
-            framing: how they are cut.
-            captions: what becomes of their captions.
-            latents: encoded images, by `View.key`; without them the images are opened and cut.
-            prompts: encoded prompts, by prompt_key(text).
+            framing: how images are cut.
+            captions: how captions change.
+            latents: store of encoded images, by `View.key`; without it the images are opened and cut.
+            prompts: store of encoded prompts.
+            prompt_key: key of a text in `prompts`.
         """
         self.images, self.order, self.framing, self.captions = images, order, framing, captions
         self.latents, self.prompts, self.prompt_key = latents, prompts, prompt_key
 
     def __len__(self) -> int:
-        """The number of images, which is the length of an epoch; numbers go on beyond it."""
+        """The number of images, which is the length of an epoch. Sample numbers go on beyond it."""
         return len(self.images)
 
     def __getitem__(self, n: int) -> dict[str, Any]:
@@ -481,7 +504,7 @@ class TrainingSet:
 
 
 def collate(samples: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Samples to a batch: tensors are stacked to (B, ...), numbers become int64 arrays (B,), captions a list."""
+    """The batch of some samples: tensors (B, ...), numbers as int64 arrays (B,), captions as a list."""
     import torch
 
     batch: dict[str, Any] = {}

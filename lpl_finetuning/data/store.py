@@ -1,22 +1,20 @@
-"""Caches: a content-addressed store of small dictionaries of tensors on disk, and the loop that fills it.
+"""A content-addressed store of small dictionaries of tensors on disk.
 
-Four parts:
+Sections:
 
-1. keys: `digest` of values that JSON can hold, `fingerprint` of a model's files;
-2. shards: one file holds many entries of one schema, with a checksum for each, and nothing in it is ever pickled;
-3. `TensorStore`: a folder of shards, for 10 to 10 million entries;
-4. `encode_missing`: encodes what a store does not have, on any number of ranks, while threads prepare what comes next.
+1. shards: files of many entries of one schema, with a checksum for each entry and without pickles;
+2. the store: a folder of shards, for 10 to 10 million entries.
 
-Importing this file imports neither torch nor datasets. What needs torch imports it when called.
+Importing this file imports neither torch nor datasets; functions that need torch import it when they are called.
 
-A shard `shard-<digest>.safetensors` is a safetensors file of N entries with the same names, dtypes and shapes. Their
-rows are stacked: one tensor (N, ...) for each name, and before those
+A shard `shard-<digest>.safetensors` is a safetensors file of N entries with the same names, dtypes and shapes. Rows
+are stacked: one tensor (N, ...) for each name, after two tensors
 
     __keys       uint8 (N, 16)  first 16 bytes of the sha256 of each key
     __checksums  int64 (N,)     CRC32 of the schema, then the 16 bytes of the key, then the row of each name, by name
 
-so a header has a few hundred bytes however many rows there are. Rows are read by `pread` into memory of their own, not
-through a memory map: it is as fast, no mapped pages add up, and a file that is cut short ends no process by SIGBUS.
+So the header has a few hundred bytes for any number of rows. A row is read by `pread` into memory of its own instead
+of through a memory map. That is as fast, no mapped pages add up, and a truncated file kills no process by SIGBUS.
 
 Shapes: N rows of a shard, K keys, E entries of a store. Sizes are in bytes.
 """
@@ -63,17 +61,14 @@ _DTYPES = {  # safetensors' names -> (torch's, bytes)
 }
 _SAFETENSORS_NAMES = {f"torch.{torch_name}": name for name, (torch_name, _) in _DTYPES.items()}
 _ROW_OVERHEAD = 16 + 8  # key and checksum
-_FIRST_READ = 16384  # holds the header and the keys of a shard of 256 entries
+_FIRST_READ = 16384  # bytes; enough for the header and the keys of a shard of 256 entries
 _MAX_HEADER = 16 * 2**20
-_BLOCK_BYTES = 8 * 2**20  # read at once when a shard is verified
+_BLOCK_BYTES = 8 * 2**20  # bytes that `verify` reads at a time
 
-SHARD_ENTRIES = 256
-SHARD_BYTES = 64 * 2**20
-_OPEN_SHARDS = 32  # file descriptors
-_RECENT_ENTRIES = 4096  # put by this process and not yet in the sorted index
+_OPEN_SHARDS = 32  # file descriptors that stay open
+_RECENT_ENTRIES = 4096  # entries of this process that need not be in the sorted index yet
 _KEYS_AT_ONCE = 65536
-BATCHES_AHEAD = 2
-_OLD_SECONDS = 24 * 3600  # a temporary file of this age belongs to no living process
+_OLD_SECONDS = 24 * 3600  # a temporary file of this age belongs to no running process
 _VERIFIED = "verified.jsonl"
 
 Schema = tuple[tuple[str, str, tuple[int, ...]], ...]  # (name, safetensors' dtype, shape of a row), sorted by name
@@ -81,33 +76,33 @@ State = tuple[int, int]  # (size, mtime_ns) of a file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 2. Shards
+# 1. Shards
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 class DamagedShard(DataError):
-    """An entry can't be read any more. The message names the file and what to do."""
+    """An entry can't be read, because its shard is damaged."""
 
 
 class _Damage(ValueError):
-    """What is wrong with a shard, in words that follow its name."""
+    """What is wrong with a shard; the message follows the name of the shard."""
 
 
 @dataclass(frozen=True)
 class _Layout:
-    """Where everything is in a shard: follows from its schema and N alone, down to each byte of the header."""
+    """The position of everything in a shard. The schema and N alone determine the layout and all of the header."""
 
     schema: Schema
     num_rows: int
     header: bytes  # with the 8 bytes of its length
-    offsets: dict[str, int]  # of the tensors, from the beginning of the file
-    row_bytes: dict[str, int]  # of the tensors in the schema
+    offsets: dict[str, int]  # first byte of each tensor, from the beginning of the file
+    row_bytes: dict[str, int]  # bytes of a row of each tensor in the schema
     size: int  # of the whole file
     schema_checksum: int
 
     @property
     def file_order(self) -> list[str]:
-        """Names of the schema as they follow each other in the file."""
+        """The names of the schema in the order of the file."""
         return sorted(self.row_bytes, key=self.offsets.get)
 
 
@@ -140,7 +135,7 @@ def _parse_header(header: bytes) -> _Layout:
     """The layout that a header (without its length) describes.
 
     Raises:
-        _Damage: it is not, byte for byte, a header that this file writes.
+        _Damage: `_layout` would write other bytes.
     """
     try:
         fields = json.loads(header)
@@ -157,7 +152,7 @@ def _parse_header(header: bytes) -> _Layout:
 
 
 def entry_bytes(tensors: dict[str, "torch.Tensor"]) -> int:
-    """Bytes that an entry takes on disk, but for its share of the header (some hundred bytes for a whole shard)."""
+    """Bytes of an entry on disk, without the header (some hundred bytes for a whole shard)."""
     return _ROW_OVERHEAD + sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
 
 
@@ -176,7 +171,7 @@ def _schema(tensors: dict[str, "torch.Tensor"]) -> Schema:
 
 
 def _raw_bytes(tensor: "torch.Tensor") -> np.ndarray:
-    """uint8 (bytes of the tensor,): the tensor's own memory where it is contiguous and on the CPU, else a copy."""
+    """The bytes of a tensor, uint8 (bytes,): the tensor's memory if contiguous and on the CPU, else a copy."""
     import torch
 
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
@@ -185,7 +180,10 @@ def _raw_bytes(tensor: "torch.Tensor") -> np.ndarray:
 def _write_shard(path: Path, layout: _Layout, entries: list[tuple[bytes, dict[str, np.ndarray]]]) -> State:
     """Write a shard and flush it to the disk.
 
-    entries: N of (16 bytes of the key, {name: uint8 (row's bytes,)}).
+    Args:
+        path: of the file.
+        layout: of the shard.
+        entries: N of (16 bytes of the key, {name: uint8 (bytes of the row,)}).
     """
     checksums = []
     for key_hash, rows in entries:
@@ -210,10 +208,10 @@ def _state(status: os.stat_result) -> State:
 
 
 class _OpenShard:
-    """A shard opened for reading: its header and length are right. Threads and forked processes may share it.
+    """A shard that is open for reading, with a correct header and length. Threads and forked processes may share it.
 
     Raises:
-        _Damage: they are not.
+        _Damage: the header or the length is wrong.
         FileNotFoundError: there is no such shard.
     """
 
@@ -231,12 +229,12 @@ class _OpenShard:
         if self.layout.size != status.st_size:
             raise _Damage(f"it has {status.st_size} bytes where its header says {self.layout.size}")
 
-    def __del__(self, close=os.close):  # closed with its last user, so no thread reads from a number used anew
+    def __del__(self, close=os.close):  # after the last user: an open shard's descriptor is never reused
         if hasattr(self, "descriptor"):
             close(self.descriptor)
 
     def keys(self) -> bytes:
-        """16 N bytes."""
+        """The first 16 bytes of the sha256 of each key, 16 N bytes."""
         start, length = self.layout.offsets["__keys"], 16 * self.layout.num_rows
         if start + length <= len(self.head):
             return self.head[start : start + length]
@@ -244,14 +242,14 @@ class _OpenShard:
 
     @functools.cached_property
     def checksums(self) -> list[int]:
-        """Of all N rows, read once."""
+        """The checksums of all N rows, read once."""
         return self._bytes(self.layout.offsets["__checksums"], 8 * self.layout.num_rows).view("<i8").tolist()
 
     def entry(self, row: int, key_hash: bytes) -> dict[str, "torch.Tensor"]:
-        """The tensors of one row, in memory of their own.
+        """The tensors of a row, in memory of their own.
 
         Raises:
-            _Damage: the row is not what was written under this key.
+            _Damage: the row differs from what was written under this key.
         """
         import torch
 
@@ -270,10 +268,10 @@ class _OpenShard:
         return tensors
 
     def check(self) -> None:
-        """Read everything.
+        """Read all rows and compare the checksums.
 
         Raises:
-            _Damage: a row is not what was written.
+            _Damage: a row differs from what was written.
         """
         layout, keys = self.layout, self.keys()
         checksums = [zlib.crc32(keys[at : at + 16], layout.schema_checksum) for at in range(0, len(keys), 16)]
@@ -292,55 +290,55 @@ class _OpenShard:
             raise _Damage(f"the checksum of row {wrong[0]} is wrong, and {wrong.size - 1} more")
 
     def _bytes(self, start: int, length: int) -> np.ndarray:
-        """uint8 (length,)."""
+        """Bytes of the file, uint8 (length,)."""
         raw = np.empty(length, np.uint8)
         self._read(start, raw)
         return raw
 
     def _read(self, start: int, raw: np.ndarray) -> None:
-        """Fill raw, uint8 (length,), which must not be a copy."""
+        """Read bytes of the file into `raw`, uint8 (length,)."""
         if raw.size and os.preadv(self.descriptor, [raw], start) != raw.size:
             raise _Damage(f"it ends before byte {start + raw.size}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 3. The store
+# 2. The store
 # ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class _Index:
-    """Which entry is where, 24 bytes each, sorted by both halves of the keys' 16 bytes. Never changed in place.
+    """The place of each entry, 24 bytes per entry, sorted by both halves of the 16 bytes of a key. Immutable.
 
-    An entry that two shards hold is there twice, next to each other.
+    An entry that two shards hold appears twice, in neighbouring rows.
     """
 
-    first: np.ndarray  # uint64 (E,): bytes 0 to 7, little-endian
-    second: np.ndarray  # uint64 (E,): bytes 8 to 15
-    places: np.ndarray  # int64 (E,): number of the shard * 2**32 + row
-    num_keys: int = 0  # without the doubles
+    first: np.ndarray  # bytes 0 to 7 of the key, little-endian, uint64 (E,)
+    second: np.ndarray  # bytes 8 to 15 of the key, uint64 (E,)
+    places: np.ndarray  # number of the shard * 2**32 + row, int64 (E,)
+    num_keys: int = 0  # different keys
 
     @classmethod
     def sorted(cls, first: np.ndarray, second: np.ndarray, places: np.ndarray) -> "_Index":
-        """From arrays in any order."""
+        """An index from arrays in any order."""
         order = np.argsort(first, kind="stable")
-        first = first[order]  # one after the other, so that few copies are alive at a time
+        first = first[order]  # one by one, so that few copies are in memory at a time
         second = second[order]
         places = places[order]
         if not (first[1:] == first[:-1]).any():
             return cls(first, second, places, first.size)
-        order = np.lexsort((second, first))  # doubles, or keys with the same first half
+        order = np.lexsort((second, first))  # for equal keys, and keys with the same first half
         first, second, places = first[order], second[order], places[order]
         changes = (first[1:] != first[:-1]) | (second[1:] != second[:-1])
         return cls(first, second, places, 1 + int(np.count_nonzero(changes)))
 
     def lookup(self, hashes: bytes) -> np.ndarray:
-        """Place of each of K keys, int64 (K,), or -1. hashes: 16 K bytes."""
+        """The place of each of K keys, int64 (K,); -1 for a missing key. hashes: 16 K bytes."""
         wanted = np.frombuffer(hashes, "<u8").reshape(-1, 2)
         at = np.searchsorted(self.first, wanted[:, 0])
         found = np.full(len(wanted), -1, np.int64)
         open_keys = np.arange(len(wanted))
-        while open_keys.size:  # once, but for keys that share their first half with others
+        while open_keys.size:  # more than once only for keys that share the first half with other keys
             open_keys = open_keys[at[open_keys] < self.first.size]
             open_keys = open_keys[self.first[at[open_keys]] == wanted[open_keys, 0]]
             same = self.second[at[open_keys]] == wanted[open_keys, 1]
@@ -350,7 +348,7 @@ class _Index:
         return found
 
     def place(self, key_hash: bytes) -> int:
-        """Place of one key, or -1; a seventh of the time of `lookup`, which is made for many."""
+        """The place of one key, or -1. Takes a seventh of the time of `lookup`, which suits many keys."""
         first, second = struct.unpack("<QQ", key_hash)
         at = int(self.first.searchsorted(np.uint64(first)))
         while at < self.first.size and self.first[at] == first:
@@ -360,13 +358,13 @@ class _Index:
         return -1
 
     def with_rows(self, hashes: bytearray, places: np.ndarray) -> "_Index":
-        """This and K more. hashes: 16 K bytes; places: int64 (K,)."""
+        """An index with K more entries. hashes: 16 K bytes; places: int64 (K,)."""
         added = np.frombuffer(hashes, "<u8").reshape(-1, 2)
         first, second = np.append(self.first, added[:, 0]), np.append(self.second, added[:, 1])
         return _Index.sorted(first, second, np.append(self.places, places))
 
     def without_shards(self, numbers: list[int]) -> "_Index":
-        """This without the entries of some shards."""
+        """An index without the entries of some shards."""
         kept = ~np.isin(self.places >> 32, numbers)
         return _Index.sorted(self.first[kept], self.second[kept], self.places[kept])
 
@@ -378,22 +376,22 @@ def _empty_index() -> _Index:
 class TensorStore:
     """A store of small dictionaries of tensors, in shards `shard-*.safetensors` in one folder.
 
-    Entries are addressed by their content (`digest`, `fingerprint`), so an entry is never changed and several
-    processes may write the same one. A shard appears complete or not at all. A shard that turns out to be damaged is
-    set aside as `<name>.damaged`, and its entries are missing then. The store may be handed to DataLoader workers,
-    forked or spawned. A million entries take 24 MB, and reading them at random takes no more.
+    Keys are digests of what the content depends on (`files.digest`). So an entry never changes, and several processes
+    may write the same entry. A shard is complete or does not exist. A damaged shard is set aside as `<name>.damaged`,
+    and its entries are missing from then on. Forked and spawned DataLoader workers may use the store. A million
+    entries take 24 MB of memory, also while they are read at random.
     """
 
     def __init__(self, folder: str | os.PathLike):
-        """Open the store; the folder is made with the first entry. See `refresh`."""
+        """Open the store. The first `put` makes the folder. See `refresh`."""
         self.folder = Path(folder)
         self._index = _empty_index()
-        self._recent: dict[bytes, int] = {}  # 16 bytes of a key -> place, not in the index yet
-        self._names: list[str] = []  # of the shards, by number; numbers are given once
-        self._numbers: dict[str, int] = {}  # of those in use
-        self._refused: dict[str, State] = {}  # damaged, and could not be renamed
-        self._num_refused = 0  # with those that could
-        self._verified: dict[str, State] = {}  # by this process
+        self._recent: dict[bytes, int] = {}  # 16 bytes of a key -> place, of entries that are not in the index yet
+        self._names: list[str] = []  # names of shards by number; a number is never used again
+        self._numbers: dict[str, int] = {}  # numbers of the shards in use
+        self._refused: dict[str, State] = {}  # damaged shards that could not be renamed
+        self._num_refused = 0  # all damaged shards
+        self._verified: dict[str, State] = {}  # shards that this process has verified
         self._open: OrderedDict[int, _OpenShard] = OrderedDict()
         self.refresh()
 
@@ -404,20 +402,35 @@ class TensorStore:
         return self._place(_key_hash(key)) >= 0
 
     def missing(self, keys: Iterable[str]) -> list[str]:
-        """Those of the keys that are not there, each once, in order."""
-        return list(self._missing((key, None) for key in keys))
+        """The keys that the store lacks, each once, in order."""
+        return list(self.missing_items((key, None) for key in keys))
+
+    def missing_items(self, keys_and_items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+        """{key: item} of the keys that the store lacks, with the first item of each key.
+
+        Few of the other items are in memory at a time.
+        """
+        missing: dict[str, Any] = {}
+        pairs = iter(keys_and_items)
+        while chunk := list(itertools.islice(pairs, _KEYS_AT_ONCE)):
+            hashes = [_key_hash(key) for key, _ in chunk]
+            places = self._index.lookup(b"".join(hashes)).tolist()
+            for (key, item), key_hash, place in zip(chunk, hashes, places, strict=True):
+                if place < 0 and key_hash not in self._recent:
+                    missing.setdefault(key, item)
+        return missing
 
     def refresh(self) -> None:
-        """Take in the shards that other processes have written since, and let go of those they have set aside.
+        """Add the shards that other processes have written since, and remove the shards that they have set aside.
 
-        Of a new shard the header and the keys are read. One with a damaged header, or of a wrong length, is set aside
-        with a warning. `verify` reads the rest.
+        Of a new shard only the header and the keys are read; `verify` reads the rest. A shard with a damaged header
+        or a wrong length is set aside with a warning.
         """
         present = self._shard_files()
         self._forget(self._numbers.keys() - present)
         hashes, new = bytearray(), []
         for name in sorted(present - self._numbers.keys()):
-            with contextlib.suppress(FileNotFoundError):  # another rank has just set it aside
+            with contextlib.suppress(FileNotFoundError):  # another rank has just set the shard aside
                 if name in self._refused and self._refused[name] == self._state_of(name):
                     continue
                 try:
@@ -434,11 +447,11 @@ class TensorStore:
         self._take_in(hashes, places)
 
     def get(self, key: str) -> dict[str, "torch.Tensor"]:
-        """The tensors of one entry, on the CPU, in the type they were put in and in memory of their own.
+        """The tensors of an entry, on the CPU, with the dtypes of `put` and in memory of their own.
 
         Raises:
             KeyError: the key is not in the store.
-            DamagedShard: the entry is not what was put. Its shard is set aside: all entries in it are missing now.
+            DamagedShard: the entry differs from what was put. The shard is set aside, and all its entries are missing.
         """
         key_hash = _key_hash(key)
         place = self._place(key_hash)
@@ -447,26 +460,26 @@ class TensorStore:
         number, row = divmod(place, 2**32)
         with contextlib.suppress(_Damage, OSError):
             return self._shard(number).entry(row, key_hash)
-        # Another process may have put a sound file of this name in the place of the one that is open: look again.
+        # Another process may have replaced the open file with a sound file of the same name: open it again.
         self._open.pop(number, None)
         name = self._names[number]
         try:
             return self._shard(number).entry(row, key_hash)
         except FileNotFoundError as error:
             self._forget([name])
-            raise DamagedShard(self._advice(name, "another process has set it aside", True)) from error
+            raise self._damaged(name, "another process has set it aside", True) from error
         except _Damage as damage:
             renamed = self._set_aside(name, damage, self._open.pop(number, None))
-            raise DamagedShard(self._advice(name, damage, renamed)) from damage
+            raise self._damaged(name, damage, renamed) from damage
 
     def put(self, entries: dict[str, dict[str, "torch.Tensor"]]) -> None:
-        """Write the entries that are new, one shard for each schema among them.
+        """Write the new entries, one shard for each schema.
 
-        All are complete on the disk when this returns.
+        The entries are complete on the disk when this method returns.
 
         Raises:
-            ValueError: an entry without tensors, with a name that begins with "__", or of a dtype that is not known.
-            OSError: the disk is full or can't be written; nothing is left behind.
+            ValueError: an entry has no tensors, a name that begins with "__", or an unknown dtype.
+            OSError: the disk is full or can't be written; no files are left behind.
         """
         groups: dict[Schema, list[tuple[bytes, dict[str, np.ndarray]]]] = {}
         for key in self.missing(entries):
@@ -482,8 +495,7 @@ class TensorStore:
             for schema, group in groups.items():
                 group.sort(key=lambda entry: entry[0])
                 hashes = [key_hash for key_hash, _ in group]
-                # The name follows from keys and schema, and so does the order of rows: whoever makes this shard makes
-                # the same file.
+                # Keys and schema determine the name and the order of rows, so every process makes the same file.
                 name = f"shard-{digest(keys=[h.hex() for h in hashes], schema=schema)[:32]}.safetensors"
                 temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
                 written.append((temporary, name, hashes, (0, 0)))
@@ -500,14 +512,14 @@ class TensorStore:
             self._add(name, hashes, state)
 
     def verify(self, rank: int = 0, world_size: int = 1) -> int:
-        """Check the checksums of all shards that have not been checked as they are now; set the damaged ones aside.
+        """Check the checksums of all shards that were not checked in their present state; set damaged shards aside.
 
-        What has been checked, or written by `put`, is noted in `verified.jsonl` by size and time of change, so a warm
-        start reads nothing. Each rank checks its share, which follows from the names of the shards; the caller puts a
-        barrier and `refresh` after it. Temporary files of killed processes are removed when they are a day old.
+        `verified.jsonl` records size and time of each shard that was checked or written by `put`, so a warm start
+        reads nothing. Each rank checks its share, which depends on the names of the shards. The caller puts a barrier
+        and `refresh` after the call. Temporary files of killed processes are removed when they are a day old.
 
         Returns:
-            The number of shards that this rank has put out of use.
+            The number of shards that this rank has set aside.
         """
         self._remove_old_temporaries()
         before = self._num_refused
@@ -536,7 +548,7 @@ class TensorStore:
                     shard = _OpenShard(self.folder / name)
                     shard.check()
                     self._note_verified(name, shard.state)
-                except FileNotFoundError:  # another rank has just set it aside
+                except FileNotFoundError:  # another rank has just set the shard aside
                     self._forget([name])
                 except _Damage as damage:
                     self._set_aside(name, damage, shard)
@@ -545,18 +557,6 @@ class TensorStore:
     def _place(self, key_hash: bytes) -> int:
         place = self._recent.get(key_hash)
         return self._index.place(key_hash) if place is None else place
-
-    def _missing(self, keys_and_items: Iterable[tuple[str, Any]]) -> dict[str, Any]:
-        """{key: item} of the keys that are not there, the first item of each. Holds few of the others at a time."""
-        missing: dict[str, Any] = {}
-        pairs = iter(keys_and_items)
-        while chunk := list(itertools.islice(pairs, _KEYS_AT_ONCE)):
-            hashes = [_key_hash(key) for key, _ in chunk]
-            places = self._index.lookup(b"".join(hashes)).tolist()
-            for (key, item), key_hash, place in zip(chunk, hashes, places, strict=True):
-                if place < 0 and key_hash not in self._recent:
-                    missing.setdefault(key, item)
-        return missing
 
     def _shard_files(self) -> set[str]:
         try:
@@ -569,14 +569,14 @@ class TensorStore:
         return _state(os.stat(self.folder / name))
 
     def _number(self, name: str) -> int:
-        """Number of a shard, a new one if it is not in use."""
+        """The number of a shard; a new number for a shard that is not in use."""
         if name not in self._numbers:
             self._numbers[name] = len(self._names)
             self._names.append(name)
         return self._numbers[name]
 
     def _shard(self, number: int) -> _OpenShard:
-        """The shard, opened; the ones used last stay open."""
+        """The open shard. The shards that were used last stay open."""
         shard = self._open.pop(number, None) or _OpenShard(self.folder / self._names[number])
         self._open[number] = shard
         while len(self._open) > _OPEN_SHARDS:
@@ -584,7 +584,7 @@ class TensorStore:
         return shard
 
     def _add(self, name: str, hashes: list[bytes], state: State) -> None:
-        """Take in a shard that this process has written."""
+        """Add a shard that this process has written."""
         self._refused.pop(name, None)
         self._note_verified(name, state)
         number = self._number(name)
@@ -594,7 +594,7 @@ class TensorStore:
             self._take_in(bytearray(), np.empty(0, np.int64))
 
     def _take_in(self, hashes: bytearray, places: np.ndarray) -> None:
-        """Put rows, and what this process has put, into the index."""
+        """Put rows, and the recent entries of this process, into the index."""
         if self._recent:
             hashes += b"".join(self._recent)
             places = np.append(places, np.fromiter(self._recent.values(), np.int64, len(self._recent)))
@@ -603,7 +603,7 @@ class TensorStore:
             self._recent = {}
 
     def _forget(self, names: Iterable[str]) -> None:
-        """Entries of these shards are missing from now on."""
+        """Remove the entries of some shards."""
         numbers = [self._numbers.pop(name) for name in names if name in self._numbers]
         if numbers:
             self._index = self._index.without_shards(numbers)
@@ -613,14 +613,23 @@ class TensorStore:
                 self._open.pop(number, None)
 
     def _set_aside(self, name: str, damage: _Damage, shard: _OpenShard | None = None) -> bool:
-        """Put a damaged shard out of use; returns whether it could be renamed, too. shard: where it was noticed."""
+        """Put a damaged shard out of use.
+
+        Args:
+            name: of the file.
+            damage: what is wrong.
+            shard: the open shard that is damaged; None for a shard that could not be opened.
+
+        Returns:
+            Whether the file could be renamed, or is gone.
+        """
         path = self.folder / name
         logger.warning(f"{path}: a damaged cache file is set aside, its entries will be made again: {damage}.")
         self._forget([name])
         self._verified.pop(name, None)
         try:
             status = os.stat(path)
-            if shard and shard.identity != (status.st_dev, status.st_ino):  # another rank has put a sound one there
+            if shard and shard.identity != (status.st_dev, status.st_ino):  # another rank has replaced the file
                 return True
             self._refused[name] = _state(status)
             self._num_refused += 1
@@ -632,17 +641,17 @@ class TensorStore:
             return False
         return True
 
-    def _advice(self, name: str, reason: Any, renamed: bool) -> str:
+    def _damaged(self, name: str, reason: Any, renamed: bool) -> DamagedShard:
         advice = (
             "Start the run again (with --resume_from_checkpoint latest): it encodes the entries of this file anew."
             if renamed
             else "It could not be renamed. Remove it, or name a folder that can be written with --cache_dir, and "
             "start the run again (with --resume_from_checkpoint latest): it encodes the entries of this file anew."
         )
-        return f"{self.folder / name}: this cache file is damaged, {reason}. {advice}"
+        return DamagedShard(f"{self.folder / name}: this cache file is damaged, {reason}.", advice)
 
     def _note_verified(self, name: str, state: State) -> None:
-        """One line, appended in one write: several processes may do so. A line that got lost is a shard read twice."""
+        """Append a line in one write, since other processes append too. A lost line means a shard is read twice."""
         self._verified[name] = state
         with contextlib.suppress(OSError):  # the cache is read-only
             descriptor = os.open(self.folder / _VERIFIED, os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o666)
@@ -652,7 +661,7 @@ class TensorStore:
                 os.close(descriptor)
 
     def _read_verified(self) -> dict[str, list[State]]:
-        """Name of each shard -> states in which it was verified. Lines that a crash has garbled count for nothing."""
+        """{name of a shard: states that were verified}. Lines that a crash has garbled are ignored."""
         verified: dict[str, list[State]] = {}
         with contextlib.suppress(OSError), open(self.folder / _VERIFIED, "rb") as file:
             for line in file:
@@ -669,4 +678,4 @@ class TensorStore:
                         os.unlink(item.path)
 
     def __getstate__(self) -> dict:
-        return {**self.__dict__, "_open": OrderedDict()}  # open files can't go to a spawned worker
+        return {**self.__dict__, "_open": OrderedDict()}  # a spawned worker opens its own files

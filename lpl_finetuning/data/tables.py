@@ -1,17 +1,16 @@
-"""Captioned images, and the SQLite files that hold them and what is known about them.
+"""Captioned images, and the SQLite files that hold captioned images and facts about files.
 
-What this file holds, in order:
+Sections:
 
-1. captioned images: a name, captions, and where the bytes are;
-2. tables of them on the disk, which take no memory at a million rows;
-3. choosing among images: selections of rows, and the images held out for validation;
-4. facts: what earlier scans learnt about files, so that unchanged ones are not read again;
-5. words that messages about images are made of.
+1. captioned images: a name, captions, and the place of the bytes;
+2. tables of captioned images on disk; a table of a million rows takes no memory;
+3. selections of rows, and the images held out for validation;
+4. facts that earlier scans have stored about files, so that unchanged files are not read again.
 
-Two kinds of SQLite files lie in `<cache folder>/lpl/scans`. `images-<digest>.sqlite` is a table that a run trains on:
-it is named by its rows and never changes, and is removed when nobody has opened it for a month.
-`files-<digest>.sqlite` has the facts about one folder or data set: it may be deleted at any time, and the images are
-read again then.
+The folder `scans` in the cache folder holds two kinds of SQLite files. `images-<digest>.sqlite` is a table that a run
+trains on. The digest is that of the rows, and the file never changes. A table that nobody has opened for a month is
+removed. `files-<digest>.sqlite` holds the facts about one folder or data set. It may be deleted at any time; the next
+scan then reads the images again.
 
 Importing this file imports neither torch nor datasets. Sizes are (height, width) in pixels; N counts images.
 """
@@ -36,11 +35,12 @@ import PIL
 from filelock import FileLock
 
 from lpl_finetuning.errors import DataError, because, counted, shown
+from lpl_finetuning.files import cache_folder
 
-SEPARATOR = "\0"  # between the captions of one image in a table; sorts before every character, and is in none
+SEPARATOR = "\0"  # between the captions of one image in a table; sorts before every character and is in no caption
 ROWS_AT_ONCE = 1000
-COMMIT_SECONDS = 2.0  # what is lost at most when a scan is killed
-OLD_SECONDS = 30 * 24 * 3600  # a table that was not opened for so long is removed
+COMMIT_SECONDS = 2.0  # a killed scan loses at most the work of this time
+OLD_SECONDS = 30 * 24 * 3600  # a table that nobody has opened for this time is removed
 
 Result = TypeVar("Result")
 
@@ -59,14 +59,14 @@ class DatasetImage:
     column: str
 
     def read_bytes(self) -> bytes:
-        """The bytes of the image file, as they were uploaded.
+        """The bytes of the image file as uploaded.
 
         Raises:
-            DataError: there is no image in this row, or its file can't be read.
+            DataError: the row holds no image, or the image's file can't be read.
         """
         cell = self.dataset[self.index][self.column]
         if cell is None or (cell["bytes"] is None and not cell["path"]):
-            raise DataError(f"{self}: there is no image in this row. Remove the row from the data set.")
+            raise DataError(f"{self}: there is no image in this row.", "Remove the row from the data set.")
         if cell["bytes"] is not None:
             return cell["bytes"]
         return read_bytes(Path(cell["path"]))
@@ -79,9 +79,14 @@ class DatasetImage:
 class CaptionedImage:
     """An image with its captions.
 
-    `name` is unique enough to sort by and to show: of a file its path relative to the folder, with `/`. `content` is
-    the sha256 of the image file, hex. `size` is upright. Of a `file` that is a tar, the image is the `length` bytes
-    from `offset`.
+    Attributes:
+        name: for sorting and messages; the name of a file is its path relative to the folder, with `/`.
+        captions: one or more.
+        content: sha256 of the image file, hex.
+        size: (height, width) of the upright image.
+        file: the image file, the tar that contains the image, or the row of a data set.
+        offset: first byte of the image in a tar.
+        length: bytes of the image in a tar; None for a file that is the image.
     """
 
     name: str
@@ -105,25 +110,27 @@ class CaptionedImage:
         return f"{shown(str(self.file))} (member {shown(self.name.split(f'{self.file.name}/', 1)[-1])})"
 
     def read_bytes(self) -> bytes:
-        """The bytes of the image file, undecoded, and sure to be those that were scanned.
+        """The bytes of the image file, undecoded; their sha256 is checked against the scan's.
 
         Raises:
-            DataError: the file has vanished or changed, or can't be read.
+            DataError: the file has vanished, has changed, or can't be read.
         """
         if isinstance(self.file, Path):
             data = read_bytes(self.file, self.offset, self.length)
         else:
             data = self.file.read_bytes()
         if hashlib.sha256(data).hexdigest() != self.content:
-            raise DataError(f"{self.place}: the file has changed since it was scanned. Start again with the new file.")
+            raise DataError(
+                f"{self.place}: the file has changed since it was scanned.", "Start again with the new file."
+            )
         return data
 
 
 def read_bytes(path: Path, offset: int = 0, length: int | None = None) -> bytes:
-    """A file, or `length` bytes of it from `offset`.
+    """The bytes of a file, or `length` bytes from `offset`.
 
     Raises:
-        DataError: it can't be read.
+        DataError: the file can't be read.
     """
     try:
         with open(path, "rb") as file:
@@ -142,14 +149,14 @@ TABLE_LAYOUT = (
     "width INTEGER, path TEXT, offset INTEGER, length INTEGER, format TEXT, notes TEXT)"
 )
 _OF_AN_IMAGE = "name, captions, content, height, width, path, offset, length"
-_COLUMNS = f"{_OF_AN_IMAGE}, format, notes"  # only the report asks for the last two
+_COLUMNS = f"{_OF_AN_IMAGE}, format, notes"  # only the report reads the last two
 
 
 class ImageTable(Sequence[CaptionedImage]):
-    """Captioned images in an immutable SQLite file, sorted by (name, captions), or a selection of them.
+    """Captioned images in an immutable SQLite file, sorted by (name, captions), or a selection of the rows.
 
-    Rows are read when they are asked for, so memory does not grow with their number. Each process opens a connection
-    of its own: the table may be handed to DataLoader workers, forked or spawned.
+    Each access reads a row, so memory does not grow with the number of rows. Each process opens a connection of its
+    own, so forked and spawned DataLoader workers may use the table.
     """
 
     def __init__(
@@ -162,11 +169,11 @@ class ImageTable(Sequence[CaptionedImage]):
     ):
         """
         Args:
-            path: of the SQLite file.
-            root: the folder that the files' paths are relative to.
-            dataset: `datasets.Dataset` that the images are in, if they are not files.
-            column: its only column, of undecoded images.
-            rows: which rows of the file, int64 (N,), each 0 <= row < the number of rows; all if None.
+            path: the SQLite file.
+            root: the folder that the paths of image files are relative to.
+            dataset: `datasets.Dataset` with the images, where the images are not files.
+            column: the only column of the data set, undecoded images.
+            rows: selected rows of the file, int64 (N,), each 0 <= row < the number of rows; None selects all.
 
         Raises:
             DataError: the file is missing or damaged.
@@ -177,9 +184,11 @@ class ImageTable(Sequence[CaptionedImage]):
             (self._total,) = self._execute("SELECT count FROM header").fetchone()
             (last,) = self._execute("SELECT max(row) FROM images").fetchone()
         except (sqlite3.Error, TypeError) as error:
-            raise DataError(f"{self.path}: not a table of images ({error}). Start again to have it made.") from error
+            raise DataError(
+                f"{self.path}: not a table of images ({error}).", "Start again: it is made anew."
+            ) from error
         if last != self._total - 1:
-            raise DataError(f"{self.path}: the table of images is incomplete. Delete it, and start again.")
+            raise DataError(f"{self.path}: the table of images is incomplete.", "Delete it, and start again.")
         self._rows = None if rows is None else self._checked(rows)
 
     def _checked(self, rows: np.ndarray) -> np.ndarray:
@@ -189,14 +198,14 @@ class ImageTable(Sequence[CaptionedImage]):
         return rows
 
     def _execute(self, query: str, values: Sequence = ()) -> sqlite3.Cursor:
-        if self._pid != os.getpid():  # first use, or a forked worker: its parent's connection is not to be shared
+        if self._pid != os.getpid():  # first use, or a forked worker, which must not use its parent's connection
             address = f"{self.path.resolve().as_uri()}?mode=ro&immutable=1"
             try:
                 self._connection = sqlite3.connect(address, uri=True, check_same_thread=False)
             except sqlite3.Error as error:
-                raise DataError(f"{self.path}: can't be opened ({error}). Start again to have it made.") from error
+                raise DataError(f"{self.path}: can't be opened ({error}).", "Start again: it is made anew.") from error
             with contextlib.suppress(OSError):
-                os.utime(self.path)  # in use: see `_remove_old`
+                os.utime(self.path)  # marks the table as used: see `_remove_old`
             self._connection.execute("PRAGMA cache_size = -1024")  # KiB
             self._pid = os.getpid()
         return self._connection.execute(query, values)
@@ -208,7 +217,7 @@ class ImageTable(Sequence[CaptionedImage]):
         return self._total if self._rows is None else len(self._rows)
 
     def __getitem__(self, index):
-        """The image at an index; for a slice the table of its rows."""
+        """The image at an index; for a slice, the table of the rows in the slice."""
         if isinstance(index, slice):
             return self.select(np.arange(*index.indices(len(self)), dtype=np.int64))
         index, length = operator.index(index), len(self)
@@ -229,10 +238,13 @@ class ImageTable(Sequence[CaptionedImage]):
         return map(self._image, self.columns(_OF_AN_IMAGE))
 
     def select(self, rows: np.ndarray) -> "ImageTable":
-        """The images at these indices of this table, integers (M,), in their order. The file is shared.
+        """The table of the images at some indices of this table, in the order of the indices. The file is shared.
+
+        Args:
+            rows: indices, integers (M,).
 
         Raises:
-            IndexError: an index below 0 or beyond the table.
+            IndexError: an index is below 0 or beyond the table.
         """
         rows = np.asarray(rows, dtype=np.int64)
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
@@ -241,7 +253,7 @@ class ImageTable(Sequence[CaptionedImage]):
         return ImageTable(self.path, self.root, self._dataset, self._column, rows)
 
     def columns(self, names: str) -> Iterator[tuple]:
-        """Rows of columns ("name, format"), in the order of this table, a few at a time."""
+        """Rows of some columns ("name, format") in the order of this table; few rows are in memory at a time."""
         for start in range(0, len(self), ROWS_AT_ONCE):
             if self._rows is None:
                 where = "row >= ? AND row < ? ORDER BY row"
@@ -253,11 +265,11 @@ class ImageTable(Sequence[CaptionedImage]):
             yield from (found[row] for row in rows)
 
     def sizes(self) -> np.ndarray:
-        """int32 (N, 2), (height, width)."""
+        """Sizes of the images: int32 (N, 2), (height, width)."""
         return np.fromiter(self.columns("height, width"), dtype=(np.int32, 2), count=len(self))
 
     def contents(self) -> np.ndarray:
-        """sha256 of each image file, hex, 'S64' (N,)."""
+        """sha256 of each image file: hex, 'S64' (N,)."""
         return np.fromiter((row[0].encode() for row in self.columns("content")), dtype="S64", count=len(self))
 
     def __repr__(self) -> str:
@@ -267,11 +279,11 @@ class ImageTable(Sequence[CaptionedImage]):
 def store_table(
     facts: "Facts", query: str, root: Path | None = None, dataset: Any = None, column: str = ""
 ) -> ImageTable:
-    """The table of the rows of a query, written unless a scan has written the same one. Old tables are removed.
+    """The table of the rows of a query. A table with the same rows is used again; old tables are removed.
 
     Args:
-        facts: the database that the query asks; the table lies in the same folder.
-        query: for the columns name, captions, content, height, width, path, offset, length, format and notes.
+        facts: the database of the query; the table is written into the same folder.
+        query: gives the columns name, captions, content, height, width, path, offset, length, format and notes.
         root, dataset, column: see `ImageTable`.
     """
     db = facts.db
@@ -285,7 +297,7 @@ def store_table(
     path = facts.folder / f"images-{state.hexdigest()[:32]}.sqlite"
     try:
         table = ImageTable(path, os.path.abspath(root) if root else "", dataset, column)
-    except DataError:  # not there, or damaged
+    except DataError:  # missing or damaged
         _write_table(db, path, total)
         table = ImageTable(path, os.path.abspath(root) if root else "", dataset, column)
     _remove_old(facts.folder, path)
@@ -293,7 +305,7 @@ def store_table(
 
 
 def _write_table(db: sqlite3.Connection, path: Path, total: int) -> None:
-    """Write the temporary table `final` into a file of its own, whole or not at all."""
+    """Write the temporary table `final` into a file; the file is complete or does not exist."""
     temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
     try:
         db.execute("ATTACH ? AS made", (str(temporary),))
@@ -318,14 +330,14 @@ def _write_table(db: sqlite3.Connection, path: Path, total: int) -> None:
 
 
 def _remove_old(scans: Path, used: Path) -> None:
-    """Remove the tables that nobody has opened for long, and what killed scans left.
+    """Remove tables that nobody has opened for `OLD_SECONDS`, and temporary files of killed scans.
 
-    A process that has one open can go on reading it. The time of a file is that of its last opening or, where the disk
-    keeps it, its last reading.
+    A process that has a table open can go on reading the table. The age of a file counts from the last opening or,
+    where the file system records it, from the last reading.
     """
     limit = time.time() - OLD_SECONDS
     for path in (*scans.glob("images-*.sqlite"), *scans.glob(".tmp-*")):
-        with contextlib.suppress(OSError):  # another scan was faster, or it belongs to somebody else
+        with contextlib.suppress(OSError):  # another scan was faster, or the file belongs to another user
             status = path.stat()
             if path != used and max(status.st_atime, status.st_mtime) < limit:
                 path.unlink()
@@ -337,40 +349,47 @@ def _remove_old(scans: Path, used: Path) -> None:
 
 
 def sizes_of(images: Sequence[CaptionedImage]) -> np.ndarray:
-    """int32 (N, 2), (height, width), of a table or of any other sequence."""
+    """Sizes of the images in a table or another sequence: int32 (N, 2), (height, width)."""
     if isinstance(images, ImageTable):
         return images.sizes()
     return np.array([image.size for image in images], dtype=np.int32).reshape(-1, 2)
 
 
 def contents_of(images: Sequence[CaptionedImage]) -> np.ndarray:
-    """sha256 of each image file, hex, 'S64' (N,), of a table or of any other sequence."""
+    """sha256 of each image file in a table or another sequence: hex, 'S64' (N,)."""
     if isinstance(images, ImageTable):
         return images.contents()
     return np.array([image.content.encode() for image in images], dtype="S64")
 
 
 def select(images: Sequence[CaptionedImage], rows: np.ndarray) -> Sequence[CaptionedImage]:
-    """The images at these indices, integers (M,): a view of a table, a list of anything else."""
+    """The images at some indices, integers (M,): a view of a table, a list for any other sequence."""
     return images.select(rows) if isinstance(images, ImageTable) else [images[int(row)] for row in rows]
+
+
+def first_of(images: Sequence[CaptionedImage], count: int | None) -> Sequence[CaptionedImage]:
+    """The first `count` images; all images where count is None."""
+    if count is None or len(images) <= count:
+        return images
+    return select(images, np.arange(count))
 
 
 def hold_out(
     images: Sequence[CaptionedImage], amount: float
 ) -> tuple[Sequence[CaptionedImage], Sequence[CaptionedImage]]:
-    """(training images, held-out images): which are held out follows from their content alone.
+    """(training images, held-out images). The choice depends on the content of the images alone.
 
-    Adding pictures to a folder later moves few of the others, and copies of one picture are never on both sides.
+    Images that are added later move few images from one side to the other. Copies of an image are on the same side.
 
     Args:
         images: all images, a table or a list.
-        amount: a share of them if below 1, else their number.
+        amount: share of the images to hold out if below 1, else number of images.
 
     Returns:
-        Two selections, in the order of the images.
+        Two selections, in the order of `images`.
 
     Raises:
-        DataError: nothing would be left on one of the two sides.
+        DataError: one of the two sides would be empty.
     """
     ranks = np.array([hashlib.sha256(content).hexdigest().encode() for content in contents_of(images)], dtype="S64")
     count = round(amount if amount >= 1 else amount * len(images))
@@ -388,7 +407,7 @@ def hold_out(
 # 4. Facts
 # ---------------------------------------------------------------------------------------------------------------------
 
-_FACTS_LAYOUT = (  # of images, caption files, shards and their members; each with size and time of the file
+_FACTS_LAYOUT = (  # images, caption files, shards and members of shards, each with the size and time of the file
     "CREATE TABLE facts (path TEXT, offset INTEGER, size INTEGER, mtime_ns INTEGER, content TEXT, format TEXT, "
     "height INTEGER, width INTEGER, notes TEXT, error TEXT, PRIMARY KEY (path, offset)) WITHOUT ROWID",
     "CREATE TABLE texts (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, text TEXT) WITHOUT ROWID",
@@ -396,15 +415,16 @@ _FACTS_LAYOUT = (  # of images, caption files, shards and their members; each wi
     "CREATE TABLE members (path TEXT, offset INTEGER, length INTEGER, name TEXT, caption_name TEXT, text TEXT, "
     "is_json INTEGER, PRIMARY KEY (path, offset)) WITHOUT ROWID",
 )
-# Another layout or other names, or another Pillow with other verdicts, and everything is read anew.
-FACTS_VERSION = int(hashlib.sha256(f"2 {PIL.__version__} {_FACTS_LAYOUT}".encode()).hexdigest()[:7], 16)
+# Where this number differs from that of a file, everything is read again: another layout, or another Pillow, which may
+# refuse other images.
+FACTS_VERSION = int(hashlib.sha256(f"3 {PIL.__version__} {_FACTS_LAYOUT}".encode()).hexdigest()[:7], 16)
 
 
 class Facts:
     """What is known about one folder or data set, in a SQLite file that any number of processes share.
 
-    `db` is its connection, in which a scan also has temporary tables of its own. Statements commit at once unless they
-    are between BEGIN and COMMIT.
+    `db` is the connection; a scan adds temporary tables of its own. Statements outside BEGIN and COMMIT commit at
+    once.
     """
 
     def __init__(self, path: Path):
@@ -436,7 +456,7 @@ class Facts:
         self.db.close()
 
     def insert(self, query: str, rows: Iterable[tuple]) -> None:
-        """Many rows in one transaction; nothing is held in memory."""
+        """Insert many rows in one transaction. The rows are not collected in memory."""
         self.db.execute("BEGIN")
         try:
             self.db.executemany(query, rows)
@@ -446,26 +466,31 @@ class Facts:
         self.db.execute("COMMIT")
 
     def update(
-        self, query: str, learn: Callable[[tuple], Any], store: Callable[[tuple, Any], Any], progress: str = ""
+        self, query: str, read: Callable[[tuple], Any], store: Callable[[tuple, Any], Any], progress: str = ""
     ) -> None:
-        """Learn what is unknown: `learn(row)` for each row of a query, in threads, then `store(row, what was learnt)`.
+        """Add the facts that are missing: `store(row, read(row))` for each row of a query.
 
-        When nothing is unknown, nothing is locked. Otherwise one process works and the others wait, and find it done.
-        What was learnt is committed every few seconds, and when an error or Ctrl-C ends the work. `progress` names a
-        progress bar.
+        Without rows nothing is locked. Otherwise one process works, and the other processes wait and then have
+        nothing to do. The results are committed every few seconds, and when an error or Ctrl-C ends the work.
+
+        Args:
+            query: rows of what is not known yet.
+            read: called in threads.
+            store: called in this thread, in the order of the rows.
+            progress: title of the progress bar; no bar if empty.
         """
         if self.db.execute(f"SELECT 1 FROM ({query}) LIMIT 1").fetchone() is None:
             return
         with self.lock:
-            # A table of its own: the query reads what the update writes.
+            # The query is run once, into a table: it reads tables that `store` writes.
             self.db.execute("DROP TABLE IF EXISTS temp.todo")
             self.db.execute(f"CREATE TEMP TABLE todo AS {query}")
             (total,) = self.db.execute("SELECT count(*) FROM todo").fetchone()
             self.db.execute("BEGIN IMMEDIATE")
             last = time.monotonic()
             try:
-                for row, learnt in _with_progress(_in_threads(learn, self._todo()), total, progress):
-                    store(row, learnt)
+                for row, found in _with_progress(_in_threads(read, self._todo()), total, progress):
+                    store(row, found)
                     if time.monotonic() - last > COMMIT_SECONDS:
                         self.db.execute("COMMIT")
                         self.db.execute("BEGIN IMMEDIATE")
@@ -481,7 +506,7 @@ class Facts:
             last = rows[-1][0]
 
     def forget(self, table: str, known: str) -> None:
-        """Delete the rows of a table whose paths a query does not give."""
+        """Delete the rows of a table whose paths are not among those of the query `known`."""
         gone = f"FROM {table} WHERE path NOT IN ({known})"
         if self.db.execute(f"SELECT 1 {gone} LIMIT 1").fetchone():
             with self.lock:
@@ -489,7 +514,7 @@ class Facts:
 
 
 def _in_threads(work: Callable[[tuple], Any], items: Iterable[tuple]) -> Iterator[tuple[tuple, Any]]:
-    """(item, work(item)) in the items' order; only a few are taken ahead."""
+    """(item, work(item)) in the order of the items; only a few items are taken ahead."""
     threads = os.cpu_count() or 1
     pending: deque = deque()
     with ThreadPoolExecutor(threads) as pool:
@@ -516,9 +541,8 @@ def _with_progress(items: Iterable, total: int, progress: str) -> Iterable:
 
 
 def _scans_folder(cache_dir: str | os.PathLike | None) -> tuple[Path, list[str]]:
-    """The folder of the SQLite files, and a warning where it is a temporary one."""
-    root = Path(cache_dir or os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    folder = root / "lpl" / "scans"
+    """(folder of the SQLite files, warnings): a temporary folder and a warning where the cache can't be written."""
+    folder = cache_folder(cache_dir) / "scans"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -526,18 +550,20 @@ def _scans_folder(cache_dir: str | os.PathLike | None) -> tuple[Path, list[str]]
     except OSError as error:
         temporary = Path(tempfile.mkdtemp(prefix="lpl-scans-"))
         return temporary, [
-            f"{folder} can't be written ({because(error)}); what is learnt about the images is kept in {temporary}, "
-            "and will be read again by the next run. Name another folder with --cache_dir."
+            f"{folder} can't be written ({because(error)}); what the scan finds out is kept in {temporary}, and the "
+            "next run reads all images again. Name another folder with --cache_dir."
         ]
 
 
 def with_facts(cache_dir: str | os.PathLike | None, key: bytes, work: Callable[[Facts, list[str]], Result]) -> Result:
-    """`work(facts, warnings)` with the facts that are kept under a key; once more if they turn out to be damaged.
+    """`work(facts, warnings)` with the facts that are stored under a key.
+
+    Where the file of the facts is damaged, it is removed, and `work` is called once more.
 
     Args:
         cache_dir: `--cache_dir`; the user's cache if None.
-        key: of the folder or data set.
-        work: its warnings are about the cache.
+        key: identifies the folder or data set.
+        work: its `warnings` begin with those about the cache.
 
     Raises:
         DataError: the file of the facts can't be used.
@@ -549,19 +575,19 @@ def with_facts(cache_dir: str | os.PathLike | None, key: bytes, work: Callable[[
             with contextlib.closing(Facts(path)) as facts:
                 return work(facts, [*warnings])
         except (sqlite3.DatabaseError, OSError) as error:
-            # Damage is a DatabaseError itself; a full disk and the like are kinds of it.
+            # Damage raises DatabaseError itself; a full disk and the like raise subclasses.
             if attempt == 2 or type(error) is not sqlite3.DatabaseError:
                 raise DataError(
-                    f"{path}: can't be used ({error}). Is the disk full? Name another folder with --cache_dir."
+                    f"{path}: can't be used ({error}). Is the disk full?", "Name another folder with --cache_dir."
                 ) from error
-            warnings.append(f"{path} was damaged; it was removed, and the images are read anew.")
+            warnings.append(f"{path} was damaged; it was removed, and the images are read again.")
             with FileLock(f"{path}.lock"):
                 _remove_damaged(path)
     raise AssertionError("unreachable")
 
 
 def _remove_damaged(path: Path) -> None:
-    """Remove a damaged file, unless another rank has done so and made a new one."""
+    """Remove a damaged file, unless another rank has already replaced it with a sound file."""
     with contextlib.suppress(sqlite3.DatabaseError), contextlib.closing(sqlite3.connect(path)) as db:
         if db.execute("PRAGMA quick_check(1)").fetchone() == ("ok",):
             return

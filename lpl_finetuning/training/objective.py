@@ -15,10 +15,9 @@ from lpl_finetuning.data.samples import (
     addressed_normal,
     addressed_rng,
     addressed_uniform,
-    largest_size,
     stratified_uniform,
 )
-from lpl_finetuning.flags import settings_from_flags
+from lpl_finetuning.flags import framing_rules, settings_from_flags
 from lpl_finetuning.training.guard import Guard
 from lpl_utils import (
     AutoWeight,
@@ -55,7 +54,7 @@ def lpl_config(args):
         pow_law=args.lpl_pow_law,
         remove_outliers=args.lpl_remove_outliers,
         checkpointing=args.lpl_checkpointing or by_default,
-        batch_size=args.lpl_batch_size or max(1, round(1024**2 / math.prod(largest_size(args)))),
+        batch_size=args.lpl_batch_size or max(1, round(1024**2 / math.prod(framing_rules(args).largest_size()))),
     )
 
 

@@ -11,11 +11,10 @@ import torch
 
 from lpl_finetuning.base_model import read_json
 from lpl_finetuning.data.encoding import in_chunks
-from lpl_finetuning.data.report import check_strict, data_report, report_lines
-from lpl_finetuning.data.samples import caption_rules, largest_size
+from lpl_finetuning.data.report import build_report, refuse_remarks, report_lines
 from lpl_finetuning.errors import require
 from lpl_finetuning.files import cache_folder, digest, gigabytes, write_whole
-from lpl_finetuning.flags import print_configuration
+from lpl_finetuning.flags import caption_rules, framing_rules, print_configuration
 from lpl_finetuning.training.checkpoint_folders import changes_since, read_manifest
 from lpl_finetuning.training.checkpoints import checkpoint_to_resume
 from lpl_finetuning.training.models import lora_config
@@ -49,7 +48,8 @@ def plan_run(args, accelerator, schedule, images):
 
 def latent_size(args):
     """(h, w) of the latents of the largest bucket."""
-    return tuple(side // args.base_model.family.pixels_per_latent for side in largest_size(args))
+    pixels = args.base_model.family.pixels_per_latent
+    return tuple(side // pixels for side in framing_rules(args).largest_size())
 
 
 class FirstStages:
@@ -201,18 +201,20 @@ def truncated_captions(tokenizers, captions, folder):
 
 def check_data(args, scan, held_out, tokenizers, accelerator):
     """The report on the data, with the captions that the tokenizers truncate; DataError under --strict if remarked."""
-    report, rules = data_report(args, scan, held_out), caption_rules(args)
+    report = build_report(scan, held_out, framing_rules(args), args.train_batch_size)
+    rules = caption_rules(args)
 
     def captions():
         return (rules.text(caption) for image in scan.images for caption in image.captions)
 
     with accelerator.main_process_first():
-        counts = truncated_captions(tokenizers, captions, cache_folder(args) / "scans")
+        counts = truncated_captions(tokenizers, captions, cache_folder(args.cache_dir) / "scans")
     report["truncated"] = counts
     if any(counts.values()):
         which = ", ".join(f"{count} of them by {name}" for name, count in counts.items() if count)
         report["remarks"].append(f"Captions are longer than the tokenizers take, and cut off: {which}.")
-    check_strict(args, report)
+    if args.strict:
+        refuse_remarks(report)
     return report
 
 

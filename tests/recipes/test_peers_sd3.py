@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import train_sd3_lpl_flow
 from lpl_finetuning.data import scan as scan_module
+from lpl_finetuning.flags import data_source
 from lpl_finetuning.training.models import LORA_FILE
 from tests.sd3 import run
 
@@ -81,7 +82,7 @@ def test_their_commands_parse_and_run(name, sd3_folder, bare_pictures, bare_data
     words = [word for word in words if word not in ("--push_to_hub", "--report_to=wandb")]
     words += ["--mixed_precision", "no", "--resolution", "64", "--max_train_steps", "2", "--cache_dir", str(cache_dir)]
     args = train_sd3_lpl_flow.parse_args(words)
-    scan, _ = scan_module.find_images(args)
+    scan, _ = scan_module.find_images(data_source(args))
     assert {image.caption for image in scan.images} == {args.instance_prompt} and len(scan.images) == 6
     run(*words)
     pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_folder if args.use_lora else tmp_path / "out")
@@ -102,5 +103,5 @@ def test_captions_of_their_own_win_over_the_instance_prompt(pictures, tmp_path, 
         if number == 2:
             (folder / path.with_suffix(".txt").name).write_text("its own")
     args = train_sd3_lpl_flow.build_parser().parse(["--instance_prompt", "a dog", "--train_data_dir", str(folder)])
-    scan, _ = scan_module.find_images(args)
+    scan, _ = scan_module.find_images(data_source(args))
     assert [image.caption for image in scan.images] == ["a dog", "a dog", "its own", "a dog", "a dog", "a dog"]

@@ -24,6 +24,7 @@ from lpl_finetuning import flags as flags_module
 from lpl_finetuning.data import report as report_module
 from lpl_finetuning.data import scan as scan_module
 from lpl_finetuning.data.encoding import latent_bytes
+from lpl_finetuning.flags import data_source
 from lpl_finetuning.training import run
 from lpl_utils import LPLGate
 from tests import children, runs
@@ -77,7 +78,7 @@ def prepared(script, *flags):
     args = script.parse_args([str(flag) for flag in flags])
     AcceleratorState._reset_state(True)
     accelerator = run.start_accelerator(args)
-    scan, held_out = scan_module.find_images(args)
+    scan, held_out = scan_module.find_images(data_source(args))
     return args, script.fill_caches(args, scan.images, held_out, torch.float32, accelerator), accelerator
 
 
@@ -355,7 +356,7 @@ def test_truncated_captions_are_counted_for_each_encoder(recipe, mixed, tmp_path
     for _ in range(2):  # the second time from the cache
         args = script.parse_args([*flags, "--train_data_dir", str(folder), "--dry_run", "--output_dir", str(tmp_path)])
         AcceleratorState._reset_state(True)
-        script.main(args, *scan_module.find_images(args))
+        script.main(args, *scan_module.find_images(data_source(args)))
         said = capsys.readouterr().out
         assert "1 of them by tokenizer, 1 of them by tokenizer_2" in said
 
@@ -381,9 +382,10 @@ def test_remarks_on_held_out_images_are_heard(request, pictures, tmp_path):
     flags = ["--pretrained_model_name_or_path", model, "--train_data_dir", pictures, "--cache_dir", tmp_path / "cache",
              "--resolution", 64, "--validation_data_dir", held_out, "--on_bad_image", "skip"]  # fmt: skip
     args = train_sdxl_lpl.parse_args([str(flag) for flag in [*flags, "--strict"]])
-    scan, images = scan_module.find_images(args)
-    remarks = report_module.data_report(args, scan, images)["remarks"]
+    scan, images = scan_module.find_images(data_source(args))
+    report = report_module.build_report(scan, images, flags_module.framing_rules(args), args.train_batch_size)
+    remarks = report["remarks"]
     assert len(images) == 5
     assert "--validation_data_dir: 1 of the images are left out." in remarks
-    with pytest.raises(flags_module.DataError, match="--strict"):
-        report_module.check_strict(args, report_module.data_report(args, scan, images))
+    with pytest.raises(errors.DataError, match="--strict"):
+        report_module.refuse_remarks(report)

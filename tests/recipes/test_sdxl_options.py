@@ -20,6 +20,7 @@ from lpl_finetuning.data.samples import stratified_uniform
 from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.data.tables import hold_out
 from lpl_finetuning.errors import UserError
+from lpl_finetuning.flags import data_source
 from lpl_finetuning.training import objective, optimization, plan
 from lpl_finetuning.training import run as run_module
 from lpl_finetuning.training.models import LORA_FILE
@@ -441,15 +442,15 @@ def test_held_out_images_are_not_trained_on(flags, pictures, tmp_path):
     training, held_out = hold_out(scan_folder(folder).images, 4)
     assert not {i.content for i in training} & {i.content for i in held_out}, "copies stay together"
     args = train_sdxl_lpl.parse_args([*flags, "--validation_split", "0.34"])
-    scan, held = scan_module.find_images(args)
+    scan, held = scan_module.find_images(data_source(args))
     assert (len(scan.images), len(held)) == (4, 2)
     args = train_sdxl_lpl.parse_args([*flags, "--validation_split", "5", "--max_validation_samples", "2"])
-    scan, held = scan_module.find_images(args)
+    scan, held = scan_module.find_images(data_source(args))
     assert (len(scan.images), len(held)) == (4, 2), "no more are held out than are measured"
     for amount in ("0.01", "6", "99"):
         args = train_sdxl_lpl.parse_args([*flags, "--validation_split", amount])
         with pytest.raises(flags_module.DataError, match="--validation_split"):
-            scan_module.find_images(args)
+            scan_module.find_images(data_source(args))
 
 
 def test_held_out_loss_under_random_crops_and_ema(flags, pictures, tmp_path, capsys):
@@ -549,7 +550,7 @@ def test_plan_names_what_is_trained(flags, tmp_path, capsys):
         [*flags, *TEXT, "--rank", "8", "--use_dora", "--optimizer", "Prodigy", "--validation_split", "2", "--dry_run",
          "--output_dir", str(tmp_path)]
     )  # fmt: skip
-    train_sdxl_lpl.main(args, *scan_module.find_images(args))
+    train_sdxl_lpl.main(args, *scan_module.find_images(data_source(args)))
     said = capsys.readouterr().out
     for part in ("of the text_encoder_2 (DoRA of rank 8, alpha 8)", "4, held out: 2",
                  "--optimizer prodigy multiplies",
@@ -567,7 +568,7 @@ def test_a_warm_up_that_outlasts_the_run_is_told(flags, tmp_path, capsys, schedu
     words = [*flags[:at], *flags[at + 2 :], "--max_train_steps", 3, "--lr_scheduler", schedule, "--dry_run"]
     words += ["--output_dir", tmp_path] + (["--lr_warmup_steps", warmup] if warmup is not None else [])
     args = train_sdxl_lpl.parse_args(list(map(str, words)))
-    train_sdxl_lpl.main(args, *scan_module.find_images(args))
+    train_sdxl_lpl.main(args, *scan_module.find_images(data_source(args)))
     said = [line for line in capsys.readouterr().out.splitlines() if "warming up" in line]
     assert said == ([] if warned is None else [
         "warning: the learning rate is still warming up when the run ends: "

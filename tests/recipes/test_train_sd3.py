@@ -23,6 +23,7 @@ from safetensors.torch import load_file
 import train_sd3_lpl_flow
 from lpl_finetuning.data import scan as scan_module
 from lpl_finetuning.errors import UserError
+from lpl_finetuning.flags import data_source
 from lpl_finetuning.training import objective
 from lpl_finetuning.training import run as run_module
 from lpl_finetuning.training.models import LORA_FILE, vae_config
@@ -156,7 +157,7 @@ def test_gated_share_comes_from_the_distribution(schedule, capsys, flags, tmp_pa
     assert law.gated_share(LPLGate(t_threshold=200)) == pytest.approx(0.0064, abs=1e-3)
     args = train_sd3_lpl_flow.parse_args([*flags, "--use_lpl", "--lpl_t_threshold", "200", "--dry_run"])
     AcceleratorState._reset_state(True)
-    train_sd3_lpl_flow.main(args, *scan_module.find_images(args))
+    train_sd3_lpl_flow.main(args, *scan_module.find_images(data_source(args)))
     said = capsys.readouterr().out
     assert "LPL: where t < 200, 0.6 % of samples" in said and "under 2 %" in said
     [named] = [word for word in said.split("--lpl_t_threshold ")[1:]]
@@ -223,7 +224,7 @@ def test_what_training_sees_is_what_the_pipeline_encodes(kind, flags, sd3_folder
     args = train_sd3_lpl_flow.parse_args(words)
     AcceleratorState._reset_state(True)
     accelerator = run_module.start_accelerator(args)
-    scan, _ = scan_module.find_images(args)
+    scan, _ = scan_module.find_images(data_source(args))
     data = train_sd3_lpl_flow.fill_caches(args, scan.images, [], torch.float32, accelerator)
     assert data.cached
     more = {"text_encoder_3": None, "tokenizer_3": None} if kind == "no-t5" else {}
@@ -265,7 +266,7 @@ def test_caption_dropout_is_the_empty_prompt(flags, sd3_folder, tmp_path):
     args = train_sd3_lpl_flow.parse_args([*flags, "--output_dir", str(tmp_path)])
     AcceleratorState._reset_state(True)
     accelerator = run_module.start_accelerator(args)
-    scan, _ = scan_module.find_images(args)
+    scan, _ = scan_module.find_images(data_source(args))
     data = train_sd3_lpl_flow.fill_caches(args, scan.images, [], torch.float32, accelerator)
     plan = plan_run(args, accelerator, train_sd3_lpl_flow.Schedule(args), len(scan.images))
     objective, _ = train_sd3_lpl_flow.prepare_objective(args, accelerator, plan, data)

@@ -25,6 +25,7 @@ import train_sdxl_lpl
 from lpl_finetuning import files
 from lpl_finetuning.data import scan as scan_module
 from lpl_finetuning.errors import UserError
+from lpl_finetuning.flags import data_source
 from lpl_finetuning.training import checkpoints, optimization
 from lpl_finetuning.training import models as models_module
 from lpl_finetuning.training import run as run_module
@@ -303,7 +304,7 @@ def test_a_log_that_can_not_be_written_ends_no_run(flags, tmp_path, capsys, monk
     args = train_sdxl_lpl.parse_args(flags)
     tracked = {"log_with": TrackerOnFullDisk()}
     monkeypatch.setattr(optimization, "Accelerator", lambda **settings: Accelerator(**settings | tracked))
-    train_sdxl_lpl.main(args, *scan_module.find_images(args))
+    train_sdxl_lpl.main(args, *scan_module.find_images(data_source(args)))
     said = capsys.readouterr().err
     assert weights(tmp_path)
     for what in ("the log", "the trackers' log", "run.png", "validation images", "the validation grid"):
@@ -402,7 +403,7 @@ def test_cached_latents_are_the_images(flags, sdxl_folder, pictures, tmp_path):
     args = train_sdxl_lpl.parse_args([*flags, "--output_dir", str(tmp_path), "--cache_dir", str(tmp_path / "cache")])
     AcceleratorState._reset_state(True)
     accelerator = run_module.start_accelerator(args)
-    scan, _ = scan_module.find_images(args)
+    scan, _ = scan_module.find_images(data_source(args))
     data = train_sdxl_lpl.fill_caches(args, scan.images, [], torch.float32, accelerator)
     assert data.cached
     loader = run_module.batches(args, data, accelerator, 0, 3)
@@ -794,7 +795,7 @@ def test_dry_run_prints_the_plan_and_stops(flags, tmp_path, monkeypatch, capsys)
         monkeypatch.setattr(train_sdxl_lpl, name, lambda *args: pytest.fail("weights were loaded"))
     AcceleratorState._reset_state(True)
     args = train_sdxl_lpl.parse_args([*flags, "--use_lpl", "--dry_run", "--output_dir", str(tmp_path)])
-    train_sdxl_lpl.main(args, *scan_module.find_images(args))
+    train_sdxl_lpl.main(args, *scan_module.find_images(data_source(args)))
     said = capsys.readouterr().out
     for part in ["learning_rate=0.001", "images        6, held out: 0", "6, 5 different", "1.5 steps an epoch",
                  "261,684 of 261,684", "20.0 % of samples", "16x8x8, 16x16x16, 16x32x32, 16x64x64, 8x64x64",

@@ -213,9 +213,10 @@ def numbered(folder):
 def test_all_mistakes_are_told_at_once(tmp_path, case):
     make, (first, tenth) = MISTAKES[case]
     make(tmp_path / "set")
-    head, *mistakes, end = refusal(tmp_path / "set").splitlines()
+    head, *mistakes, end, advice = refusal(tmp_path / "set").splitlines()
     assert head == f"--train_data_dir: 12 mistakes in {tmp_path / 'set'}:" and end == "  and 2 more"
     assert len(mistakes) == 10 and first in mistakes[0] and tenth in mistakes[9]
+    assert advice.endswith(".") and not any(line.endswith(".") or advice in line for line in mistakes)
 
 
 def test_files_that_are_no_text_and_empty_ones_are_told_together(tmp_path):
@@ -225,6 +226,8 @@ def test_files_that_are_no_text_and_empty_ones_are_told_together(tmp_path):
     for options in (NO_DEFAULT, DEFAULT):
         message = refusal(tmp_path / "set", **options)
         assert "0000.txt: not UTF-8" in message and ("0001.txt: the caption is empty" in message) == (not options)
+        assert message.count("Save the file as UTF-8.") == 1
+        assert ("\nSave the file as UTF-8. Write a caption, or remove the image." in message) == (not options)
 
 
 def test_a_column_that_is_in_no_row_is_one_mistake(tmp_path):

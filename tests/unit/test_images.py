@@ -246,7 +246,8 @@ def agreed(data):
     try:
         image = open_image(data, "somewhere")
     except DataError as error:
-        assert str(error) == f"somewhere: {facts.error}" and facts.error and facts.size == (0, 0)
+        problem = error.problem.removeprefix("somewhere: ").removeprefix("can't be used as an image: ")
+        assert problem == f"{facts.error}." and facts.error and facts.size == (0, 0) and error.advice
         assert "BytesIO" not in str(error) and str(error).endswith(".")
         return None, str(error)
     assert facts.error == "" and image.mode == "RGB" and facts.size == (image.height, image.width) and facts.format

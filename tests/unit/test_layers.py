@@ -14,12 +14,12 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("files",),
     ("base_model",),
     ("data.images", "data.tables", "data.store"),
-    ("data.samples", "data.folders"),
-    ("data.packed",),
+    ("data.samples", "data.findings"),
+    ("data.folders", "data.packed"),
     ("data.scan",),
-    ("data.report", "data.encoding", "data.contact_sheet", "families"),
+    ("data.report", "data.encoding", "data.contact_sheet"),
     ("flags",),
-    ("flag_checks",),
+    ("flag_checks", "families"),
     ("training.checkpoint_folders", "training.sharding", "training.guard", "training.signals"),
     ("training.models", "training.reporter"),
     ("training.objective", "training.optimization", "training.checkpoints"),
@@ -30,8 +30,8 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("errors", "files", "base_model", "families", "flags", "flag_checks", "training.checkpoint_folders",
-              "data.images", "data.tables", "data.store", "data.samples", "data.folders", "data.packed", "data.scan",
-              "data.report")  # fmt: skip
+              "data.images", "data.tables", "data.store", "data.samples", "data.findings", "data.folders",
+              "data.packed", "data.scan", "data.report", "data.encoding", "data.contact_sheet")  # fmt: skip
 
 
 def path_of(name):

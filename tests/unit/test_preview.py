@@ -14,7 +14,6 @@ from PIL import Image, ImageDraw, ImageOps
 import preview_data
 from lpl_finetuning import errors
 from lpl_finetuning.data import contact_sheet, scan
-from lpl_finetuning.data import samples as samples_module
 from lpl_finetuning.data.contact_sheet import (
     UNKNOWN,
     SampleFacts,
@@ -28,6 +27,7 @@ from lpl_finetuning.data.contact_sheet import (
 from lpl_finetuning.data.images import Crop, from_pixel_values, open_image, prepare_image
 from lpl_finetuning.data.samples import SampleOrder, TrainingSet
 from lpl_finetuning.data.tables import CaptionedImage
+from lpl_finetuning.flags import caption_rules, data_source, framing_rules
 from lpl_finetuning.training import objective
 from tests.tiny_models import autoencoder
 
@@ -70,10 +70,10 @@ def sheet_of(photos, tmp_path, cache_dir):
 
 def training_set(args):
     """(the samples of a run with these flags, its images), built as the training scripts build them."""
-    images = scan.find_images(args)[0].images
-    cuts = samples_module.framing(args, images)
+    images = scan.find_images(data_source(args))[0].images
+    cuts = framing_rules(args).framing(images)
     order = SampleOrder(args.seed, args.train_batch_size, cuts.buckets)
-    return TrainingSet(images, order, cuts, samples_module.caption_rules(args)), images
+    return TrainingSet(images, order, cuts, caption_rules(args)), images
 
 
 def places(sheet, pixels):
@@ -92,8 +92,8 @@ def pixels_of(sample):
 
 
 def facts_of(args):
-    images = scan.find_images(args)[0].images
-    return [facts for facts, _, _ in preview_data.training_samples(args, images, samples_module.framing(args, images))]
+    images = scan.find_images(data_source(args))[0].images
+    return [facts for facts, _, _ in preview_data.training_samples(args, images, framing_rules(args).framing(images))]
 
 
 def some_facts(**more):
@@ -152,9 +152,9 @@ def test_a_recipe_is_as_good_as_its_flags(sheet_of, photos, tmp_path, capsys):
 
 def test_flips_are_shown_and_told_in_every_epoch(sheet_of, photos, texts):
     args, sheet = sheet_of("--resolution", 128, "--random_flip", "--center_crop", "--preview_images", 21)
-    images = scan.find_images(args)[0].images
+    images = scan.find_images(data_source(args))[0].images
     told = set()
-    for fact, pixels, _ in preview_data.training_samples(args, images, samples_module.framing(args, images)):
+    for fact, pixels, _ in preview_data.training_samples(args, images, framing_rules(args).framing(images)):
         image = open_image((photos / fact.name).read_bytes(), fact.name)
         image = ImageOps.mirror(image) if fact.flipped else image
         assert np.array_equal(pixels, prepare_image(image, (128, 128), center_crop=True, flip=False)[0])
@@ -209,7 +209,7 @@ def test_only_what_is_drawn_is_opened(photos, sheet_of, monkeypatch):
 
 def test_held_out_images_are_not_on_the_sheet(sheet_of):
     args, _ = sheet_of("--resolution", 64, "--validation_split", 3, "--train_batch_size", 1)
-    held_out = {image.name for image in scan.find_images(args)[1]}
+    held_out = {image.name for image in scan.find_images(data_source(args))[1]}
     names = {fact.name for fact in facts_of(args)}
     assert len(held_out) == 3 and len(names) == 4 and not names & held_out
 
@@ -243,12 +243,12 @@ def test_captions_are_those_that_the_model_gets(sheet_of, texts):
 
 def test_dropped_captions_are_those_that_training_drops(sheet_of, texts):
     args, _ = sheet_of("--resolution", 64, "--proportion_empty_prompts", 0.3, "--preview_images", 60, "--seed", 2)
-    recipe = SimpleNamespace(
-        args=SimpleNamespace(seed=2, train_text_encoder=False), empty_prompt={"prompt_embeds": torch.zeros(1, 4)},
+    settings = SimpleNamespace(
+        settings=SimpleNamespace(seed=2, train_text_encoder=False), empty_prompt={"prompt_embeds": torch.zeros(1, 4)},
         device=torch.device("cpu"), dtype=torch.float32,
     )  # fmt: skip
     batch = {"number": np.arange(60), "prompt_embeds": torch.ones(60, 1, 4)}
-    kept = objective.choose_prompts(batch, recipe, 0.3)["prompt_embeds"].amax(dim=(1, 2)).bool().tolist()
+    kept = objective.choose_prompts(batch, settings, 0.3)["prompt_embeds"].amax(dim=(1, 2)).bool().tolist()
     assert [not fact.dropped for fact in facts_of(args)] == kept
     assert 8 <= kept.count(False) <= 28
     assert texts.count(("(dropped)", contact_sheet.PALE)) == kept.count(False)
@@ -338,13 +338,17 @@ def test_reconstructions_are_of_the_latents_that_are_trained_on(sheet_of, vae_fo
         vae.save_pretrained(place / "vae")
     args, sheet = sheet_of("--resolution", 128, "--preview_images", 4, "--vae", place, "--seed", 7)
     samples, _ = training_set(args)
-    recipe = SimpleNamespace(
-        args=args, device=torch.device("cpu"), dtype=torch.float32, encoder=vae, to_model_space=lambda z: z
+    settings = SimpleNamespace(
+        settings=args,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+        encoder=vae,
+        space=SimpleNamespace(to_model=lambda z: z),
     )
     for n in range(4):
         pixels = samples[n]["pixel_values"]
         with torch.no_grad():
-            latents = objective.sample_latents({"pixel_values": pixels[None], "number": np.array([n])}, recipe)
+            latents = objective.sample_latents({"pixel_values": pixels[None], "number": np.array([n])}, settings)
             decoded = vae.decode(latents).sample[0]
         decoded, pixels = from_pixel_values(decoded), from_pixel_values(pixels)
         [(top, left)], [(top_2, left_2)] = places(sheet, pixels), places(sheet, decoded)

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from lpl_finetuning.data.report import build_report, report_lines
+from lpl_finetuning.data.samples import FramingRules
 from lpl_finetuning.data.scan import Scan, scan_folder
 from tests.picture_folders import ROW, captioned, lines, picture
 
@@ -28,7 +29,7 @@ def report_set(folder):
 
 def test_the_report_counts_what_is_there(tmp_path):
     scan = report_set(tmp_path / "set")
-    report = build_report(scan, scan.images[:1], 64, [(64, 64), (64, 128)], batch_size=3)
+    report = build_report(scan, scan.images[:1], FramingRules(64, "64,64; 64,128"), batch_size=3)
     assert json.loads(json.dumps(report)) == report
     assert (report["images"], report["held_out"], report["source"]) == (6, 1, scan.source)
     assert report["formats"] == {"PNG": 5, "GIF": 1} and report["notes"]["animated"] == {
@@ -60,17 +61,17 @@ def test_the_report_counts_what_is_there(tmp_path):
     ):
         assert sum(text in remark for remark in remarks) >= 1, text
     assert len(remarks) == 7
-    plain = build_report(scan, [], 32)
+    plain = build_report(scan, [], FramingRules(32))
     assert plain["below_resolution"]["count"] == 0 and plain["buckets"][0]["size"] == [32, 32]
     assert not any("bucket" in remark for remark in plain["remarks"])
 
 
 def test_the_report_on_a_list_and_on_a_clean_set(tmp_path):
     scan = scan_folder(captioned(tmp_path / "set", 4, size=(64, 64)))
-    report = build_report(scan, [], 64, [(64, 64)], batch_size=4)
+    report = build_report(scan, [], FramingRules(64, "64,64"), batch_size=4)
     assert report["remarks"] == []
     as_list = Scan(list(scan.images), [], "a list")
-    of_list = build_report(as_list, list(scan.images)[:1], 64)
+    of_list = build_report(as_list, list(scan.images)[:1], FramingRules(64))
     for name in ("sizes", "captions", "duplicates"):
         assert of_list[name] == report[name]
     assert of_list["in_both"]["count"] == 1 and report_lines(of_list)
@@ -79,7 +80,7 @@ def test_the_report_on_a_list_and_on_a_clean_set(tmp_path):
 def test_groups_of_copies_are_told_apart(tmp_path):
     for index, color in enumerate("rrrbbgwwk"):
         picture(tmp_path / f"set/{index}.png", color=(ord(color), 0, 0), caption="x")
-    report = build_report(scan_folder(tmp_path / "set"), [], 4)
+    report = build_report(scan_folder(tmp_path / "set"), [], FramingRules(4))
     duplicates = report["duplicates"]
     assert "4 images are copies of others: 0.png = 1.png = 2.png; 3.png" in "".join(report["remarks"])
     assert duplicates["groups"] == 3 and duplicates["copies"] == 4
@@ -89,13 +90,13 @@ def test_groups_of_copies_are_told_apart(tmp_path):
 def test_a_row_listed_twice_is_no_duplicate(tmp_path):
     lines(ROW, ROW | {"text": "b"})(tmp_path / "set")
     scan = scan_folder(tmp_path / "set")
-    assert build_report(scan, [], 4)["duplicates"]["groups"] == 0 and len(scan.images) == 2
+    assert build_report(scan, [], FramingRules(4))["duplicates"]["groups"] == 0 and len(scan.images) == 2
 
 
 def test_the_report_fits_on_a_page(tmp_path):
     scan = report_set(tmp_path / "set")
-    buckets = [(64, 16 * width) for width in range(2, 41)]
-    report = build_report(scan, [], 64, buckets, batch_size=4)
+    buckets = ";".join(f"64,{16 * width}" for width in range(2, 41))
+    report = build_report(scan, [], FramingRules(64, buckets), batch_size=4)
     report["remarks"] *= 20
     text = report_lines(report)
     assert "captions      7, 6 different, 1 image has several" in text

@@ -156,7 +156,7 @@ def test_a_first_tag_that_begins_with_the_trigger_word_stays_in_front():
 def test_shuffled_tags_are_the_same_tags_with_the_first_in_their_place():
     caption = "1girl, solo , red hair,, blue eyes, smile, outdoors, tree"
     tags = ["1girl", "solo", "red hair", "blue eyes", "smile", "outdoors", "tree"]
-    rules = CaptionRules("sks", shuffle_tags=True, keep_tags=2, shuffles=6)
+    rules = CaptionRules("sks", shuffle_tags=True, keep_tags=2, tag_shuffles=6)
     texts = rules.texts([caption])
     assert len(texts) == 6, "so many orders differ"
     for text in texts:

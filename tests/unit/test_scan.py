@@ -16,8 +16,8 @@ import zlib
 
 import pytest
 
+from lpl_finetuning.data import folders, packed, tables
 from lpl_finetuning.data import scan as scan_module
-from lpl_finetuning.data import tables
 from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.errors import DataError
 from tests.children import printed_by, start
@@ -101,9 +101,11 @@ def test_scanning_imports_nothing_slow(tmp_path):
     captioned(tmp_path / "set", 2)
     tar(tmp_path / "set/s.tar", ("a.png", image_bytes()), ("a.txt", b"a"))
     code = (
-        "import json, sys, data_report_utils as r, scan_utils as s, table_utils as t\n"
-        f"scan = s.scan_folder({str(tmp_path / 'set')!r})\n"
-        "r.report_lines(r.build_report(scan, [], 64)), t.hold_out(scan.images, 1), scan.images[0].read_bytes()\n"
+        "import json, sys\n"
+        "from lpl_finetuning.data import report, samples, scan, tables\n"
+        f"found = scan.scan_folder({str(tmp_path / 'set')!r})\n"
+        "report.report_lines(report.build_report(found, [], samples.FramingRules(64))), found.images[0].read_bytes()\n"
+        "tables.hold_out(found.images, 1)\n"
         "print(json.dumps(list(sys.modules)))\n"
     )
     loaded = printed_by(code)
@@ -120,18 +122,18 @@ def looks(monkeypatch):
     """Counts what is read: images looked into, caption files, and shards listed."""
     seen = {"images": [], "texts": [], "shards": []}
 
-    def count(name, kind, name_of):
-        function = getattr(scan_module, name)
+    def count(module, name, kind, name_of):
+        function = getattr(module, name)
 
         def counting(*args):
             seen[kind].append(name_of(*args))
             return function(*args)
 
-        monkeypatch.setattr(scan_module, name, counting)
+        monkeypatch.setattr(module, name, counting)
 
-    count("look", "images", lambda asked, item: item[0])
-    count("read_caption_file", "texts", lambda path, size: path.name)
-    count("shard_images", "shards", lambda path, remarks: path.name)
+    count(scan_module, "read_facts", "images", lambda request, item: item[0])
+    count(folders, "read_caption_file", "texts", lambda path, size: path.name)
+    count(packed, "shard_images", "shards", lambda path, remarks: path.name)
 
     def taken():
         counts = {kind: sorted(found) for kind, found in seen.items() if found}
@@ -204,15 +206,15 @@ def test_bad_images_are_not_read_again_but_unreadable_ones_are(tmp_path, looks, 
 
 def test_a_file_that_changes_while_it_is_read_is_bad(tmp_path, monkeypatch):
     folder = captioned(tmp_path / "set", 2)
-    look = scan_module.look
+    read_facts = scan_module.read_facts
 
-    def touch_before(asked, item):
+    def touch_before(request, item):
         if item[0] == "0001.png":
             os.utime(folder / item[0], ns=(1, 1))
-        return look(asked, item)
+        return read_facts(request, item)
 
     with monkeypatch.context() as patch:
-        patch.setattr(scan_module, "look", touch_before)
+        patch.setattr(scan_module, "read_facts", touch_before)
         assert "0001.png: the file changed while it was read" in refusal(folder)
     assert len(scan_folder(folder).images) == 2
 
@@ -243,17 +245,18 @@ def test_what_is_gone_is_forgotten(tmp_path, own_cache):
 
 
 SLOW = """
-import os, time, scan_utils, table_utils
+import os, time
+from lpl_finetuning.data import scan, tables
 os.cpu_count = lambda: 2  # threads: as many images may be read and not yet kept when a kill comes
-table_utils.COMMIT_SECONDS = 0.05
-look = scan_utils.look
-def slow(asked, item):
+tables.COMMIT_SECONDS = 0.05
+read_facts = scan.read_facts
+def slow(request, item):
     with open({log!r}, "a") as file:
         file.write(item[0] + "\\n")
     time.sleep({pause})
-    return look(asked, item)
-scan_utils.look = slow
-print(len(scan_utils.scan_folder({folder!r}, show=False).images))
+    return read_facts(request, item)
+scan.read_facts = slow
+print(len(scan.scan_folder({folder!r}, show=False).images))
 """
 
 

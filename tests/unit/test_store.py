@@ -21,8 +21,9 @@ from safetensors.torch import load_file
 from torch.utils.data import DataLoader
 from tqdm import TMonitor
 
-from lpl_finetuning import base_model
+from lpl_finetuning import base_model, files
 from lpl_finetuning.base_model import model_digest
+from lpl_finetuning.data import encoding
 from lpl_finetuning.data import store as store_module
 from lpl_finetuning.data.encoding import encode_missing
 from lpl_finetuning.data.store import DamagedShard, DataError, TensorStore, entry_bytes
@@ -69,12 +70,14 @@ def python(code, *arguments, **options):
 
 def test_importing_imports_neither_torch_nor_datasets():
     code = (
-        "import json, sys, store_utils\n"
-        "store = store_utils.TensorStore('nowhere')\n"
+        "import json, sys\n"
+        "from lpl_finetuning.data import encoding, store\n"
+        "store = store.TensorStore('nowhere')\n"
         "print(json.dumps([len(store), store.verify(), list(sys.modules)]))"
     )
     length, bad, loaded = printed_by(code)
-    assert length == bad == 0 and "store_utils" in loaded and not {"torch", "datasets", "transformers"} & set(loaded)
+    assert length == bad == 0 and "lpl_finetuning.data.encoding" in loaded
+    assert not {"torch", "datasets", "transformers"} & set(loaded)
     assert not (REPOSITORY / "nowhere").exists()
 
 
@@ -786,7 +789,7 @@ def running():
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ZeroDivisionError])
 @pytest.mark.parametrize("where", ["encode", "prepare"])
 def test_little_is_lost_when_encoding_ends_early(tmp_path, monkeypatch, where, error):
-    monkeypatch.setattr(store_module, "SHARD_ENTRIES", 4)
+    monkeypatch.setattr(encoding, "SHARD_ENTRIES", 4)
 
     def fails(place):
         def function(items):
@@ -818,7 +821,7 @@ def test_shards_are_written_in_time(tmp_path, monkeypatch):
 
     encode_missing(store, work(*range(600)), watching, 100, "", show=False)
     assert seen == [0, 0, 0, 1, 1, 1] and len(shards(tmp_path)) == 2
-    monkeypatch.setattr(store_module, "SHARD_BYTES", 2 * 28)
+    monkeypatch.setattr(encoding, "SHARD_BYTES", 2 * 28)
     seen.clear()
     encode_missing(store, work(*range(600, 605)), watching, 1, "", show=False)
     assert seen == [2, 2, 3, 3, 4] and len(shards(tmp_path)) == 5
@@ -882,7 +885,7 @@ def test_a_long_list_is_held_only_where_it_is_missing(tmp_path, monkeypatch):
 def test_too_little_room_is_told_before_anything_is_written(tmp_path, monkeypatch):
     usage = type("Usage", (), {"free": 3_000_000_000})
     asked = []
-    monkeypatch.setattr(store_module.shutil, "disk_usage", lambda path: asked.append(path) or usage)
+    monkeypatch.setattr(files.shutil, "disk_usage", lambda path: asked.append(path) or usage)
     check_free_space(tmp_path / "a/b", 2_900_000_000, "the cache")
     with pytest.raises(DataError, match=r"a/b: the cache of 9 images needs 2\.9 GB .*3\.0 GB.*--cache_dir") as caught:
         check_free_space(tmp_path / "a/b", 2_900_000_001, "the cache of 9 images")

@@ -14,8 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from lpl_finetuning.data import scan as scan_module
-from lpl_finetuning.data import tables
+from lpl_finetuning.data import folders, tables
 from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.data.tables import CaptionedImage, ImageTable, contents_of, hold_out, sizes_of
 from lpl_finetuning.errors import DataError
@@ -77,7 +76,7 @@ def test_a_table_is_named_by_its_rows_and_never_changes(tmp_path, table):
 
 def test_more_rows_than_are_read_at_once(tmp_path, monkeypatch):
     folder = captioned(tmp_path / "set", 50)
-    for module in (scan_module, tables):
+    for module in (folders, tables):
         monkeypatch.setattr(module, "ROWS_AT_ONCE", 7)
     table = scan_folder(folder).images
     assert [image.caption for image in table] == [f"picture {index}" for index in range(50)]
@@ -117,8 +116,9 @@ def test_each_process_has_a_connection_of_its_own(table):
 
 
 MEMORY = """
-import numpy as np, table_utils
-table = table_utils.ImageTable({path!r})
+import numpy as np
+from lpl_finetuning.data import folders, tables
+table = tables.ImageTable({path!r})
 for row in np.random.default_rng(0).integers(0, len(table), 3000):
     table[row]
 for image in table: pass
@@ -237,10 +237,11 @@ def test_a_table_without_its_last_rows_is_refused(tmp_path):
 def test_a_full_disk_is_told_of(tmp_path):
     folder = captioned(tmp_path / "set", 300)
     code = (
-        "import resource, scan_utils\n"
+        "import resource\n"
+        "from lpl_finetuning.data import scan\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, 30_000))\n"
-        f"try: scan_utils.scan_folder({str(folder)!r}, show=False)\n"
-        "except scan_utils.DataError as error: print(error)\n"
+        f"try: scan.scan_folder({str(folder)!r}, show=False)\n"
+        "except scan.DataError as error: print(error)\n"
     )
     result = subprocess.run([sys.executable, "-c", code], cwd=REPOSITORY, capture_output=True, text=True)
     assert "Is the disk full?" in result.stdout and "--cache_dir" in result.stdout and not result.stderr
