@@ -18,13 +18,10 @@ the same order.
 import argparse
 import functools
 import math
-import os
-import sys
 from pathlib import Path
 
 from lpl_finetuning.base_model import check_base_model, lora_layers
-from lpl_finetuning.data.scan import find_images
-from lpl_finetuning.errors import errors_for_people, quiet_libraries, require
+from lpl_finetuning.errors import require
 from lpl_finetuning.families import SD3
 from lpl_finetuning.flag_checks import check_flags
 from lpl_finetuning.flags import (
@@ -35,12 +32,12 @@ from lpl_finetuning.flags import (
     add_model_arguments,
     add_run_arguments,
     add_training_arguments,
-    data_source,
     encoding_settings,
     input_path,
     is_number,
 )
 from lpl_finetuning.results.hub import check_publishing
+from lpl_finetuning.start import early, run_main
 from lpl_finetuning.training.checkpoint_folders import check_resume
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sd3" / "train.yaml"
@@ -55,19 +52,14 @@ def build_parser():
     add_training_arguments(parser, train_batch_size=4, num_train_epochs=1, adam_weight_decay=1e-4)
     group = parser.add_argument_group("diffusion")
     add = group.add_argument
-    add("--pretrained_transformer_model_name_or_path",
-        type=input_path,
+    add("--pretrained_transformer_model_name_or_path", type=input_path,
         help="another transformer: a folder or Hub name with its config.json, or with transformer/")  # fmt: skip
     add("--max_sequence_length", type=int, default=77, help="tokens for T5 (default: %(default)s)")
     add("--weighting_scheme", choices=("logit_normal", "mode", "sigma_sqrt", "cosmap", "none"), default="logit_normal",
         help="how noise levels are drawn (logit_normal, mode; else uniformly) or weighted (sigma_sqrt, cosmap), "
         "as in the SD3 paper (default: %(default)s)")  # fmt: skip
-    add(
-        "--logit_mean",
-        type=float,
-        default=0.0,
-        help="of logit_normal; above 0 means less noise (default: %(default)s)",
-    )
+    add("--logit_mean", type=float, default=0.0,
+        help="of logit_normal; above 0 means less noise (default: %(default)s)")  # fmt: skip
     add("--logit_std", type=float, default=1.0, help="of logit_normal (default: %(default)s)")
     add("--mode_scale", type=float, default=1.29, help="of mode (default: %(default)s)")
     add("--precondition_outputs", type=int, choices=(0, 1), default=0,
@@ -106,12 +98,7 @@ def shift_or_auto(text):
     return text if text == "auto" else float(text)
 
 
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a busy CPU to a halt
-    with errors_for_people("--debug" in sys.argv):
-        ARGS = parse_args()
-        SCAN, HELD_OUT = find_images(data_source(ARGS))
-        quiet_libraries(ARGS.debug)
+RUN = early(__name__, parse_args)
 
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler, SD3Transformer2DModel, StableDiffusion3Pipeline
@@ -609,6 +596,4 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
     return True
 
 
-if __name__ == "__main__":
-    with errors_for_people(ARGS.debug):
-        main(ARGS, SCAN, HELD_OUT)
+run_main(main, RUN)

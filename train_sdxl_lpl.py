@@ -14,13 +14,10 @@ paper, `main` is the loop. Symbols: z_0 clean latents as the UNet sees them, z_t
 
 # ruff: noqa: E402  (flags and data are checked before the slow imports)
 import functools
-import os
-import sys
 from pathlib import Path
 
 from lpl_finetuning.base_model import check_base_model, lora_layers
-from lpl_finetuning.data.scan import find_images
-from lpl_finetuning.errors import errors_for_people, quiet_libraries, require
+from lpl_finetuning.errors import require
 from lpl_finetuning.families import SDXL
 from lpl_finetuning.flag_checks import check_flags
 from lpl_finetuning.flags import (
@@ -31,11 +28,11 @@ from lpl_finetuning.flags import (
     add_model_arguments,
     add_run_arguments,
     add_training_arguments,
-    data_source,
     encoding_settings,
     input_path,
 )
 from lpl_finetuning.results.hub import check_publishing
+from lpl_finetuning.start import early, run_main
 from lpl_finetuning.training.checkpoint_folders import check_resume
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sdxl" / "train.yaml"
@@ -88,12 +85,7 @@ def parse_args(argv=None):
     return args
 
 
-if __name__ == "__main__":
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a busy CPU to a halt
-    with errors_for_people("--debug" in sys.argv):
-        ARGS = parse_args()
-        SCAN, HELD_OUT = find_images(data_source(ARGS))
-        quiet_libraries(ARGS.debug)
+RUN = early(__name__, parse_args)
 
 import torch
 from diffusers import DDPMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
@@ -564,6 +556,4 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
     return True
 
 
-if __name__ == "__main__":
-    with errors_for_people(ARGS.debug):
-        main(ARGS, SCAN, HELD_OUT)
+run_main(main, RUN)

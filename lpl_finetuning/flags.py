@@ -269,12 +269,20 @@ def save_recipe(args, path):
     Path(path).write_text(recipe_text(args), encoding="utf-8")
 
 
+def changed_flags(args):
+    """{flag: value} of the flags that differ from their defaults, secrets left out, in the order of --help."""
+    return {flag: value for flag, value in vars(args).items()
+            if flag not in SECRETS and flag in args.defaults and value != args.defaults[flag]}  # fmt: skip
+
+
 def print_configuration(args, say):
-    """The flags that are set, in one line, secrets left out."""
-    flags = {key: value for key, value in sorted(vars(args).items()) if key not in SECRETS}
-    say(
-        "\nConfiguration: " + ", ".join(f"{key}={value}" for key, value in flags.items() if value not in (None, False))
-    )
+    """Print the flags that differ from their defaults, one a line; `config.yaml` in the output folder has all."""
+    changed = changed_flags(args)
+    width = max(map(len, changed), default=0)
+    say("\nFlags that differ from their defaults (config.yaml in the output folder has all of them):")
+    for flag, value in changed.items():
+        text = ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+        say(f"    {flag:{width}}  {text}")
 
 
 def settings_from_flags(cls, args, **more):

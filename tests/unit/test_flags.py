@@ -12,7 +12,7 @@ import train_sdxl_lpl
 from lpl_finetuning.base_model import BaseModel, Place
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SD3, SDXL
-from lpl_finetuning.flags import recipe_text
+from lpl_finetuning.flags import print_configuration, recipe_text
 from tests.runs import ROOT
 
 SCRIPTS = {"sdxl": (train_sdxl_lpl, SDXL), "sd3": (train_sd3_lpl_flow, SD3)}
@@ -88,3 +88,14 @@ def test_places_and_names_of_parts(family, tmp_path):
 def test_both_names_of_the_data_folder_exclude_each_other(pictures):
     with pytest.raises(UserError, match="--train_data_dir and --instance_data_dir exclude each other"):
         train_sdxl_lpl.build_parser().parse(["--train_data_dir", str(pictures), "--instance_data_dir", str(pictures)])
+
+
+@pytest.mark.parametrize("script", [train_sdxl_lpl, train_sd3_lpl_flow], ids=["sdxl", "sd3"])
+def test_the_plan_lists_the_flags_that_differ(script):
+    """Aligned, one a line, without secrets and without what was given its default."""
+    words = ["--rank", "8", "--use_lora", "--learning_rate", "1e-4", "--hub_token", "hf_secret", "--seed", "7",
+             "--validation_prompt", "a dog", "a cat"]  # fmt: skip
+    said = []
+    print_configuration(script.build_parser().parse(words), said.append)
+    assert sorted(said[1:]) == ["    rank               8", "    seed               7", "    use_lora           True",
+                                "    validation_prompt  a dog, a cat"]  # fmt: skip

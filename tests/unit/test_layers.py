@@ -19,7 +19,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("data.scan",),
     ("data.report", "data.encoding", "data.contact_sheet"),
     ("flags",),
-    ("flag_checks", "families"),
+    ("flag_checks", "families", "start"),
     ("training.checkpoint_folders", "training.sharding", "training.guard", "training.signals"),
     ("training.models", "training.reporter"),
     ("training.objective", "training.optimization", "training.checkpoints"),
@@ -29,7 +29,8 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("publish", *SCRIPTS),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-TORCH_FREE = ("errors", "files", "base_model", "families", "flags", "flag_checks", "training.checkpoint_folders",
+TORCH_FREE = ("errors", "files", "base_model", "families", "start", "flags", "flag_checks",
+              "training.checkpoint_folders",
               "data.images", "data.tables", "data.store", "data.samples", "data.findings", "data.folders",
               "data.packed", "data.scan", "data.report", "data.encoding", "data.contact_sheet")  # fmt: skip
 
