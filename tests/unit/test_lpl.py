@@ -49,6 +49,7 @@ from tests.tiny_models import autoencoder
 DOUBLE = torch.float64
 KINDS = ("sdxl", "sd3", "asymmetric")
 OPTIONS = list(itertools.product(NORM_TYPES, LOSS_TYPES))
+EACH = [(norm_type, "mse") for norm_type in NORM_TYPES] + [("standard", "l1"), ("default", "l1")]
 NORMS = [(norm_type, "none") for norm_type in NORM_TYPES] + [("standard", "half"), ("standard", "full")]
 WIDE = 0.3  # an outlier quantile at which random features have outliers in every layer that has a mask
 
@@ -58,10 +59,15 @@ WIDE = 0.3  # an outlier quantile at which random features have outliers in ever
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def fresh(kind="sdxl", dtype=DOUBLE):
+    """A random autoencoder of four to eight channels."""
+    return autoencoder(kind, width=4, groups=2, dtype=dtype)
+
+
 @functools.cache
 def decoder(kind="sdxl", dtype=DOUBLE):
     """A random autoencoder, shared by the tests that leave it alone (all do; one test makes sure of it)."""
-    return autoencoder(kind, dtype=dtype)
+    return fresh(kind, dtype)
 
 
 def pair(vae, batch=2, height=4, width=4, seed=0, dtype=DOUBLE):
@@ -156,33 +162,27 @@ def mean_and_std(values):
 
 def reference_norm(features, rho):
     """(H, W): norm over the channels of the inliers of one sample, plus eps; no gradient where it is 0."""
-    squares = sum((rho[c] * features[c]) ** 2 for c in range(len(features)))
+    squares = ((rho * features) ** 2).sum(dim=0)
     norm = torch.zeros_like(squares)
     norm[squares > 0] = squares[squares > 0].sqrt()
     return norm + EPS
 
 
-def reference_channel(x, xh, rho, norm_type, norm_gradient, frozen, whole_batch, norms):
-    """(target, estimate) of one sample and channel, (H, W), normalised; sg is stop-gradient.
+def reference_channel(x, xh, rho, norm_type, norm_gradient, frozen):
+    """(target, estimate) of one sample and channel, (H, W), by statistics over positions; sg is stop-gradient.
 
-    The squared difference is divided by sg(s)^2, sg(s) * s or s^2 for the norm gradients none, half and full.
-    whole_batch: the target's inliers of the channel in all samples; norms: both sides' norms over channels.
+    Under "standard" the squared difference is divided by sg(s)^2, sg(s) * s or s^2 for the norm gradients none, half
+    and full.
     """
-    if norm_type == "shared":
-        return x / norms[0], xh / norms[0]
-    if norm_type == "default":
-        return x / norms[0], xh / norms[1]
-    if norm_type == "none":
-        return x, xh
-    if norm_type == "standard":
-        mean, detached = mean_and_std(frozen[rho])
-        divided_by = detached**2
-        if norm_gradient != "none":
-            live = mean_and_std(xh[rho])[1]
-            divided_by = live**2 if norm_gradient == "full" else live.detach() * live
-        return (x - mean) / divided_by.sqrt(), (xh - mean) / divided_by.sqrt()
-    mean, std = mean_and_std(whole_batch if norm_type == "batch" else x[rho])
-    return (x - mean) / std, (xh - mean) / std
+    if norm_type == "target":
+        mean, std = mean_and_std(x[rho])
+        return (x - mean) / std, (xh - mean) / std
+    mean, detached = mean_and_std(frozen[rho])
+    divided_by = detached**2
+    if norm_gradient != "none":
+        live = mean_and_std(xh[rho])[1]
+        divided_by = live**2 if norm_gradient == "full" else live.detach() * live
+    return (x - mean) / divided_by.sqrt(), (xh - mean) / divided_by.sqrt()
 
 
 def reference_layer(x, xh, mask, norm_type, loss_type, norm_gradient="none", frozen=None):
@@ -191,14 +191,21 @@ def reference_layer(x, xh, mask, norm_type, loss_type, norm_gradient="none", fro
     mask = torch.from_numpy(mask)
     losses = []
     for b in range(len(x)):
-        channels = []
-        norms = [reference_norm(side[b], mask[b]) for side in (x, xh)]
+        channels, divisors = [], (1, 1)
+        if norm_type == "shared":
+            divisors = (reference_norm(x[b], mask[b]),) * 2
+        elif norm_type == "default":
+            divisors = [reference_norm(side[b], mask[b]) for side in (x, xh)]
         for c in range(x.shape[1]):
             rho = mask[b, c]
-            target, estimate = reference_channel(
-                x[b, c], xh[b, c], rho, norm_type, norm_gradient, frozen[b, c], x[:, c][mask[:, c]], norms
-            )
-            distances = (estimate - target)[rho]
+            if norm_type in ("standard", "target"):
+                pair = reference_channel(x[b, c], xh[b, c], rho, norm_type, norm_gradient, frozen[b, c])
+            elif norm_type == "batch":
+                mean, std = mean_and_std(x[:, c][mask[:, c]])
+                pair = (x[b, c] - mean) / std, (xh[b, c] - mean) / std
+            else:
+                pair = x[b, c] / divisors[0], xh[b, c] / divisors[1]
+            distances = (pair[1] - pair[0])[rho]
             distances = distances**2 if loss_type == "mse" else distances.abs()
             channels.append(distances.sum() / max(1, int(rho.sum())))
         losses.append(sum(channels) / len(channels))
@@ -247,14 +254,13 @@ def reference_case(kind):
     return z0, estimate, features, estimates, masks
 
 
-@pytest.mark.parametrize("remove_outliers", [True, False])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(("loss_type", "remove_outliers"), [("mse", True), ("l1", True), ("mse", False)])
 @pytest.mark.parametrize(("norm_type", "norm_gradient"), NORMS)
 def test_values_and_gradients_equal_the_reference(norm_type, norm_gradient, loss_type, remove_outliers):
     z0, estimate, features, estimates, masks = reference_case("sdxl")
     mask, shares = masks[remove_outliers], torch.tensor([1.0, 0.7], dtype=DOUBLE)
     layers = reference_layers(features, estimates, mask, norm_type, loss_type, norm_gradient)
-    for pow_law in (True, False):
+    for pow_law in (True, False) if loss_type == "l1" else (True,):
         expected = reference_total(layers, features, pow_law)
         (gradient,) = torch.autograd.grad(expected @ shares, estimate, retain_graph=True)
         options = {"norm_type": norm_type, "norm_gradient": norm_gradient, "loss_type": loss_type}
@@ -393,7 +399,7 @@ def test_noise_to_signal_and_the_noise_scale():
 
 
 @pytest.mark.parametrize("remove_outliers", [True, False])
-@pytest.mark.parametrize(("norm_type", "loss_type"), OPTIONS)
+@pytest.mark.parametrize(("norm_type", "loss_type"), EACH)
 def test_a_latent_has_no_distance_to_itself(norm_type, loss_type, remove_outliers):
     z0, _ = pair(decoder())
     options = {"remove_outliers": remove_outliers, "outlier_quantile": WIDE}
@@ -402,7 +408,7 @@ def test_a_latent_has_no_distance_to_itself(norm_type, loss_type, remove_outlier
     assert (gradient == 0).all()
 
 
-@pytest.mark.parametrize(("norm_type", "loss_type"), OPTIONS)
+@pytest.mark.parametrize(("norm_type", "loss_type"), EACH)
 def test_a_batch_is_its_samples_one_by_one_except_under_batch(norm_type, loss_type):
     z0, estimate = pair(decoder(), batch=3)
     loss = lpl(norm_type=norm_type, loss_type=loss_type, outlier_quantile=WIDE)
@@ -418,8 +424,7 @@ def test_a_batch_is_its_samples_one_by_one_except_under_batch(norm_type, loss_ty
     assert_equal(gradient, torch.cat([single for _, single in singles]), 1e-10)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("norm_type", NORM_TYPES)
+@pytest.mark.parametrize(("norm_type", "batch_size"), [(name, 2) for name in NORM_TYPES] + [("standard", 1)])
 def test_chunks_equal_all_at_once(norm_type, batch_size):
     z0, estimate = pair(decoder(), batch=3)
     weights = torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE)
@@ -445,10 +450,10 @@ def test_chunks_bound_how_many_samples_the_decoder_sees():
         hook.remove()
 
 
-@pytest.mark.parametrize("batch_size", [None, 1])
 @pytest.mark.parametrize(("norm_type", "loss_type"), OPTIONS)
-def test_checkpointing_changes_nothing(norm_type, loss_type, batch_size):
+def test_checkpointing_changes_nothing(norm_type, loss_type):
     z0, estimate = pair(decoder())
+    batch_size = {"mse": None, "l1": 1}[loss_type]
     options = {"norm_type": norm_type, "loss_type": loss_type, "batch_size": batch_size, "outlier_quantile": WIDE}
     (expected, gradient), (output, found) = (
         evaluate(lpl(checkpointing=mode, **options), z0, estimate) for mode in CHECKPOINTING
@@ -472,7 +477,7 @@ def test_the_decoder_runs_three_passes_and_one_more_with_checkpointing():
         handle.remove()
 
 
-@pytest.mark.parametrize(("norm_type", "loss_type"), OPTIONS)
+@pytest.mark.parametrize(("norm_type", "loss_type"), EACH)
 def test_float32_agrees_with_float64(norm_type, loss_type):
     z0, estimate = pair(decoder(), height=6)
     expected, gradient = evaluate(lpl(norm_type=norm_type, loss_type=loss_type), z0, estimate)
@@ -490,7 +495,7 @@ def test_a_half_precision_decoder_gives_float32_values_near_the_exact_ones(dtype
     z0, estimate = pair(decoder(), height=6)
     z0[:, :, 1, 1] /= 10
     options = {"remove_outliers": False}  # an outlier more or less would be another function
-    vae = autoencoder("sdxl", dtype=dtype)
+    vae = fresh("sdxl", dtype=dtype)
     vae.register_to_config(force_upcast=False)
     expected, gradient = evaluate(lpl(**options), z0, estimate)
     output, found = evaluate(lpl(vae, **options), z0.float(), estimate.float())
@@ -501,7 +506,7 @@ def test_a_half_precision_decoder_gives_float32_values_near_the_exact_ones(dtype
 
 def test_small_gradients_survive_a_float16_decoder():
     """They shrink with the image's area and, under "shared", with the channels: unscaled, a third is lost here."""
-    vae = autoencoder("sdxl", dtype=torch.float16)
+    vae = fresh("sdxl", dtype=torch.float16)
     vae.register_to_config(force_upcast=False)
     z0, _ = pair(vae, height=8, width=8)
     z0[:, :, 1, 1] /= 10
@@ -512,7 +517,7 @@ def test_small_gradients_survive_a_float16_decoder():
     assert relative_error(found.double(), gradient) < 0.05
 
 
-@pytest.mark.parametrize(("norm_type", "loss_type"), OPTIONS)
+@pytest.mark.parametrize(("norm_type", "loss_type"), EACH)
 def test_comparing_a_layer_block_by_block_changes_nothing(norm_type, loss_type, monkeypatch):
     """Features of this size fit into one block: here a block is three channels or three rows, the last one fewer."""
     z0, estimate = pair(decoder())
@@ -544,7 +549,7 @@ def test_blocks_cover_every_element_once():
 
 def test_gradients_reach_the_estimate_and_nothing_else():
     for requires_grad in (True, False):
-        vae = autoencoder("sdxl", dtype=DOUBLE).requires_grad_(requires_grad)
+        vae = fresh("sdxl", dtype=DOUBLE).requires_grad_(requires_grad)
         for mode in CHECKPOINTING:
             z0, estimate = (z.requires_grad_() for z in pair(vae))
             output = lpl(vae, checkpointing=mode)(estimate, z0)
@@ -564,9 +569,11 @@ def test_the_gradient_continues_into_what_made_the_estimate():
     assert_equal(scale.grad, (gradient * estimate).sum(), 1e-10)
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize(("norm_type", "norm_gradient"), [norm for norm in NORMS if norm[1] != "half"])
-def test_gradients_equal_finite_differences(norm_type, norm_gradient, loss_type):
+@pytest.mark.parametrize(
+    ("norm_type", "loss_type", "norm_gradient"),
+    [(*each, "none") for each in EACH] + [("standard", loss_type, "full") for loss_type in LOSS_TYPES],
+)
+def test_gradients_equal_finite_differences(norm_type, loss_type, norm_gradient):
     """Where the statistics are detached: compared with the function that keeps those of the start."""
     vae = decoder()
     z0, estimate = pair(vae)
@@ -697,7 +704,7 @@ def test_memory_layouts_change_nothing():
     z0, estimate = pair(decoder())
     expected, gradient = evaluate(lpl(), z0, estimate)
     last = torch.channels_last
-    vae = autoencoder("sdxl", dtype=DOUBLE).to(memory_format=last)
+    vae = fresh("sdxl", dtype=DOUBLE).to(memory_format=last)
     for layout, model in itertools.product((torch.contiguous_format, last), (decoder(), vae)):
         for mode in CHECKPOINTING:
             pieces = (z.contiguous(memory_format=layout) for z in (z0, estimate))
@@ -708,7 +715,7 @@ def test_memory_layouts_change_nothing():
 
 def test_an_autoencoder_with_its_own_gradient_checkpointing():
     """`vae.enable_gradient_checkpointing()`: blocks are then recomputed in the backward pass, outside the context."""
-    vae = autoencoder("sdxl", dtype=DOUBLE)
+    vae = fresh("sdxl", dtype=DOUBLE)
     z0, estimate = pair(vae)
     expected, gradient = evaluate(lpl(vae), z0, estimate)
     vae.enable_gradient_checkpointing()
@@ -752,7 +759,7 @@ def test_the_value_is_the_same_for_every_gradient_and_the_gradients_are_evenly_s
         none, half, full = (evaluate(lpl(norm_gradient=each, **options), z0, estimate) for each in NORM_GRADIENTS)
         assert torch.equal(none[0].per_layer, half[0].per_layer) and torch.equal(none[0].per_layer, full[0].per_layer)
         assert_equal(half[1], (none[1] + full[1]) / 2, 1e-10)
-        assert relative_error(full[1], none[1]) > 0.1
+        assert relative_error(full[1], none[1]) > 0.05
 
 
 def test_chunks_checkpointing_and_blocks_change_nothing_of_the_gradient_through_the_deviation(monkeypatch):
@@ -846,7 +853,7 @@ def latents(shape=(3, 4, 6, 8), seed=0):
     return z0, z0 + 0.3 * noise
 
 
-def by_plain_autograd(network, z0, estimate, norm_type, loss_type="mse", norm_gradient="none", space=(1, 0)):
+def by_plain_autograd(network, z0, estimate, norm_type, norm_gradient="none", space=(1, 0)):
     """(layers (L, B), per sample (B,), gradient) through the whole network at once; half-size maps are masked."""
     source = estimate.clone().requires_grad_()
     sides = []
@@ -858,7 +865,7 @@ def by_plain_autograd(network, z0, estimate, norm_type, loss_type="mse", norm_gr
         sides.append(features)
     sides[0] = [x.detach() for x in sides[0]]
     masks = reference_masks(sides[0], network.upscaling * z0.shape[2], WIDE)
-    layers = reference_layers(*sides, masks, norm_type, loss_type, norm_gradient)
+    layers = reference_layers(*sides, masks, norm_type, "mse", norm_gradient)
     total = reference_total(layers, sides[0])
     return layers.detach(), total.detach(), torch.autograd.grad(total.sum(), source)[0]
 
@@ -867,13 +874,12 @@ CASES = [(Maps, norm, gradient) for norm, gradient in NORMS if norm != "batch"]
 CASES += [(Classifier, norm, "none") for norm in NORM_TYPES if norm not in OVER_POSITIONS]
 
 
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
 @pytest.mark.parametrize(("kind", "norm_type", "norm_gradient"), CASES)
-def test_a_network_of_ones_own_equals_plain_autograd(kind, norm_type, norm_gradient, loss_type):
+def test_a_network_of_ones_own_equals_plain_autograd(kind, norm_type, norm_gradient):
     """Values, gradients, chunks and recomputed stages; the second layer, smaller than the first, weighs 1 too."""
     network, (z0, estimate) = kind(), latents()
-    layers, total, gradient = by_plain_autograd(network, z0, estimate, norm_type, loss_type, norm_gradient)
-    options = {"norm_type": norm_type, "norm_gradient": norm_gradient, "loss_type": loss_type}
+    layers, total, gradient = by_plain_autograd(network, z0, estimate, norm_type, norm_gradient)
+    options = {"norm_type": norm_type, "norm_gradient": norm_gradient}
     for more in ({}, {"batch_size": 2, "checkpointing": "stage"}):
         loss = LatentPerceptualLoss(network, LPLConfig(**options, **more, outlier_quantile=WIDE))
         output, found = evaluate(loss, z0, estimate)
@@ -997,7 +1003,7 @@ def test_a_decoder_given_as_stages_is_the_one_given_as_a_vae():
         output, found = evaluate(lpl(DecoderStages(decoder(), num_blocks)), z0, estimate)
         assert torch.equal(output.per_sample, expected.per_sample) and torch.equal(found, gradient)
         assert output.per_layer.shape == (1 + num_blocks, 2)
-    vae = autoencoder("sdxl", dtype=torch.float16)
+    vae = fresh("sdxl", dtype=torch.float16)
     with pytest.raises(ValueError, match="force_upcast"):
         LatentPerceptualLoss(DecoderStages(vae))
 
@@ -1219,7 +1225,7 @@ def test_constant_and_zero_feature_maps_stay_finite(norm_type, norm_gradient, lo
 
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_a_decoder_with_constant_features_stays_finite(norm_type):
-    vae = autoencoder("sdxl", dtype=DOUBLE)
+    vae = fresh("sdxl", dtype=DOUBLE)
     with torch.no_grad():
         for parameter in vae.decoder.parameters():
             parameter.zero_()
@@ -1414,7 +1420,7 @@ def snapshot(vae):
 
 
 def test_the_autoencoder_is_left_as_it_was():
-    vae = autoencoder("sdxl", dtype=DOUBLE)
+    vae = fresh("sdxl", dtype=DOUBLE)
     modules, parameters, state = snapshot(vae)
     loss = lpl(vae)
     for mode in CHECKPOINTING:
@@ -1426,7 +1432,7 @@ def test_the_autoencoder_is_left_as_it_was():
 
 
 def test_it_is_left_as_it_was_after_an_error_too():
-    vae = autoencoder("sdxl", dtype=DOUBLE)
+    vae = fresh("sdxl", dtype=DOUBLE)
     before = snapshot(vae)[:2]
     z0, estimate = pair(vae)
     with pytest.raises(RuntimeError):
@@ -1652,7 +1658,7 @@ def test_something_that_is_no_autoencoder_is_refused_by_name():
 
 def test_a_float16_decoder_that_overflows_is_refused():
     for kind, hint in {"sdxl": True, "sd3": False}.items():
-        vae = autoencoder(kind, dtype=torch.float16)
+        vae = fresh(kind, dtype=torch.float16)
         assert vae.config.force_upcast
         with pytest.raises(ValueError, match="force_upcast") as error:
             LatentPerceptualLoss(vae)
