@@ -147,9 +147,31 @@ def test_the_lines_for_flow_models_follow_the_loop(seed):
     assert reached.nonzero().flatten().tolist() == scope["gated"].tolist()
 
 
-def test_the_example_stays_short():
-    lines = [line for line in BLOCKS[0].splitlines() if line.strip() and not line.startswith(("import", "from"))]
-    assert len(BLOCKS) == 2 and len(lines) <= 20
+def test_a_network_of_ones_own():
+    """The third block compares both parts' features of latents in VAE space; the gradient runs through both parts."""
+    vae, network = autoencoder("sd3").requires_grad_(False), [torch.nn.Conv2d(16, 6, 3), torch.nn.AvgPool2d(2)]
+    scope = {"torch": torch, "vae": vae, "network": network}
+    exec(BLOCKS[2], scope)
+    z0, error = torch.randn(2, 2, 16, 6, 6, generator=torch.Generator().manual_seed(0)).unbind()
+    estimate = (z0 + 0.1 * error).requires_grad_()
+    output = scope["lpl"](estimate, z0)
+    output.per_sample.sum().backward()
+    assert scope["lpl"].stages.names == ("edges", "parts") and output.per_layer.shape == (2, 2)
+    plain = estimate.detach().clone().requires_grad_()
+    x, xh = ((z / 1.5305 + 0.0609) for z in (z0, plain))
+    losses = []
+    for part in network:
+        x, xh = part(x), part(xh)
+        losses.append(((xh - x) / x.norm(dim=1, keepdim=True)).square().mean(dim=(1, 2, 3)))
+    torch.testing.assert_close(output.per_layer, torch.stack(losses).detach(), rtol=1e-4, atol=0)
+    sum(losses).sum().div(2).backward()
+    torch.testing.assert_close(estimate.grad, plain.grad, rtol=1e-3, atol=1e-6)
+
+
+def test_the_examples_stay_short():
+    lines = [[line for line in block.splitlines() if line.strip() and not line.startswith(("import", "from"))]
+             for block in BLOCKS]  # fmt: skip
+    assert len(BLOCKS) == 3 and len(lines[0]) <= 20 and len(lines[2]) <= 10
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,6 +186,7 @@ def test_the_table_has_every_option_with_its_default():
 
 
 @pytest.mark.parametrize("field, choices", [("norm_type", lpl_utils.NORM_TYPES), ("loss_type", lpl_utils.LOSS_TYPES),
+                                            ("norm_gradient", lpl_utils.NORM_GRADIENTS),
                                             ("checkpointing", lpl_utils.CHECKPOINTING)])  # fmt: skip
 def test_the_table_names_every_choice(field, choices):
     [row] = [row for row in table("field") if row[0] == field]
@@ -180,7 +203,7 @@ def test_names_in_the_text_exist():
     stages, output = lpl_utils.DecoderStages(autoencoder()), lpl_utils.LPLOutput.__annotations__
     text = re.sub(r"```.*?```", "", PAGE, flags=re.DOTALL)
     for name in re.findall(r"`(\w+)\(", text):
-        assert name == "sqrt" or hasattr(lpl_utils, name) or name == "lpl", name
+        assert name in ("sqrt", "sg", "lpl") or hasattr(lpl_utils, name), name
     for name in re.findall(r"lpl\.stages\.(\w+)", PAGE):
         assert hasattr(stages, name), name
     for name in re.findall(r"[`, ](\w*threshold\w*)=", PAGE):

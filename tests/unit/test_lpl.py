@@ -22,12 +22,16 @@ from lpl_utils import (
     CHECKPOINTING,
     EPS,
     LOSS_TYPES,
+    NORM_GRADIENTS,
     NORM_TYPES,
+    OVER_POSITIONS,
     PREDICTION_TYPES,
     AutoWeight,
     DecoderStages,
+    IdentityStages,
     InputGradientOnly,
     LatentPerceptualLoss,
+    LatentSpace,
     LPLConfig,
     LPLGate,
     channel_norm,
@@ -38,12 +42,15 @@ from lpl_utils import (
     morphology_kernels,
     noise_to_signal,
     order_statistics,
+    stage_features,
 )
 from tests.tiny_models import autoencoder
 
 DOUBLE = torch.float64
 KINDS = ("sdxl", "sd3", "asymmetric")
 OPTIONS = list(itertools.product(NORM_TYPES, LOSS_TYPES))
+EACH = [(norm_type, "mse") for norm_type in NORM_TYPES] + [("standard", "l1"), ("default", "l1")]
+NORMS = [(norm_type, "none") for norm_type in NORM_TYPES] + [("standard", "half"), ("standard", "full")]
 WIDE = 0.3  # an outlier quantile at which random features have outliers in every layer that has a mask
 
 
@@ -52,10 +59,15 @@ WIDE = 0.3  # an outlier quantile at which random features have outliers in ever
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def fresh(kind="sdxl", dtype=DOUBLE):
+    """A random autoencoder of four to eight channels."""
+    return autoencoder(kind, width=4, groups=2, dtype=dtype)
+
+
 @functools.cache
 def decoder(kind="sdxl", dtype=DOUBLE):
     """A random autoencoder, shared by the tests that leave it alone (all do; one test makes sure of it)."""
-    return autoencoder(kind, dtype=dtype)
+    return fresh(kind, dtype)
 
 
 def pair(vae, batch=2, height=4, width=4, seed=0, dtype=DOUBLE):
@@ -150,49 +162,75 @@ def mean_and_std(values):
 
 def reference_norm(features, rho):
     """(H, W): norm over the channels of the inliers of one sample, plus eps; no gradient where it is 0."""
-    squares = sum((rho[c] * features[c]) ** 2 for c in range(len(features)))
+    squares = ((rho * features) ** 2).sum(dim=0)
     norm = torch.zeros_like(squares)
     norm[squares > 0] = squares[squares > 0].sqrt()
     return norm + EPS
 
 
-def reference_layer(x, xh, mask, norm_type, loss_type, frozen=None):
-    """The layer's loss of every sample, a list; `frozen`: features that the statistics of "standard" come from."""
+def reference_channel(x, xh, rho, norm_type, norm_gradient, frozen):
+    """(target, estimate) of one sample and channel, (H, W), by statistics over positions; sg is stop-gradient.
+
+    Under "standard" the squared difference is divided by sg(s)^2, sg(s) * s or s^2 for the norm gradients none, half
+    and full.
+    """
+    if norm_type == "target":
+        mean, std = mean_and_std(x[rho])
+        return (x - mean) / std, (xh - mean) / std
+    mean, detached = mean_and_std(frozen[rho])
+    divided_by = detached**2
+    if norm_gradient != "none":
+        live = mean_and_std(xh[rho])[1]
+        divided_by = live**2 if norm_gradient == "full" else live.detach() * live
+    return (x - mean) / divided_by.sqrt(), (xh - mean) / divided_by.sqrt()
+
+
+def reference_layer(x, xh, mask, norm_type, loss_type, norm_gradient="none", frozen=None):
+    """The layer's loss of every sample, a list; `frozen`: features that detached statistics come from."""
     frozen = xh.detach() if frozen is None else frozen
     mask = torch.from_numpy(mask)
     losses = []
     for b in range(len(x)):
-        channels = []
+        channels, divisors = [], (1, 1)
+        if norm_type == "shared":
+            divisors = (reference_norm(x[b], mask[b]),) * 2
+        elif norm_type == "default":
+            divisors = [reference_norm(side[b], mask[b]) for side in (x, xh)]
         for c in range(x.shape[1]):
             rho = mask[b, c]
-            if norm_type == "standard":
-                mean, std = mean_and_std(frozen[b, c][rho])
-                target, estimate = (x[b, c] - mean) / std, (xh[b, c] - mean) / std
+            if norm_type in ("standard", "target"):
+                pair = reference_channel(x[b, c], xh[b, c], rho, norm_type, norm_gradient, frozen[b, c])
             elif norm_type == "batch":
                 mean, std = mean_and_std(x[:, c][mask[:, c]])
-                target, estimate = (x[b, c] - mean) / std, (xh[b, c] - mean) / std
-            elif norm_type == "shared":
-                norm = reference_norm(x[b], mask[b])
-                target, estimate = x[b, c] / norm, xh[b, c] / norm
+                pair = (x[b, c] - mean) / std, (xh[b, c] - mean) / std
             else:
-                target, estimate = x[b, c] / reference_norm(x[b], mask[b]), xh[b, c] / reference_norm(xh[b], mask[b])
-            distances = (estimate - target)[rho]
+                pair = x[b, c] / divisors[0], xh[b, c] / divisors[1]
+            distances = (pair[1] - pair[0])[rho]
             distances = distances**2 if loss_type == "mse" else distances.abs()
             channels.append(distances.sum() / max(1, int(rho.sum())))
         losses.append(sum(channels) / len(channels))
     return torch.stack(losses)
 
 
-def reference_loss(features, estimates, masks, norm_type, loss_type, pow_law, frozen=None):
-    """(B,) and (L, B): the loss of every sample and the layers' parts of it."""
+def reference_layers(features, estimates, masks, norm_type, loss_type, norm_gradient="none", frozen=None):
+    """(L, B): the layers' losses of every sample."""
     frozen = frozen or [None] * len(features)
-    layers = [
-        reference_layer(x, xh, mask, norm_type, loss_type, held)
+    return torch.stack([
+        reference_layer(x, xh, mask, norm_type, loss_type, norm_gradient, held)
         for x, xh, mask, held in zip(features, estimates, masks, frozen, strict=True)
-    ]
-    weights = [features[0].shape[2] / x.shape[2] if pow_law else 1 for x in features]
-    total = sum(weight * layer for weight, layer in zip(weights, layers, strict=True)) / len(layers)
-    return total, torch.stack(layers)
+    ])  # fmt: skip
+
+
+def reference_total(layers, features, pow_law=True):
+    """(B,): the loss of every sample, from its layers' losses."""
+    weights = [min(1, features[0].shape[2] / x.shape[2]) if pow_law else 1 for x in features]
+    return sum(weight * layer for weight, layer in zip(weights, layers, strict=True)) / len(layers)
+
+
+def reference_loss(features, estimates, masks, norm_type, loss_type, frozen=None):
+    """(B,) and (L, B): the loss of every sample and the layers' parts of it."""
+    layers = reference_layers(features, estimates, masks, norm_type, loss_type, frozen=frozen)
+    return reference_total(layers, features), layers
 
 
 def reference_masks(features, image_height, quantile, remove_outliers=True):
@@ -216,23 +254,23 @@ def reference_case(kind):
     return z0, estimate, features, estimates, masks
 
 
-@pytest.mark.parametrize("pow_law", [True, False])
-@pytest.mark.parametrize("remove_outliers", [True, False])
-@pytest.mark.parametrize("loss_type", LOSS_TYPES)
-@pytest.mark.parametrize("norm_type", NORM_TYPES)
-def test_values_and_gradients_equal_the_reference(norm_type, loss_type, remove_outliers, pow_law):
+@pytest.mark.parametrize(("loss_type", "remove_outliers"), [("mse", True), ("l1", True), ("mse", False)])
+@pytest.mark.parametrize(("norm_type", "norm_gradient"), NORMS)
+def test_values_and_gradients_equal_the_reference(norm_type, norm_gradient, loss_type, remove_outliers):
     z0, estimate, features, estimates, masks = reference_case("sdxl")
-    mask = masks[remove_outliers]
-    expected, layers = reference_loss(features, estimates, mask, norm_type, loss_type, pow_law)
-    (gradient,) = torch.autograd.grad(expected @ torch.tensor([1.0, 0.7], dtype=DOUBLE), estimate, retain_graph=True)
-    options = {"norm_type": norm_type, "loss_type": loss_type, "pow_law": pow_law}
-    options |= {"remove_outliers": remove_outliers, "outlier_quantile": WIDE}
-    output, found = evaluate(lpl(**options), z0, estimate.detach(), torch.tensor([1.0, 0.7], dtype=DOUBLE))
-    assert_equal(output.per_sample, expected.detach(), 1e-10)
-    assert_equal(output.per_layer, layers.detach(), 1e-10)
-    assert_equal(output.inlier_fraction, torch.tensor([part.mean() for part in mask], dtype=DOUBLE))
-    assert_equal(found, gradient, 1e-8)
-    assert gradient.norm() > 0
+    mask, shares = masks[remove_outliers], torch.tensor([1.0, 0.7], dtype=DOUBLE)
+    layers = reference_layers(features, estimates, mask, norm_type, loss_type, norm_gradient)
+    for pow_law in (True, False) if loss_type == "l1" else (True,):
+        expected = reference_total(layers, features, pow_law)
+        (gradient,) = torch.autograd.grad(expected @ shares, estimate, retain_graph=True)
+        options = {"norm_type": norm_type, "norm_gradient": norm_gradient, "loss_type": loss_type}
+        options |= {"pow_law": pow_law, "remove_outliers": remove_outliers, "outlier_quantile": WIDE}
+        output, found = evaluate(lpl(**options), z0, estimate.detach(), shares)
+        assert_equal(output.per_sample, expected.detach(), 1e-10)
+        assert_equal(output.per_layer, layers.detach(), 1e-10)
+        assert_equal(output.inlier_fraction, torch.tensor([part.mean() for part in mask], dtype=DOUBLE))
+        assert_equal(found, gradient, 1e-8)
+        assert gradient.norm() > 0
     if remove_outliers:  # or the comparison would not have been about masks
         assert (output.inlier_fraction[2:] < 1).all() and (output.inlier_fraction[:2] == 1).all()
 
@@ -240,7 +278,7 @@ def test_values_and_gradients_equal_the_reference(norm_type, loss_type, remove_o
 @pytest.mark.parametrize("kind", ["sd3", "asymmetric"])
 def test_other_decoders_equal_the_reference(kind):
     z0, estimate, features, estimates, masks = reference_case(kind)
-    expected, layers = reference_loss(features, estimates, masks[True], "standard", "mse", True)
+    expected, layers = reference_loss(features, estimates, masks[True], "standard", "mse")
     (gradient,) = torch.autograd.grad(expected.sum(), estimate, retain_graph=True)
     output, found = evaluate(lpl(decoder(kind), outlier_quantile=WIDE), z0, estimate.detach())
     assert_equal(output.per_sample, expected.detach(), 1e-10)
@@ -261,14 +299,19 @@ def test_the_walk_continued_to_the_end_is_vae_decode(kind):
     assert (getattr(vae, "post_quant_conv", None) is None) == (kind == "sd3")
     stages = DecoderStages(vae)
     z_model, _ = pair(vae, height=4, width=6)
-    x = z_model
-    for index in range(len(stages)):
-        x = stages.run(index, x)
-        assert_equal(x, reference_features(vae, z_model)[index])
+    assert len(stages) == 5
+    for x, expected in zip(stage_features(stages, z_model), reference_features(vae, z_model), strict=True):
+        assert_equal(x, expected)
     z_vae = z_model / vae.config.scaling_factor + (0.0609 if kind == "sd3" else 0)
     image = vae.decode(z_vae).sample
     assert_equal(stages.finish(x), image)
     assert image.shape[2:] == (stages.upscaling * 4, stages.upscaling * 6) == (32, 48)
+    for num_blocks in range(5):
+        fewer = DecoderStages(vae, num_blocks, rgb=True)
+        *features, picture = stage_features(fewer, z_model)
+        assert len(fewer) == len(fewer.names) == num_blocks + 2 == len(features) + 1
+        assert_equal(picture, image)
+        assert fewer.names == ("middle block", *(f"up block {i + 1}" for i in range(num_blocks)), "rgb")
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -285,7 +328,7 @@ def test_the_spaces_of_latents_are_inverse(kind):
 def test_the_decoder_runs_in_its_own_dtype_and_the_spaces_keep_it():
     stages = DecoderStages(decoder("sdxl", torch.bfloat16))
     z, _ = pair(stages.vae, dtype=torch.float32)
-    assert stages.dtype == stages.to_vae_space(z).dtype == stages.run(0, z).dtype == torch.bfloat16
+    assert stages.dtype == stages.to_vae_space(z).dtype == next(stage_features(stages, z)).dtype == torch.bfloat16
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -356,7 +399,7 @@ def test_noise_to_signal_and_the_noise_scale():
 
 
 @pytest.mark.parametrize("remove_outliers", [True, False])
-@pytest.mark.parametrize(("norm_type", "loss_type"), OPTIONS)
+@pytest.mark.parametrize(("norm_type", "loss_type"), EACH)
 def test_a_latent_has_no_distance_to_itself(norm_type, loss_type, remove_outliers):
     z0, _ = pair(decoder())
     options = {"remove_outliers": remove_outliers, "outlier_quantile": WIDE}
@@ -365,7 +408,7 @@ def test_a_latent_has_no_distance_to_itself(norm_type, loss_type, remove_outlier
     assert (gradient == 0).all()
 
 
-@pytest.mark.parametrize(("norm_type", "loss_type"), OPTIONS)
+@pytest.mark.parametrize(("norm_type", "loss_type"), EACH)
 def test_a_batch_is_its_samples_one_by_one_except_under_batch(norm_type, loss_type):
     z0, estimate = pair(decoder(), batch=3)
     loss = lpl(norm_type=norm_type, loss_type=loss_type, outlier_quantile=WIDE)
@@ -381,8 +424,7 @@ def test_a_batch_is_its_samples_one_by_one_except_under_batch(norm_type, loss_ty
     assert_equal(gradient, torch.cat([single for _, single in singles]), 1e-10)
 
 
-@pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("norm_type", NORM_TYPES)
+@pytest.mark.parametrize(("norm_type", "batch_size"), [(name, 2) for name in NORM_TYPES] + [("standard", 1)])
 def test_chunks_equal_all_at_once(norm_type, batch_size):
     z0, estimate = pair(decoder(), batch=3)
     weights = torch.tensor([1.0, 2.0, 3.0], dtype=DOUBLE)
@@ -408,10 +450,10 @@ def test_chunks_bound_how_many_samples_the_decoder_sees():
         hook.remove()
 
 
-@pytest.mark.parametrize("batch_size", [None, 1])
 @pytest.mark.parametrize(("norm_type", "loss_type"), OPTIONS)
-def test_checkpointing_changes_nothing(norm_type, loss_type, batch_size):
+def test_checkpointing_changes_nothing(norm_type, loss_type):
     z0, estimate = pair(decoder())
+    batch_size = {"mse": None, "l1": 1}[loss_type]
     options = {"norm_type": norm_type, "loss_type": loss_type, "batch_size": batch_size, "outlier_quantile": WIDE}
     (expected, gradient), (output, found) = (
         evaluate(lpl(checkpointing=mode, **options), z0, estimate) for mode in CHECKPOINTING
@@ -435,7 +477,7 @@ def test_the_decoder_runs_three_passes_and_one_more_with_checkpointing():
         handle.remove()
 
 
-@pytest.mark.parametrize(("norm_type", "loss_type"), OPTIONS)
+@pytest.mark.parametrize(("norm_type", "loss_type"), EACH)
 def test_float32_agrees_with_float64(norm_type, loss_type):
     z0, estimate = pair(decoder(), height=6)
     expected, gradient = evaluate(lpl(norm_type=norm_type, loss_type=loss_type), z0, estimate)
@@ -453,7 +495,7 @@ def test_a_half_precision_decoder_gives_float32_values_near_the_exact_ones(dtype
     z0, estimate = pair(decoder(), height=6)
     z0[:, :, 1, 1] /= 10
     options = {"remove_outliers": False}  # an outlier more or less would be another function
-    vae = autoencoder("sdxl", dtype=dtype)
+    vae = fresh("sdxl", dtype=dtype)
     vae.register_to_config(force_upcast=False)
     expected, gradient = evaluate(lpl(**options), z0, estimate)
     output, found = evaluate(lpl(vae, **options), z0.float(), estimate.float())
@@ -464,7 +506,7 @@ def test_a_half_precision_decoder_gives_float32_values_near_the_exact_ones(dtype
 
 def test_small_gradients_survive_a_float16_decoder():
     """They shrink with the image's area and, under "shared", with the channels: unscaled, a third is lost here."""
-    vae = autoencoder("sdxl", dtype=torch.float16)
+    vae = fresh("sdxl", dtype=torch.float16)
     vae.register_to_config(force_upcast=False)
     z0, _ = pair(vae, height=8, width=8)
     z0[:, :, 1, 1] /= 10
@@ -475,7 +517,7 @@ def test_small_gradients_survive_a_float16_decoder():
     assert relative_error(found.double(), gradient) < 0.05
 
 
-@pytest.mark.parametrize(("norm_type", "loss_type"), OPTIONS)
+@pytest.mark.parametrize(("norm_type", "loss_type"), EACH)
 def test_comparing_a_layer_block_by_block_changes_nothing(norm_type, loss_type, monkeypatch):
     """Features of this size fit into one block: here a block is three channels or three rows, the last one fewer."""
     z0, estimate = pair(decoder())
@@ -507,7 +549,7 @@ def test_blocks_cover_every_element_once():
 
 def test_gradients_reach_the_estimate_and_nothing_else():
     for requires_grad in (True, False):
-        vae = autoencoder("sdxl", dtype=DOUBLE).requires_grad_(requires_grad)
+        vae = fresh("sdxl", dtype=DOUBLE).requires_grad_(requires_grad)
         for mode in CHECKPOINTING:
             z0, estimate = (z.requires_grad_() for z in pair(vae))
             output = lpl(vae, checkpointing=mode)(estimate, z0)
@@ -527,29 +569,30 @@ def test_the_gradient_continues_into_what_made_the_estimate():
     assert_equal(scale.grad, (gradient * estimate).sum(), 1e-10)
 
 
-@pytest.mark.parametrize("pow_law", [True, False])
-@pytest.mark.parametrize(("norm_type", "loss_type"), OPTIONS)
-def test_gradients_equal_finite_differences(norm_type, loss_type, pow_law):
-    """Under "standard" the statistics are detached: compared with the function that keeps those of the start."""
+@pytest.mark.parametrize(
+    ("norm_type", "loss_type", "norm_gradient"),
+    [(*each, "none") for each in EACH] + [("standard", loss_type, "full") for loss_type in LOSS_TYPES],
+)
+def test_gradients_equal_finite_differences(norm_type, loss_type, norm_gradient):
+    """Where the statistics are detached: compared with the function that keeps those of the start."""
     vae = decoder()
     z0, estimate = pair(vae)
-    _, gradient = evaluate(
-        lpl(norm_type=norm_type, loss_type=loss_type, pow_law=pow_law, outlier_quantile=WIDE), z0, estimate
-    )
+    options = {"norm_type": norm_type, "norm_gradient": norm_gradient, "loss_type": loss_type}
+    _, gradient = evaluate(lpl(**options, outlier_quantile=WIDE), z0, estimate)
     _, _, features, _, masks = reference_case("sdxl")
     with torch.no_grad():
-        frozen = reference_features(vae, estimate) if norm_type == "standard" else None
+        detached = norm_type == "standard" and norm_gradient == "none"
+        frozen = reference_features(vae, estimate) if detached else None
 
         def value(z):
             estimates = reference_features(vae, z)
-            return reference_loss(features, estimates, masks[True], norm_type, loss_type, pow_law, frozen)[0].sum()
+            return reference_loss(features, estimates, masks[True], norm_type, loss_type, frozen)[0].sum()
 
-        for seed in range(2):
-            direction = torch.randn(z0.shape, generator=torch.Generator().manual_seed(seed), dtype=DOUBLE)
-            step = 1e-7 * direction
-            slope = (value(estimate + step) - value(estimate - step)) / 2e-7
-            tolerance = 1e-5 if loss_type == "mse" else 1e-4  # a few of some 40,000 differences change their sign
-            torch.testing.assert_close((gradient * direction).sum(), slope, rtol=tolerance, atol=tolerance / 10)
+        direction = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+        step = 1e-7 * direction
+        slope = (value(estimate + step) - value(estimate - step)) / 2e-7
+        tolerance = 1e-5 if loss_type == "mse" else 1e-4  # a few of some 40,000 differences change their sign
+        torch.testing.assert_close((gradient * direction).sum(), slope, rtol=tolerance, atol=tolerance / 10)
 
 
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
@@ -648,7 +691,7 @@ def test_latents_that_are_not_square():
     with torch.no_grad():
         features, estimates = reference_features(vae, z0), reference_features(vae, estimate)
         masks = reference_masks(features, 32, WIDE)
-        expected, layers = reference_loss(features, estimates, masks, "standard", "mse", True)
+        expected, layers = reference_loss(features, estimates, masks, "standard", "mse")
     output, gradient = evaluate(lpl(outlier_quantile=WIDE), z0, estimate)
     assert_equal(output.per_sample, expected, 1e-10)
     assert_equal(output.per_layer, layers, 1e-10)
@@ -661,7 +704,7 @@ def test_memory_layouts_change_nothing():
     z0, estimate = pair(decoder())
     expected, gradient = evaluate(lpl(), z0, estimate)
     last = torch.channels_last
-    vae = autoencoder("sdxl", dtype=DOUBLE).to(memory_format=last)
+    vae = fresh("sdxl", dtype=DOUBLE).to(memory_format=last)
     for layout, model in itertools.product((torch.contiguous_format, last), (decoder(), vae)):
         for mode in CHECKPOINTING:
             pieces = (z.contiguous(memory_format=layout) for z in (z0, estimate))
@@ -672,7 +715,7 @@ def test_memory_layouts_change_nothing():
 
 def test_an_autoencoder_with_its_own_gradient_checkpointing():
     """`vae.enable_gradient_checkpointing()`: blocks are then recomputed in the backward pass, outside the context."""
-    vae = autoencoder("sdxl", dtype=DOUBLE)
+    vae = fresh("sdxl", dtype=DOUBLE)
     z0, estimate = pair(vae)
     expected, gradient = evaluate(lpl(vae), z0, estimate)
     vae.enable_gradient_checkpointing()
@@ -680,6 +723,367 @@ def test_an_autoencoder_with_its_own_gradient_checkpointing():
         output, found = evaluate(lpl(vae, checkpointing=mode), z0, estimate)
         assert_equal(output.per_sample, expected.per_sample)
         assert_equal(found, gradient, 1e-10)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The gradient through the estimate's deviation
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def plain_formula(x, xh, loss_type, norm_gradient):
+    """Mean over channels and positions of (xh - x)^2 / s^2 (l1: |xh - x| / s), s the deviation of xh; (B,)."""
+    s = (xh - xh.mean(dim=(2, 3), keepdim=True)).square().mean(dim=(2, 3), keepdim=True).sqrt() + 1e-6
+    squared = {"none": s.detach() ** 2, "half": s.detach() * s, "full": s * s}[norm_gradient]
+    distance = (xh - x).square() / squared if loss_type == "mse" else (xh - x).abs() / squared.sqrt()
+    return distance.mean(dim=(1, 2, 3))
+
+
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize("norm_gradient", NORM_GRADIENTS)
+def test_the_gradient_through_the_deviation_is_that_of_the_plain_formula(norm_gradient, loss_type):
+    x, xh = torch.randn((2, 2, 3, 6, 5), generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    ours, plain = xh.clone().requires_grad_(), xh.clone().requires_grad_()
+    value = layer_loss(x, ours, None, "standard", loss_type, norm_gradient)
+    expected = plain_formula(x, plain, loss_type, norm_gradient)
+    assert_equal(value, expected)
+    gradient = torch.autograd.grad(value.sum(), ours)[0]
+    assert_equal(gradient, torch.autograd.grad(expected.sum(), plain)[0])
+    detached = torch.autograd.grad(plain_formula(x, plain, loss_type, "none").sum(), plain)[0]
+    assert (relative_error(gradient, detached) > 0.1) == (norm_gradient != "none")
+
+
+def test_the_value_is_the_same_for_every_gradient_and_the_gradients_are_evenly_spaced():
+    z0, estimate = pair(decoder())
+    for loss_type in LOSS_TYPES:
+        options = {"loss_type": loss_type, "outlier_quantile": WIDE}
+        none, half, full = (evaluate(lpl(norm_gradient=each, **options), z0, estimate) for each in NORM_GRADIENTS)
+        assert torch.equal(none[0].per_layer, half[0].per_layer) and torch.equal(none[0].per_layer, full[0].per_layer)
+        assert_equal(half[1], (none[1] + full[1]) / 2, 1e-10)
+        assert relative_error(full[1], none[1]) > 0.05
+
+
+def test_chunks_checkpointing_and_blocks_change_nothing_of_the_gradient_through_the_deviation(monkeypatch):
+    z0, estimate = pair(decoder(), batch=3)
+    monkeypatch.setattr(
+        lpl_utils, "_blocks", lambda x, dim: [(slice(None), slice(0, 3)), (slice(None), slice(3, None))]
+    )
+    found = evaluate(lpl(norm_gradient="full", batch_size=2, checkpointing="stage"), z0, estimate)
+    monkeypatch.undo()
+    expected = evaluate(lpl(norm_gradient="full"), z0, estimate)
+    assert_equal(found[0].per_layer, expected[0].per_layer)
+    assert_equal(found[1], expected[1], 1e-10)
+
+
+@pytest.mark.parametrize(
+    ("norm_type", "norm_gradient", "power"),
+    [("standard", "none", 0), ("standard", "half", 0.5), ("standard", "full", 1), ("target", "none", 0),
+     ("none", "none", 0)],
+)  # fmt: skip
+def test_the_gain_at_which_the_gradient_vanishes(norm_type, norm_gradient, power):
+    """Target x with variance V, estimate a * m with variance v of m and E[x m] = v: at a = 1, sqrt(V / v), V / v."""
+    m, rest = torch.randn((2, 4096), generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
+    m = m - m.mean()
+    rest = rest - rest.mean()
+    rest = 0.8 * (rest - (rest @ m) / (m @ m) * m)
+    x = m + rest
+    V, v = float(x.square().mean()), float(m.square().mean())
+    assert abs(float(x @ m) / 4096 - v) < 1e-12 and V / v > 1.4
+
+    def slope(a):
+        gain = torch.tensor(a, dtype=DOUBLE, requires_grad=True)
+        loss = layer_loss(
+            *(side.reshape(1, 1, 64, 64) for side in (x, gain * m)), None, norm_type, "mse", norm_gradient
+        )
+        return float(torch.autograd.grad(loss, gain)[0])
+
+    minimum = (V / v) ** power
+    assert abs(slope(minimum)) < 1e-5
+    assert slope(0.97 * minimum) < -0.01 and slope(1.03 * minimum) > 0.01
+
+
+@pytest.mark.parametrize("norm_type", [name for name in NORM_TYPES if name != "standard"])
+@pytest.mark.parametrize("norm_gradient", ["half", "full"])
+def test_the_gradient_through_the_deviation_is_for_standard_only(norm_type, norm_gradient):
+    with pytest.raises(ValueError, match=f"^norm_gradient is '{norm_gradient}'.*'none' with norm_type '{norm_type}'"):
+        LPLConfig(norm_type=norm_type, norm_gradient=norm_gradient)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Other feature networks
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+class Classifier(torch.nn.Module):
+    """Stages of a classifier of latents: two maps, the second smaller than the first, and a vector."""
+
+    names, upscaling, dtype = ("edges", "parts", "whole"), 2, DOUBLE
+
+    def __init__(self, input_space=LatentSpace(), seed=0):
+        super().__init__()
+        torch.manual_seed(seed)
+        self.input_space = input_space
+        first = torch.nn.Sequential(torch.nn.Conv2d(4, 6, 3, padding=1), torch.nn.BatchNorm2d(6), torch.nn.ReLU())
+        second = torch.nn.Sequential(
+            torch.nn.Conv2d(6, 8, 3, stride=2, padding=1), torch.nn.GroupNorm(2, 8), torch.nn.SiLU()
+        )
+        last = torch.nn.Sequential(
+            torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten(), torch.nn.Linear(8, 5), torch.nn.LayerNorm(5)
+        )
+        self.parts = torch.nn.ModuleList([first, second, last])
+        self.to(DOUBLE).eval()
+
+    def __len__(self):
+        return len(self.names)
+
+    def run(self, index, x):
+        return self.parts[index](x)
+
+
+class Maps(Classifier):
+    """Its two maps only, which every norm type takes."""
+
+    names = Classifier.names[:2]
+
+
+def latents(shape=(3, 4, 6, 8), seed=0):
+    """A target and an estimate, with one loud pixel."""
+    generator = torch.Generator().manual_seed(seed)
+    z0, noise = torch.randn((2, *shape), generator=generator, dtype=DOUBLE)
+    z0[:, :, 1, 1] *= 10
+    return z0, z0 + 0.3 * noise
+
+
+def by_plain_autograd(network, z0, estimate, norm_type, norm_gradient="none", space=(1, 0)):
+    """(layers (L, B), per sample (B,), gradient) through the whole network at once; half-size maps are masked."""
+    source = estimate.clone().requires_grad_()
+    sides = []
+    for x in (z0, source):
+        x, features = x / space[0] + space[1], []
+        for index in range(len(network)):
+            x = network.run(index, x)
+            features.append(x if x.ndim == 4 else x[:, :, None, None])
+        sides.append(features)
+    sides[0] = [x.detach() for x in sides[0]]
+    masks = reference_masks(sides[0], network.upscaling * z0.shape[2], WIDE)
+    layers = reference_layers(*sides, masks, norm_type, "mse", norm_gradient)
+    total = reference_total(layers, sides[0])
+    return layers.detach(), total.detach(), torch.autograd.grad(total.sum(), source)[0]
+
+
+CASES = [(Maps, norm, gradient) for norm, gradient in NORMS if norm != "batch"]
+CASES += [(Classifier, norm, "none") for norm in NORM_TYPES if norm not in OVER_POSITIONS]
+
+
+@pytest.mark.parametrize(("kind", "norm_type", "norm_gradient"), CASES)
+def test_a_network_of_ones_own_equals_plain_autograd(kind, norm_type, norm_gradient):
+    """Values, gradients, chunks and recomputed stages; the second layer, smaller than the first, weighs 1 too."""
+    network, (z0, estimate) = kind(), latents()
+    layers, total, gradient = by_plain_autograd(network, z0, estimate, norm_type, norm_gradient)
+    options = {"norm_type": norm_type, "norm_gradient": norm_gradient}
+    for more in ({}, {"batch_size": 2, "checkpointing": "stage"}):
+        loss = LatentPerceptualLoss(network, LPLConfig(**options, **more, outlier_quantile=WIDE))
+        output, found = evaluate(loss, z0, estimate)
+        assert_equal(output.per_layer, layers, 1e-10)
+        assert_equal(output.per_sample, total, 1e-10)
+        assert_equal(found, gradient, 1e-10)
+        assert output.inlier_fraction[0] < 1 and (output.inlier_fraction[1:] == 1).all()
+        assert loss.stages is network and loss.state_dict() == {} and list(loss.modules()) == [loss]
+    assert all(parameter.grad is None and parameter.requires_grad for parameter in network.parameters())
+
+
+def test_the_batch_norm_type_takes_a_network_of_ones_own():
+    network, (z0, estimate) = Maps(), latents()
+    layers, _, gradient = by_plain_autograd(network, z0, estimate, "batch")
+    output, found = evaluate(lpl(network, norm_type="batch", outlier_quantile=WIDE, batch_size=1), z0, estimate)
+    assert_equal(output.per_layer, layers, 1e-10)
+    assert_equal(found, gradient, 1e-10)
+
+
+def test_a_network_of_vae_space_gets_such_latents():
+    space, (z0, estimate) = LatentSpace(0.25, 0.5), latents()
+    layers, _, gradient = by_plain_autograd(Classifier(), z0, estimate, "shared", space=(0.25, 0.5))
+    output, found = evaluate(lpl(Classifier(space), norm_type="shared", outlier_quantile=WIDE), z0, estimate)
+    assert_equal(output.per_layer, layers, 1e-10)
+    assert_equal(found, gradient, 1e-10)
+    assert_equal(space.to_model(space.from_model(z0)), z0)
+    assert_equal(space.from_model(space.to_model(z0)), z0)
+    assert_equal(space.from_model(z0), 4 * z0 + 0.5)
+    assert torch.equal(LatentSpace().from_model(z0), z0) and torch.equal(LatentSpace().to_model(z0), z0)
+    assert LatentSpace.of(decoder("sd3")) == LatentSpace(1.5305, 0.0609)
+    assert LatentSpace.of(decoder("sdxl")) == LatentSpace(0.13025, 0.0)
+
+
+def test_a_half_precision_network_gives_float32_values():
+    network, (z0, estimate) = Classifier().to(torch.bfloat16), latents()
+    z0[:, :, 1, 1] /= 10
+    network.dtype = torch.bfloat16
+    expected, gradient = evaluate(lpl(Classifier(), norm_type="shared", remove_outliers=False), z0, estimate)
+    with torch.autocast("cpu", torch.float16):
+        output, found = evaluate(lpl(network, norm_type="shared", remove_outliers=False), z0.float(), estimate.float())
+    assert output.per_sample.dtype == output.per_layer.dtype == found.dtype == torch.float32
+    assert relative_error(output.per_sample.double(), expected.per_sample) < 0.05
+    assert relative_error(found.double(), gradient) < 0.2
+    empty = lpl(network, norm_type="shared")(z0[:0].float(), z0[:0].float())
+    assert empty.per_layer.shape == (3, 0) and empty.inlier_fraction.shape == (3,)
+
+
+@pytest.mark.parametrize("norm_type", OVER_POSITIONS)
+def test_features_without_positions_are_refused_by_norm_types_that_need_them(norm_type):
+    """A deviation over one value is 0: divided by it, a difference would count a million times."""
+    z0, estimate = latents()
+    advice = f"'whole'.*{norm_type!r}.*use 'shared', 'default' or 'none'"
+    with pytest.raises(ValueError, match=advice):
+        lpl(Classifier(), norm_type=norm_type)(estimate, z0)
+    pooled = Classifier()
+    pooled.parts[2] = torch.nn.AdaptiveAvgPool2d(1)  # (B, C, 1, 1)
+    with pytest.raises(ValueError, match=advice):
+        lpl(pooled, norm_type=norm_type)(estimate, z0)
+    for allowed in sorted(set(NORM_TYPES) - set(OVER_POSITIONS)):
+        assert lpl(pooled, norm_type=allowed)(estimate, z0).per_sample.max() < 100
+
+
+def test_features_of_other_shapes_are_refused():
+    z0, estimate = latents()
+    tokens = Classifier()
+    tokens.parts[2] = torch.nn.Flatten(2)
+    with pytest.raises(ValueError, match=r"'whole' has features of shape \(3, 8, 12\).*\(B, C, H, W\) or \(B, C\)"):
+        lpl(tokens, norm_type="none")(estimate, z0)
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING)
+def test_a_stage_that_cuts_the_gradient_is_named(checkpointing):
+    """Frozen networks are often called under torch.no_grad: the estimate would get no gradient through them."""
+
+    class Cut(Maps):
+        def run(self, index, x):
+            with torch.set_grad_enabled(torch.is_grad_enabled() and index == 0):
+                return super().run(index, x)
+
+    z0, estimate = latents()
+    with torch.no_grad():
+        lpl(Cut())(estimate, z0)
+    with pytest.raises(ValueError, match=r"'parts' cuts the gradient.*torch.no_grad"):
+        evaluate(lpl(Cut(), checkpointing=checkpointing), z0, estimate)
+
+
+def test_stages_that_lack_something_are_refused_by_name():
+    class Bare:
+        dtype = DOUBLE
+
+        def run(self, index, x):
+            return x
+
+    with pytest.raises(TypeError, match="Bare lacks __len__, names, upscaling, input_space"):
+        LatentPerceptualLoss(Bare())
+    unnamed = Classifier()
+    unnamed.names = ("edges",)
+    unnamed.__class__ = type("Unnamed", (Classifier,), {"__len__": lambda self: 3})
+    with pytest.raises(ValueError, match="Unnamed has 3 stages and 1 names"):
+        LatentPerceptualLoss(unnamed)
+    unnamed.names = ()
+    unnamed.__class__ = type("Empty", (Classifier,), {})
+    with pytest.raises(ValueError, match="Empty has 0 stages"):
+        LatentPerceptualLoss(unnamed)
+
+
+def test_the_number_of_blocks_belongs_to_a_vae():
+    """Beside stages it would be ignored."""
+    for stages in (Classifier(), DecoderStages(decoder()), DecoderStages(decoder(), 2)):
+        with pytest.raises(ValueError, match=r"num_blocks is 2.*DecoderStages"):
+            lpl(stages, num_blocks=2)
+    for wrong in (-1, 5):
+        with pytest.raises(ValueError, match=f"num_blocks is {wrong}.*4 up blocks"):
+            DecoderStages(decoder(), wrong)
+
+
+def test_a_decoder_given_as_stages_is_the_one_given_as_a_vae():
+    z0, estimate = pair(decoder())
+    for num_blocks in (0, 3):
+        expected, gradient = evaluate(lpl(num_blocks=num_blocks), z0, estimate)
+        output, found = evaluate(lpl(DecoderStages(decoder(), num_blocks)), z0, estimate)
+        assert torch.equal(output.per_sample, expected.per_sample) and torch.equal(found, gradient)
+        assert output.per_layer.shape == (1 + num_blocks, 2)
+    vae = fresh("sdxl", dtype=torch.float16)
+    with pytest.raises(ValueError, match="force_upcast"):
+        LatentPerceptualLoss(DecoderStages(vae))
+
+
+@pytest.mark.parametrize("num_blocks", [4, 2])
+def test_the_decoded_picture_as_the_last_stage(num_blocks):
+    """Its layer is the reference's of the pictures, at full size; the layers before are those without it."""
+    z0, estimate = pair(decoder())
+    source = estimate.clone().requires_grad_()
+    features, estimates = reference_features(decoder(), z0), reference_features(decoder(), source)
+    for side in (features, estimates):
+        side[num_blocks + 1 :] = [DecoderStages(decoder()).finish(side[-1])]
+    features = [x.detach() for x in features]
+    total, layers = reference_loss(features, estimates, reference_masks(features, 32, WIDE), "standard", "mse")
+    loss = lpl(DecoderStages(decoder(), num_blocks, rgb=True), outlier_quantile=WIDE)
+    output, gradient = evaluate(loss, z0, estimate)
+    assert_equal(output.per_layer, layers.detach(), 1e-10)
+    assert_equal(gradient, torch.autograd.grad(total.sum(), source)[0], 1e-8)
+    without = lpl(num_blocks=num_blocks, outlier_quantile=WIDE)(estimate, z0).per_layer
+    assert torch.equal(output.per_layer[:-1], without)
+    assert loss.stages.names[-1] == "rgb"
+
+
+def test_the_latents_themselves():
+    """The control of an experiment: under "none" the mean squared error, in either space."""
+    z0, estimate = latents()
+    expected = (estimate - z0).square().mean(dim=(1, 2, 3))
+    for scale in (1, 0.25):
+        loss = lpl(IdentityStages(dtype=DOUBLE, input_space=LatentSpace(scale, 7)), norm_type="none")
+        output, gradient = evaluate(loss, z0, estimate)
+        assert_equal(output.per_sample, expected / scale**2)
+        assert_equal(gradient, 2 * (estimate - z0) / z0[0].numel() / scale**2)
+        assert output.per_layer.shape == (1, 3) and output.inlier_fraction.tolist() == [1]  # 1/8 of the image: no mask
+        assert loss.stages.names == ("latent",) and len(loss.stages) == 1
+    single = lpl(IdentityStages(), norm_type="none")(estimate.bfloat16(), z0.bfloat16())
+    assert single.per_sample.dtype == torch.float32
+
+
+@pytest.mark.parametrize("norm_type", NORM_TYPES)
+def test_a_model_of_pixels(norm_type):
+    """With an upscaling of 1 the latents are the picture: the mask and its kernels are those of the full size."""
+    z0, estimate = latents((2, 3, 16, 12))
+    z0[:, :, 5:9, 4:8] = 30  # a single pixel is not masked at full size
+    mask = reference_mask(z0, (3, 5), WIDE)
+    source = estimate.clone().requires_grad_()
+    expected = reference_layer(z0, source, mask, norm_type, "mse")
+    loss = lpl(IdentityStages(upscaling=1, dtype=DOUBLE), norm_type=norm_type, outlier_quantile=WIDE)
+    output, gradient = evaluate(loss, z0, estimate)
+    assert_equal(output.per_sample, expected.detach(), 1e-10)
+    assert_equal(gradient, torch.autograd.grad(expected.sum(), source)[0], 1e-10)
+    assert output.inlier_fraction.item() == pytest.approx(mask.mean()) and mask.mean() < 1
+
+
+COMPUTED_WEIGHTS = {
+    "conv2d": lambda x, w, b: F.conv2d(x, w * x.mean()),
+    "conv2d's bias": lambda x, w, b: F.conv2d(x, w, b * x.mean()),
+    "linear": lambda x, w, b: F.linear(x, x[0, 0, :4] * 2),
+    "linear with itself": lambda x, w, b: F.linear(x[0, 0], x[1, 1]),
+    "group norm": lambda x, w, b: F.silu(F.group_norm(x, 2, b * x.mean(), b)),
+}
+
+
+@pytest.mark.parametrize("name", COMPUTED_WEIGHTS)
+def test_weights_that_are_computed_from_the_input_get_its_gradient(name):
+    """As in a hypernetwork or a product of two maps: the gradient runs through the weights too."""
+    generator = torch.Generator().manual_seed(0)
+    x, weight, bias = (torch.randn(s, generator=generator, dtype=DOUBLE) for s in ((2, 8, 5, 6), (8, 8, 3, 3), (8,)))
+    plain, light = x.clone().requires_grad_(), x.clone().requires_grad_()
+    expected = COMPUTED_WEIGHTS[name](plain, weight, bias)
+    with InputGradientOnly():
+        output = COMPUTED_WEIGHTS[name](light, weight, bias)
+    gradient = torch.randn(expected.shape, generator=generator, dtype=DOUBLE)
+    wanted = torch.autograd.grad(expected, plain, gradient)[0]
+    assert_equal(torch.autograd.grad(output, light, gradient)[0], wanted, 1e-10)
+    with InputGradientOnly():  # a leaf itself as the weight
+        assert_equal(torch.autograd.grad(F.linear(light, light[0, 0]).sum(), light)[0],
+                     torch.autograd.grad(F.linear(plain, plain[0, 0]).sum(), plain)[0])  # fmt: skip
+        leaf = light.detach()[0, 0].requires_grad_()
+        (found,) = torch.autograd.grad(F.linear(leaf, leaf).sum(), leaf)
+    assert_equal(found, 2 * leaf.detach().sum(dim=0).expand_as(leaf))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -748,6 +1152,8 @@ def test_kernels_by_relative_size_and_their_scaling():
     assert morphology_kernels(1.0, image) == (3, 5)
     assert morphology_kernels(0.5, image) == (1, 3)
     assert morphology_kernels(0.25, image) is None and morphology_kernels(0.125, image) is None
+    assert morphology_kernels(0.499, image) is None and morphology_kernels(0.501, image) == (1, 3)
+    assert morphology_kernels(0.999, image) == (1, 3) and morphology_kernels(2.0, image) == (3, 5)
     assert morphology_kernels(0.25, image, 256) is None
     for height, width, reference in itertools.product((256, 512, 768, 1024), (512, 896), (256, 512, 640, 1024)):
         scale = math.sqrt(height * width) / reference
@@ -786,8 +1192,9 @@ def test_outliers_of_the_target_do_not_count_on_either_side():
         assert (gradient[~mask] == 0).all()
 
 
-@pytest.mark.parametrize(("norm_type", "loss_type"), OPTIONS)
-def test_fully_masked_channels_and_positions_stay_finite(norm_type, loss_type):
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(("norm_type", "norm_gradient"), NORMS)
+def test_fully_masked_channels_and_positions_stay_finite(norm_type, norm_gradient, loss_type):
     generator = torch.Generator().manual_seed(5)
     x, xh = torch.randn((2, 2, 3, 4, 4), generator=generator, dtype=DOUBLE)
     masks = []
@@ -797,27 +1204,28 @@ def test_fully_masked_channels_and_positions_stay_finite(norm_type, loss_type):
         masks.append(mask)
     for mask in masks:
         estimate = xh.clone().requires_grad_()
-        output = layer_loss(x, estimate, mask, norm_type, loss_type)
+        output = layer_loss(x, estimate, mask, norm_type, loss_type, norm_gradient)
         (gradient,) = torch.autograd.grad(output.sum(), estimate)
         assert output.isfinite().all() and gradient.isfinite().all()
         assert_equal(output, reference_layer(x, xh, mask.numpy(), norm_type, loss_type), 1e-12)
     assert (output == 0).all() and (gradient == 0).all()  # the last one masks everything
 
 
-@pytest.mark.parametrize(("norm_type", "loss_type"), OPTIONS)
-def test_constant_and_zero_feature_maps_stay_finite(norm_type, loss_type):
+@pytest.mark.parametrize("loss_type", LOSS_TYPES)
+@pytest.mark.parametrize(("norm_type", "norm_gradient"), NORMS)
+def test_constant_and_zero_feature_maps_stay_finite(norm_type, norm_gradient, loss_type):
     for constant, mask in itertools.product((0.0, 3.0), (None, torch.ones(2, 3, 4, 4, dtype=torch.bool))):
         x = torch.full((2, 3, 4, 4), constant, dtype=DOUBLE)
         for estimate in (x.clone(), x + 0.1 * torch.arange(4.0), torch.zeros_like(x)):
             estimate = estimate.requires_grad_()
-            output = layer_loss(x, estimate, mask, norm_type, loss_type)
+            output = layer_loss(x, estimate, mask, norm_type, loss_type, norm_gradient)
             (gradient,) = torch.autograd.grad(output.sum(), estimate)
             assert output.isfinite().all() and gradient.isfinite().all()
 
 
 @pytest.mark.parametrize("norm_type", NORM_TYPES)
 def test_a_decoder_with_constant_features_stays_finite(norm_type):
-    vae = autoencoder("sdxl", dtype=DOUBLE)
+    vae = fresh("sdxl", dtype=DOUBLE)
     with torch.no_grad():
         for parameter in vae.decoder.parameters():
             parameter.zero_()
@@ -1012,7 +1420,7 @@ def snapshot(vae):
 
 
 def test_the_autoencoder_is_left_as_it_was():
-    vae = autoencoder("sdxl", dtype=DOUBLE)
+    vae = fresh("sdxl", dtype=DOUBLE)
     modules, parameters, state = snapshot(vae)
     loss = lpl(vae)
     for mode in CHECKPOINTING:
@@ -1024,7 +1432,7 @@ def test_the_autoencoder_is_left_as_it_was():
 
 
 def test_it_is_left_as_it_was_after_an_error_too():
-    vae = autoencoder("sdxl", dtype=DOUBLE)
+    vae = fresh("sdxl", dtype=DOUBLE)
     before = snapshot(vae)[:2]
     z0, estimate = pair(vae)
     with pytest.raises(RuntimeError):
@@ -1189,6 +1597,8 @@ def test_the_automatic_weight_continues_from_its_state():
         ("num_blocks", None),
         ("norm_type", "l2"),
         ("norm_type", None),
+        ("norm_gradient", "both"),
+        ("norm_gradient", None),
         ("loss_type", "huber"),
         ("outlier_quantile", 0.0),
         ("outlier_quantile", 0.5),
@@ -1248,7 +1658,7 @@ def test_something_that_is_no_autoencoder_is_refused_by_name():
 
 def test_a_float16_decoder_that_overflows_is_refused():
     for kind, hint in {"sdxl": True, "sd3": False}.items():
-        vae = autoencoder(kind, dtype=torch.float16)
+        vae = fresh(kind, dtype=torch.float16)
         assert vae.config.force_upcast
         with pytest.raises(ValueError, match="force_upcast") as error:
             LatentPerceptualLoss(vae)
@@ -1270,9 +1680,8 @@ def test_fault_1_post_quant_conv():
     vae = decoder()
     z0, estimate = pair(vae)
     faulty = reference_features(vae, z0, skip_post_quant_conv=True)
-    stages, x = DecoderStages(vae), z0
-    for index, (right, wrong) in enumerate(zip(reference_features(vae, z0), faulty, strict=True)):
-        x = stages.run(index, x)
+    found = stage_features(DecoderStages(vae), z0)
+    for x, right, wrong in zip(found, reference_features(vae, z0), faulty, strict=True):
         assert_equal(x, right)
         assert relative_error(wrong, right) > 0.3
     wrong, _ = reference_loss(
@@ -1281,7 +1690,6 @@ def test_fault_1_post_quant_conv():
         reference_masks(faulty, 32, 0.02),
         "standard",
         "mse",
-        True,
     )
     assert relative_error(wrong, lpl()(estimate, z0).per_sample) > 0.05
 
