@@ -13,7 +13,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "errors.md"
-RAISED = {"UserError", "DataError", "PublishError", "ArgumentTypeError", "Damaged"}
+RAISED = {"UserError", "DataError", "DamagedShard", "PublishError", "ArgumentTypeError", "Damaged"}
+IN_TWO_PARTS = {"DataError", "DamagedShard"}  # errors of a problem and an advice
 # Functions that return a message or a part of one.
 MESSAGE_FUNCTIONS = {
     "_unknown", "instead_of_pipeline", "unreadable", "weight_problem", "_advice", "warnings_about", "_why",
@@ -89,6 +90,8 @@ def pattern(node, known):
         return pattern(node.value, known)
     if isinstance(node, ast.BinOp) and isinstance(node.op, ast.Add):
         return pattern(node.left, known) + pattern(node.right, known)
+    if isinstance(node, ast.Call) and getattr(node.func, "id", "") in IN_TWO_PARTS:
+        return " ".join(pattern(argument, known) for argument in node.args)
     if isinstance(node, ast.Name) and node.id in known:
         return known[node.id] if isinstance(known[node.id], str) else pattern(known[node.id], known)
     return placeholder(node)
@@ -100,7 +103,7 @@ def expressions(tree):
         if isinstance(node, ast.Call):
             name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
             if name in RAISED and node.args:
-                yield node.args[0]
+                yield node if name in IN_TWO_PARTS else node.args[0]
             elif name == "require" and len(node.args) > 1:
                 yield node.args[1]
             elif name in ("print", "say") and node.args:

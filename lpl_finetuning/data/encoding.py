@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpl_finetuning.base_model import model_digest
+from lpl_finetuning.base_model import BaseModel, model_digest
 from lpl_finetuning.data.images import to_pixel_values
 from lpl_finetuning.data.samples import CaptionRules, Framing, FramingRules
 from lpl_finetuning.data.store import TensorStore, entry_bytes
@@ -151,7 +151,7 @@ def prompt_key(text: str) -> str:
     return digest(caption=text)
 
 
-def model_identity(base, *parts):
+def model_identity(base: BaseModel, *parts: str) -> Any:
     """What distinguishes encodings of one model from another's: hashes of its files, or its commit on the Hub."""
     folder = Path(base.name)
     if not folder.is_dir():
@@ -159,8 +159,8 @@ def model_identity(base, *parts):
     return model_digest(folder, *parts)
 
 
-def vae_identity(base):
-    """The same of the autoencoder, which --pretrained_vae_model_name_or_path may replace; of none in pixel space."""
+def vae_identity(base: BaseModel) -> Any:
+    """What distinguishes encodings of one autoencoder from another's; "pixels" for a model in pixel space."""
     if base.family.autoencoder is None:
         return "pixels"
     if not base.vae:
@@ -229,8 +229,8 @@ def latent_bytes(size: tuple[int, int], channels: int, pixels: int) -> int:
 
     Args:
         size: (height, width) in px.
-        channels: channels of a latent.
-        pixels: side in px of the square that one latent stands for.
+        channels: channels of the latents.
+        pixels: pixels of an image per latent pixel, in each direction.
     """
     values = 2 * channels * (size[0] // pixels) * (size[1] // pixels)
     return 4 * (values + 6) + ROW_BYTES
@@ -250,8 +250,8 @@ class EncodingSettings:
         framing_rules: how images are cut.
         caption_rules: how captions change.
         prompts: texts that are encoded besides the captions.
-        vae_identity: what tells encodings of this autoencoder from those of others; values that JSON can hold.
-        pixels_per_latent: side in px of the square that one latent stands for.
+        vae_identity: what distinguishes encodings of the autoencoder from another's; values that JSON can hold.
+        pixels_per_latent: pixels of an image per latent pixel, in each direction.
     """
 
     folder: Path
@@ -317,7 +317,7 @@ def fill_caches(
         accelerator: accelerate's.
         prompt_id: what encoded prompts depend on; values that JSON can hold.
         prompt_bytes: bytes of an encoded prompt.
-        latent_channels: channels of a latent.
+        latent_channels: channels of the latents.
         encode_prompts: function from texts to tensors.
         encode_latents: function from [(pixels, `Crop`)] to tensors.
 
@@ -341,8 +341,9 @@ def fill_caches(
             yield from images_to_encode(images, framing)
 
     new_texts, text_bytes = count_missing(prompts, texts(), lambda text: prompt_bytes + ROW_BYTES)
+    pixels = settings.pixels_per_latent
     new_pictures, picture_bytes = count_missing(
-        latents, pictures(), lambda item: latent_bytes(item[1].size, latent_channels, settings.pixels_per_latent)
+        latents, pictures(), lambda item: latent_bytes(item[1].size, latent_channels, pixels)
     )
     accelerator.print(
         f"Caches in {root}: to be encoded are {new_texts:,} captions ({text_bytes / 1e6:,.1f} MB) and "

@@ -217,13 +217,15 @@ def _joined(
         texts = [text for text in texts if text is not None]
     for text in texts:
         if not isinstance(text, str):
-            problem = f"{place}: {what} must be text, not {brief(text)}."
-            raise DataError(problem, "Correct the caption, or name another column.")
+            raise DataError(
+                f"{place}: {what} must be text, not {brief(text)}.", "Correct the caption, or name another column."
+            )
         if len(text) > MAX_CAPTION:
             raise DataError(f"{place}: not a caption: {len(text)} characters. At most {MAX_CAPTION} are read.")
         if SEPARATOR in text:
-            problem = f"{place}: {what} holds a zero byte ({brief(text)}). Is it UTF-16?"
-            raise DataError(problem, "Save the file as UTF-8.")
+            raise DataError(
+                f"{place}: {what} holds a zero byte ({brief(text)}). Is it UTF-16?", "Save the file as UTF-8."
+            )
         if not is_utf8(text):
             raise DataError(f"{place}: {what} holds half a character ({brief(text)}).", "Write the character again.")
     kept = [text.strip() for text in texts if text.strip()]

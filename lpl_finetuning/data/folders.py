@@ -602,8 +602,9 @@ def _csv_rows(listing: Path) -> Iterator[tuple[str, dict]]:
                 for row in reader:
                     place = f"{listing}:{reader.line_num}"
                     if None in row:
-                        problem = f"{place}: more fields than columns."
-                        raise DataError(problem, "Put a caption with a comma into quotes.")
+                        raise DataError(
+                            f"{place}: more fields than columns.", "Put a caption with a comma into quotes."
+                        )
                     yield place, row
             except csv.Error as error:
                 # line_num counts the rows before this row: csv notices an open quote only at the end of the file.

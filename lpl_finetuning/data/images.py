@@ -76,8 +76,9 @@ def open_image(data: bytes, place: str) -> Image.Image:
     except DataError as error:
         raise DataError(f"{place}: {error.problem}", error.advice) from error
     except Exception as error:  # Pillow's decoders raise nearly any type on damaged files
-        problem = f"{place}: can't be used as an image: {_reason(error)}."
-        raise DataError(problem, "Replace or remove the file.") from error
+        raise DataError(
+            f"{place}: can't be used as an image: {_reason(error)}.", "Replace or remove the file."
+        ) from error
 
 
 def _open_header(data: bytes) -> Image.Image:

@@ -161,8 +161,9 @@ def _tar_errors(path: Path) -> Iterator[None]:
     except (tarfile.TarError, OSError, EOFError, ValueError) as error:
         with contextlib.suppress(OSError), open(path, "rb") as file:
             if file.read(2) in (b"\x1f\x8b", b"BZ", b"\xfd7", b"(\xb5"):
-                advice = "Uncompress it; only plain ones are read."
-                raise DataError(f"{shown(str(path))}: a compressed tar.", advice) from error
+                raise DataError(
+                    f"{shown(str(path))}: a compressed tar.", "Uncompress it; only plain ones are read."
+                ) from error
         raise DataError(
             f"{shown(str(path))}: the tar is damaged or cut short ({because(error)}).", "Copy or pack it again."
         ) from error

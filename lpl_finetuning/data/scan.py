@@ -211,7 +211,7 @@ def _scan_folder(findings: Findings) -> Scan:
         sources.append(add_shards(findings))
     source = " and ".join(sources)
     if not findings.has("entries"):
-        _refuse_nothing(findings, source, "lists no images. Fill it, or remove it." if listings else "hold no images.")
+        _refuse_nothing(findings, listings, source)
     findings.warnings += remarks_on_others(findings)
     images = _checked_images(findings)
     _forget_vanished(findings.facts)
@@ -283,19 +283,14 @@ def _skips(on_bad_image: str) -> bool:
     return on_bad_image == "skip"
 
 
-def _refuse_nothing(findings: Findings, source: str, why: str) -> None:
-    """Raise the DataError for a folder without usable images.
-
-    Args:
-        findings: of the folder.
-        source: where captions come from; empty where there are neither pictures, listings nor shards.
-        why: the predicate for a source without images.
-    """
+def _refuse_nothing(findings: Findings, listings: list[str], source: str) -> None:
+    """Raise the DataError for a folder without usable images. source: where captions come from, if from anywhere."""
     if findings.bad or findings.missing:
         _refuse_all_bad(findings)
     flag, place = findings.request.flag, findings.request.place
     if source:
-        raise DataError(f"{flag}: {shown(source)} in {place} {why}")
+        what = "lists no images. Fill it, or remove it." if listings else "hold no images."
+        raise DataError(f"{flag}: {shown(source)} in {place} {what}")
     others = "".join(f" {remark}" for remark in remarks_on_others(findings))
     raise DataError(
         f"{flag}: there are no images in {place} or below it.",

@@ -18,6 +18,7 @@ from lpl_finetuning.data import folders, tables
 from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.data.tables import CaptionedImage, ImageTable, contents_of, hold_out, sizes_of
 from lpl_finetuning.errors import DataError
+from lpl_finetuning.files import cache_folder
 from tests.picture_folders import REPOSITORY, captioned, captions, picture
 
 pytestmark = pytest.mark.usefixtures("own_cache")
@@ -197,6 +198,17 @@ def test_holding_out_is_fast(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 # ---------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variable", [None, "", "/elsewhere"])
+def test_the_cache_folder(tmp_path, monkeypatch, variable):
+    """An empty variable counts as unset; the flag wins over the variable."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if variable is not None:
+        monkeypatch.setenv("XDG_CACHE_HOME", variable)
+    assert cache_folder() == (Path(variable) if variable else tmp_path / ".cache") / "lpl"
+    assert cache_folder("") == cache_folder() and cache_folder(tmp_path / "given") == tmp_path / "given/lpl"
 
 
 @pytest.mark.parametrize("damage", ["not a file of SQLite", "a page", "cut"])
