@@ -88,3 +88,9 @@ def test_places_and_names_of_parts(family, tmp_path):
 def test_both_names_of_the_data_folder_exclude_each_other(pictures):
     with pytest.raises(UserError, match="--train_data_dir and --instance_data_dir exclude each other"):
         train_sdxl_lpl.build_parser().parse(["--train_data_dir", str(pictures), "--instance_data_dir", str(pictures)])
+
+
+def test_the_demonstration_needs_the_clone(tmp_path):
+    """An installed package has no examples; the error says so instead of naming a recipe that nobody gave."""
+    with pytest.raises(UserError, match="the demonstration needs a clone"):
+        train_sdxl_lpl.build_parser().parse([], embedded_default=tmp_path / "train.yaml")
