@@ -18,10 +18,10 @@ LAUNCH = OMP_WAIT_POLICY=PASSIVE $(BIN)/accelerate launch --quiet --num_processe
 	--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sd3 test chaos quality format bench clean
+.PHONY: help demo demo-sd3 test test-quick chaos quality format bench clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 demo: .venv/.requirements ## fine-tune the tiny SDXL in examples/ with LPL on the CPU or a GPU; pictures in runs/demo/
 	@echo "Fine-tuning the tiny SDXL of examples/tiny-sdxl with the latent perceptual loss: on a GPU if there is one, else on $(THREADS) CPU threads."
@@ -35,6 +35,9 @@ demo-sd3: .venv/.requirements ## the same with the tiny Stable Diffusion 3; pict
 
 test: .venv/.requirements-dev ## run all tests
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
+
+test-quick: .venv/.requirements-dev ## run the unit tests and the tiny trainings only
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit tests/recipes $(ARGS)
 
 chaos: .venv/.requirements-dev ## kill training runs 200 times at random moments, and see that nothing is lost
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.chaos $(ARGS)

@@ -156,6 +156,9 @@ class FlagParser(argparse.ArgumentParser):
         defaults = {dest: action.default for dest, action in self.flags().items()}
         recipe = self.read_recipe(given["config"]) if given.get("config") else {}
         if embedded_default and not (given.keys() | recipe.keys()) & MODEL_OR_DATA:
+            require(embedded_default.is_file(),
+                    "no model and no data named, and the demonstration needs a clone of the repository: name both, or "
+                    "run `pip install -e .` in a clone")  # fmt: skip
             recipe = self.read_recipe(embedded_default) | recipe
             place = embedded_default.relative_to(REPOSITORY)
             print(f"No model and no data named: using the embedded examples, {place}.")

@@ -99,3 +99,9 @@ def test_the_plan_lists_the_flags_that_differ(script):
     print_configuration(script.build_parser().parse(words), said.append)
     assert sorted(said[1:]) == ["    rank               8", "    seed               7", "    use_lora           True",
                                 "    validation_prompt  a dog, a cat"]  # fmt: skip
+
+
+def test_the_demonstration_needs_the_clone(tmp_path):
+    """An installed package has no examples; the error says so instead of naming a recipe that nobody gave."""
+    with pytest.raises(UserError, match="the demonstration needs a clone"):
+        train_sdxl_lpl.build_parser().parse([], embedded_default=tmp_path / "train.yaml")
