@@ -431,6 +431,7 @@ def test_ctrl_c_is_a_failure_like_others(hub, tmp_path):
     process = start(
         [sys.executable, "-c", program, str(folder), "--hub_model_id", "alice/run"], cwd=tmp_path,
         env=environment(hub, tmp_path / "home", HF_TOKEN=SECRET), stderr=subprocess.PIPE, text=True,
+        fresh=True,  # HF_ENDPOINT is read when the client is imported
     )  # fmt: skip
     deadline = time.time() + 30
     while "commit" not in hub.requests and time.time() < deadline:
