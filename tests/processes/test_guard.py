@@ -94,7 +94,7 @@ def poison(monkeypatch, script, term, calls):
         monkeypatch.setattr(script, "perceptual_loss", spoilt_loss)
 
 
-@pytest.mark.parametrize("term", ["diffusion loss", "LPL of layer 1", "gradient"])
+@pytest.mark.parametrize("term", ["diffusion loss", "LPL of the up block 1", "gradient"])
 def test_a_step_that_is_not_finite_is_skipped_and_named(recipe, tmp_path, monkeypatch, capsys, term):
     script, flags = recipe
     poison(monkeypatch, script, term, {3})
