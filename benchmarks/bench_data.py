@@ -173,7 +173,7 @@ def measure_scan(args, count, work):
                 results[which].append((time.perf_counter() - started, opened.count))
             assert len(scan.images) == count and not scan.warnings
     return [
-        {"part": "scan", "images": count, "megabytes": size / 1e6, "scan": which, "seconds": min(values)[0],
+        {"part": "scan", "images": count, "format_bytes": size / 1e6, "scan": which, "seconds": min(values)[0],
          "slowest": max(values)[0], "files opened": min(values)[1]}
         for which, values in results.items()
     ]  # fmt: skip

@@ -20,7 +20,7 @@ import torch
 
 import train_sd3_lpl_flow
 import train_sdxl_lpl
-from lpl_finetuning.files import gigabytes
+from lpl_finetuning.files import format_bytes
 from lpl_finetuning.training.models import load_vae
 from lpl_finetuning.training.objective import lpl_stages
 from lpl_finetuning.training.plan import memory_estimate
@@ -163,7 +163,7 @@ def main():
                     model,
                     way,
                     resolution,
-                    *[gigabytes(sum(parts.values())) for parts in rows[model, way, resolution]],
+                    *[format_bytes(sum(parts.values())) for parts in rows[model, way, resolution]],
                 )
     put_table(PAGE, table(rows))
     totals = {}

@@ -1,6 +1,6 @@
-"""Flags and recipe files, and errors for people: what runs before the slow imports.
+"""Errors that people read: their classes, how they end a process, and the words of their messages.
 
-Nothing here imports torch, so that a wrong flag is answered at once.
+Nothing here imports torch: a wrong flag is answered within half a second.
 """
 
 import contextlib
@@ -16,66 +16,7 @@ from typing import Any
 
 
 class UserError(ValueError):
-    """A mistake that the user can put right; its message names the flag or file, what was found and what to do."""
-
-
-def require(condition, message):
-    """Raise UserError(message) unless the condition holds."""
-    if not condition:
-        raise UserError(message)
-
-
-class OwnError(UserError):
-    """One that this rank alone may have; of the others, which all ranks have, the first tells."""
-
-
-@contextlib.contextmanager
-def errors_for_people(debug):
-    """Turn a UserError (or a data error) into one message and exit status 2, Ctrl-C into 130; `--debug` shows all."""
-    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        yield
-    except (UserError, DataError) as error:
-        if debug:
-            raise
-        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, OwnError):
-            print(f"error: {error}\n", end="", file=sys.stderr)  # one write, as other ranks may say theirs
-        else:
-            time.sleep(1)  # when one rank ends the launcher ends them all, and the first has to be heard
-        sys.exit(2)
-    except OSError as error:
-        if debug or error.errno is None:
-            raise
-        advice = {
-            errno.EACCES: "give one that you may use", errno.EPERM: "give one that you may use",
-            errno.ENOSPC: "free some space, or name another folder", errno.EDQUOT: "free some space",
-            errno.EFBIG: "files may not be that large here: name another folder",
-            errno.EROFS: "that disk is read-only: name another folder",
-        }.get(error.errno, "--debug shows where that was")  # fmt: skip
-        print(f"error: {error.filename or 'a file'}: {error.strerror}; {advice}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        if debug:
-            raise
-        print("\nstopped", file=sys.stderr)
-        sys.exit(128 + signal.SIGINT)
-
-
-def quiet_libraries(debug):
-    """Before the slow imports: only the libraries' errors are shown, so that ours can be read; Ctrl-C just ends."""
-    if debug:
-        return
-    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until `errors_for_people` sees to it again
-    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
-        os.environ.setdefault(name, "error")
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    from transformers.utils import logging as transformers_logging  # the light part of transformers
-
-    transformers_logging.disable_progress_bar()
+    """A mistake that the user can put right; the message names the flag or file, what was found and what to do."""
 
 
 class DataError(ValueError):
@@ -97,27 +38,88 @@ class DataError(ValueError):
         return f"{self.problem}{separator}{self.advice}" if self.advice else self.problem
 
 
-FIRST_NAMES = 5  # of many, in a message
+class RankError(UserError):
+    """An error that only this rank sees; this rank prints it. Errors common to all ranks are printed by rank 0."""
+
+
+def require(condition, message):
+    """Raise UserError(message) unless the condition holds."""
+    if not condition:
+        raise UserError(message)
+
+
+@contextlib.contextmanager
+def errors_for_people(debug):
+    """Context manager: a UserError or DataError becomes one message and exit status 2, Ctrl-C status 130.
+
+    Args:
+        debug: let every exception through, with its traceback.
+    """
+    if signal.getsignal(signal.SIGINT) is signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        yield
+    except (UserError, DataError) as error:
+        if debug:
+            raise
+        if int(os.environ.get("RANK", "0")) == 0 or isinstance(error, RankError):
+            print(f"error: {error}\n", end="", file=sys.stderr)  # one write: other ranks may print at the same time
+        else:
+            time.sleep(1)  # the launcher ends all ranks when one ends: let rank 0 print first
+        sys.exit(2)
+    except OSError as error:
+        if debug or error.errno is None:
+            raise
+        advice = {
+            errno.EACCES: "give one that you may use", errno.EPERM: "give one that you may use",
+            errno.ENOSPC: "free some space, or name another folder", errno.EDQUOT: "free some space",
+            errno.EFBIG: "files may not be that large here: name another folder",
+            errno.EROFS: "that disk is read-only: name another folder",
+        }.get(error.errno, "--debug shows where that was")  # fmt: skip
+        print(f"error: {error.filename or 'a file'}: {error.strerror}; {advice}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        if debug:
+            raise
+        print("\nstopped", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
+
+
+def quiet_libraries(debug):
+    """Show only errors of the libraries that are imported from here on; Ctrl-C ends the process without a word."""
+    if debug:
+        return
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # until the next `errors_for_people`
+    for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
+        os.environ.setdefault(name, "error")
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    from transformers.utils import logging as transformers_logging  # the light part of transformers
+
+    transformers_logging.disable_progress_bar()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# 5. Words
-# ---------------------------------------------------------------------------------------------------------------------
+# Words of messages
+
+FIRST_NAMES = 5  # names of a long list that a message shows
 
 
 def shown(name: str) -> str:
-    """A name as it can be printed: line breaks, bytes that are not UTF-8 and the like are escaped."""
+    """A name in printable form: line breaks and bytes that are not UTF-8 are escaped."""
     return name if name.isprintable() else repr(name)[1:-1]
 
 
 def brief(value: Any) -> str:
-    """A value as Python writes it, cut where it is long."""
+    """A value as Python writes it, cut after 57 characters."""
     text = repr(value)
     return text if len(text) <= 60 else text[:57] + "…"
 
 
 def because(error: Exception) -> str:
-    """What an error says, without its number and file."""
+    """The text of an error, without its number and file."""
     return getattr(error, "strerror", None) or str(error) or type(error).__name__
 
 
@@ -132,6 +134,6 @@ def is_or_are(number: int) -> str:
 
 
 def first_names(names: Sequence[str], total: int | None = None) -> str:
-    """The first few of many names; `total` where there are more than these."""
+    """The first names of a list, printable. total: the number of names where `names` is not the whole list."""
     names, total = list(names[:FIRST_NAMES]), len(names) if total is None else total
     return ", ".join(map(shown, names)) + (", …" if total > len(names) else "")

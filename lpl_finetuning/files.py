@@ -1,25 +1,4 @@
-"""Caches: a content-addressed store of small dictionaries of tensors on disk, and the loop that fills it.
-
-Four parts:
-
-1. keys: `digest` of values that JSON can hold, `fingerprint` of a model's files;
-2. shards: one file holds many entries of one schema, with a checksum for each, and nothing in it is ever pickled;
-3. `TensorStore`: a folder of shards, for 10 to 10 million entries;
-4. `encode_missing`: encodes what a store does not have, on any number of ranks, while threads prepare what comes next.
-
-Importing this file imports neither torch nor datasets. What needs torch imports it when called.
-
-A shard `shard-<digest>.safetensors` is a safetensors file of N entries with the same names, dtypes and shapes. Their
-rows are stacked: one tensor (N, ...) for each name, and before those
-
-    __keys       uint8 (N, 16)  first 16 bytes of the sha256 of each key
-    __checksums  int64 (N,)     CRC32 of the schema, then the 16 bytes of the key, then the row of each name, by name
-
-so a header has a few hundred bytes however many rows there are. Rows are read by `pread` into memory of their own, not
-through a memory map: it is as fast, no mapped pages add up, and a file that is cut short ends no process by SIGBUS.
-
-Shapes: N rows of a shard, K keys, E entries of a store. Sizes are in bytes.
-"""
+"""Files and folders: written whole or not at all, digests, free space, the cache, bytes in words. No torch."""
 
 import contextlib
 import hashlib
@@ -33,12 +12,7 @@ from typing import Any
 
 from lpl_finetuning.errors import DataError
 
-FREE_MARGIN = 100 * 10**6
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# 1. Keys
-# ---------------------------------------------------------------------------------------------------------------------
+FREE_MARGIN = 100 * 10**6  # bytes that the caches leave free
 
 
 def digest(**what: Any) -> str:
@@ -52,7 +26,7 @@ def digest(**what: Any) -> str:
 
 
 def sync_to_disk(path: Path) -> None:
-    """Flush a file, or the names in a folder, without which a rename may be lost in a power cut."""
+    """Flush a file or a folder's names to the disk; without it a power cut may undo a rename."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -60,17 +34,13 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# 4. Filling a store
-# ---------------------------------------------------------------------------------------------------------------------
-
-
 def check_free_space(folder: str | os.PathLike, needed_bytes: int, what: str) -> None:
-    """Refuse to begin what would fill the disk; 100 MB are to stay free.
+    """Refuse to write what would leave less than 100 MB free on the disk.
 
     Args:
-        folder: where it will be written; it need not exist yet.
-        what: names it in the message, such as "the cache of 1000 images".
+        folder: where the files will be written; it need not exist yet.
+        needed_bytes: size of the files.
+        what: the files in the message, such as "the cache of 1000 images".
 
     Raises:
         DataError: there is less room.
@@ -81,18 +51,14 @@ def check_free_space(folder: str | os.PathLike, needed_bytes: int, what: str) ->
     free = shutil.disk_usage(place).free
     if needed_bytes + FREE_MARGIN > free:
         raise DataError(
-            f"{folder}: {what} needs {_readable(needed_bytes)} and {_readable(FREE_MARGIN)} to spare, but "
-            f"{_readable(free)} are free there.",
+            f"{folder}: {what} needs {format_bytes(needed_bytes)} and {format_bytes(FREE_MARGIN)} to spare, but "
+            f"{format_bytes(free)} are free there.",
             "Make room, or name a folder on another disk with --cache_dir.",
         )
 
 
-def _readable(num_bytes: int) -> str:
-    return f"{num_bytes / 1e9:.1f} GB" if num_bytes >= 1e9 else f"{num_bytes / 1e6:.0f} MB"
-
-
 def write_whole(path: Path, data: bytes) -> None:
-    """Write a small file so that it is there whole or not at all."""
+    """Write a small file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".tmp-{uuid.uuid4().hex}")
     temporary.write_bytes(data)
@@ -100,13 +66,13 @@ def write_whole(path: Path, data: bytes) -> None:
 
 
 def sha256_of(path):
-    """Hex digest of a file's bytes."""
+    """sha256 of a file's bytes, hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def free_name(output_dir, name):
-    """The path `name`, or `name-2`, `name-3` and so on when that is taken."""
+    """The path `name` in a folder, or the first of `name-2`, `name-3`, … that does not exist."""
     path, number = Path(output_dir) / name, 1
     while path.exists():
         number += 1
@@ -125,25 +91,20 @@ def cache_folder(cache_dir: str | os.PathLike | None = None) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 # Files that a run can do without
 
-TOLD = set()  # what has been warned of
+WARNED = set()  # names of files that have been warned of
 
 
 @contextlib.contextmanager
 def dispensable(what):
-    """Inside, a file that can't be written (a full disk) is a warning: for a log or a picture no run has to end."""
+    """Context manager: an OSError inside is one warning, since no run has to end for a log or a picture."""
     try:
         yield
     except OSError as error:
-        if what not in TOLD:
-            TOLD.add(what)
+        if what not in WARNED:
+            WARNED.add(what)
             print(f"\nwarning: {what} can't be written ({error}); training goes on", file=sys.stderr, flush=True)
 
 
-def gigabytes(count):
-    """1234567890 -> "1.23 GB"; small ones in MB."""
+def format_bytes(count: float) -> str:
+    """1234567890 -> "1.23 GB"; below 100 MB in MB with one decimal."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
-
-
-def megabytes(count):
-    """Bytes, for people."""
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"

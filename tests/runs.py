@@ -79,6 +79,20 @@ def objective_of(args, schedule=None, samples_per_step=8, space=(1.0, 0.0), empt
                      empty_prompt or {}, empty_is_zero, guard=None)  # fmt: skip
 
 
+def forbid_loading(monkeypatch, script, names=("build_denoiser", "load_vae", "load_text_encoders")):
+    """Fail the test where a script loads weights; the same on the meta device, which loads none, is allowed."""
+
+    def only_on_meta(name, original):
+        def wrapper(*args):
+            assert args[-1] == "meta", f"{name} was called"
+            return original(*args)
+
+        return wrapper
+
+    for name in names:
+        monkeypatch.setattr(script, name, only_on_meta(name, getattr(script, name)))
+
+
 def memory_of(script, args, dtype, vae_dtype):
     """[(what, bytes)] of the plan's estimate for one device."""
     denoiser, vae = script.build_denoiser(args, dtype, "meta"), load_vae(args.base_model, vae_dtype, "meta")

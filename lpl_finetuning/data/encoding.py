@@ -28,7 +28,7 @@ from lpl_finetuning.data.images import to_pixel_values
 from lpl_finetuning.data.samples import CaptionRules, Framing, FramingRules
 from lpl_finetuning.data.store import TensorStore, entry_bytes
 from lpl_finetuning.data.tables import CaptionedImage
-from lpl_finetuning.files import check_free_space, digest
+from lpl_finetuning.files import check_free_space, digest, format_bytes
 
 if TYPE_CHECKING:
     import torch
@@ -91,14 +91,29 @@ def encode_missing(
     num_items = sum(map(len, batches))
     if not num_items:
         return 0
+    prepared = _prepared(([missing[key] for key in batch] for batch in batches), prepare)
+    with contextlib.closing(prepared):
+        _encode_into(store, batches, prepared, encode_batch, description, show)
+    return num_items
+
+
+def _encode_into(
+    store: TensorStore,
+    batches: list[list[str]],
+    prepared: Iterator[list[Any]],
+    encode_batch: Callable[[list[Any]], list[dict[str, "torch.Tensor"]]],
+    description: str,
+    show: bool,
+) -> None:
+    """Encode batches and put them into the store, a shard at a time; what is encoded is put there on an error too."""
     from tqdm.auto import tqdm
 
     pending: dict[str, dict[str, torch.Tensor]] = {}
     pending_bytes = 0
     unit = " " + (description.split() or ["items"])[-1]
-    prepared = _prepared(([missing[key] for key in batch] for batch in batches), prepare)
+    total = sum(map(len, batches))
     try:
-        with contextlib.closing(prepared), tqdm(total=num_items, desc=description, unit=unit, disable=not show) as bar:
+        with tqdm(total=total, desc=description, unit=unit, disable=not show) as bar:
             for batch, items in zip(batches, prepared, strict=True):
                 encoded = dict(zip(batch, encode_batch(items), strict=True))
                 pending |= encoded
@@ -112,7 +127,6 @@ def encode_missing(
             store.put(pending)
         raise
     store.put(pending)
-    return num_items
 
 
 def _batches(missing: dict[str, Any], batch_size: int, group: Callable[[Any], Hashable] | None) -> list[list[str]]:
@@ -340,21 +354,13 @@ def fill_caches(
         if cached:
             yield from images_to_encode(images, framing)
 
-    new_texts, text_bytes = count_missing(prompts, texts(), lambda text: prompt_bytes + ROW_BYTES)
-    pixels = settings.pixels_per_latent
-    new_pictures, picture_bytes = count_missing(
-        latents, pictures(), lambda item: latent_bytes(item[1].size, latent_channels, pixels)
-    )
-    accelerator.print(
-        f"Caches in {root}: to be encoded are {new_texts:,} captions ({text_bytes / 1e6:,.1f} MB) and "
-        f"{new_pictures:,} images ({picture_bytes / 1e6:,.1f} MB); the rest is there"
-    )
-    if not cached:
-        accelerator.print(
-            "Random crops: images are encoded in every step; --center_crop or --cache_variants encodes them once"
-        )
-    check_free_space(root, text_bytes + picture_bytes, "encoded captions and images")
-    new_texts, new_pictures = _on_any_rank(accelerator, new_texts, new_pictures)
+    def picture_bytes(item):
+        return latent_bytes(item[1].size, latent_channels, settings.pixels_per_latent)
+
+    new_texts = count_missing(prompts, texts(), lambda text: prompt_bytes + ROW_BYTES)
+    new_pictures = count_missing(latents, pictures(), picture_bytes)
+    _announce(accelerator, root, new_texts, new_pictures, cached)
+    new_texts, new_pictures = _on_any_rank(accelerator, new_texts[0], new_pictures[0])
     if new_texts:
         encode_on_all_ranks(prompts, texts, encode_prompts, 16, "encoding captions", accelerator)
     if new_pictures:
@@ -362,6 +368,19 @@ def fill_caches(
         encode_on_all_ranks(latents, pictures, encode_latents, at_once, "encoding images", accelerator, prepare=cut,
                             group=lambda item: item[1].size)  # fmt: skip
     return RunData(images, held_out, framing, held_out_framing, rules, prompts, latents, cached)
+
+
+def _announce(accelerator: Any, root: Path, texts: tuple[int, int], pictures: tuple[int, int], cached: bool) -> None:
+    """Print what will be encoded, as (entries, bytes); DataError where the disk has no room for it."""
+    accelerator.print(
+        f"Caches in {root}: to be encoded are {texts[0]:,} captions ({format_bytes(texts[1])}) and "
+        f"{pictures[0]:,} images ({format_bytes(pictures[1])}); the rest is there"
+    )
+    if not cached:
+        accelerator.print(
+            "Random crops: images are encoded in every step; --center_crop or --cache_variants encodes them once"
+        )
+    check_free_space(root, texts[1] + pictures[1], "encoded captions and images")
 
 
 def open_store(folder: Path, accelerator: Any) -> TensorStore:

@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lpl_finetuning.errors import UserError
-from lpl_finetuning.files import megabytes, sha256_of, sync_to_disk
+from lpl_finetuning.files import format_bytes, sha256_of, sync_to_disk
 from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.training.checkpoint_folders import (
     MANIFEST,
@@ -187,8 +187,8 @@ def check_room(output_dir, needed):
     free = shutil.disk_usage(output_dir).free
     if free < needed:
         raise UserError(
-            f"--output_dir {output_dir}: a checkpoint needs {megabytes(needed)}, only {megabytes(free)} are free. "
-            f"Nothing was written{last_one(output_dir)}. Free some space, keep fewer checkpoints with "
+            f"--output_dir {output_dir}: a checkpoint needs {format_bytes(needed)}, only {format_bytes(free)} are "
+            f"free. Nothing was written{last_one(output_dir)}. Free some space, keep fewer checkpoints with "
             "--checkpoints_total_limit, or choose another --output_dir"
         )
 

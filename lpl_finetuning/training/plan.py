@@ -13,7 +13,7 @@ from lpl_finetuning.base_model import read_json
 from lpl_finetuning.data.encoding import in_chunks
 from lpl_finetuning.data.report import build_report, refuse_remarks, report_lines
 from lpl_finetuning.errors import require
-from lpl_finetuning.files import cache_folder, digest, gigabytes, write_whole
+from lpl_finetuning.files import cache_folder, digest, format_bytes, write_whole
 from lpl_finetuning.flags import caption_rules, framing_rules, print_configuration
 from lpl_finetuning.training.checkpoint_folders import changes_since, read_manifest
 from lpl_finetuning.training.checkpoints import checkpoint_to_resume
@@ -311,10 +311,8 @@ def print_memory(parts, denoiser, accelerator):
     if is_sharded(accelerator):
         [model] = denoiser.models().values()
         parts = memory_of_rank(parts, model, accelerator.num_processes, zero_stage(accelerator))
-    total = gigabytes(sum(size for _, size in parts))
-    say(
-        f"Memory, estimated: {total}: " + ", ".join(f"{what} {gigabytes(size)}" for what, size in parts if size) + "\n"
-    )
+    listed = ", ".join(f"{what} {format_bytes(size)}" for what, size in parts if size)
+    say(f"Memory, estimated: {format_bytes(sum(size for _, size in parts))}: {listed}\n")
 
 
 def saved_by_forward(denoiser, args, dtype, example_inputs):

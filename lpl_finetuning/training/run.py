@@ -14,7 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from lpl_finetuning.data.encoding import prompt_key
 from lpl_finetuning.data.report import save_report
 from lpl_finetuning.data.samples import AddressedBatches, SampleOrder, TrainingSet, collate
-from lpl_finetuning.errors import DataError, OwnError, UserError, require
+from lpl_finetuning.errors import DataError, RankError, UserError, require
 from lpl_finetuning.files import dispensable
 from lpl_finetuning.flag_checks import wants
 from lpl_finetuning.flags import save_recipe
@@ -86,7 +86,7 @@ def batches(args, data, accelerator, first_step, last_step):
         yield from loader
     except DataError as error:  # from a loading process it holds the traceback, whose last line is the message
         kind = f"{type(error).__module__}.{type(error).__qualname__}: "
-        raise OwnError(str(error).rpartition(kind)[2].strip()) from error
+        raise RankError(str(error).rpartition(kind)[2].strip()) from error
 
 
 def end(accelerator):

@@ -12,6 +12,7 @@ checkpoints are not used. DeepSpeed is imported when an engine is built.
 
 import contextlib
 import functools
+import json
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -342,19 +343,27 @@ def load_zero_state(model, tensors):
 
 
 def from_rank_0(value, accelerator):
-    """Return rank 0's value on every rank. All ranks call it together."""
-    values = [value]
-    if accelerator.num_processes > 1:
-        torch.distributed.broadcast_object_list(values, src=0, device=accelerator.device)
-    return values[0]
+    """Return rank 0's value, which JSON can hold, on every rank. All ranks call it together."""
+    return broadcast_json(0, value, accelerator)
 
 
 def from_all_ranks(value, accelerator):
-    """Return the list of every rank's value on every rank, in the order of the ranks. All ranks call it together."""
-    values = [value] * accelerator.num_processes
-    if accelerator.num_processes > 1:
-        torch.distributed.all_gather_object(values, value)
-    return values
+    """Return [each rank's value], which JSON can hold, on every rank. All ranks call it together."""
+    return [broadcast_json(rank, value, accelerator) for rank in range(accelerator.num_processes)]
+
+
+def broadcast_json(rank, value, accelerator):
+    """Return one rank's value on every rank, sent as JSON: torch's object collectives would pickle it."""
+    if accelerator.num_processes == 1:
+        return value
+    device = accelerator.device
+    text = torch.tensor(list(json.dumps(value).encode()), dtype=torch.uint8, device=device)
+    length = torch.tensor([len(text)], device=device)
+    torch.distributed.broadcast(length, rank)
+    if accelerator.process_index != rank:
+        text = torch.empty(int(length), dtype=torch.uint8, device=device)
+    torch.distributed.broadcast(text, rank)
+    return json.loads(bytes(text.tolist()))
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -118,7 +118,8 @@ def test_linked_files_are_there():
     for page in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *ROOT.glob("*/*/README.md"), *ROOT.glob("*/README.md")]:
         if ".venv" in page.parts:
             continue
-        for link in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.DOTALL)
+        for link in re.findall(r"\]\(([^)#]+)", text):
             if "://" not in link:
                 assert (page.parent / link).exists(), f"{page.relative_to(ROOT)} links to {link}"
 

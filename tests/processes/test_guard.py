@@ -609,7 +609,7 @@ def test_the_shared_model_goes_before_the_group_of_ranks(recipe, tmp_path, steps
     assert said.count("models that outlive the group: 0") == 2, said[-2000:]
 
 
-@pytest.mark.parametrize(("error", "heard"), [(errors_module.UserError, False), (errors_module.OwnError, True)])
+@pytest.mark.parametrize(("error", "heard"), [(errors_module.UserError, False), (errors_module.RankError, True)])
 def test_what_one_rank_alone_knows_it_says_itself(monkeypatch, capsys, error, heard):
     monkeypatch.setenv("RANK", "1")
     with pytest.raises(SystemExit) as stopped, errors_module.errors_for_people(debug=False):

@@ -29,7 +29,7 @@ from lpl_finetuning.training import run
 from lpl_utils import LPLGate
 from tests import children, runs
 from tests.children import start
-from tests.runs import assert_resume_is_exact, command, objective_of
+from tests.runs import assert_resume_is_exact, command, forbid_loading, objective_of
 
 SCRIPTS = {"sdxl": train_sdxl_lpl, "sd3": train_sd3_lpl_flow}
 SHAPES = [
@@ -276,7 +276,7 @@ def test_a_shard_that_is_damaged_while_a_run_reads_it_is_told_in_a_line(recipe, 
 
     with monkeypatch.context() as patch:
         patch.setattr(run, "batches", spoilt)
-        with pytest.raises(errors.OwnError, match=r"\A[^\n]*shard-[^\n]*this cache file is damaged[^\n]*\Z"):
+        with pytest.raises(errors.RankError, match=r"\A[^\n]*shard-[^\n]*this cache file is damaged[^\n]*\Z"):
             runs.run(script, *flags)
     rows = runs.run(script, *flags, "--resume_from_checkpoint", "latest")
     assert len(rows) == 2, "what was damaged is encoded anew"
@@ -297,9 +297,8 @@ def test_no_room_for_the_cache_is_said_before_anything_is_loaded(recipe, tmp_pat
     script, flags = recipe
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    for name in ("build_denoiser", "load_vae", "load_text_encoders"):
-        monkeypatch.setattr(script, name, lambda *args, name=name: pytest.fail(f"{name} was called"))
-    with pytest.raises(flags_module.DataError, match="--cache_dir"):
+    forbid_loading(monkeypatch, script)
+    with pytest.raises(errors.DataError, match="--cache_dir"):
         runs.run(script, *flags, "--center_crop", "--cache_dir", tmp_path / "cache", "--output_dir", tmp_path / "out")
     assert not list(tmp_path.rglob("shard-*"))
 
@@ -335,9 +334,9 @@ def test_bad_images_are_refused_or_left_out_before_weights_load(recipe, mixed, t
     with monkeypatch.context() as patch:
         for name in ("build_denoiser", "load_vae", "load_text_encoders"):
             patch.setattr(script, name, lambda *args, name=name: pytest.fail(f"{name} was called"))
-        with pytest.raises(flags_module.DataError, match=r"(?s)0\.png.*--on_bad_image skip"):
+        with pytest.raises(errors.DataError, match=r"(?s)0\.png.*--on_bad_image skip"):
             runs.run(script, *words, "--output_dir", tmp_path / "a")
-        with pytest.raises(flags_module.DataError, match="--strict"):
+        with pytest.raises(errors.DataError, match="--strict"):
             runs.run(script, *words, "--on_bad_image", "skip", "--strict", "--output_dir", tmp_path / "a")
     runs.run(script, *words, "--on_bad_image", "skip", "--output_dir", tmp_path / "b")
     report = json.loads((tmp_path / "b" / "data_report.json").read_text())

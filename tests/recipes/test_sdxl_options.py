@@ -25,7 +25,7 @@ from lpl_finetuning.training import objective, optimization, plan
 from lpl_finetuning.training import run as run_module
 from lpl_finetuning.training.models import LORA_FILE
 from tests import children
-from tests.runs import assert_resume_is_exact, objective_of
+from tests.runs import assert_resume_is_exact, forbid_loading, objective_of
 from tests.sdxl import command, draw, run, weights
 
 TEXT = ["--use_lora", "--train_text_encoder"]
@@ -177,7 +177,7 @@ def test_a_single_file_beside_the_pipeline(flags, tmp_path):
 def test_a_lora_that_does_not_fit_is_refused(flags, tmp_path, monkeypatch):
     """Before weights load: layers that this run does not train, and another model's."""
     run(*flags, *TEXT, "--max_train_steps", 1, "--output_dir", tmp_path / "text")
-    monkeypatch.setattr(train_sdxl_lpl, "build_denoiser", lambda *args: pytest.fail("weights were loaded"))
+    forbid_loading(monkeypatch, train_sdxl_lpl)
     flags = [*flags, "--use_lora", "--max_train_steps", 1, "--output_dir", tmp_path / "out", "--init_lora"]
     with pytest.raises(UserError, match="--train_text_encoder"):
         run(*flags, tmp_path / "text")

@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 import train_sd3_lpl_flow
 from lpl_finetuning.data import scan as scan_module
-from lpl_finetuning.errors import UserError
+from lpl_finetuning.errors import UserError, errors_for_people
 from lpl_finetuning.flags import data_source
 from lpl_finetuning.training import objective
 from lpl_finetuning.training import run as run_module
@@ -31,7 +31,7 @@ from lpl_finetuning.training.plan import plan_run
 from lpl_utils import LPLGate, estimate_z0
 from tests import children
 from tests.children import start
-from tests.runs import assert_resume_is_exact, objective_of
+from tests.runs import assert_resume_is_exact, forbid_loading, objective_of
 from tests.sd3 import command, run, weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -495,10 +495,9 @@ def test_mistakes_are_told_before_weights_load(
     gutted = tmp_path / "gutted"
     shutil.copytree(sd3_folder, gutted)
     shutil.rmtree(gutted / "transformer")
-    for name in ("build_denoiser", "load_vae", "load_text_encoders", "load_t5"):
-        monkeypatch.setattr(train_sd3_lpl_flow, name, lambda *args: pytest.fail("weights were loaded"))
+    forbid_loading(monkeypatch, train_sd3_lpl_flow)
     words = [*flags, *mistake.format(sdxl=sdxl_folder, gutted=gutted).split(), "--output_dir", tmp_path / "out"]
-    with pytest.raises(SystemExit) as stopped, train_sd3_lpl_flow.errors_for_people(False):
+    with pytest.raises(SystemExit) as stopped, errors_for_people(False):
         run(*words, "--max_train_steps", 1)
     message = capsys.readouterr().err
     assert stopped.value.code == 2 and said in message and "Traceback" not in message

@@ -4,6 +4,7 @@ import errno
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -24,15 +25,15 @@ from safetensors.torch import load_file, save_file
 import train_sdxl_lpl
 from lpl_finetuning import files
 from lpl_finetuning.data import scan as scan_module
-from lpl_finetuning.errors import UserError
+from lpl_finetuning.errors import UserError, errors_for_people
 from lpl_finetuning.flags import data_source
-from lpl_finetuning.training import checkpoints, optimization
-from lpl_finetuning.training import models as models_module
+from lpl_finetuning.results import export
+from lpl_finetuning.training import checkpoints
 from lpl_finetuning.training import run as run_module
 from lpl_utils import LPLGate
 from tests import children
 from tests.children import start
-from tests.runs import ROOT, memory_of, objective_of, tensors_of
+from tests.runs import ROOT, forbid_loading, memory_of, objective_of, tensors_of
 from tests.sdxl import command, draw, run, weights
 
 GOLDEN = Path(__file__).parents[1] / "golden"
@@ -254,13 +255,13 @@ def test_the_result_does_not_fit_on_the_disk(flags, tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch, pytest.raises(UserError, match=r"the result can't be .*its steps are saved"):
-        patch.setattr(train_sdxl_lpl, "save_kohya", full)
+        patch.setattr(export, "save_kohya", full)
         run(*flags, "--output_dir", tmp_path)
     assert (tmp_path / "checkpoint-3").is_dir()
     run(*flags, "--output_dir", tmp_path, "--resume_from_checkpoint", "latest")
     assert (tmp_path / "pytorch_lora_weights_kohya.safetensors").is_file()
     with monkeypatch.context() as patch, pytest.raises(UserError, match="nor a checkpoint: disk full while saving"):
-        patch.setattr(train_sdxl_lpl, "save_kohya", full)
+        patch.setattr(export, "save_kohya", full)
         patch.setattr(checkpoints, "write_manifest", full)
         run(*flags, "--output_dir", tmp_path, "--seed", 8, "--checkpointing_steps", 9)
 
@@ -294,7 +295,7 @@ class TrackerOnFullDisk(GeneralTracker):
 
 def test_a_log_that_can_not_be_written_ends_no_run(flags, tmp_path, capsys, monkeypatch):
     """Neither the run's own log, a tracker's nor a picture; each is told of once."""
-    monkeypatch.setattr(files, "TOLD", set())
+    monkeypatch.setattr(files, "WARNED", set())
     (tmp_path / "logs").mkdir()
     for name in ("logs/metrics.jsonl", "run.png", "image_0.png"):
         (tmp_path / name).symlink_to("/dev/full")
@@ -303,7 +304,7 @@ def test_a_log_that_can_not_be_written_ends_no_run(flags, tmp_path, capsys, monk
     flags += ["--validation_prompt", "apple", "--num_validation_images", "1", "--validation_steps", "1"]
     args = train_sdxl_lpl.parse_args(flags)
     tracked = {"log_with": TrackerOnFullDisk()}
-    monkeypatch.setattr(optimization, "Accelerator", lambda **settings: Accelerator(**settings | tracked))
+    monkeypatch.setattr(run_module, "Accelerator", lambda **settings: Accelerator(**settings | tracked))
     train_sdxl_lpl.main(args, *scan_module.find_images(data_source(args)))
     said = capsys.readouterr().err
     assert weights(tmp_path)
@@ -384,12 +385,7 @@ def test_a_second_run_encodes_nothing(flags, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "to be encoded are 6 captions" in out and " 6 images" in out, "five captions and the empty one"
 
-    def forbidden(*args):
-        raise AssertionError("an encoder was loaded")
-
-    monkeypatch.setattr(train_sdxl_lpl, "load_text_encoders", forbidden)
-    for module in (train_sdxl_lpl, optimization):
-        monkeypatch.setattr(module, "load_vae", forbidden)
+    forbid_loading(monkeypatch, train_sdxl_lpl, ["load_text_encoders", "load_vae"])
     second = run(*flags, "--output_dir", tmp_path / "b", "--adam_weight_decay", 0.5)
     assert "to be encoded are 0 captions (0.0 MB) and 0 images (0.0 MB)" in capsys.readouterr().out
     assert second[0]["train_loss"] == first[0]["train_loss"]
@@ -766,14 +762,11 @@ def test_mistakes_are_told_before_weights_load(mistake, said, flags, wrong_model
     places = {**wrong_models, "uncaptioned": uncaptioned, "listed": listed, "recipe": recipe, "none": empty,
               "list": tmp_path / "list.yaml", "inside": inside}  # fmt: skip
     places |= {"empty": empty} if "train_data_dir" in mistake else {}
-    loaded = []
-    for name in ("build_denoiser", "load_vae", "load_text_encoders"):
-        monkeypatch.setattr(train_sdxl_lpl, name, lambda *args, _name=name: loaded.append(_name))
-    monkeypatch.setattr(models_module, "load_vae", lambda *args: loaded.append("load_vae"))
+    forbid_loading(monkeypatch, train_sdxl_lpl)
     words = [*flags, *mistake.format(**places).split(), "--output_dir", tmp_path / "out", "--max_train_steps", 1]
-    with pytest.raises(SystemExit) as stopped, train_sdxl_lpl.errors_for_people(False):
+    with pytest.raises(SystemExit) as stopped, errors_for_people(False):
         run(*words)
-    assert stopped.value.code == 2 and not loaded
+    assert stopped.value.code == 2
     message = capsys.readouterr().err
     assert said in message and "Traceback" not in message
 
@@ -791,16 +784,16 @@ def test_a_mistake_is_answered_before_torch_is_imported(flags):
 
 
 def test_dry_run_prints_the_plan_and_stops(flags, tmp_path, monkeypatch, capsys):
-    for name in ("build_denoiser", "load_vae", "load_text_encoders"):
-        monkeypatch.setattr(train_sdxl_lpl, name, lambda *args: pytest.fail("weights were loaded"))
+    forbid_loading(monkeypatch, train_sdxl_lpl)
     AcceleratorState._reset_state(True)
     args = train_sdxl_lpl.parse_args([*flags, "--use_lpl", "--dry_run", "--output_dir", str(tmp_path)])
     train_sdxl_lpl.main(args, *scan_module.find_images(data_source(args)))
     said = capsys.readouterr().out
-    for part in ["learning_rate=0.001", "images        6, held out: 0", "6, 5 different", "1.5 steps an epoch",
-                 "261,684 of 261,684", "20.0 % of samples", "16x8x8, 16x16x16, 16x32x32, 16x64x64, 8x64x64",
+    for part in ["images        6, held out: 0", "6, 5 different", "1.5 steps an epoch", "261,684 of 261,684",
+                 "20.0 % of samples", "middle block 16x8x8, up block 1 16x16x16", "up block 4 8x64x64",
                  "Memory, estimated"]:  # fmt: skip
         assert part in said, part
+    assert re.search(r"^    learning_rate +0.001$", said, re.MULTILINE)
     assert not list(tmp_path.glob("checkpoint-*"))
 
 
