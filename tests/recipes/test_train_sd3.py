@@ -373,7 +373,7 @@ def test_lora_layers_and_blocks(flags, tmp_path):
                        for layer in ("to_q", "to_k")}  # fmt: skip
     run(*flags, "--use_lora", "--max_train_steps", 1, "--output_dir", tmp_path)
     layers = {name.split(".lora_")[0].split(".", 3)[3] for name in load_file(tmp_path / LORA_FILE)}
-    assert layers == set(train_sd3_lpl_flow.LORA_TARGETS), "diffusers' default targets"
+    assert layers == set(train_sd3_lpl_flow.SD3.lora_layers), "diffusers' default targets"
     run(*flags, "--use_lora", "--init_lora", tmp_path, "--max_train_steps", 1, "--output_dir", tmp_path / "more")
     assert load_file(tmp_path / "more" / LORA_FILE).keys() == load_file(tmp_path / LORA_FILE).keys()
 
