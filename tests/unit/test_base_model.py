@@ -565,7 +565,7 @@ NODATA | no data | no data | give --train_data_dir FOLDER
 --train_data_dir {badlisting} | metadata.jsonl | not JSON | must be one object
 --train_data_dir {missing} | metadata.jsonl | b.png | orrect
 --train_data_dir {damaged} | a.png | image file is truncated | Replace or remove
---train_data_dir {blank} | a.txt | is empty | Write one
+--train_data_dir {blank} | a.txt | is empty | Write a caption
 --train_data_dir {latin} | a.txt | not UTF-8 | Save the file as UTF-8
 --validation_split 96 --max_validation_samples 96 | --validation_split | 96 of 96 images | leaves 0
 --validation_data_dir nowhere | --validation_data_dir nowhere | no such folder | spelling

@@ -586,7 +586,7 @@ def test_a_real_full_disk(tmp_path):
         with pytest.raises(UserError, match=r"needs 0.8 MB, only 0\.\d MB are free"):
             save_checkpoint(place, 3, state, writer(model))
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(checkpoints, "check_free_space", lambda *args: None)
+            patch.setattr(checkpoints, "check_room", lambda *args: None)
             with pytest.raises(UserError, match=r"disk full .*No space left.*checkpoint-2 is intact"):
                 save_checkpoint(place, 3, state, writer(model))
         assert names(place) == ["checkpoint-1", "checkpoint-2"]
