@@ -24,7 +24,7 @@ MESSAGE_FUNCTIONS = {
 UNINFORMATIVE = {
     "join", "args", "str", "map", "len", "sorted", "getattr", "self", "max", "min", "Path", "int", "split", "type",
     "shown", "because", "first", "first_names", "count", "counted", "brief", "readable",
-    "megabytes", "name_or_path",
+    "format_bytes", "name_or_path",
 }  # fmt: skip
 TO_BE_WRITTEN = "(to be written)"
 NEW = "To be sorted in"

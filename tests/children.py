@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import multiprocessing
 import os
 import signal
 import socket
@@ -10,6 +11,7 @@ import sys
 import tempfile
 import time
 import uuid
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 from tests.fork_server import Forked, Server
@@ -143,6 +145,12 @@ def ended(words, **options):
     finally:
         [at] = [at for at, (other, _) in enumerate(STARTED) if other is process]
         kill(*STARTED.pop(at))
+
+
+def forked(work, *arguments):
+    """work(*arguments), from a fork of this process, which has its own memory and limits; errors come back too."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(work, *arguments).result()
 
 
 def printed_by(code, *options):

@@ -1,15 +1,16 @@
 """The store: what is put is what is got, whoever writes, dies or damages files meanwhile; and the loop that fills it.
 
-Tests of several processes fork inside one subprocess, so that torch is imported once for all of them.
+Tests of several processes fork this process, which has torch imported.
 """
 
 import errno
 import json
 import logging
+import multiprocessing
 import os
 import pickle
-import subprocess
-import sys
+import random
+import resource
 import threading
 import time
 from pathlib import Path
@@ -28,9 +29,10 @@ from lpl_finetuning.data import store as store_module
 from lpl_finetuning.data.encoding import encode_missing
 from lpl_finetuning.data.store import DamagedShard, DataError, TensorStore, entry_bytes
 from lpl_finetuning.files import check_free_space, digest
-from tests.children import printed_by
+from tests.children import forked, printed_by
 
 REPOSITORY = Path(__file__).resolve().parents[2]
+FORK = multiprocessing.get_context("fork")
 
 
 def entry(seed):
@@ -55,12 +57,6 @@ def shards(folder):
 
 def all_there(store, keys, entries=entry):
     return all(key in store and same(store.get(key), entries(int(key))) for key in keys)
-
-
-def python(code, *arguments, **options):
-    """Run code in a process of its own, in which `entry` and `same` are known."""
-    command = [sys.executable, "-c", "from tests.unit.test_store import *\n" + code, *map(str, arguments)]
-    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, timeout=100, **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -346,49 +342,44 @@ def test_threads_may_read_at_once(tmp_path, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+def put_many(store, child, start):
+    time.sleep(max(0, start - time.time()))
+    for first in range(0, 200, 10):
+        store.put({str(n): entry(n) for n in range(first, first + 10 + child % 2)})
+    assert all_there(store, map(str, range(200)))
+
+
 def test_processes_may_put_the_same_entries_at_once(tmp_path):
-    code = """
-store = TensorStore(sys.argv[1])
-start = time.time() + 0.3
-children = []
-for child in range(3):
-    pid = os.fork()
-    if not pid:
-        time.sleep(max(0, start - time.time()))
-        for first in range(0, 200, 10):
-            store.put({str(n): entry(n) for n in range(first, first + 10 + child % 2)})
-        ok = all_there(store, map(str, range(200)))
-        os._exit(0 if ok else 1)
-    children.append(pid)
-assert all(os.waitpid(pid, 0)[1] == 0 for pid in children)
-"""
-    assert (done := python(code, tmp_path)).returncode == 0, done.stderr
+    store, start = TensorStore(tmp_path), time.time() + 0.3
+    children = [FORK.Process(target=put_many, args=(store, child, start), daemon=True) for child in range(3)]
+    [child.start() for child in children]
+    [child.join(60) for child in children]
+    assert [child.exitcode for child in children] == [0] * 3
     store = TensorStore(tmp_path)
     assert len(store) == 201 and all_there(store, map(str, range(201)))
     (tmp_path / "verified.jsonl").unlink()
     assert store.verify() == 0 and not list(tmp_path.glob(".tmp-*"))
 
 
+def put_endlessly(store, rows, kill, begun):
+    for start in range(0, 10**6, 200):
+        store.put({f"{kill} {start + n}": {"x": rows[n] + kill} for n in range(200)})
+        begun.send(None)
+
+
 def test_a_writer_may_be_killed_at_any_moment(tmp_path):
-    code = """
-import random, signal
-torch.set_num_threads(1)
-store, rows = TensorStore(sys.argv[1]), torch.randn(200, 3000)
-left = 0
-for kill in range(25):
-    pid = os.fork()
-    if not pid:
-        for start in range(0, 10**6, 200):
-            store.put({f"{kill} {start + n}": {"x": rows[n] + kill} for n in range(200)})
-    time.sleep(random.uniform(0.003, 0.05))
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    store.refresh()
-print(len(store))
-"""
-    assert (done := python(code, tmp_path)).returncode == 0, done.stderr
-    store = TensorStore(tmp_path)
-    assert len(store) == int(done.stdout) == 200 * len(shards(tmp_path)) > 0
+    store, rows = TensorStore(tmp_path), torch.randn(200, 3000)
+    for kill in range(25):
+        begun, writing = FORK.Pipe(duplex=False)
+        child = FORK.Process(target=put_endlessly, args=(store, rows, kill, writing), daemon=True)
+        child.start()
+        begun.recv()  # one shard is written
+        time.sleep(random.uniform(0, 0.05))
+        child.kill()
+        child.join()
+        store.refresh()
+    assert len(store) == 200 * len(shards(tmp_path)) >= 200 * 25
+    assert len(TensorStore(tmp_path)) == len(store)
     left = list(tmp_path.glob(".tmp-*"))
     assert left, "no put was interrupted"
     (tmp_path / "verified.jsonl").unlink(missing_ok=True)
@@ -423,21 +414,18 @@ def test_everything_is_on_the_disk_before_its_name_is(tmp_path, monkeypatch):
     assert calls == ["fsync", "replace", "fsync"]
 
 
+def put_on_a_full_disk(folder):
+    store = TensorStore(folder)
+    store.put({"1": entry(1)})
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    with pytest.raises(OSError) as caught:
+        store.put({"small": {"a": torch.ones(9)}, "large": {"x": torch.ones(50_000)}})
+    assert caught.value.errno == errno.EFBIG and len(store) == 1 and "small" not in store
+    store.put({"2": entry(2)})
+
+
 def test_a_full_disk(tmp_path):
-    code = """
-import resource
-store = TensorStore(sys.argv[1])
-store.put({"1": entry(1)})
-resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-try:
-    store.put({"small": {"a": torch.ones(9)}, "large": {"x": torch.ones(50_000)}})
-except OSError as error:
-    print(error.errno)
-assert len(store) == 1 and "small" not in store
-store.put({"2": entry(2)})
-"""
-    done = python(code, tmp_path)
-    assert done.returncode == 0 and int(done.stdout) == errno.EFBIG, done.stderr
+    forked(put_on_a_full_disk, tmp_path)
     assert len(shards(tmp_path)) == 2 and not list(tmp_path.glob(".tmp-*"))
     store = TensorStore(tmp_path)
     assert len(store) == 2 and all_there(store, "12")
@@ -887,9 +875,11 @@ def test_too_little_room_is_told_before_anything_is_written(tmp_path, monkeypatc
     asked = []
     monkeypatch.setattr(files.shutil, "disk_usage", lambda path: asked.append(path) or usage)
     check_free_space(tmp_path / "a/b", 2_900_000_000, "the cache")
-    with pytest.raises(DataError, match=r"a/b: the cache of 9 images needs 2\.9 GB .*3\.0 GB.*--cache_dir") as caught:
+    with pytest.raises(
+        DataError, match=r"a/b: the cache of 9 images needs 2\.90 GB .*3\.00 GB.*--cache_dir"
+    ) as caught:
         check_free_space(tmp_path / "a/b", 2_900_000_001, "the cache of 9 images")
-    assert "100 MB" in str(caught.value) and asked == [tmp_path] * 2 and not list(tmp_path.iterdir())
+    assert "0.10 GB" in str(caught.value) and asked == [tmp_path] * 2 and not list(tmp_path.iterdir())
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -909,28 +899,28 @@ def quick_store(folder, count, row_bytes):
     return TensorStore(folder)
 
 
+def resident():
+    """Memory of this process in MiB."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmRSS")) / 1024
+
+
+def open_and_read(folder):
+    """(entries, seconds to open, MiB of memory) of a store from which rows are read at random."""
+    before, start = resident(), time.process_time()
+    store = TensorStore(folder)
+    seconds = time.process_time() - start
+    for _ in range(20_000):
+        store.get(str(random.randrange(len(store))))
+    return len(store), seconds, resident() - before
+
+
 def test_memory_is_flat_and_opening_quick(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "fsync", lambda _: None)
-    code = """
-import random
-store = TensorStore(sys.argv[1])
-start = time.process_time()
-store = TensorStore(sys.argv[1])
-seconds = time.process_time() - start
-for _ in range(20_000):
-    store.get(str(random.randrange(len(store))))
-status = dict(line.split(":", 1) for line in open("/proc/self/status"))
-print(len(store), seconds, int(status["VmRSS"].split()[0]) / 1024)
-"""
-    found = []
     for count in (1000, 100_000):
         quick_store(tmp_path / str(count), count, 2048)
-        done = python(code, tmp_path / str(count))
-        assert done.returncode == 0, done.stderr
-        found.append([float(word) for word in done.stdout.split()])
-    print(found)
-    (small, _, small_rss), (large, seconds, large_rss) = found
-    assert (small, large) == (1000, 100_000) and abs(large_rss - small_rss) < 60 and seconds < 0.5
+        found, seconds, grown = forked(open_and_read, tmp_path / str(count))
+        assert found == count and seconds < 0.5 and grown < 60
 
 
 def test_a_million_keys_are_looked_up_in_seconds(monkeypatch):
