@@ -511,18 +511,23 @@ def test_lpl_options_reach_the_loss(flags, tmp_path):
         "plain": [], "l1": ["--lpl_loss_type", "l1"], "shared": ["--lpl_norm_type", "shared"],
         "default": ["--lpl_norm_type", "default"], "batch": ["--lpl_norm_type", "batch"],
         "no pow law": ["--no-lpl_pow_law"], "blocks": ["--lpl_num_blocks", 2], "scale": ["--lpl_scale"],
-        "sigma": ["--lpl_sigma_threshold", 0.2],
+        "sigma": ["--lpl_sigma_threshold", 0.2], "target": ["--lpl_norm_type", "target"],
+        "none": ["--lpl_norm_type", "none"], "latent": ["--lpl_features", "latent"], "rgb": ["--lpl_features", "rgb"],
     }.items():  # fmt: skip
         threshold = [] if name == "sigma" else ["--lpl_t_threshold", 500]
         rows = run(*flags, "--use_lpl", *threshold, *more, "--max_train_steps", 1, "--output_dir", tmp_path / name)
         seen[name] = rows[0]["lpl/loss"]
     assert len({f"{value:.5g}" for value in seen.values()}) == len(seen), seen
     same = {}
-    for name, more in {"a": [], "chunks": ["--lpl_batch_size", 1], "stage": ["--lpl_checkpointing", "stage"]}.items():
+    for name, more in {
+        "a": [], "chunks": ["--lpl_batch_size", 1], "stage": ["--lpl_checkpointing", "stage"],
+        "half": ["--lpl_norm_gradient", "half"], "full": ["--lpl_norm_gradient", "full"],
+    }.items():  # fmt: skip
         rows = run(*flags, "--use_lpl", "--lpl_t_threshold", 500, *more, "--lpl_weight", 1, "--max_train_steps", 1,
                    "--output_dir", tmp_path / name)  # fmt: skip
         same[name] = rows[0]["grad_norm"]
     assert same["chunks"] == pytest.approx(same["a"], rel=1e-5) and same["stage"] == pytest.approx(same["a"], rel=1e-5)
+    assert len({f"{same[name]:.5g}" for name in ("a", "half", "full")}) == 3, same  # equal values, other gradients
 
 
 def test_training_options_reach_the_run(flags, tmp_path):
@@ -687,6 +692,8 @@ MISTAKES = [
     ("--lpl_share 1.5", "--lpl_share"),
     ("--lpl_weight -1", "--lpl_weight"),
     ("--lpl_num_blocks 7 --use_lpl", "--lpl_num_blocks is 7; this decoder has 4"),
+    ("--lpl_features latent --lpl_num_blocks 2", "leave one out"),
+    ("--lpl_norm_gradient full --lpl_norm_type shared", "--lpl_norm_gradient full is for --lpl_norm_type standard"),
     ("--lpl_threshold_resolution 256", "--lpl_sigma_threshold"),
     ("--rank 0 --use_lora", "--rank"),
     ("--lora_alpha 3", "without --use_lora"),
