@@ -1,0 +1,246 @@
+"""Parts of a training step one by one: guard, metrics, reporter, signals, gate, average, plan."""
+
+import math
+import signal
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import DDPMScheduler
+from diffusers.training_utils import EMAModel
+
+import train_sdxl_lpl
+from lpl_finetuning.errors import UserError
+from lpl_finetuning.flag_checks import check_lpl_flags
+from lpl_finetuning.training import plan as plan_module
+from lpl_finetuning.training import reporter as reporter_module
+from lpl_finetuning.training.guard import Fault, Guard
+from lpl_finetuning.training.objective import Objective, PerceptualTerm
+from lpl_finetuning.training.optimization import Outcome, Trainee
+from lpl_finetuning.training.reporter import Metrics, Reporter
+from lpl_finetuning.training.signals import STOP_SIGNALS, StopSignals
+from lpl_finetuning.training.validation import Validation
+from lpl_utils import AutoWeight, LPLGate, _own_checkpointing_off, estimate_z0
+
+CPU = torch.device("cpu")
+MADE, SKIPPED = Outcome(True, False, False), Outcome(False, False, False)
+
+
+def accelerator(**more):
+    """As much of an accelerator of one process as these parts need."""
+    return SimpleNamespace(
+        device=CPU, num_processes=1, process_index=0, is_main_process=True, is_local_main_process=False,
+        mixed_precision="no", init_trackers=lambda *_: None, log=lambda *_, **__: None, **more,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Guard and weight
+
+
+def guard(limit=2):
+    """A `Guard` of one process."""
+    return Guard(accelerator(), limit, lambda image: f"{image}.png")
+
+
+@pytest.mark.parametrize("norm", [math.inf, math.nan])
+def test_an_infinite_gradient_is_not_finite(norm):
+    assert guard().read(torch.tensor(1.0))[0]
+    assert not guard().read(torch.tensor(norm))[0]
+
+
+def test_a_good_step_ends_the_row_of_bad_ones():
+    ours, bad = guard(limit=2), [Fault("gradient", (4,))]
+    for step, faults in enumerate([bad, [], bad, []], start=1):
+        ours.record(faults, step)
+    assert ours.total == 2
+    ours.record(bad, 5)
+    with pytest.raises(UserError, match="2 steps in a row were not finite"):
+        ours.record(bad, 6)
+
+
+@pytest.mark.parametrize("bad", [(math.nan, 1.0), (1.0, math.inf)])
+def test_a_step_that_is_not_finite_leaves_the_means_of_the_automatic_weight(bad):
+    weight = AutoWeight(0.2)
+    weight.update(torch.tensor(1.0), torch.tensor(2.0))
+    before = weight.unbiased_means.clone()
+    weight.update(*map(torch.tensor, bad))
+    assert torch.allclose(weight.unbiased_means, before)
+    assert weight().item() == pytest.approx(0.25 * 1 / 2)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Metrics and reporter
+
+
+def test_metrics_keep_no_graph():
+    metrics = Metrics(CPU)
+    metrics.add("train_loss", torch.ones(2, requires_grad=True).sum(), 2)
+    metrics.add("train_loss", torch.ones(2, requires_grad=True).sum(), 2)
+    assert not metrics.sums["train_loss"].requires_grad
+    assert metrics.read(accelerator(), ["train_loss"]) == {"train_loss": 1}
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """The reporter's clock: set `now`, in seconds."""
+    time = SimpleNamespace(now=0.0)
+    monkeypatch.setattr(reporter_module, "time", SimpleNamespace(perf_counter=lambda: time.now))
+    return time
+
+
+@pytest.fixture
+def new_reporter(tmp_path, clock):
+    """Function --logging_steps -> a `Reporter` of two steps."""
+
+    def make(logging_steps):
+        args = SimpleNamespace(
+            use_lora=False, use_lpl=True, lpl_weight="auto", output_dir=str(tmp_path), logging_dir="logs",
+            logging_steps=logging_steps, base_model=SimpleNamespace(family=SimpleNamespace(title="SDXL", name="sdxl")),
+        )  # fmt: skip
+        return Reporter(args, accelerator(), (), first_step=0, total_steps=2)
+
+    return make
+
+
+def test_the_share_of_the_loss_is_that_of_the_total(new_reporter, clock):
+    reporter = new_reporter(1)
+    for step in reporter.steps():
+        clock.now += 1
+        for name, value in {"train_loss": 4.0, "diffusion_loss": 3.0, "lpl/weighted_loss": 1.0}.items():
+            reporter.metrics.add(name, torch.tensor(value))
+        reporter.step(step + 1, MADE, 8, {"lr": 1e-4})
+    assert reporter.history.series("lpl/share") == ([1, 2], [0.25, 0.25])
+
+
+def test_a_skipped_step_leaves_the_steps_before_it_in_the_row(new_reporter, clock):
+    reporter = new_reporter(2)
+    for step, (value, outcome) in zip(reporter.steps(), [(1.0, MADE), (math.nan, SKIPPED)], strict=True):
+        clock.now += 1
+        reporter.metrics.add("diffusion_loss", torch.tensor(value))
+        reporter.step(step + 1, outcome, 8, {"lr": 1e-4})
+    assert reporter.history.series("diffusion_loss") == ([2], [1.0])
+
+
+def test_a_pause_does_not_count_for_samples_per_second(new_reporter, clock):
+    reporter = new_reporter(1)
+    for step in reporter.steps():
+        with reporter.paused():
+            clock.now += 6
+        clock.now += 4
+        reporter.step(step + 1, MADE, 8, {"lr": 1e-4})
+    assert reporter.history.series("samples_per_second") == ([1, 2], [2.0, 2.0])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Signals, average, validation, plan, flags
+
+
+def test_the_handlers_of_signals_are_those_of_before():
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    try:
+        with StopSignals(accelerator()) as signals:
+            assert [signal.getsignal(number) for number in STOP_SIGNALS] == [signals._handle] * len(before)
+        assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
+    finally:
+        for number, handler in zip(STOP_SIGNALS, before, strict=True):
+            signal.signal(number, handler)
+
+
+def test_the_weights_after_averaging_are_those_before_it():
+    trainee, parameter = object.__new__(Trainee), torch.nn.Parameter(torch.ones(3))
+    trainee.parameters, trainee.ema = [parameter], EMAModel([parameter])
+    parameter.data.fill_(5)
+    with trainee.averaged():
+        assert parameter.tolist() == [1, 1, 1]
+    assert parameter.tolist() == [5, 5, 5]
+
+
+def test_validation_by_epochs_comes_at_the_step_that_ends_one():
+    validation = object.__new__(Validation)
+    validation.settings = SimpleNamespace(validation_steps=None, validation_epochs=1)
+    validation.objective, validation.data = SimpleNamespace(samples_per_step=4), SimpleNamespace(images=range(10))
+    assert [step for step in range(1, 11) if validation.due(step)] == [3, 5, 8, 10]
+    validation.settings = SimpleNamespace(validation_steps=4, validation_epochs=1)
+    assert [step for step in range(1, 11) if validation.due(step)] == [4, 8]
+
+
+def test_the_last_half_step_is_a_step(monkeypatch):
+    monkeypatch.setattr(plan_module, "checkpoint_to_resume", lambda *_: None)
+    args = SimpleNamespace(train_batch_size=4, gradient_accumulation_steps=1, max_train_steps=None, num_train_epochs=3)
+    assert plan_module.plan_run(args, accelerator(), None, images=6).total_steps == 5
+    assert plan_module.plan_run(args, accelerator(), None, images=4).total_steps == 3
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "in_8_bits", "size"),
+    [("adamw", False, 800), ("prodigy", False, 1600), ("adafactor", False, 0), ("adamw", True, 200)],
+)
+def test_bytes_of_the_optimizers_state(optimizer, in_8_bits, size):
+    args = SimpleNamespace(optimizer=optimizer, use_8bit_adam=in_8_bits)
+    assert plan_module.optimizer_state_bytes(args, weights=400, count=100) == size
+
+
+@pytest.mark.parametrize("share", [0.0, 1.0])
+def test_a_share_of_nothing_or_of_all_is_refused(share):
+    args = train_sdxl_lpl.build_parser().parse(
+        ["--use_lpl", "--lpl_share", str(share), "--pretrained_model_name_or_path", "a/b"]
+    )
+    with pytest.raises(UserError, match=f"--lpl_share is {share}; it must lie between 0 and 1"):
+        check_lpl_flags(args)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Forward process, gate, decoder
+
+
+@pytest.fixture
+def schedule(monkeypatch):
+    """Function (flag=value) -> SDXL's `Schedule`."""
+    monkeypatch.setattr(train_sdxl_lpl, "load_part", lambda *_: DDPMScheduler())
+    flags = {
+        "base_model": None, "prediction_type": None, "snr_gamma": None, "timestep_bias_strategy": "none",
+        "timestep_bias_portion": 0.25, "timestep_bias_multiplier": 1.0, "timestep_bias_begin": 0,
+        "timestep_bias_end": 1000,
+    }  # fmt: skip
+    return lambda **more: train_sdxl_lpl.Schedule(SimpleNamespace(**flags | more))
+
+
+@pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction", "sample"])
+def test_the_target_gives_the_latents_back(schedule, prediction_type):
+    law = schedule(prediction_type=prediction_type)
+    latents, noise = torch.randn(2, 3, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    alpha, sigma = law.levels(torch.tensor([0, 300, 600]))
+    per_sample = alpha.view(-1, 1, 1, 1), sigma.view(-1, 1, 1, 1)
+    noisy = per_sample[0] * latents + per_sample[1] * noise
+    target = law.target(latents, noise, *per_sample)
+    assert torch.allclose(estimate_z0(target, noisy, alpha, sigma, prediction_type), latents, atol=1e-4)
+
+
+def test_the_biased_timesteps_are_the_portion_that_is_named(schedule):
+    plain = schedule().probabilities[0]
+    for strategy, biased in {"earlier": range(250), "later": range(750, 1000)}.items():
+        found = schedule(timestep_bias_strategy=strategy, timestep_bias_multiplier=2.0).probabilities
+        wanted = torch.full_like(found, 1.0)
+        wanted[list(biased)] = 2
+        assert torch.allclose(found, wanted * plain / 1.25)
+
+
+def test_the_gate_follows_the_shape_of_the_latents():
+    levels = SimpleNamespace(levels=lambda timesteps: (torch.ones(len(timesteps)), timesteps))
+    gate = LPLGate(sigma_threshold=3, threshold_resolution=64, resolution=64)
+    objective = Objective(
+        settings=None, device=CPU, schedule=levels, dtype=torch.float32, samples_per_step=3, space=None, pixels=8,
+        empty_prompt={}, empty_is_zero=False, guard=None, perceptual=PerceptualTerm(None, gate, start=0),
+    )  # fmt: skip
+    timesteps = torch.tensor([1.0, 5.0, 7.0])  # also sigma / alpha
+    assert objective.gated(timesteps, torch.zeros(3, 4, 8, 8)).tolist() == [True, False, False]
+    assert objective.gated(timesteps, torch.zeros(3, 4, 32, 8)).tolist() == [True, True, False]
+
+
+def test_the_decoders_own_checkpointing_is_on_again():
+    decoder = torch.nn.Sequential(torch.nn.Identity(), torch.nn.Identity())
+    decoder[0].gradient_checkpointing, decoder[1].gradient_checkpointing = True, False
+    with _own_checkpointing_off(decoder):
+        assert not decoder[0].gradient_checkpointing
+    assert decoder[0].gradient_checkpointing and not decoder[1].gradient_checkpointing
