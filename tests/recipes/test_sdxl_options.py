@@ -14,12 +14,11 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import train_sdxl_lpl
-from lpl_finetuning import flags as flags_module
 from lpl_finetuning.data import scan as scan_module
 from lpl_finetuning.data.samples import stratified_uniform
 from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.data.tables import hold_out
-from lpl_finetuning.errors import UserError
+from lpl_finetuning.errors import DataError, UserError
 from lpl_finetuning.flags import data_source
 from lpl_finetuning.training import objective, optimization, plan
 from lpl_finetuning.training import run as run_module
@@ -449,7 +448,7 @@ def test_held_out_images_are_not_trained_on(flags, pictures, tmp_path):
     assert (len(scan.images), len(held)) == (4, 2), "no more are held out than are measured"
     for amount in ("0.01", "6", "99"):
         args = train_sdxl_lpl.parse_args([*flags, "--validation_split", amount])
-        with pytest.raises(flags_module.DataError, match="--validation_split"):
+        with pytest.raises(DataError, match="--validation_split"):
             scan_module.find_images(data_source(args))
 
 
