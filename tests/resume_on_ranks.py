@@ -18,7 +18,7 @@ from lpl_finetuning import files
 from lpl_finetuning.base_model import BaseModel
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SDXL
-from lpl_finetuning.training import checkpoints
+from lpl_finetuning.training import checkpoint_folders, checkpoints
 
 if __name__ == "__main__":
     root, identity, cases = Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3:]
@@ -30,8 +30,8 @@ if __name__ == "__main__":
     )
     hashed, answers = [], {}
     sha256_of = files.sha256_of
-    files.sha256_of = lambda path: hashed.append(Path(path).name) or sha256_of(path)
-    checkpoints.sha256_of = files.sha256_of
+    for module in (checkpoints, checkpoint_folders):
+        module.sha256_of = lambda path: hashed.append(Path(path).name) or sha256_of(path)
     for case in cases:
         args = argparse.Namespace(
             resume_from_checkpoint="latest", output_dir=case, base_model=BaseModel(SDXL, "a/model"), **identity
