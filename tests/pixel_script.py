@@ -12,12 +12,11 @@ from lpl_finetuning.data import encoding
 from lpl_finetuning.data.images import to_pixel_values
 from lpl_finetuning.data.scan import find_images
 from lpl_finetuning.flag_checks import check_flags
-from lpl_finetuning.flags import data_source
 from lpl_finetuning.results import export, hub
 from lpl_finetuning.training import models, objective, optimization, plan, reporter, run, validation
 from lpl_finetuning.training.checkpoint_folders import check_resume
 from lpl_finetuning.training.checkpoints import Checkpoints
-from lpl_finetuning.training.guard import StopSignals
+from lpl_finetuning.training.signals import StopSignals
 from lpl_utils import LatentSpace, estimate_z0, noise_to_signal
 
 PIXELS = Family(
@@ -196,4 +195,4 @@ def train(args, images, held_out, settled, accelerator, signals, gate):
 
 if __name__ == "__main__":
     ARGS = parse_args()
-    main(ARGS, *find_images(data_source(ARGS)))
+    main(ARGS, *find_images(flags.data_source(ARGS)))
