@@ -118,7 +118,7 @@ class Launcher:
 
     def __init__(self):
         self.context = multiprocessing.get_context("forkserver")
-        self.context.set_forkserver_preload(["diffusers.training_utils", "peft", *SCRIPTS.values()])
+        self.context.set_forkserver_preload(["tests.warm", *SCRIPTS.values()])
         self.port = None
         environment = dict(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE", HF_HUB_OFFLINE="1", ACCELERATE_USE_CPU="1",
                            PYTHONPATH=str(Path(__file__).resolve().parent.parent))  # fmt: skip

@@ -5,7 +5,6 @@ import json
 import multiprocessing
 import os
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -26,10 +25,13 @@ def start(words, *, env=None, fresh=False, light=False, **options):
     """subprocess.Popen, in a session of its own; what is left at the test's end is killed by `end_all`.
 
     A Python script is forked from a process that has the libraries imported (`tests.fork_server`), unless `fresh`;
-    under `light` from one that has not, where importing torch is an error.
+    under `light` from one that has not, where importing torch is an error. The ranks of torchrun are forked too
+    (`tests.ranks`).
     """
     mark = uuid.uuid4().hex
     environment = {**(os.environ if env is None else env), MARK: mark}
+    if not fresh and [str(word) for word in words[:5]] == torchrun(0)[:5]:
+        words = [sys.executable, str(ROOT / "tests" / "ranks.py"), *words[5:]]
     if fresh or not is_script(words):
         process = subprocess.Popen(words, env=environment, start_new_session=True, **options)
     else:
@@ -42,57 +44,30 @@ def start(words, *, env=None, fresh=False, light=False, **options):
 
 
 def run(words, *, timeout=300, check=False, capture_output=True, **options):
-    """subprocess.run with `start`; several ranks of torchrun on one machine are forked too.
-
-    The ranks share standard output and error. When one fails, the others get SIGTERM, as from torchrun.
-    """
-    ranks, words = cut_torchrun(words)
-    text = options.pop("text", False)
+    """subprocess.run with `start`."""
+    words, text = [str(word) for word in words], options.pop("text", False)
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as errors:
         streams = {"stdout": out, "stderr": errors} if capture_output else {}
-        processes = start_ranks(words, ranks, **streams, **options) if ranks else [start(words, **streams, **options)]
-        limit = time.monotonic() + timeout
-        while any(process.poll() is None for process in processes):
-            if any(process.returncode for process in processes):
-                for process in processes:
-                    process.terminate()
-            if time.monotonic() > limit:
-                raise subprocess.TimeoutExpired(words, timeout)
-            time.sleep(0.01)
+        status = start(words, **streams, **options).wait(timeout)
         said = []
         for file in (out, errors):
             file.seek(0)
             said.append(file.read().decode() if text else file.read())
-    status = next((process.returncode for process in processes if process.returncode), 0)
     result = subprocess.CompletedProcess(words, status, *said)
     if check:
         result.check_returncode()
     return result
 
 
-def cut_torchrun(words):
-    """(number of ranks, the script's command) of a torchrun command; (None, the words) of any other."""
-    words = [str(word) for word in words]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node"]
-    if words[:4] != launch or words[5] != "--standalone":
-        return None, words
-    return int(words[4]), [sys.executable, *words[6:]]
+def torchrun(count, *words):
+    """The command that starts a script on `count` ranks of this machine."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
+    return [*launch, *map(str, words)]
 
 
-def run_on_ranks(words, count, *, timeout=300, **options):
-    """Run a script on `count` ranks to their end; returns their exit statuses."""
-    return [process.wait(timeout) for process in start_ranks(words, count, **options)]
-
-
-def start_ranks(words, count, *, env=None, **options):
-    """The processes of `count` ranks of a script."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    shared = {**(os.environ if env is None else env), "WORLD_SIZE": str(count), "LOCAL_WORLD_SIZE": str(count),
-              "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
-    return [start(words, env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)}, **options)
-            for rank in range(count)]  # fmt: skip
+def ranks_of(process):
+    """Process numbers of the ranks that a launcher has started."""
+    return [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
 
 
 def is_script(words):

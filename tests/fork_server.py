@@ -8,10 +8,13 @@ The server imports them once. Each start is a fork of the server, in a session o
 environment, folder and files of the test. The server imports no module of the project and runs no thread. `Forked`
 looks like subprocess.Popen: the process is a real one, with real signals and a real exit status.
 
-What a library reads from the environment when it is imported is the server's: the Hub's address and tokens, threads.
+What a library reads from the environment when it is imported is the server's: the number of threads, for instance.
+The variables of the Hub's client are read anew.
 """
 
+import atexit
 import contextlib
+import importlib
 import json
 import os
 import runpy
@@ -20,6 +23,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -28,23 +32,6 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The server
-
-
-def import_libraries():
-    """Import what the scripts import, but nothing of the project."""
-    import accelerate
-    import bitsandbytes
-    import datasets
-    import diffusers.training_utils
-    import matplotlib.pyplot
-    import peft
-    import torch.utils.tensorboard
-    import transformers
-    from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
-    from torch.distributed.fsdp import FSDPModule
-
-    return (accelerate, bitsandbytes, datasets, diffusers, matplotlib, peft, torch, transformers,
-            StableDiffusion3Pipeline, StableDiffusionXLPipeline, FSDPModule)  # fmt: skip
 
 
 def import_what_is_light():
@@ -61,23 +48,36 @@ IMPORTED_TORCH = 99  # exit status of a child of the light server that has impor
 
 def become(request, files):
     """Turn this forked process into a start of Python with the arguments of a request; never returns."""
+    os.setsid()
+    for number, file in enumerate(files):
+        os.dup2(file, number)
+        os.close(file)
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    os.chdir(request["cwd"])
+    os.environ.clear()
+    os.environ.update(request["env"])
+    read_the_hubs_environment()
+    sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
+    run_python(request["argv"], request["cwd"])
+
+
+def read_the_hubs_environment():
+    """Let the Hub's client, imported by the server, see the address, folders and switches of this process."""
+    if client := sys.modules.get("huggingface_hub"):
+        importlib.reload(client.constants)
+        client.hf_api.api.endpoint = client.constants.ENDPOINT
+
+
+def run_python(argv, folder):
+    """Do in this process what `python ARGV` does, in a folder, and end it; never returns."""
     status = 1
     try:
-        os.setsid()
-        for number, file in enumerate(files):
-            os.dup2(file, number)
-            os.close(file)
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
-        os.chdir(request["cwd"])
-        os.environ.clear()
-        os.environ.update(request["env"])
-        sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w", buffering=1)
-        sys.argv = request["argv"]
+        sys.argv = argv
         if sys.argv[0] == "-m":
             sys.argv = sys.argv[1:]
-            sys.path[0] = request["cwd"]
+            sys.path[0] = folder
             runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
         elif sys.argv[0] == "-c":
             sys.path[0] = ""
@@ -102,9 +102,6 @@ def become(request, files):
 
 def end(status):
     """Leave as the interpreter does: threads joined, exit handlers called, streams flushed."""
-    import atexit
-    import threading
-
     with contextlib.suppress(Exception):
         threading._shutdown()
     with contextlib.suppress(Exception):
@@ -122,7 +119,11 @@ def serve(path, light=False):
     """Answer requests on a socket until the client goes: [pid] at once, [pid, wait status] at the end of each."""
     global LIGHT
     LIGHT = light
-    import_what_is_light() if light else import_libraries()
+    if light:
+        import_what_is_light()
+    else:
+        importlib.import_module("tests.warm")
+    assert threading.active_count() == 1, "a fork has only the thread that forks; a lock of another stays locked"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)
     listener.listen()
@@ -268,8 +269,6 @@ class Forked:
 
     def communicate(self, input=None, timeout=None):
         """(standard output, standard error), read to their ends."""
-        import threading
-
         if self.stdin:
             if input:
                 self.stdin.write(input)

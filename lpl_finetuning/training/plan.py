@@ -4,7 +4,6 @@ import contextlib
 import hashlib
 import json
 from dataclasses import dataclass
-from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -52,17 +51,31 @@ def latent_size(args):
     return tuple(side // pixels for side in framing_rules(args).largest_size())
 
 
-class FirstStages:
-    """The first `count` of a network's stages; otherwise like the network's `FeatureStages`."""
+class MeteredStages:
+    """A network's `FeatureStages` that tell how much a meter rises from one stage to the next.
 
-    def __init__(self, stages, count):
-        self.stages, self.names = stages, stages.names[:count]
+    The walk may enter a stage several times: for the target, for the estimate and again in the backward pass.
+    """
+
+    def __init__(self, stages, meter):
+        self.stages, self.meter = stages, meter
+        self.bytes, self.current, self.before = [0] * len(stages), 0, 0
 
     def __len__(self):
-        return len(self.names)
+        return len(self.stages)
 
     def __getattr__(self, name):
         return getattr(self.stages, name)
+
+    def run(self, index, x):
+        """See `FeatureStages.run`."""
+        self.note(index)
+        return self.stages.run(index, x)
+
+    def note(self, following=0):
+        """Count what was kept since the last call for the stage that ran, and go on with the following one."""
+        self.bytes[self.current] += self.meter.total - self.before
+        self.current, self.before = following, self.meter.total
 
 
 def lpl_bytes(args, stages, shape):
@@ -72,15 +85,13 @@ def lpl_bytes(args, stages, shape):
         stages: `FeatureStages` on the meta device; shape: (C, h, w) of the latents.
     """
     config = lpl_config(args)
-    totals = [0]
-    for count in range(1, 1 + len(stages)):
-        with torch.device("meta"), SavedBytes() as kept:
-            batch = min(args.train_batch_size, config.batch_size)
-            pair = torch.randn(2, batch, *shape)
-            LatentPerceptualLoss(FirstStages(stages, count), config)(pair[0].requires_grad_(), pair[1])
-        totals.append(kept.total)
-    parts = [after - before for before, after in pairwise(totals)]
-    return max(parts) if config.checkpointing == "stage" else sum(parts)
+    batch = min(args.train_batch_size, config.batch_size)
+    with torch.device("meta"), SavedBytes() as kept:
+        metered = MeteredStages(stages, kept)
+        pair = torch.randn(2, batch, *shape)
+        LatentPerceptualLoss(metered, config)(pair[0].requires_grad_(), pair[1])
+    metered.note()
+    return max(metered.bytes) if config.checkpointing == "stage" else sum(metered.bytes)
 
 
 def stage_shapes(stages, shape):

@@ -254,7 +254,9 @@ def plot_run(history, path, title, stages):
 
     held_out = history.series("validation/diffusion_loss")[0]
     rows = 3 if held_out else 2
-    figure, axes = plt.subplots(rows, 2, figsize=(12, 3.5 * rows), layout="constrained")
+    height = 3.5 * rows
+    figure, axes = plt.subplots(rows, 2, figsize=(12, height))
+    figure.subplots_adjust(left=0.06, right=0.985, top=1 - 0.8 / height, bottom=0.5 / height, hspace=0.38, wspace=0.14)
     losses, layers, rate, speed = axes[-2:].flat
     for key, label in [
         ("train_loss", "total"),
@@ -274,6 +276,7 @@ def plot_run(history, path, title, stages):
     draw_curve(rate, *history.series("lr"), None, smooth=False)
     rate.set_title("learning rate")
     rate.set_ylim(bottom=0)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     draw_curve(speed, *history.series("samples_per_second"), None, smooth=False)
     speed.set_title("samples per second")
     speed.set_ylim(bottom=0)

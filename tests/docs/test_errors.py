@@ -2,9 +2,10 @@
 
 import importlib.util
 import re
-import subprocess
 import sys
 from pathlib import Path
+
+from tests import children
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGE = (ROOT / "docs" / "errors.md").read_text(encoding="utf-8")
@@ -76,6 +77,6 @@ def test_real_messages_are_found_on_the_page():
     for flags in (["--resolution", "100"], ["--lpl_wieght", "1"], ["--push_to_hub", "--hub_model_id", "a/b/c"],
                   ["--pretrained_model_name_or_path", "docs", "--train_data_dir", "docs"]):  # fmt: skip
         words = [sys.executable, "train_sdxl_lpl.py", *flags]
-        result = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, timeout=60)
+        result = children.run(words, light=True, cwd=ROOT, text=True, timeout=60)
         said = result.stderr.removeprefix("error: ").strip()
         assert result.returncode == 2 and any(re.fullmatch(pattern, said, re.DOTALL) for pattern in patterns), said

@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import re
-import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,6 +15,7 @@ from PIL import Image
 
 import lpl_utils
 from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
+from tests import children
 from tests.tiny_models import autoencoder, sdxl_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -255,7 +255,7 @@ def drawn(tmp_path_factory):
     """(path, values) of the figure as it is drawn now, its curve from one picture."""
     path = tmp_path_factory.mktemp("figure") / FIGURE.name
     command = [sys.executable, "docs/figures.py", "--output", str(path), "--pictures", "1"]
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    result = children.run(command, cwd=ROOT, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]
     assert result.stdout.split() == [str(path)]
     return path, json.loads(Image.open(path).text["figures"])

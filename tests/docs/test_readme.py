@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from tests import children
 from tests.hub_server import HubServer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -17,12 +18,17 @@ BASH = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL)
         for line in block.replace("\\\n", " ").splitlines()]  # fmt: skip
 
 
-def launch(words, *more, **variables):
-    """Run a command of the README, with more flags at its end and environment variables."""
+def launch(words, *more, as_it_is=False, **variables):
+    """Run a command of the README, with more flags at its end and environment variables; returns what it prints.
+
+    as_it_is: start it as a shell does. Otherwise the script that `python` or `accelerate launch` starts is forked.
+    """
     words = [*words, *map(str, more)]
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     environment = {**os.environ, "PATH": path, **variables}
-    result = subprocess.run(words, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=900)
+    if not as_it_is:
+        words = [sys.executable, *words[2 if words[:2] == ["accelerate", "launch"] else 1 :]]
+    result = children.run(words, cwd=ROOT, env=environment, text=True, timeout=900)
     assert result.returncode == 0, result.stderr[-3000:]
     return result.stdout
 
@@ -56,8 +62,8 @@ def test_the_plain_command_runs_on_the_embedded_default(script, tmp_path):
     """`accelerate launch SCRIPT --use_lpl`, shortened: no model, no data, no network."""
     [words] = [words for words in commands("accelerate launch") if len(words) == 4 and script in words]
     said = launch(words, "--output_dir", tmp_path, "--max_train_steps", 4, "--validation_steps", 4,
-                  "--num_validation_images", 1, "--validation_prompt", "apple",
-                  "--cache_dir", tmp_path / "cache")  # fmt: skip
+                  "--num_validation_images", 1, "--validation_prompt", "apple", "--cache_dir", tmp_path / "cache",
+                  as_it_is=script == "train_sdxl_lpl.py")  # fmt: skip
     assert "No model and no data named" in said and "96, 96 different" in said
     assert str(tmp_path / "validation" / "step-4.png") in said
     assert (tmp_path / "run.png").is_file() and (tmp_path / "model_index.json").is_file()

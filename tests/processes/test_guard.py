@@ -23,8 +23,8 @@ from lpl_finetuning import errors as errors_module
 from lpl_finetuning.training import checkpoint_folders, signals
 from lpl_finetuning.training import guard as guard_module
 from tests import runs
+from tests.children import ranks_of, start, torchrun
 from tests.children import run as run_child
-from tests.children import start
 from tests.runs import command, weights
 
 SCRIPTS = {"sdxl": train_sdxl_lpl, "sd3": train_sd3_lpl_flow}
@@ -186,9 +186,8 @@ def test_the_rank_that_tells_how_the_run_ended_may_have_no_image():
 @WITH_SDXL
 def test_a_rank_is_not_blamed_for_another(recipe, tmp_path):
     script, flags = recipe
-    words = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone",
-             str(runs.ROOT / "tests" / "poisoned.py"), script.__name__, "1", "3,4", *map(str, flags),
-             "--max_train_steps", "5", "--output_dir", str(tmp_path)]  # fmt: skip
+    words = torchrun(2, runs.ROOT / "tests" / "poisoned.py", script.__name__, 1, "3,4", *flags,
+                     "--max_train_steps", 5, "--output_dir", tmp_path)  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     result = run_child(words, env=environment, text=True)
     assert result.returncode == 0, result.stderr[-3000:]
@@ -255,10 +254,10 @@ def test_under_fp16_a_loss_that_is_not_finite_counts(recipe, tmp_path, monkeypat
 # Signals
 
 
-def started(words, folder):
+def started(words, folder, fresh=False):
     """A run in a process group of its own, once its third step is logged."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    process = start(words, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    process = start(words, fresh=fresh, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     log, end = Path(folder, "logs", "metrics.jsonl"), time.monotonic() + 120
     while not (log.is_file() and log.read_text().count("\n") >= 3):
         assert process.poll() is None, process.stderr.read()[-2000:]
@@ -288,18 +287,9 @@ def test_a_signal_saves_and_the_next_start_goes_on_to_the_same_end(recipe, tmp_p
     assert weights(tmp_path) == weights(tmp_path / "whole")
 
 
-def ranks_of(process, script):
-    """Process numbers of the ranks that a launcher has started."""
-    found = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    ranks = [int(pid) for pid in found if f"{script.__name__}.py" in Path("/proc", pid, "cmdline").read_text()]
-    assert len(ranks) == 2
-    return ranks
-
-
 def two_ranks(script, flags, folder):
     """The command line of a long run on two ranks."""
-    words = command(script, *flags, "--max_train_steps", 3000, "--output_dir", folder)
-    return [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", *words[1:]]
+    return torchrun(2, *command(script, *flags, "--max_train_steps", 3000, "--output_dir", folder)[1:])
 
 
 STEP_WITHOUT_END = """
@@ -339,17 +329,13 @@ def test_the_watchdog_ends_a_run_whose_step_does_not_end():
 
 def signalled_words(script, function, call, number, ranks, flags):
     """The command of a run that gets a signal as it calls one of its functions for the `call`-th time."""
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), "--standalone"]
-    words = [str(runs.ROOT / "tests" / "signalled.py"), script.__name__, function, str(call), number]
-    return [*(launcher if ranks > 1 else [sys.executable]), *words, *map(str, flags)]
+    words = [runs.ROOT / "tests" / "signalled.py", script.__name__, function, call, number, *flags]
+    return torchrun(ranks, *words) if ranks > 1 else [sys.executable, *map(str, words)]
 
 
 def signalled(script, function, call, *flags, number="SIGTERM", ranks=1):
     """Such a run, to its end."""
-    words = signalled_words(script, function, call, number, ranks, flags)
-    if ranks > 1:  # the script finds the other ranks by their launcher
-        return subprocess.run(words, capture_output=True, text=True, timeout=300)
-    return run_child(words, text=True)
+    return run_child(signalled_words(script, function, call, number, ranks, flags), text=True)
 
 
 PICTURES = ["--validation_prompt", "a red apple", "the sun", "--num_validation_images", 1, "--validation_steps", 2]
@@ -424,7 +410,7 @@ def test_a_rank_that_hangs_does_not_keep_the_other_from_ending(place, recipe, tm
         text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     while True:  # until one rank stands still
-        states = {pid: state_of(pid) for pid in children(process.pid)}
+        states = {pid: state_of(pid) for pid in ranks_of(process)}
         if "T" in states.values():
             break
         assert process.poll() is None, process.stderr.read()[-2000:]
@@ -440,12 +426,6 @@ def test_a_rank_that_hangs_does_not_keep_the_other_from_ending(place, recipe, tm
     assert checkpoint_folders.latest_checkpoint(tmp_path).name == (
         "checkpoint-2" if place == "training_step" else "checkpoint-3"
     )
-
-
-def children(pid):
-    """Process numbers of a launcher's ranks."""
-    found = subprocess.run(["pgrep", "-P", str(pid), "-f", "signalled.py"], capture_output=True, text=True).stdout
-    return [int(word) for word in found.split()]
 
 
 def state_of(pid):
@@ -573,16 +553,17 @@ def test_a_loading_process_whose_run_was_killed_ends(case):
 def test_one_of_two_ranks_is_asked_and_both_stop(recipe, tmp_path):
     script, flags = recipe
     process = started(two_ranks(script, flags, tmp_path), tmp_path)
-    os.kill(ranks_of(process, script)[1], signal.SIGTERM)
+    os.kill(ranks_of(process)[1], signal.SIGTERM)
     assert process.wait(timeout=60) == 0, process.stderr.read()[-2000:]
     assert len(steps_of(tmp_path)) == 1
 
 
 @WITH_SDXL
 def test_a_rank_that_dies_takes_the_other_along(recipe, tmp_path):
+    """Under the real torchrun."""
     script, flags = recipe
-    process = started(two_ranks(script, flags, tmp_path), tmp_path)
-    ranks = ranks_of(process, script)
+    process = started(two_ranks(script, flags, tmp_path), tmp_path, fresh=True)
+    ranks = ranks_of(process)
     os.kill(ranks[0], signal.SIGKILL)
     killed = time.monotonic()
     assert process.wait(timeout=60) != 0
@@ -595,15 +576,15 @@ def test_the_shared_model_goes_before_the_group_of_ranks(recipe, tmp_path, steps
     """In the other order a rank may hang for ever as it ends, seldom enough to be missed by all other tests."""
     script, flags = recipe
     words = command(script, *flags, "--max_train_steps", steps, "--output_dir", tmp_path)
-    launch = ["-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone", "-m", "tests.ends_in_order"]
-    process = start([words[0], *launch, *words[1:]], cwd=runs.ROOT, stdout=subprocess.PIPE, text=True,
-                    stderr=subprocess.STDOUT, env={**os.environ, "ACCELERATE_USE_CPU": "true"})  # fmt: skip
+    process = start(torchrun(2, "-m", "tests.ends_in_order", *words[1:]), cwd=runs.ROOT, stdout=subprocess.PIPE,
+                    text=True, stderr=subprocess.STDOUT,
+                    env={**os.environ, "ACCELERATE_USE_CPU": "true"})  # fmt: skip
     if steps > 2:
         log, end = tmp_path / "logs" / "metrics.jsonl", time.monotonic() + 120
         while not log.is_file() or not log.read_text():
             assert process.poll() is None and time.monotonic() < end
             time.sleep(0.1)
-        os.kill(ranks_of(process, script)[1], signal.SIGTERM)
+        os.kill(ranks_of(process)[1], signal.SIGTERM)
     said = process.communicate(timeout=240)[0]
     assert process.returncode == 0, said[-2000:]
     assert said.count("models that outlive the group: 0") == 2, said[-2000:]

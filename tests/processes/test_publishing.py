@@ -2,13 +2,13 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
 
+from tests import children
 from tests.hub_server import Fault, HubServer
 from tests.sdxl import ROOT, command
 
@@ -26,13 +26,13 @@ def hub(server):
     return server.empty()
 
 
-def start(words, hub, home, token=SECRET):
-    """Run a command with the loopback Hub and this token: the finished process."""
+def start(words, hub, home, token=SECRET, fresh=False):
+    """Run a command with the loopback Hub and this token: the finished process. fresh: from nothing, not forked."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("HF_")}
     path = f"{Path(sys.executable).parent}{os.pathsep}{own['PATH']}"
     own |= {"HF_ENDPOINT": hub.url, "HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1", "PATH": path}
     own |= {"HF_TOKEN": token} if token else {}
-    result = subprocess.run(words, cwd=ROOT, env=own, capture_output=True, text=True, timeout=300)
+    result = children.run(words, fresh=fresh, cwd=ROOT, env=own, text=True, timeout=300)
     assert SECRET not in result.stdout + result.stderr
     return result
 
@@ -47,7 +47,8 @@ def lora(flags):
 def test_a_run_publishes_its_result(lora, hub, tmp_path):
     """One commit with weights, card and pictures, and nothing else; no file has the token in it."""
     folder = tmp_path / "my-lora"
-    result = start(command(*lora, "--output_dir", folder, "--hub_token", SECRET), hub, tmp_path / "home", token=None)
+    words = command(*lora, "--output_dir", folder, "--hub_token", SECRET)
+    result = start(words, hub, tmp_path / "home", token=None, fresh=True)
     assert result.returncode == 0, result.stderr[-2000:]
     assert f"Published: {hub.url}/me/my-lora" in result.stdout
     assert "warning: --hub_token can be seen" in result.stdout

@@ -6,7 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -158,9 +157,8 @@ def test_fsdp_without_gpus_is_refused(flags, tmp_path, monkeypatch):
 def on_ranks(count, log, *words):
     """Start a script with FSDP2 on the CPU; at the end of the context nothing of it is left."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     with open(log, "a") as file:
-        words = [*launch, str(ROOT / "tests" / "fsdp_on_cpu.py"), *map(str, words)]
+        words = children.torchrun(count, ROOT / "tests" / "fsdp_on_cpu.py", *words)
         with children.ended(words, env=environment, stdout=file, stderr=file, cwd=ROOT) as process:
             yield process, []
 
@@ -171,8 +169,7 @@ def wait_for(condition, process, log, found):
     while not condition():
         assert process.poll() is None and time.monotonic() < end, Path(log).read_text()[-3000:]
         time.sleep(0.02)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    found += [int(pid) for pid in children if "fsdp_on_cpu" in Path("/proc", pid, "cmdline").read_text()]
+    found += children.ranks_of(process)
 
 
 def run_on_ranks(count, log, *words):
@@ -307,9 +304,8 @@ def test_the_first_rank_decides_and_the_others_look(tmp_path):
     (second / "cut" / "checkpoint-10" / "weights").write_bytes(b"w")
     (first / "damaged" / "checkpoint-20" / "weights").write_bytes(b"WEIGHTS")
     cases = ["shared", "newer-elsewhere", "damaged", "fresh", "missing", "other", "cut"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    subprocess.run([*launch, str(ROOT / "tests" / "resume_on_ranks.py"), str(tmp_path), json.dumps(RUN), *cases],
-                   check=True, capture_output=True, timeout=100)  # fmt: skip
+    words = children.torchrun(2, ROOT / "tests" / "resume_on_ranks.py", tmp_path, json.dumps(RUN), *cases)
+    children.run(words, check=True, timeout=100)
     answers = [json.loads((tmp_path / f"answer-{rank}.json").read_text()) for rank in range(2)]
     for case in cases:
         assert answers[0][case][0] == answers[1][case][0], case

@@ -6,8 +6,6 @@ import os
 import re
 import shutil
 import signal
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -32,9 +30,8 @@ slow = pytest.mark.slow
 @contextlib.contextmanager
 def on_ranks(count, log, stage, *words):
     """Start a script with ZeRO on the CPU; at the end of the context nothing of it is left."""
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(count)]
     with open(log, "a") as file:
-        words = [*launch, str(ROOT / "tests" / "zero_on_cpu.py"), str(stage), *map(str, words)]
+        words = children.torchrun(count, ROOT / "tests" / "zero_on_cpu.py", stage, *words)
         with children.ended(words, stdout=file, stderr=file, cwd=ROOT) as process:
             yield process, []
 
@@ -112,7 +109,7 @@ def test_sd3_goes_on_where_one_process_stopped(sd3_folder, pictures, cache_dir, 
                   tmp_path / "two", "--resume_from_checkpoint", "latest",
                   "--checkpointing_steps", 4) as (process, _):  # fmt: skip
         wait_for(lambda: len(rows(tmp_path / "two")) >= 4, process, log, [])
-        found = [pid for pid in children.alive(children.STARTED[-1][1]) if is_rank(pid)]
+        found = children.ranks_of(process)
         assert len(found) == 3
         os.kill(found[1], signal.SIGTERM)
         assert process.wait(timeout=100) == 0, log.read_text()[-3000:]
@@ -125,12 +122,6 @@ def test_sd3_goes_on_where_one_process_stopped(sd3_folder, pictures, cache_dir, 
     runs.run(train_sd3_lpl_flow, *wide, *end, "--output_dir", tmp_path / "two", "--resume_from_checkpoint", "latest")
     runs.run(train_sd3_lpl_flow, *wide, *end, "--output_dir", tmp_path / "one")
     assert_same(tmp_path / "one", tmp_path / "two", 1e-5)
-
-
-def is_rank(pid):
-    """Whether a process is a rank itself, not one that loads its data or starts it."""
-    words = Path("/proc", str(pid), "cmdline").read_bytes().split(b"\0")
-    return words[2:3] != [b"torch.distributed.run"] and any(b"zero_on_cpu" in word for word in words)
 
 
 @needs_deepspeed

@@ -5,7 +5,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from collections import Counter
 from pathlib import Path
@@ -150,15 +149,7 @@ def launch(script, *flags, ranks=1):
     """Run a script to its end in processes of its own; what it printed."""
     words = command(script, *flags)
     if ranks > 1:
-        words = [
-            sys.executable,
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            str(ranks),
-            "--standalone",
-            *words[1:],
-        ]
+        words = children.torchrun(ranks, *words[1:])
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     result = children.run(words, env=environment, capture_output=True, text=True, timeout=300)
     assert result.returncode == 0, result.stderr[-3000:]

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import sys
 
 import numpy as np
 import pytest
@@ -527,8 +526,7 @@ def test_two_ranks_with_text_encoders_and_held_out_images(flags, tmp_path):
              "--train_batch_size", 2,
              "--proportion_empty_prompts", 0.3, "--validation_split", 3, "--validation_steps", 3]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    two = [*launch, *command(*flags, "--output_dir", tmp_path / "two")[1:]]
+    two = children.torchrun(2, *command(*flags, "--output_dir", tmp_path / "two")[1:])
     one = command(*flags, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "one")
     for words in (two, one):
         result = children.run(words, env=environment, capture_output=True, text=True, timeout=300)

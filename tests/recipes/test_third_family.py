@@ -1,7 +1,6 @@
 """A family of models that the package does not know trains with the loss, resumes bit-equal and saves."""
 
 import os
-import sys
 
 import numpy as np
 import pytest
@@ -46,9 +45,8 @@ def test_a_third_family_trains_saves_and_measures(flags, tmp_path):
 
 def on_two_ranks(flags, folder, *more):
     """Run the script on two ranks to its end."""
-    words = [sys.executable, "-m", "tests.pixel_script", *flags, "--output_dir", folder, *more]
-    environment = {**os.environ, "ACCELERATE_USE_CPU": "true"}
-    assert children.run_on_ranks(words, 2, env=environment, cwd=runs.ROOT) == [0, 0]
+    words = children.torchrun(2, "-m", "tests.pixel_script", *flags, "--output_dir", folder, *more)
+    children.run(words, check=True, env={**os.environ, "ACCELERATE_USE_CPU": "true"}, cwd=runs.ROOT)
 
 
 def test_a_third_family_resumes_bit_equal_on_two_ranks(flags, tmp_path):

@@ -6,7 +6,6 @@ import os
 import shutil
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -416,9 +415,8 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(flags, tmp_path):
     flags = [*flags, *TEXT, "--use_lpl", "--max_train_steps", 3, "--train_batch_size", 2, "--validation_split", 3,
              "--validation_steps", 3, "--timestep_sampling", "stratified"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     for words in (
-        [*launch, *command(*flags, "--output_dir", tmp_path / "two")[1:]],
+        children.torchrun(2, *command(*flags, "--output_dir", tmp_path / "two")[1:]),
         command(*flags, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "one"),
     ):
         result = children.run(words, env=environment, capture_output=True, text=True, timeout=300)

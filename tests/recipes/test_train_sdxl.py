@@ -269,8 +269,7 @@ def test_the_result_does_not_fit_on_the_disk(flags, tmp_path, monkeypatch):
 def test_the_result_of_two_ranks_does_not_fit_on_the_disk(flags, tmp_path):
     """The first one alone saves what the result would have been; the other waits for nothing."""
     flags = [*map(str, flags), "--use_lora", "--max_train_steps", "2", "--output_dir", str(tmp_path)]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-    words = [*launch, "tests/full_disk.py", "train_sdxl_lpl", *flags]
+    words = children.torchrun(2, "tests/full_disk.py", "train_sdxl_lpl", *flags)
     result = children.run(words, cwd=ROOT, text=True, timeout=200)
     assert result.returncode != 0 and "its steps are saved" in result.stderr, result.stderr[-3000:]
     assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-2"]
@@ -647,9 +646,8 @@ def test_two_ranks_equal_one_with_twice_the_accumulation(flags, tmp_path):
     """Under torchrun with two processes on the CPU: the same samples, noise and objective; the same weights."""
     flags = [*flags, "--use_lpl", "--lpl_t_threshold", 600, "--max_train_steps", 4, "--train_batch_size", 2]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
     children.run(
-        [*launch, *command(*flags, "--output_dir", tmp_path / "two")[1:]],
+        children.torchrun(2, *command(*flags, "--output_dir", tmp_path / "two")[1:]),
         check=True, env=environment, capture_output=True, timeout=300,
     )  # fmt: skip
     children.run(

@@ -29,6 +29,7 @@ from lpl_finetuning.data.samples import SampleOrder, TrainingSet
 from lpl_finetuning.data.tables import CaptionedImage
 from lpl_finetuning.flags import caption_rules, data_source, framing_rules
 from lpl_finetuning.training import objective
+from tests import children
 from tests.tiny_models import autoencoder
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -375,9 +376,7 @@ def test_a_vae_that_the_resolution_does_not_fit():
 
 
 def command(*flags):
-    return subprocess.run(
-        [sys.executable, str(ROOT / "preview_data.py"), *map(str, flags)], capture_output=True, text=True, timeout=300
-    )
+    return children.run([sys.executable, str(ROOT / "preview_data.py"), *map(str, flags)], text=True)
 
 
 def test_the_command_as_a_process(photos, tmp_path, cache_dir):
