@@ -65,6 +65,24 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
+def file_mode() -> int:
+    """The permission bits that the umask gives to a new file, such as 0o644."""
+    mask = os.umask(0o077)  # the only way to read it everywhere; a file made meanwhile is too private, not too open
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def follow_umask(place: str | os.PathLike) -> None:
+    """Give a file, or all files of a folder, the permissions that the umask gives to new files.
+
+    safetensors writes every file with mode 0600, so that no other user, container or web UI could read it.
+    """
+    place, mode = Path(place), file_mode()
+    for path in place.rglob("*") if place.is_dir() else [place]:
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600 != mode:
+            path.chmod(mode)
+
+
 def sha256_of(path):
     """sha256 of a file's bytes, hex."""
     with open(path, "rb") as file:

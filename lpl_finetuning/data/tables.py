@@ -308,6 +308,7 @@ def _write_table(db: sqlite3.Connection, path: Path, total: int) -> None:
     """Write the temporary table `final` into a file; the file is complete or does not exist."""
     temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
     try:
+        temporary.touch()
         db.execute("ATTACH ? AS made", (str(temporary),))
         try:
             db.execute("PRAGMA made.journal_mode = OFF")
@@ -430,6 +431,8 @@ class Facts:
     def __init__(self, path: Path):
         self.folder, self.lock = path.parent, FileLock(f"{path}.lock")
         with self.lock:
+            with contextlib.suppress(OSError):
+                path.touch()  # with the permissions of the umask; SQLite gives 0644 to a file that it makes
             self.db = sqlite3.connect(path, timeout=600, isolation_level=None)
             try:
                 self._prepare()
