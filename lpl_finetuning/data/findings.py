@@ -14,6 +14,7 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import sqlite3
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -25,6 +26,8 @@ from lpl_finetuning.errors import FIRST_NAMES, DataError, brief, counted, first_
 
 MOST_LISTED = 10  # mistakes in one message
 MAX_CAPTION = 100_000  # characters; a longer text is no caption
+BYTE_ORDER_MARK = "\ufeff"  # at the start of a text no part of the text, however often
+_BLANKS = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + BYTE_ORDER_MARK
 Named = dict[str, Any]  # {"count": number of names, "first": [the first few names]}
 
 
@@ -75,13 +78,11 @@ class ScanRequest:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _TABLES = (
-    "pictures (path TEXT PRIMARY KEY, stem TEXT, size INTEGER, mtime_ns INTEGER)",
-    "sidecars (stem TEXT, kind INTEGER, path TEXT, size INTEGER, mtime_ns INTEGER, second INTEGER, "
-    "PRIMARY KEY (stem, kind, path))",
+    "pictures (path TEXT PRIMARY KEY, stem TEXT, stamp TEXT)",
+    "sidecars (stem TEXT, kind INTEGER, path TEXT, size INTEGER, second INTEGER, PRIMARY KEY (stem, kind, path))",
     "others (ending TEXT, path TEXT)",
-    "shards (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER)",
-    "entries (name TEXT, captions TEXT, path TEXT, offset INTEGER, length INTEGER, size INTEGER, "
-    "mtime_ns INTEGER, place TEXT)",
+    "shards (path TEXT PRIMARY KEY, stamp TEXT)",
+    "entries (name TEXT, captions TEXT, path TEXT, offset INTEGER, length INTEGER, stamp TEXT, place TEXT)",
 )
 
 
@@ -92,8 +93,7 @@ class Findings:
     The database of the facts gets temporary tables. `pictures`, `sidecars` (caption files), `shards` and `others`
     (files that are not read) hold the files below the folder. Among the sidecars of one stem, all but the first by
     `kind` are `second`. `entries` has a row for each image of the table to be made, with captions, before the image
-    is checked. One file may have several entries. `size` and `mtime_ns` of an entry are those of the file that holds
-    the image.
+    is checked. One file may have several entries. The `stamp` of an entry is that of the file that holds the image.
 
     Attributes:
         request: what is scanned.
@@ -173,7 +173,7 @@ class Findings:
 
     def add_entries(self, rows: Iterable[tuple]) -> None:
         """Insert rows into `entries`, then refuse the mistakes that were noted while the rows were made."""
-        self.facts.insert("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        self.facts.insert("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         self.refuse_mistakes()
 
     def captions(
@@ -228,15 +228,19 @@ def _joined(
             )
         if not is_utf8(text):
             raise DataError(f"{place}: {what} holds half a character ({brief(text)}).", "Write the character again.")
-    kept = [text.strip() for text in texts if text.strip()]
+    kept = [bare for text in texts if (bare := text.strip(_BLANKS))]
     if (not kept or len(kept) < len(texts)) and default is None and not empty_allowed:
         raise DataError(f"{place}: {what} is empty.", f"Write a caption, or remove the {unit}.")
     return SEPARATOR.join(kept) if kept or default is None else None
 
 
 def caption_lines(text: str) -> list[str] | str:
-    """The lines of a caption file with one caption per line; an empty caption for a file without lines."""
-    return [line for line in text.splitlines() if line.strip()] or ""
+    """The lines of a caption file with one caption per line; an empty caption for a file without lines.
+
+    A line ends where an editor ends the line: at LF, CR or CR LF. `splitlines` would also split at form feeds, U+0085,
+    U+2028 and the like.
+    """
+    return [line for line in re.split("\r\n|\n|\r", text) if line.strip(_BLANKS)] or ""
 
 
 def refuse_long(size: int, place: str, limit: int = 4 * MAX_CAPTION) -> None:
@@ -246,13 +250,13 @@ def refuse_long(size: int, place: str, limit: int = 4 * MAX_CAPTION) -> None:
 
 
 def decode_text(data: bytes, place: str | os.PathLike) -> str:
-    """The text of a caption file, without a byte order mark.
+    """The text of a caption file, without byte order marks at the start.
 
     Raises:
         DataError: the bytes are not UTF-8, or one of them is zero.
     """
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode().lstrip(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise not_utf8(place, error.start) from error
     if (at := data.find(b"\0")) >= 0:
