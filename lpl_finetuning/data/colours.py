@@ -94,7 +94,12 @@ def colours_of(image: Image.Image, data: bytes) -> Colours:
     """
     try:
         profile = _profile_of(image, data)
-        return _judged(profile, _kind_of(image), image.format or "") if profile else AS_THEY_ARE
+        if not profile:
+            return AS_THEY_ARE
+        embedded = profile == image.info.get("icc_profile")
+        # In the other formats grey pixels are a short form of RGB, and chunks describe grey like RGB.
+        for_pixels = embedded and image.format in ("PNG", "JPEG", "MPO", "TIFF")
+        return _judged(profile, _kind_of(image), for_pixels)
     except _Unusable as found:
         return Colours(remark=str(found))
 
@@ -117,8 +122,13 @@ def _profile_of(image: Image.Image, data: bytes) -> bytes:
     return _exif_profile(image) if found is None else found
 
 
-def _judged(profile: bytes, kind: str, file_format: str) -> Colours:
-    """The colours of an image with a profile. kind: of the pixels, as profiles name the kind.
+def _judged(profile: bytes, kind: str, for_pixels: bool) -> Colours:
+    """The colours of an image with a profile.
+
+    Args:
+        profile: the profile.
+        kind: of the pixels, as profiles name the kind.
+        for_pixels: whether the profile must be of the kind of the pixels; else it may also be for RGB.
 
     Raises:
         _Unusable: the profile does not fit the pixels, or can't be used.
@@ -128,8 +138,7 @@ def _judged(profile: bytes, kind: str, file_format: str) -> Colours:
         return AS_THEY_ARE
     remark = ""
     if of == "RGB" and kind == "GRAY":
-        # In the other formats grey pixels are a short form of RGB.
-        remark = "RGB for grey" if file_format in ("PNG", "JPEG", "MPO", "TIFF", "JPEG2000") else ""
+        remark = "RGB for grey" if for_pixels else ""
     elif of != kind:
         raise _Unusable("other kind" if of in ("GRAY", "RGB", "CMYK", "Lab") else "broken")
     name = _verdict(profile)
@@ -476,9 +485,14 @@ def to_srgb(image: Image.Image, profile: bytes) -> Image.Image:
 
 @functools.lru_cache(_CACHED)
 def _transform(profile: bytes, mode: str, intent: int) -> ImageCms.ImageCmsTransform:
-    """The transform from a profile to sRGB, with the flags of ImageCms; raises nearly any type for a bad profile."""
-    source = ImageCms.ImageCmsProfile(BytesIO(profile))
-    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent)
+    """The transform from a profile to sRGB; raises nearly any type for a bad profile.
+
+    The flags are the defaults of ImageCms. For 16 bits, the default optimization would darken the darkest values.
+    """
+    source, flags = ImageCms.ImageCmsProfile(BytesIO(profile)), ImageCms.Flags.NONE
+    if mode == "I;16":
+        flags = ImageCms.Flags.NOOPTIMIZE
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB", intent, flags)
 
 
 @functools.lru_cache(_CACHED)

@@ -16,11 +16,12 @@ import json
 import os
 import re
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lpl_finetuning.data.conventions import helper_of, without_repeats
 from lpl_finetuning.data.tables import SEPARATOR, Facts
 from lpl_finetuning.errors import FIRST_NAMES, DataError, brief, counted, first_names, shown
 
@@ -69,8 +70,12 @@ class ScanRequest:
         """The caption of an image without one; None if there is no such caption. path: relative to the root."""
         if self.default_caption is not None or not self.caption_from_folder:
             return self.default_caption
-        folder = PurePosixPath(path).parent.name or self.root.resolve().name
+        folder, _ = without_repeats(self.folder_of(path))
         return " ".join(folder.replace("_", " ").split()) or None
+
+    def folder_of(self, path: str) -> str:
+        """The name of the folder of an image. path: relative to the root."""
+        return PurePosixPath(path).parent.name or self.root.resolve().name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -102,6 +107,8 @@ class Findings:
         bad: (name, reason) of each image that can't be used.
         missing: entries of listings without a file.
         defaulted: number of captions that are the default caption.
+        helpers: images with the default caption that look like helper files, by the convention of their names.
+        repeats: folders whose names begin with a number of repeats, where the name is a caption.
         mistakes: the first `MOST_LISTED` mistakes in captions and lines.
         num_mistakes: number of all mistakes.
         advice: the different advice on all mistakes, in order.
@@ -113,6 +120,8 @@ class Findings:
     bad: list[tuple[str, str]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     defaulted: int = 0
+    helpers: dict[str, Named] = field(default_factory=dict)
+    repeats: dict[str, None] = field(default_factory=dict)
     mistakes: list[DataError] = field(default_factory=list)
     num_mistakes: int = 0
     advice: list[str] = field(default_factory=list)
@@ -177,7 +186,15 @@ class Findings:
         self.refuse_mistakes()
 
     def captions(
-        self, cell: Any, default: str | None, place: str, what: str, unit: str, empty_allowed: bool = False
+        self,
+        cell: Any,
+        default: str | None,
+        place: str,
+        what: str,
+        unit: str,
+        empty_allowed: bool = False,
+        path: str = "",
+        is_picture: Callable[[str], bool] | None = None,
     ) -> str:
         """The captions in a cell, joined by `SEPARATOR`, or the default caption, which is counted.
 
@@ -188,13 +205,52 @@ class Findings:
             what: names the caption in messages.
             unit: names what the caption belongs to in messages.
             empty_allowed: without a default caption, keep empty captions instead of raising an error.
+            path: of the image, relative to the root, for remarks on the default caption; "" for none.
+            is_picture: whether there is a picture with a path without ending; None for images that somebody has
+                listed, which are no helper files.
 
         Raises:
             DataError: a caption is not text, too long, not UTF-8, or empty.
         """
         captions = _joined(cell, place, what, unit, default, empty_allowed)
-        self.defaulted += captions is None
-        return default if captions is None else captions
+        if captions is not None:
+            return captions
+        self.defaulted += 1
+        if path:
+            self._note_conventions(path, is_picture)
+        return default
+
+    def _note_conventions(self, path: str, is_picture: Callable[[str], bool] | None) -> None:
+        """Note an image with the default caption whose name, or whose folder's name, follows a convention."""
+        if self.request.default_caption is None:
+            folder = self.request.folder_of(path)
+            if without_repeats(folder)[1]:
+                self.repeats[folder] = None
+        helper = helper_of(path) if is_picture else None
+        if helper and (helper.partners is None or any(map(is_picture, helper.partners))):
+            found = self.helpers.setdefault(helper.what, {"count": 0, "first": []})
+            found["count"] += 1
+            if len(found["first"]) < FIRST_NAMES:
+                found["first"].append(shown(path))
+
+    def remark_on_conventions(self) -> None:
+        """Add a warning for each convention that names of images and folders follow."""
+        for what, found in sorted(self.helpers.items()):
+            self.remark(
+                found,
+                "image",
+                f"has no caption but the default caption, and is named like {what}; move it elsewhere if it is",
+                f"have no caption but the default caption, and are named like {what}; move them elsewhere if they are",
+            )
+        names = sorted(self.repeats)
+        self.remark(
+            {"count": len(names), "first": names[:FIRST_NAMES]},
+            "folder",
+            "is named as for kohya's scripts, with a number of repeats; the number is left out of the caption, and "
+            "images are not repeated",
+            "are named as for kohya's scripts, with numbers of repeats; the numbers are left out of the captions, and "
+            "images are not repeated",
+        )
 
 
 def listed(lines: list[str], total: int) -> str:

@@ -332,6 +332,9 @@ def _add_pictures(findings: Findings) -> None:
     """Add an entry for each picture; refuse all mistakes in caption files, then pictures without a caption."""
     request, bare, total = findings.request, [], 0
 
+    def is_picture(stem: str) -> bool:
+        return findings.db.execute("SELECT 1 FROM pictures WHERE stem = ?", (stem,)).fetchone() is not None
+
     def entries() -> Iterator[tuple]:
         nonlocal total
         for path, stamp, sidecar, text in _with_captions(findings):
@@ -345,7 +348,9 @@ def _add_pictures(findings: Findings) -> None:
                 if isinstance(text, DataError):
                     raise text
                 cell = caption_lines(text) if text is not None and request.caption_per_line else text
-                captions = findings.captions(cell, default, place, "the caption", "image")
+                captions = findings.captions(
+                    cell, default, place, "the caption", "image", path=path, is_picture=is_picture
+                )
                 yield path, captions, path, 0, None, stamp, place
 
     findings.add_entries(entries())
@@ -444,7 +449,7 @@ def _add_listing(findings: Findings, listing: str) -> None:
             with findings.noting():
                 name = _listed_name(row[column], column, os.path.dirname(listing), root, place)
                 captions = findings.captions(
-                    row.get(request.caption_column), request.default(name), place, what, "line"
+                    row.get(request.caption_column), request.default(name), place, what, "line", path=name
                 )
                 yield name, captions, name, 0, None, None, place
 

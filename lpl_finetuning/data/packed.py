@@ -10,6 +10,7 @@ Importing this file imports neither torch nor datasets; a data set imports datas
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -223,6 +224,14 @@ def _add_members(findings: Findings) -> None:
         "JOIN shards s ON s.path = m.path ORDER BY m.path, offset"
     )
 
+    @functools.lru_cache(1)
+    def stems_in(shard: str) -> set[str]:
+        names = findings.db.execute("SELECT name FROM members WHERE path = ?", (shard,))
+        return {f"{shard}/{name[: _KIND.fullmatch(name).start(1) - 1]}" for (name,) in names}
+
+    def is_picture(shard: str, stem: str) -> bool:
+        return stem in stems_in(shard)
+
     def entries() -> Iterator[tuple]:
         nonlocal total
         for path, offset, length, member, caption_name, text, is_json, stamp in rows:
@@ -241,7 +250,15 @@ def _add_members(findings: Findings) -> None:
                 bare.append(name if len(bare) <= FIRST_NAMES else "")
                 continue
             with findings.noting():
-                captions = findings.captions(cell, default, place, what, "sample")
+                captions = findings.captions(
+                    cell,
+                    default,
+                    place,
+                    what,
+                    "sample",
+                    path=name,
+                    is_picture=functools.partial(is_picture, path),
+                )
                 yield name, captions, path, offset, length, stamp, place
 
     findings.add_entries(entries())

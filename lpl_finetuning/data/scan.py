@@ -215,6 +215,7 @@ def _scan_folder(findings: Findings) -> Scan:
     if not findings.has("entries"):
         _refuse_nothing(findings, listings, source)
     findings.warnings += remarks_on_others(findings)
+    findings.remark_on_conventions()
     images = _checked_images(findings)
     _forget_vanished(findings.facts)
     return _result(findings, images, source, **found)

@@ -226,7 +226,7 @@ def refused_table():
         "damaged.png": (bytes(damaged), "can't be used"),
         "cut.jpg": (file_of(PHOTO, "JPEG")[:-20], "truncated"),
         "loud.tif": (file_of(GREY16.astype(np.float32), "TIFF"), "0 to 65535, not 0 to 1"),
-        "negative.tif": (file_of(np.full((2, 2), -1, np.int32), "TIFF"), "-1 to -1, not 0 to 65535"),
+        "negative.tif": (file_of(np.full((2, 2), -1, np.int32), "TIFF"), "signed integers"),
         "drawing.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n", "drawing"),
         "large.png": (png(12000, 20000, 8, 2, []), "12000 x 20000 px are 240 megapixels; at most 179 are read"),
         "huge.png": (png(60000, 60000, 8, 2, []), "60000 x 60000 px are 3600 megapixels; at most 179 are read"),

@@ -13,7 +13,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("errors", "lpl_utils"),
     ("files",),
     ("base_model",),
-    ("data.colours", "data.tables", "data.store"),
+    ("data.colours", "data.conventions", "data.tables", "data.store"),
     ("data.images",),
     ("data.samples", "data.findings"),
     ("data.folders", "data.packed"),
@@ -32,8 +32,8 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("errors", "files", "base_model", "families", "start", "flags", "flag_checks",
               "training.checkpoint_folders",
-              "data.colours", "data.images", "data.tables", "data.store", "data.samples", "data.findings",
-              "data.folders", "data.packed", "data.scan",
+              "data.colours", "data.conventions", "data.images", "data.tables", "data.store", "data.samples",
+              "data.findings", "data.folders", "data.packed", "data.scan",
               "data.report", "data.encoding", "data.contact_sheet")  # fmt: skip
 
 
