@@ -123,7 +123,7 @@ def _opened(data: bytes) -> _Opened:
     white = 1.0 if image.mode == "F" else 4095.0 if tags.get(_BITS) == (12,) else 65535.0
     inverted = _is_deep(image) and tags.get(_PHOTOMETRIC) == 0
     image, masked_anew = _with_true_transparency(image, data) if image.format == "PNG" else (image, False)
-    read_anew = masked_anew or inverted or white == 4095.0 or image.mode == "La"
+    read_anew = masked_anew or inverted or white == 4095.0
     return _Opened(image, rawmode, colours, white, inverted, int(bool(colours.profile) or read_anew))
 
 
@@ -219,8 +219,7 @@ def _to_rgb(image: Image.Image, opened: _Opened, colours: Colours | None = None)
     colours = opened.colours if colours is None else colours
     if _is_deep(image):
         return _deep_to_rgb(np.asarray(image), image.info.get("transparency"), opened, colours)
-    if image.mode in ("La", "RGBa"):  # Pillow converts premultiplied values by this way only
-        image = image.convert(image.mode.upper())
+    image = _not_premultiplied(image)
     profile, alpha = colours.profile, None
     if image.has_transparency_data:
         image = image.convert("RGBA")
@@ -238,6 +237,11 @@ def _to_rgb(image: Image.Image, opened: _Opened, colours: Colours | None = None)
         image.putalpha(alpha)
         return _on_white(image)
     return image
+
+
+def _not_premultiplied(image: Image.Image) -> Image.Image:
+    """The image, with values that are not multiplied by alpha; Pillow converts such modes in no other way."""
+    return image.convert(image.mode.upper()) if image.mode in ("La", "RGBa") else image
 
 
 def _on_white(image: Image.Image) -> Image.Image:
@@ -290,8 +294,8 @@ class ImageFacts:
         profile: name of the colour profile that the pixels are converted from; "" where they are used as they are.
         colour_remark: a key of `data.colours.COLOUR_REMARKS`, or "".
         revision: 0 where the pixels are what the first version of this file made of them. 1 where they are not:
-            converted colours, white as zero, 12 bits, transparent colours of rare PNGs, premultiplied greyscale.
-            Encodings of such an image have keys of their own.
+            converted colours, white as zero, 12 bits, transparent colours of rare PNGs. Encodings of such an image
+            have keys of their own.
     """
 
     content: str
@@ -361,6 +365,7 @@ def _is_transparent(image: Image.Image) -> bool:
     if not image.has_transparency_data or _is_deep(image):
         transparency = image.info.get("transparency")
         return transparency is not None and bool((np.asarray(image) == transparency).any())
+    image = _not_premultiplied(image)
     if image.mode not in ("LA", "RGBA"):
         image = image.convert("RGBA")
     return image.getchannel("A").getextrema()[0] < 255

@@ -368,21 +368,30 @@ def gama(exponent):
     return struct.pack(">I", round(exponent * 1e5))
 
 
-def exif_file(kind="JPEG", space=None, index=None, points=None):
+def exif_file(kind="JPEG", space=None, points=None):
     exif = Image.Exif()
     if space is not None:
         exif.get_ifd(0x8769)[0xA001] = space
-    if index is not None:
-        exif.get_ifd(0xA005)[1] = index
     if points is not None:
         exif[0x013E], exif[0x013F] = points[:2], points[2:]
     return file_of(flat("RGB", RED), kind, exif=exif, **EXACT.get(kind, {}))
 
 
+def camera_file(index):
+    """A JPEG with the tags of DCF: colour space uncalibrated, and the index of interoperability."""
+
+    def folder(*entries):
+        return struct.pack("<H", len(entries)) + b"".join(entries) + bytes(4)
+
+    exif = b"Exif\0\0II*\0\x08\0\0\0" + folder(struct.pack("<HHII", 0x8769, 4, 1, 26))
+    exif += folder(struct.pack("<HHIHH", 0xA001, 3, 1, 65535, 0), struct.pack("<HHII", 0xA005, 4, 1, 56))
+    exif += folder(struct.pack("<HHI4s", 1, 2, 4, index))
+    return file_of(flat("RGB", RED), "JPEG", exif=exif, **EXACT["JPEG"])
+
+
 def test_what_files_name_without_a_profile_is_converted():
     srgb_p3 = (217, 42, 52)  # Display P3 has the curve of sRGB
     red, p3_points = flat("RGB", RED), struct.pack(">8I", *P3_POINTS)
-    adobe_points = [value / 1e5 for value in ADOBE_POINTS]
     cases = {
         "cICP P3": (png_with(red, cICP=bytes([12, 13, 0, 1])), srgb_p3),
         "cICP before iCCP": (png_with(red, cICP=bytes([12, 13, 0, 1]), iCCP=icc_chunk(ADOBE)), srgb_p3),
@@ -393,7 +402,7 @@ def test_what_files_name_without_a_profile_is_converted():
         "gAMA 1 of a palette": (png_with(flat("RGB", (64, 64, 64)).quantize(2), gAMA=gama(1)), (137,) * 3),
         "cHRM": (png_with(red, cHRM=p3_points), srgb_p3),
         "gAMA and cHRM": (png_with(red, gAMA=gama(1 / 2.2), cHRM=struct.pack(">8I", *ADOBE_POINTS)), (231, 57, 57)),
-        "Adobe RGB of a camera": (exif_file(space=65535, index="R03"), (231, 57, 57)),
+        "Adobe RGB of a camera": (camera_file(b"R03\0"), (231, 57, 57)),
         "EXIF 2": (exif_file(space=2), (231, 57, 57)),
         "EXIF 2, WebP": (exif_file("WEBP", space=2), (231, 57, 57)),
         "EXIF points": (exif_file(points=[value / 1e5 for value in P3_POINTS]), srgb_p3),
@@ -402,7 +411,6 @@ def test_what_files_name_without_a_profile_is_converted():
                   [144179] * 3), None,
         ),
     }  # fmt: skip
-    assert adobe_points
     for name, (data, expected) in cases.items():
         facts = inspect(data)
         assert facts.profile and facts.revision == 1 and facts.colour_remark == "", name
@@ -424,7 +432,7 @@ def test_what_names_srgb_is_left_alone():
         avif_with(red, 2, 2),
         exif_file(space=1, points=[value / 1e5 for value in P3_POINTS]),
         exif_file(space=65535),
-        exif_file(space=1, index="R98"),
+        camera_file(b"R98\0"),
         bmp_5(RED, b"sRGB"),
         bmp_5(RED, b"Win "),
         bmp_5(RED, bytes(4)),
