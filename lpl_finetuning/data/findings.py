@@ -194,6 +194,7 @@ class Findings:
         unit: str,
         empty_allowed: bool = False,
         path: str = "",
+        member: str = "",
         is_picture: Callable[[str], bool] | None = None,
     ) -> str:
         """The captions in a cell, joined by `SEPARATOR`, or the default caption, which is counted.
@@ -205,7 +206,9 @@ class Findings:
             what: names the caption in messages.
             unit: names what the caption belongs to in messages.
             empty_allowed: without a default caption, keep empty captions instead of raising an error.
-            path: of the image, relative to the root, for remarks on the default caption; "" for none.
+            path: of the file that holds the image, relative to the root, for remarks on the default caption; "" for
+                none.
+            member: path of the image in a shard, after the path of the shard.
             is_picture: whether there is a picture with a path without ending; None for images that somebody has
                 listed, which are no helper files.
 
@@ -217,21 +220,21 @@ class Findings:
             return captions
         self.defaulted += 1
         if path:
-            self._note_conventions(path, is_picture)
+            self._note_conventions(path, member or path, is_picture)
         return default
 
-    def _note_conventions(self, path: str, is_picture: Callable[[str], bool] | None) -> None:
+    def _note_conventions(self, path: str, name: str, is_picture: Callable[[str], bool] | None) -> None:
         """Note an image with the default caption whose name, or whose folder's name, follows a convention."""
         if self.request.default_caption is None:
             folder = self.request.folder_of(path)
             if without_repeats(folder)[1]:
                 self.repeats[folder] = None
-        helper = helper_of(path) if is_picture else None
+        helper = helper_of(name) if is_picture else None
         if helper and (helper.partners is None or any(map(is_picture, helper.partners))):
             found = self.helpers.setdefault(helper.what, {"count": 0, "first": []})
             found["count"] += 1
             if len(found["first"]) < FIRST_NAMES:
-                found["first"].append(shown(path))
+                found["first"].append(shown(name))
 
     def remark_on_conventions(self) -> None:
         """Add a warning for each convention that names of images and folders follow."""

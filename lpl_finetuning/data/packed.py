@@ -256,7 +256,8 @@ def _add_members(findings: Findings) -> None:
                     place,
                     what,
                     "sample",
-                    path=name,
+                    path=path,
+                    member=name,
                     is_picture=functools.partial(is_picture, path),
                 )
                 yield name, captions, path, offset, length, stamp, place
