@@ -134,7 +134,7 @@ def looks(monkeypatch):
         monkeypatch.setattr(module, name, counting)
 
     count(scan_module, "read_facts", "images", lambda request, item: item[0])
-    count(folders, "read_caption_file", "texts", lambda path, size: path.name)
+    count(folders, "read_caption_file", "texts", lambda path, size: os.path.basename(path))
     count(packed, "shard_images", "shards", lambda path, remarks: path.name)
 
     def taken():
