@@ -51,11 +51,15 @@ def profile_of(space, name, tags, pcs=b"XYZ ", kind=b"mntr"):
     return head + struct.pack(">I", len(tags)) + table + body
 
 
-def rgb_profile(name, exponent, *columns):
+def rgb_tags(exponent, *columns):
     points = {
         key: b"XYZ \0\0\0\0" + fixed(*xyz) for key, xyz in zip((b"rXYZ", b"gXYZ", b"bXYZ"), columns, strict=True)
     }
-    return profile_of(b"RGB ", name, points | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma(exponent)))
+    return points | dict.fromkeys((b"rTRC", b"gTRC", b"bTRC"), gamma(exponent))
+
+
+def rgb_profile(name, exponent, *columns):
+    return profile_of(b"RGB ", name, rgb_tags(exponent, *columns))
 
 
 def print_profile():
@@ -75,7 +79,8 @@ def print_profile():
 # Columns adapted to D50, as the profiles of Apple and Adobe have them.
 P3_COLUMNS = (0.51512, 0.2412, -0.00105), (0.29198, 0.69225, 0.04189), (0.1571, 0.06657, 0.78407)
 ADOBE_COLUMNS = (0.60974, 0.31111, 0.01947), (0.20528, 0.62567, 0.06087), (0.14919, 0.06322, 0.74457)
-P3 = rgb_profile("test P3", 2.2, *P3_COLUMNS)
+P3_TAGS = rgb_tags(2.2, *P3_COLUMNS)
+P3 = profile_of(b"RGB ", "test P3", P3_TAGS)
 ADOBE = rgb_profile("test Adobe RGB", 2.2, *ADOBE_COLUMNS)
 LINEAR = profile_of(b"GRAY", "test linear grey", {b"kTRC": gamma(1.0)})
 PRINT = print_profile()
@@ -307,6 +312,7 @@ WRONG = {
     "Lab": ("RGB", profile_of(b"Lab ", "lab", {}), "other kind"),
     "no kind": ("RGB", P3[:16] + b"oops" + P3[20:], "broken"),
     "cut": ("RGB", P3[:-20], "broken"),
+    "cut behind all that counts": ("RGB", profile_of(b"RGB ", "test", P3_TAGS | {b"cprt": bytes(40)})[:-8], "broken"),
     "half": ("RGB", P3[: len(P3) // 2], "broken"),
     "header": ("RGB", P3[:60], "broken"),
     "noise": ("RGB", bytes(range(256)), "broken"),
