@@ -171,7 +171,7 @@ def scan_folder(
     Captions come from `metadata.jsonl`, `.csv` or `.parquet` in the folder or below it. A row has the name of a file,
     relative to the listing, and a text or a list of texts: `{"file_name": "a.png", "text": "…"}`. Without a listing,
     captions come from a `.txt` or `.caption` file beside each image. WebDataset shards (`*.tar`) are read in place.
-    Hidden files and folders are skipped. Files that have not changed since an earlier scan are not read.
+    Hidden files and folders are skipped. Images that have not changed since an earlier scan are not read.
 
     Args:
         folder: `--train_data_dir`.
