@@ -133,7 +133,9 @@ def _with_header(data: bytes) -> Image.Image:
     except Image.DecompressionBombError:  # Pillow's message lacks the sides
         _refuse_too_many_pixels(*_size_in_header(data))
         raise
-    except UnidentifiedImageError:  # Pillow refuses a PNG with a broken profile; the pixels may be sound
+    except UnidentifiedImageError as error:  # Pillow refuses a PNG with a broken profile; the pixels may be sound
+        if data[:4] in (b"II*\0", b"MM\0*"):
+            raise ValueError("a damaged TIFF, or one of a kind that Pillow can't read; save it as PNG") from error
         if not data.startswith(b"\x89PNG") or b"iCCP" not in png_chunks(data):
             raise
         image = Image.open(BytesIO(without_png_profile(data)))

@@ -366,6 +366,21 @@ def test_rare_pixels_are_right(name):
     assert facts.revision == (not name.startswith(right_before))
 
 
+def test_a_tiff_of_a_kind_that_pillow_can_not_read_is_refused_as_such():
+    for data in (
+        tiff(GREY16, 16, 0, 1, ">", GREY16.astype(">u2").tobytes()),  # white as zero, big-endian
+        tiff(np.zeros((2, 2)), 64, 1, 3),
+        tiff(np.zeros((2, 2), np.float16), 16, 1, 3),
+        tiff(np.array([[1, 2]]), 12, 0, data=packed_12(np.array([[1, 2]]))),
+    ):
+        assert "of a kind that Pillow can't read; save it as PNG" in agreed(data)[1]
+
+
+def test_a_pgm_is_scaled_by_its_own_white():
+    data = b"P5 2 1 4095\n" + struct.pack(">2H", 4000, 4095)
+    assert agreed(data)[0][0, :, 0].tolist() == [249, 255]
+
+
 @pytest.mark.parametrize("kind", ["unsigned", "signed", "16-bit", "8-bit", "big"])
 def test_integers_without_a_white_are_refused(kind):
     values = np.array([[0, 100, 200]])

@@ -250,19 +250,19 @@ def test_a_change_that_only_reading_finds_heals_itself(tmp_path, monkeypatch):
     folder = captioned(tmp_path / "set", 2)
     old, member, new = (image_bytes((grey, 0, 0), kind="BMP") for grey in (0, 1, 2))
     (folder / "0000.png").write_bytes(old)
-    tar(folder / "s.tar", ("a.png", member), ("a.txt", b"a"))
+    tar(folder / "s.tar", ("a.png", member), ("a.txt", b"old caption"))
     monkeypatch.setattr(folders, "stamp_of", lambda status: f"{status.st_size} 0 0 0")
     monkeypatch.setattr(scan_module, "is_same_content", lambda stamp, status: True)
     scan_folder(folder)
     (folder / "0000.png").write_bytes(new)
-    packed_anew = (folder / "s.tar").read_bytes().replace(member, new)
+    packed_anew = (folder / "s.tar").read_bytes().replace(member, new).replace(b"old cap", b"new cap")
     (folder / "s.tar").write_bytes(packed_anew)
     for index in (0, 2):
         images = scan_folder(folder).images
         with pytest.raises(DataError, match=r"has changed since it was scanned\. Start again: the new file is read"):
             pickle.loads(pickle.dumps(images))[index].read_bytes()
     healed = scan_folder(folder).images
-    assert [healed[index].read_bytes() for index in (0, 2)] == [new, new]
+    assert [healed[index].read_bytes() for index in (0, 2)] == [new, new] and healed[2].caption == "new caption"
 
 
 def test_every_option_goes_with_one_look(tmp_path, looks):
