@@ -13,7 +13,8 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("errors", "lpl_utils"),
     ("files",),
     ("base_model",),
-    ("data.images", "data.tables", "data.store"),
+    ("data.colours", "data.conventions", "data.tables", "data.store"),
+    ("data.images",),
     ("data.samples", "data.findings"),
     ("data.folders", "data.packed"),
     ("data.scan",),
@@ -31,8 +32,9 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("errors", "files", "base_model", "families", "start", "flags", "flag_checks",
               "training.checkpoint_folders",
-              "data.images", "data.tables", "data.store", "data.samples", "data.findings", "data.folders",
-              "data.packed", "data.scan", "data.report", "data.encoding", "data.contact_sheet")  # fmt: skip
+              "data.colours", "data.conventions", "data.images", "data.tables", "data.store", "data.samples",
+              "data.findings", "data.folders", "data.packed", "data.scan",
+              "data.report", "data.encoding", "data.contact_sheet")  # fmt: skip
 
 
 def path_of(name):
