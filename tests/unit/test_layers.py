@@ -25,6 +25,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("evaluation.generation", "evaluation.onestep"),
     ("training.models", "training.reporter"),
     ("training.objective", "training.optimization", "training.checkpoints"),
+    ("training.measures",),
     ("training.validation", "training.run"),
     ("training.plan",),
     ("results.export", "results.hub"),
