@@ -11,8 +11,7 @@ import argparse
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import numpy as np
 import torch
@@ -24,6 +23,7 @@ from lpl_finetuning.errors import require
 from lpl_finetuning.evaluation.onestep import high_power
 from lpl_utils import LatentSpace
 
+ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("nearest", "bilinear", "bicubic")
 
 
@@ -105,7 +105,9 @@ def draw(results, shown, path):
 
     rows = [(name, row) for name in results for row in range(shown)]
     width = 2 + len(METHODS)
-    figure, axes = plt.subplots(len(rows), width, figsize=(1.9 * width, 2.05 * len(rows)), squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(rows), width, figsize=(1.9 * width, 2.05 * len(rows)), squeeze=False, layout="constrained"
+    )
     for (name, row), line in zip(rows, axes, strict=True):
         numbers, columns = results[name]
         for axis, (column, pictures) in zip(line, columns.items(), strict=True):

@@ -45,7 +45,8 @@ def draw(results, pictures, shown, path):
     chosen = np.linspace(0, len(pictures) - 1, shown).astype(int)
     stages = max(len(maps) for maps in results.values())
     rows, width = [(name, place) for name in results for place in chosen], 1 + 2 * stages
-    figure, axes = plt.subplots(len(rows), width, figsize=(1.8 * width, 1.95 * len(rows)), squeeze=False, layout="constrained")
+    size = 1.8 * width, 1.95 * len(rows)
+    figure, axes = plt.subplots(len(rows), width, figsize=size, squeeze=False, layout="constrained")
     for (name, place), line in zip(rows, axes, strict=True):
         line[0].imshow((pictures[place].permute(1, 2, 0).numpy() + 1) / 2)
         line[0].set_ylabel(name if place == chosen[0] else "", fontsize=9)
@@ -73,7 +74,8 @@ def main(argv=None):
     for name in args.model:
         vae = load_autoencoder(name)
         results[Path(name).name] = maps_of(vae, encode(vae, pictures), args.resolution)
-    print("| autoencoder | stage | left out, % | pictures with outliers, % | largest, deviations |\n|---|---|---:|---:|---:|")
+    print("| autoencoder | stage | left out, % | pictures with outliers, % | largest, deviations |")
+    print("|---|---|---:|---:|---:|")
     for name, maps in results.items():
         for stage, (magnitude, outside) in maps.items():
             some = 100 * (outside.amax(dim=(1, 2)) > 0).float().mean()

@@ -16,7 +16,8 @@ POSITIVE = (
     "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples",
     "rank", "lora_alpha", "lr_num_cycles", "checkpointing_steps", "checkpointing_minutes",
     "checkpoints_total_limit", "max_nonfinite_steps", "logging_steps",
-    "validation_steps", "validation_epochs", "validation_split", "max_validation_samples", "validation_kid_samples", "lpl_batch_size",
+    "validation_steps", "validation_epochs", "validation_split", "max_validation_samples",
+    "validation_kid_samples", "lpl_batch_size",
     "lpl_threshold_resolution", "lpl_sigma_threshold", "tag_shuffles", "adam_epsilon",
 )  # fmt: skip
 NOT_NEGATIVE = (

@@ -152,7 +152,7 @@ class Measures:
 
 
 def feature_network(device):
-    """The network whose features KID and the perceptual distance compare; its packages are in requirements-eval.txt."""
+    """The network of KID and of the perceptual distance; its packages are in requirements-eval.txt."""
     from lpl_finetuning.evaluation.networks import load_network
 
     return load_network(NETWORK, device)

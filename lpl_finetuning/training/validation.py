@@ -168,8 +168,8 @@ class Validation:
             return found
         with torch.no_grad(), eval_mode(denoiser):
             kid = measures.kid(
-                self.sampling_pipeline(denoiser), self.inference_steps, self.prompt_arguments, self.decode, accelerator,
-                stop=lambda: accelerator.num_processes == 1 and self.broken_off(),
+                self.sampling_pipeline(denoiser), self.inference_steps, self.prompt_arguments, self.decode,
+                accelerator, stop=lambda: accelerator.num_processes == 1 and self.broken_off(),
             )  # fmt: skip
         return found if kid is None else found | {"validation/kid": kid}
 

@@ -46,8 +46,8 @@ def test_measures_are_logged_drawn_and_on_the_card(family, request, network, tmp
     """Before training they are what `one_step_of` finds for the base model; and no bit of the training changes."""
     script, folder = {"sdxl": sdxl, "sd3": sd3}[family], request.getfixturevalue(f"{family}_folder")
     pictures = picture_folder(tmp_path / "pictures", 6, size=80)
-    flags = ["--pretrained_model_name_or_path", folder, "--train_data_dir", pictures, "--cache_dir", tmp_path / "cache",
-             "--train_batch_size", 2, "--learning_rate", 1e-3, "--lr_warmup_steps", 0, "--report_to", "none",
+    flags = ["--pretrained_model_name_or_path", folder, "--train_data_dir", pictures,
+             "--cache_dir", tmp_path / "cache", "--train_batch_size", 2, "--learning_rate", 1e-3, "--lr_warmup_steps", 0, "--report_to", "none",
              "--validation_data_dir", pictures, "--max_train_steps", 3, "--validation_steps", 1, "--logging_steps", 1,
              *MORE, *(["--max_sequence_length", 256] if family == "sd3" else [])]  # fmt: skip
     rows = script.run(*flags, "--validation_metrics", "--validation_kid_every", 2, "--validation_kid_samples", 6,
@@ -66,7 +66,9 @@ def test_measures_are_logged_drawn_and_on_the_card(family, request, network, tmp
     assert measured[0] != {**measured[3], "step": 0}
     assert (tmp_path / "with/run.png").stat().st_size > 10000
     card = (tmp_path / "with/README.md").read_text()
-    assert f"| {measured[0]['validation/one_step/psnr']:.4g} -> {measured[3]['validation/one_step/psnr']:.4g} |" in card
+    assert (
+        f"| {measured[0]['validation/one_step/psnr']:.4g} -> {measured[3]['validation/one_step/psnr']:.4g} |" in card
+    )
     script.run(*flags, "--output_dir", tmp_path / "without")
     assert script.weights(tmp_path / "with") == script.weights(tmp_path / "without")
     assert "before -> after" not in (tmp_path / "without/README.md").read_text()
@@ -94,5 +96,5 @@ def test_no_package_is_needed_without_kid(flags, monkeypatch):
     import train_sdxl_lpl
 
     monkeypatch.setattr("lpl_finetuning.flag_checks.KID_PACKAGES", ("nowhere_to_be_found",))
-    more = "--validation_metrics --validation_split 2 --validation_kid_every 0".split()
+    more = ["--validation_metrics", "--validation_split", "2", "--validation_kid_every", "0"]
     assert train_sdxl_lpl.parse_args([*flags, *more]).validation_metrics

@@ -91,8 +91,8 @@ def test_noise_is_fixed():
                   noisy(z0, 2, [0, 1, 2], levels, OneStepSettings(seed=1))):  # fmt: skip
         assert not torch.equal(other[1], eps)
     z0 = torch.randn(3, 4, 8, 8)
-    torch.testing.assert_close(noisy(z0, 0, [0, 1, 2], levels, settings)[0] - noisy(0 * z0, 0, [0, 1, 2], levels, settings)[0],
-                               levels.alphas[0] * z0)  # fmt: skip
+    with_signal, without = (noisy(z, 0, [0, 1, 2], levels, settings)[0] for z in (z0, 0 * z0))
+    torch.testing.assert_close(with_signal - without, levels.alphas[0] * z0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -137,12 +137,13 @@ def test_the_numbers_are_what_they_say(vae):
                                    rtol=1e-5)  # fmt: skip
         np.testing.assert_allclose(found["psnr"][row], 10 * np.log10(4 / ((true[row] - made[row]) ** 2).mean()),
                                    rtol=1e-4)  # fmt: skip
-        radius = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64)[None, :64 // 2 + 1]) * 2
+        radius = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64)[None, : 64 // 2 + 1]) * 2
         powers = [(abs(np.fft.rfft2(x[row])) ** 2).sum(axis=0)[radius >= 0.375].sum() for x in (made, true)]
         np.testing.assert_allclose(found["high_frequency"][row], np.log(powers[0] / powers[1]), rtol=1e-3, atol=1e-5)
         x, xh = (np.round((y[row] + 1) * 127.5) + 1 for y in (true, made))
         distances = []
-        for one, other in ((x, xh), (x.reshape(3, 8, 8, 8, 8).mean(axis=(2, 4)), xh.reshape(3, 8, 8, 8, 8).mean(axis=(2, 4)))):
+        coarse = [y.reshape(3, 8, 8, 8, 8).mean(axis=(2, 4)) for y in (x, xh)]
+        for one, other in ((x, xh), coarse):
             one, other = one / np.linalg.norm(one, axis=0), other / np.linalg.norm(other, axis=0)
             distances.append(((one - other) ** 2).sum(axis=0).mean())
         np.testing.assert_allclose(found["perceptual/means"][row], np.mean(distances), rtol=1e-3)
@@ -163,7 +164,7 @@ def test_results_are_paired_and_independent_of_the_batch(vae):
 
     def estimate(z_t, level, indices):
         seen.append((level, tuple(indices)))
-        return torch.stack([latents[index] for index in indices]) * (1 + level + torch.tensor(indices)[:, None, None, None])
+        return torch.stack([latents[index] * (1 + level + index) for index in indices])
 
     def run(**settings):
         return one_step(estimate, levels, vae, latents, OneStepSettings(**settings), [Network()], bar=False)
