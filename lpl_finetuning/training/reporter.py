@@ -244,7 +244,8 @@ def plot_run(history, path, title, stages):
     import matplotlib.pyplot as plt
 
     held_out = history.series("validation/diffusion_loss")[0]
-    rows = 3 if held_out else 2
+    measured = history.series("validation/one_step/psnr")[0]
+    rows = 2 + bool(held_out) + bool(measured)
     height = 3.5 * rows
     figure, axes = plt.subplots(rows, 2, figsize=(12, height))
     figure.subplots_adjust(left=0.06, right=0.985, top=1 - 0.8 / height, bottom=0.5 / height, hspace=0.38, wspace=0.14)

@@ -46,10 +46,10 @@ def test_measures_are_logged_drawn_and_on_the_card(family, request, network, tmp
     """Before training they are what `one_step_of` finds for the base model; and no bit of the training changes."""
     script, folder = {"sdxl": sdxl, "sd3": sd3}[family], request.getfixturevalue(f"{family}_folder")
     pictures = picture_folder(tmp_path / "pictures", 6, size=80)
-    flags = ["--pretrained_model_name_or_path", folder, "--train_data_dir", pictures,
-             "--cache_dir", tmp_path / "cache", "--train_batch_size", 2, "--learning_rate", 1e-3, "--lr_warmup_steps", 0, "--report_to", "none",
-             "--validation_data_dir", pictures, "--max_train_steps", 3, "--validation_steps", 1, "--logging_steps", 1,
-             *MORE, *(["--max_sequence_length", 256] if family == "sd3" else [])]  # fmt: skip
+    flags = ["--pretrained_model_name_or_path", folder, "--train_data_dir", pictures, "--cache_dir",
+             tmp_path / "cache", "--train_batch_size", 2, "--learning_rate", 1e-3, "--lr_warmup_steps", 0,
+             "--report_to", "none", "--validation_data_dir", pictures, "--max_train_steps", 3, "--validation_steps", 1,
+             "--logging_steps", 1, *MORE, *(["--max_sequence_length", 256] if family == "sd3" else [])]  # fmt: skip
     rows = script.run(*flags, "--validation_metrics", "--validation_kid_every", 2, "--validation_kid_samples", 6,
                       "--output_dir", tmp_path / "with")  # fmt: skip
     measured = [row for row in rows if "validation/one_step/psnr" in row]
