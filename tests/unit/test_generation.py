@@ -1,7 +1,6 @@
 """Pictures for captions: the same for every batch size and order, kept, never mixed with those of other settings."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
