@@ -28,7 +28,7 @@ from lpl_finetuning.evaluation.onestep import (
     one_step_of,
 )
 from lpl_finetuning.flags import data_source
-from lpl_utils import DecoderStages, LatentPerceptualLoss, LatentSpace, estimate_z0
+from lpl_utils import DecoderStages, LatentPerceptualLoss, LatentSpace, estimate_z0, stage_features
 from tests.runs import objective_of
 from tests.tiny_models import autoencoder, sd3_pipeline, sdxl_pipeline
 
@@ -127,6 +127,12 @@ def test_the_numbers_are_what_they_say(vae):
     loss = LatentPerceptualLoss(DecoderStages(vae))(z0_pred, z0).per_layer
     for index, name in enumerate(DecoderStages(vae).names):
         torch.testing.assert_close(found[f"lpl/{name}"], loss[index], rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        features = [list(stage_features(DecoderStages(vae), z)) for z in (z0, z0_pred)]
+    for name, x, xh in zip(DecoderStages(vae).names, *features, strict=True):
+        ratios = xh.numpy().var(axis=(2, 3)) / x.numpy().var(axis=(2, 3))
+        lower = np.sort(ratios, axis=1)[:, (ratios.shape[1] - 1) // 2]  # of an even number the lower middle one
+        np.testing.assert_allclose(found[f"spread/{name}"], lower, rtol=1e-4)
     space = LatentSpace.of(vae)
     with torch.no_grad():
         true, made = (vae.decode(space.from_model(z)).sample.clamp(-1, 1).double().numpy() for z in (z0, z0_pred))
@@ -233,6 +239,9 @@ def test_the_same_estimate_as_the_training_script(case, request, tmp_path):
         torch.testing.assert_close(z_script, z_t)
         expected = estimate_z0(out, z_script, *schedule.levels(timesteps), schedule.prediction_type)
         torch.testing.assert_close(estimate(z_t, level, indices), expected, rtol=1e-4, atol=1e-4)
+        for index in indices:
+            one = estimate(z_t[index : index + 1], level, [index])
+            torch.testing.assert_close(one, expected[index : index + 1], rtol=1e-4, atol=1e-4)
     assert (estimate.kind == "flow") == (script is train_sd3_lpl_flow)
 
 
