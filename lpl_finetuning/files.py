@@ -126,3 +126,12 @@ def dispensable(what):
 def format_bytes(count: float) -> str:
     """1234567890 -> "1.23 GB"; below 100 MB in MB with one decimal."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def row_of(line: str) -> dict[str, Any]:
+    """The row in a line of a run's log; {} for a line that a kill or a full disk left unfinished."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}
