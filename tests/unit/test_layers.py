@@ -20,6 +20,8 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("data.report", "data.encoding", "data.contact_sheet"),
     ("flags",),
     ("flag_checks", "families", "start"),
+    ("evaluation.distances", "evaluation.spectrum", "evaluation.networks"),
+    ("evaluation.uncertainty", "evaluation.features"),
     ("training.checkpoint_folders", "training.sharding", "training.guard", "training.signals"),
     ("training.models", "training.reporter"),
     ("training.objective", "training.optimization", "training.checkpoints"),
@@ -30,7 +32,8 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("errors", "files", "base_model", "families", "start", "flags", "flag_checks",
-              "training.checkpoint_folders",
+              "training.checkpoint_folders", "evaluation.distances", "evaluation.uncertainty", "evaluation.spectrum",
+              "evaluation.networks",
               "data.images", "data.tables", "data.store", "data.samples", "data.findings", "data.folders",
               "data.packed", "data.scan", "data.report", "data.encoding", "data.contact_sheet")  # fmt: skip
 
