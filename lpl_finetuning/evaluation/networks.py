@@ -8,6 +8,7 @@ Pictures are uint8 (B, H, W, 3) tensors or arrays. Shapes: B pictures, C channel
 import hashlib
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -237,7 +238,7 @@ def _load_transformers(name: str, device: "str | torch.device") -> FeatureNetwor
     def stages(images: "torch.Tensor") -> list["torch.Tensor"]:
         pixels = prepare(images)
         hidden = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[1:]
-        chosen = sorted({round((len(hidden) - 1) * share) for share in (0.25, 0.5, 0.75, 1)})
+        chosen = sorted({math.ceil(len(hidden) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)})
         return [_as_map(hidden[index], pixels.shape, tower.config) for index in chosen]
 
     shown = Path(name).name or name
