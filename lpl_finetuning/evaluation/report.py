@@ -9,7 +9,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
 from string import Template
@@ -100,7 +100,8 @@ def section(identity: str, heading: str, lead: str, body: str) -> str:
     if not body:
         return ""
     lead = f'<p class="lead">{lead}</p>' if lead else ""
-    return f'<section id="{identity}" aria-labelledby="h-{identity}"><h2 id="h-{identity}">{heading}</h2>{lead}{body}</section>'
+    head = f'<section id="{identity}" aria-labelledby="h-{identity}"><h2 id="h-{identity}">{heading}</h2>'
+    return f"{head}{lead}{body}</section>"
 
 
 def table(head: Sequence[str], rows: Iterable[Sequence[str]], style: str = "", caption: str = "") -> str:
@@ -448,7 +449,8 @@ def figure(pair: dict, names: Sequence[str], images: dict[str, str], hidden: boo
     caption = pair.get("caption") or pair["stem"]
     text = escape(caption)
     layers = "".join(
-        f'<img data-model="{index}" class="{"on" * (index == 0)}" loading="lazy" alt="{escape(name)}: {text}" src="{uri}">'
+        f'<img data-model="{index}" class="{"on" * (index == 0)}" loading="lazy" alt="{escape(name)}: {text}" '
+        f'src="{uri}">'
         for index, (name, uri) in enumerate(own)
         if uri
     )
@@ -497,8 +499,8 @@ def making(metrics: dict) -> str:
     """Settings, times, command."""
     settings = metrics["settings"] | {"device": metrics["device"]}
     rows = [[escape(words(key)), escape(shown_value(value))] for key, value in settings.items() if value is not None]
-    lead = ("One sample for each caption. Distances compare features of pictures cut to the same size; intervals of "
-            "distances are a jackknife over groups of pictures, those of means a bootstrap over pictures.")  # fmt: skip
+    lead = ("One sample for each caption. Distances compare features of pictures cut to the same size. Intervals "
+            "of distances are a jackknife over groups of pictures, those of means a bootstrap over pictures.")  # fmt: skip
     body = table(["", ""], rows, "plain", "Settings")
     if metrics.get("seconds"):
         times = [[escape(stage), duration(seconds)] for stage, seconds in metrics["seconds"].items()]

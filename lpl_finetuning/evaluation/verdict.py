@@ -36,7 +36,7 @@ MEASURES = {
     "recall": Measure("Recall", "higher", 3, "Share of real pictures that lie within the generated ones: variety."),
     "density": Measure("Density", "higher", 3, "How many real neighbourhoods a generated picture lies in. Above 1 the "
                        "pictures crowd where real ones are dense."),
-    "coverage": Measure("Coverage", "higher", 3, "Share of real pictures with a generated one in their neighbourhood."),
+    "coverage": Measure("Coverage", "higher", 3, "Share of real pictures with a generated picture nearby."),
 }  # fmt: skip
 SHORT = {"kernel": "kernel distance"} | {name: name for name in ("precision", "recall", "density", "coverage")}
 ONE_STEP = {
