@@ -41,8 +41,8 @@ def one_step(names, networks, effect):
     """The one-step test, in which later models are a little better with noise."""
     keys = ["latent_mse", "gain", "lpl/mid", "lpl/up_0", "spread/mid", "spread/up_0", "psnr", "high_frequency"]
     keys += [f"perceptual/{network['name']}" for network in networks]
-    curves = {"latent_mse": lambda n: 0.02 + 0.02 * n**1.5, "gain": lambda n: 1 + 0.03 * n, "psnr": lambda n: 34 - 2 * n,
-              "high_frequency": lambda n: -0.06 * n, "spread": lambda n: 1 - 0.02 * n,
+    curves = {"latent_mse": lambda n: 0.02 + 0.02 * n**1.5, "gain": lambda n: 1 + 0.03 * n,
+              "psnr": lambda n: 34 - 2 * n, "high_frequency": lambda n: -0.06 * n, "spread": lambda n: 1 - 0.02 * n,
               "perceptual": lambda n: 0.3 + 0.2 * n, "lpl": lambda n: 0.1 + 0.08 * n}  # fmt: skip
     models, rows = [], []
     for place, name in enumerate(names):
@@ -82,7 +82,8 @@ def draw_pictures(folder, names, guidance, count, size=64):
                 paths[name] = path
             real = paths.pop("real")
             rows.append({"stem": str(index), "caption": f"picture number {index} of a <ball> & its shadow",
-                         "guidance": scale, "real": real, "pictures": paths, "difference": 1 / (1 + index)})  # fmt: skip
+                         "guidance": scale, "real": real, "pictures": paths,
+                         "difference": 1 / (1 + index)})  # fmt: skip
     return rows
 
 
@@ -111,9 +112,11 @@ def metrics_of(names=("without-lpl", "with-lpl"), guidance=(1.0, 3.0), effect=3.
     names, guidance = list(names), list(guidance)
     distances, differences = distance_rows(names, networks, guidance, effect, width)
     return {
-        "version": 1, "command": "python evaluate_models.py --real my-pictures --output report", "date": "2026-11-28",
+        "version": 1, "command": "python evaluate_models.py --real my-pictures --output report",
+        "date": "2026-11-28",
         "device": "cpu",
-        "settings": {"steps": 25, "guidance": guidance, "size": 64, "sampler": "auto", "seed": 0, "clip_model": "clip"},
+        "settings": {"steps": 25, "guidance": guidance, "size": 64, "sampler": "auto", "seed": 0,
+                     "clip_model": "clip"},
         "real": {"folder": "my-pictures", "pictures": 96, "with_captions": 96},
         "models": [{"name": name, "kind": "pipeline", "prediction": "epsilon", "sampler": "DDIM"} for name in names],
         "networks": networks, "distances": distances, "differences": differences,

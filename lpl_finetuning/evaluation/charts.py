@@ -1,7 +1,7 @@
 """Charts of the report as inline SVG: lines with bands, and intervals on one scale.
 
-Colours are CSS classes of `report.html` (`c0`, `c1`, … for the models, `ink` for real pictures), so that one file suits
-light and dark screens. Every chart has a title for screen readers, and every point tells its value on hover.
+Colours are CSS classes of `report.html` (`c0`, `c1`, … for the models, `ink` for real pictures), so that one file
+suits light and dark screens. Every chart has a title for screen readers, and every point tells its value on hover.
 """
 
 import math
