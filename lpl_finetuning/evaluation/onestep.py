@@ -134,7 +134,7 @@ def noisy(latents, level, indices, levels, settings):
         latents: z0, (B, C, h, w), float32.
     """
     addresses = [int(index) * len(levels.log_snr) + level for index in indices]
-    eps = addressed_normal(settings.seed, addresses, latents.shape[1:], "one step").to(latents.device)
+    eps = addressed_normal(settings.seed, addresses, latents.shape[1:], "one_step").to(latents.device)
     return float(levels.alphas[level]) * latents + float(levels.sigmas[level]) * eps, eps
 
 
