@@ -634,14 +634,24 @@ def require_layers(part, wanted, names):
             "to_q,to_v")  # fmt: skip
 
 
+def lora_file(folder):
+    """The .safetensors file of a folder that is read as a LoRA: diffusers' name for it, else the first by name."""
+    files = sorted(folder.glob("*.safetensors"))
+    return next((file for file in files if file.name == "pytorch_lora_weights.safetensors"), files[0])
+
+
 LYCORIS = ("hada_w1", "lokr_w1", "oft_blocks")  # marks of other adapters than LoRA
 
 
 def check_init_lora(name):
     """Refuse what --init_lora names if it can't be a LoRA."""
-    if not name:
-        return
-    flag, path = f"--init_lora {name}", Path(name)
+    if name:
+        check_lora(f"--init_lora {name}", name)
+
+
+def check_lora(flag, name):
+    """Refuse a file, folder or Hub name that can't be a LoRA; `flag`: begins the message."""
+    path = Path(name)
     if not path.exists():
         require(name.count("/") == 1 and hub_like(name),
                 f"{flag}: there is no such file or folder, and Hub names have the form owner/name")  # fmt: skip
@@ -653,7 +663,7 @@ def check_init_lora(name):
         found = sorted(file.name for file in path.iterdir())[:3]
         require(files, f"{flag}: no .safetensors there, only {', '.join(found) or 'nothing'}; give the folder or file "
                 "of a LoRA")  # fmt: skip
-        path = next((file for file in files if file.name == "pytorch_lora_weights.safetensors"), files[0])
+        path = lora_file(path)
     require(path.suffix == ".safetensors", f"{flag}: {path.suffix or 'a file without an ending'} is not read, only "
             ".safetensors; save the LoRA in that format")  # fmt: skip
     problem = weight_problem(path)

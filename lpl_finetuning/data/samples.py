@@ -58,6 +58,7 @@ STREAMS = {
     "crop": 14,
     "slots": 15,
     "phase": 16,
+    "one_step": 17,
 }
 
 
