@@ -192,8 +192,8 @@ def find_everything(args: Flags) -> tuple[list[Contender], Sequence[CaptionedIma
     held_out = scan(args, "--held_out", args.held_out, captions) if args.held_out else None
     if args.max_pictures and args.max_pictures < len(real):
         real = select(real, np.linspace(0, len(real) - 1, args.max_pictures).round().astype(int))
-    require(len(real) >= FEW_PICTURES, f"--real {args.real}: {counted(len(real), 'picture')} are used, and no distance "
-            f"means anything below {FEW_PICTURES}; 500 and more are better")  # fmt: skip
+    require(len(real) >= FEW_PICTURES, f"--real {args.real}: {counted(len(real), 'picture')} are used, and no "
+            f"distance means anything below {FEW_PICTURES}; 500 and more are better")  # fmt: skip
     contenders = [find_contender(args, *pair, stems_of(real))
                   for pair in zip(short_labels(args.model), sources, strict=True)]  # fmt: skip
     return contenders, real, held_out

@@ -426,8 +426,8 @@ def pictures(metrics: dict, names: Sequence[str], folder: Path) -> str:
     lead = (
         "Captions of the real pictures, one sample each, the same seed for all models."
         + (
-            " Pictures where the models differ most come first. Hover over a picture, tap it, or press Enter on it to see "
-            "the other model's."
+            " Pictures where the models differ most come first. Hover over a picture, tap it, or press Enter on it to "
+            "see the other model's."
             if len(names) > 1
             else ""
         )
@@ -500,7 +500,7 @@ def making(metrics: dict) -> str:
     settings = metrics["settings"] | {"device": metrics["device"]}
     rows = [[escape(words(key)), escape(shown_value(value))] for key, value in settings.items() if value is not None]
     lead = ("One sample for each caption. Distances compare features of pictures cut to the same size. Intervals "
-            "of distances are a jackknife over groups of pictures, those of means a bootstrap over pictures.")  # fmt: skip
+            "of distances are a jackknife over groups of pictures; those of means a bootstrap.")  # fmt: skip
     body = table(["", ""], rows, "plain", "Settings")
     if metrics.get("seconds"):
         times = [[escape(stage), duration(seconds)] for stage, seconds in metrics["seconds"].items()]
