@@ -14,6 +14,7 @@ are (height, width) in px; N pictures, D features of a network. Differences are 
 """
 
 # ruff: noqa: E402  (flags, models and pictures are checked before the slow imports)
+import argparse
 import contextlib
 import datetime
 import json
@@ -27,13 +28,13 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-from lpl_finetuning.evaluation.models import SAMPLERS, ModelSource, find_source
-from lpl_finetuning.evaluation.networks import check_clip, check_network
 
 from lpl_finetuning.base_model import read_object
 from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.data.tables import CaptionedImage, first_of, select
 from lpl_finetuning.errors import counted, require
+from lpl_finetuning.evaluation.models import SAMPLERS, ModelSource, find_source
+from lpl_finetuning.evaluation.networks import check_clip, check_network
 from lpl_finetuning.evaluation.picture_sets import PictureSet, cut_pictures, read_pictures, short_labels, stems_of
 from lpl_finetuning.files import digest, write_whole
 from lpl_finetuning.flags import FlagParser, Flags, input_path, path
@@ -52,12 +53,21 @@ MADE_ONLY = ("steps", "guidance", "sampler", "instance_prompt", "dtype")  # flag
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+class Several(argparse.Action):
+    """A flag that is given once for each of its values."""
+
+    def __call__(self, parser, namespace, values, option_string=None):
+        """Append the value."""
+        before = getattr(namespace, self.dest)
+        setattr(namespace, self.dest, [*(before if isinstance(before, list) else ()), values])
+
+
 def build_parser() -> FlagParser:
     """All flags of the command."""
     parser = FlagParser(__doc__.split("\n\nTop to bottom")[0])
     add = parser.add_argument_group("what is compared").add_argument
     add("--real", type=input_path, metavar="FOLDER", help="real pictures with captions, as for --train_data_dir")
-    add("--model", action="append", metavar="MODEL", help="a pipeline, BASE+LORA, BASE+CHECKPOINT, or a folder of "
+    add("--model", action=Several, metavar="MODEL", help="a pipeline, BASE+LORA, BASE+CHECKPOINT, or a folder of "
         "pictures; once for each model, the baseline first")  # fmt: skip
     add("--output", type=path, metavar="FOLDER", help="where the report and everything it needs are kept")
     add("--held_out", type=input_path, metavar="FOLDER", help="captioned pictures that no model was trained on, for "
@@ -79,7 +89,7 @@ def build_parser() -> FlagParser:
     add = parser.add_argument_group("how pictures are compared").add_argument
     add(
         "--network",
-        action="append",
+        action=Several,
         metavar="NETWORK",
         help="efficientnet-lite2, efficientnet-lite0, inception "
         "(FID), or the folder or Hub name of a transformers vision model; once for each (default: the first two)",
@@ -248,18 +258,19 @@ def picture_size(args: Flags, contenders: Sequence[Contender]) -> tuple[int, int
 RUN = early(__name__, parse_args, find_everything)
 
 import torch
+from diffusers.utils.logging import disable_progress_bar
+from tqdm import tqdm
+
+from lpl_finetuning.evaluation import comparison
+from lpl_finetuning.evaluation.comparison import Memory, pairs_to_compare
 from lpl_finetuning.evaluation.features import features_of
 from lpl_finetuning.evaluation.generation import GenerationSettings, generate, guidance_folder, picture_path
 from lpl_finetuning.evaluation.models import load_pipeline, prediction_kind
 from lpl_finetuning.evaluation.networks import FeatureNetwork, load_clip, load_network
 from lpl_finetuning.evaluation.onestep import OneStepSettings, one_step_of
+from lpl_finetuning.evaluation.report import duration, write_report
 from lpl_finetuning.evaluation.spectrum import radial_log_power, sharpness
 from lpl_finetuning.evaluation.uncertainty import enough_pictures
-from tqdm import tqdm
-
-from lpl_finetuning.evaluation import comparison
-from lpl_finetuning.evaluation.comparison import Memory, pairs_to_compare
-from lpl_finetuning.evaluation.report import duration, write_report
 from lpl_finetuning.evaluation.verdict import verdict_sentences
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -332,6 +343,8 @@ def make(task: Task, contender: Contender, stages: "Stages") -> Made:
     facts = memory_of(folder)
     whole = facts and all(file.is_file() for pictures in sets.values() for file in pictures.files)
     if not whole or (task.tested and not numbers.is_file()) or facts["key"] != key_of(task, settings):
+        print(f"\n{contender.name}", flush=True)
+        disable_progress_bar()
         with stages("loading models"):
             pipeline = load_pipeline(contender.source, task.dtype, task.device)
         with stages("making pictures"):

@@ -12,6 +12,7 @@ from html import escape
 WIDTH, HEIGHT = 360, 216  # of a chart, in units that the page scales to the width at hand
 LEFT, RIGHT, TOP, BOTTOM = 46, 10, 10, 34
 TICKS = 5
+MOST_DOTS = 12  # positions of a line that are marked
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ def _curve(x, line, across, down) -> list[str]:
         if is_finite(value):
             text = f"{line.name}: {value:.4g}" + (f" ({bound[0]:.4g} to {bound[1]:.4g})" if bound else "")
             place = f'cx="{across(at):.1f}" cy="{down(value):.1f}"'
-            dot = f'<circle class="dot {line.style}" {place} r="2.2"/>' if len(x) <= 24 else ""
+            dot = f'<circle class="dot {line.style}" {place} r="2.2"/>' if len(x) <= MOST_DOTS else ""
             parts.append(f'{dot}<circle class="aim" {place} r="7"><title>{escape(text)}</title></circle>')
     return parts
 

@@ -188,7 +188,7 @@ def verdict(metrics: dict, names: Sequence[str]) -> str:
 
 def with_chips(sentence: str, names: Sequence[str]) -> str:
     """HTML of a sentence with the models' names in bold."""
-    text = escape(sentence, quote=False)
+    text = escape(sentence, quote=False).replace("95 %", "95&nbsp;%")
     longest = sorted((escape(name, quote=False) for name in names), key=len, reverse=True)
     pattern = "|".join(rf"(?<![\w/.-]){re.escape(name)}(?![\w/-])" for name in longest)
     return re.sub(pattern, lambda found: f"<b>{found[0].replace('-', NO_BREAK_HYPHEN)}</b>", text) if pattern else text
@@ -355,7 +355,7 @@ def spectrum(metrics: dict, names: Sequence[str]) -> str:
     parts = []
     for guidance in dict.fromkeys(row["guidance"] for row in found["models"]):
         rows = [row for row in found["models"] if row["guidance"] == guidance]
-        axis = "frequency, share of the finest that the pictures hold"
+        axis = "spatial frequency (1 is the finest)"
         power = [Line("real", "ink", found["real"])]
         power += [Line(row["model"], style_of(names, row["model"]), row["log_power"]) for row in rows]
         error = [Line(row["model"], style_of(names, row["model"]), row["error"]) for row in rows]
@@ -374,7 +374,7 @@ def spectrum(metrics: dict, names: Sequence[str]) -> str:
     if sharp and found.get("real_sharpness"):
         sharp.append(['<span class="chip">real pictures</span>', band(found["real_sharpness"], 3)])
     sharpness = table(["", "sharpness (95 % interval)"], sharp, "numbers", "Sharpness") if sharp else ""
-    body = f'{legend(names, real=True)}<div class="charts">{"".join(parts)}</div>{sharpness}'
+    body = f'{legend(names, real=True)}<div class="charts two">{"".join(parts)}</div>{sharpness}'
     return section("spectrum", "Power spectrum", lead, body)
 
 
@@ -487,7 +487,7 @@ def thumbnail(image: Image.Image, side: int) -> bytes:
     if max(image.size) > side:
         small = image.copy()
         small.thumbnail((side, side), Image.Resampling.LANCZOS)
-    small.save(content, "WEBP", quality=82, lossless=max(small.size) <= PIXELATED, method=4)
+    small.save(content, "WEBP", quality=82, lossless=small is image and max(image.size) <= PIXELATED, method=4)
     return content.getvalue()
 
 

@@ -164,8 +164,8 @@ def _other_measures(pair: tuple[str, str], rows: list[dict]) -> list[str]:
     same = {}  # one part for all guidance scales with the same outcome
     for (name, guidance), measures in found.items():
         same.setdefault((name, joined(measures)), []).append(guidance)
-    parts = [f"better for {name}{at_all(places)} are {measures}" for (name, measures), places in same.items()]
-    return [f"Other measures, {pair[1]} against {pair[0]}: {'; '.join(parts)}."]
+    parts = [f"{measures} in favour of {name}{at_all(places)}" for (name, measures), places in same.items()]
+    return [f"Other measures that differ, {pair[1]} against {pair[0]}: {'; '.join(parts)}."]
 
 
 def _on_one_step(metrics: dict, network: dict | None) -> list[str]:

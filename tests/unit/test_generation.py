@@ -99,9 +99,7 @@ def test_what_is_refused(pipelines, tmp_path):
 
 def test_what_is_not_finite_is_refused(pipelines, tmp_path, monkeypatch):
     pipeline = pipelines["sdxl"]
-    monkeypatch.setattr(
-        pipeline.vae, "decode", lambda z: type("", (), {"sample": torch.full((1, 3, 64, 64), torch.nan)})
-    )
+    monkeypatch.setattr(pipeline.vae, "decode", lambda z: type("", (), {"sample": torch.full((1, 3, 64, 64), torch.nan)}))
     with pytest.raises(UserError, match="not finite"):
         generate(pipeline, {"a": ""}, GenerationSettings(1, (1.0,)), tmp_path, bar=False)
     assert not list(tmp_path.rglob("*.png"))

@@ -137,15 +137,12 @@ def test_the_numbers_are_what_they_say(vae):
                                    rtol=1e-5)  # fmt: skip
         np.testing.assert_allclose(found["psnr"][row], 10 * np.log10(4 / ((true[row] - made[row]) ** 2).mean()),
                                    rtol=1e-4)  # fmt: skip
-        radius = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64)[None, : 64 // 2 + 1]) * 2
+        radius = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64)[None, :64 // 2 + 1]) * 2
         powers = [(abs(np.fft.rfft2(x[row])) ** 2).sum(axis=0)[radius >= 0.375].sum() for x in (made, true)]
         np.testing.assert_allclose(found["high_frequency"][row], np.log(powers[0] / powers[1]), rtol=1e-3, atol=1e-5)
         x, xh = (np.round((y[row] + 1) * 127.5) + 1 for y in (true, made))
         distances = []
-        for one, other in (
-            (x, xh),
-            (x.reshape(3, 8, 8, 8, 8).mean(axis=(2, 4)), xh.reshape(3, 8, 8, 8, 8).mean(axis=(2, 4))),
-        ):
+        for one, other in ((x, xh), (x.reshape(3, 8, 8, 8, 8).mean(axis=(2, 4)), xh.reshape(3, 8, 8, 8, 8).mean(axis=(2, 4)))):
             one, other = one / np.linalg.norm(one, axis=0), other / np.linalg.norm(other, axis=0)
             distances.append(((one - other) ** 2).sum(axis=0).mean())
         np.testing.assert_allclose(found["perceptual/means"][row], np.mean(distances), rtol=1e-3)
@@ -166,9 +163,7 @@ def test_results_are_paired_and_independent_of_the_batch(vae):
 
     def estimate(z_t, level, indices):
         seen.append((level, tuple(indices)))
-        return torch.stack([latents[index] for index in indices]) * (
-            1 + level + torch.tensor(indices)[:, None, None, None]
-        )
+        return torch.stack([latents[index] for index in indices]) * (1 + level + torch.tensor(indices)[:, None, None, None])
 
     def run(**settings):
         return one_step(estimate, levels, vae, latents, OneStepSettings(**settings), [Network()], bar=False)
