@@ -23,7 +23,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -35,14 +35,13 @@ from lpl_finetuning.data.tables import CaptionedImage, first_of, select
 from lpl_finetuning.errors import counted, require
 from lpl_finetuning.evaluation.models import SAMPLERS, ModelSource, find_source
 from lpl_finetuning.evaluation.networks import check_clip, check_network
-from lpl_finetuning.evaluation.picture_sets import PictureSet, cut_pictures, read_pictures, short_labels, stems_of
+from lpl_finetuning.evaluation.picture_sets import PictureSet, cut_pictures, short_labels, stems_of
 from lpl_finetuning.files import digest, write_whole
 from lpl_finetuning.flags import FlagParser, Flags, input_path, path
 from lpl_finetuning.start import early, run_main
 
 NETWORKS = ("efficientnet-lite2", "efficientnet-lite0")
 ONE_STEP_PICTURES = 256  # of the one-step test; its numbers are paired, so more would hardly sharpen them
-READ_AT_ONCE = 64  # pictures in memory
 FEW_PICTURES = 16  # below, no distance is worth its name
 NO_CAPTIONS = {"default_caption": ""}  # options of a scan in which captions do not matter
 MADE_ONLY = ("steps", "guidance", "sampler", "instance_prompt", "dtype")  # flags that only models need
@@ -269,7 +268,6 @@ from lpl_finetuning.evaluation.models import load_pipeline, prediction_kind
 from lpl_finetuning.evaluation.networks import FeatureNetwork, load_clip, load_network
 from lpl_finetuning.evaluation.onestep import OneStepSettings, one_step_of
 from lpl_finetuning.evaluation.report import duration, write_report
-from lpl_finetuning.evaluation.spectrum import radial_log_power, sharpness
 from lpl_finetuning.evaluation.uncertainty import enough_pictures
 from lpl_finetuning.evaluation.verdict import verdict_sentences
 
@@ -461,38 +459,26 @@ def relative(task: Task, file: Path) -> str:
 def spectra(task: Task, made: Sequence[Made], stages: "Stages") -> dict:
     """The part "spectrum": mean log power over frequencies, its error, and sharpness."""
     with stages("power spectrum"):
-        frequencies, real, sharp = spectrum_of(task, task.real)
+        frequencies, real, sharp = comparison.mean_spectrum(task.real.files, task.args.seed)
         rows = []
         for each in made:
             for guidance, pictures in each.sets.items():
-                _, power, own = spectrum_of(task, pictures)
+                _, power, own = comparison.mean_spectrum(pictures.files, task.args.seed)
                 rows.append({"model": each.contender.name, "guidance": guidance, "log_power": power.tolist(),
                              "error": (power - real).tolist(), "sharpness": own})  # fmt: skip
     return {"frequencies": frequencies.tolist(), "real": real.tolist(), "real_sharpness": sharp, "models": rows}
 
 
-def spectrum_of(task: Task, pictures: PictureSet) -> tuple[np.ndarray, np.ndarray, list[float]]:
-    """(frequencies, mean log power, [sharpness, low, high]) of pictures."""
-    powers, sharp, files, frequencies = [], [], pictures.files, None
-    for first in range(0, len(files), READ_AT_ONCE):
-        images = read_pictures(files[first : first + READ_AT_ONCE])
-        frequencies, power = radial_log_power(images)
-        powers.append(power)
-        sharp.append(sharpness(images))
-    row = comparison.mean_row(np.concatenate(sharp), task.args.seed)
-    return frequencies, np.concatenate(powers).mean(axis=0), list(row.values())
-
-
 def caption_scores(task: Task, made: Sequence[Made], stages: "Stages") -> dict:
     """The parts "clip_score" and "clip_differences"; empty without --clip_model."""
-    if not task.args.clip_model:
-        return {"clip_score": [], "clip_differences": []}
     scores, rows, differences = {}, [], []
+    if not task.args.clip_model:
+        return {"clip_score": rows, "clip_differences": differences}
     with stages("CLIPScore"):
         score = load_clip(task.args.clip_model, task.device)
         for each in made:
             for guidance, pictures in each.sets.items() if each.contender.paired else ():
-                own = scores[each.contender.name, guidance] = score_of(task, score, pictures)
+                own = scores[each.contender.name, guidance] = comparison.score_all(score, pictures, task.captions)
                 rows.append({"model": each.contender.name, "guidance": guidance,
                              **comparison.mean_row(own, task.args.seed)})  # fmt: skip
     names = [each.contender.name for each in made if each.contender.paired]
@@ -502,15 +488,6 @@ def caption_scores(task: Task, made: Sequence[Made], stages: "Stages") -> dict:
             row = comparison.paired_row(*own, "higher", task.args.seed)
             differences.append({"a": a, "b": b, "guidance": guidance, **row})
     return {"clip_score": rows, "clip_differences": differences}
-
-
-def score_of(task: Task, score: Callable, pictures: PictureSet) -> np.ndarray:
-    """(N,) CLIPScore of pictures with their captions."""
-    captions = [task.captions[stem] for stem in task.real.stems]
-    numbers = range(0, len(captions), READ_AT_ONCE)
-    parts = [score(read_pictures(pictures.files[first : first + READ_AT_ONCE]), captions[first : first + READ_AT_ONCE])
-             for first in tqdm(numbers, "CLIPScore", unit=" batches", delay=2, leave=False)]  # fmt: skip
-    return np.concatenate(parts)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from lpl_finetuning.evaluation.distances import (
     nearest_distances,
     precision_recall,
 )
+from lpl_finetuning.evaluation.picture_sets import PictureSet, batches
+from lpl_finetuning.evaluation.spectrum import radial_log_power, sharpness
 from lpl_finetuning.evaluation.uncertainty import Interval, distance_difference, mean_interval, paired_difference
 from lpl_finetuning.evaluation.verdict import MEASURES, ONE_STEP, judged
 from lpl_finetuning.files import write_whole
@@ -196,3 +198,22 @@ def most_different(features: Sequence[np.ndarray]) -> np.ndarray:
     """(N,) largest distance between the features of any two models' pictures of a caption; zeros for one model."""
     distances = [np.linalg.norm(a - b, axis=1) for a, b in combinations(features, 2)]
     return np.max(distances, axis=0) if distances else np.zeros(len(features[0]))
+
+
+def mean_spectrum(files: Sequence[Path], seed: int) -> tuple[np.ndarray, np.ndarray, list[float]]:
+    """(frequencies, mean log power, [sharpness, low, high]) of picture files of one size."""
+    powers, sharp, frequencies = [], [], None
+    for images in batches(files):
+        frequencies, power = radial_log_power(images)
+        powers.append(power)
+        sharp.append(sharpness(images))
+    return frequencies, np.concatenate(powers).mean(axis=0), list(mean_row(np.concatenate(sharp), seed).values())
+
+
+def score_all(score: Callable, pictures: PictureSet, captions: dict[str, str]) -> np.ndarray:
+    """(N,) CLIPScore of pictures, in the order of `captions`, {stem: caption}."""
+    texts, found = list(captions.values()), []
+    for images in batches(pictures.of(list(captions)).files):
+        first = sum(map(len, found))
+        found.append(np.asarray(score(images, texts[first : first + len(images)])))
+    return np.concatenate(found)

@@ -6,7 +6,7 @@ Importing this file imports no torch.
 import io
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -19,6 +19,8 @@ from lpl_finetuning.data.images import open_image, prepare_image
 from lpl_finetuning.data.tables import CaptionedImage
 from lpl_finetuning.errors import require
 from lpl_finetuning.files import write_whole
+
+AT_ONCE = 64  # pictures in memory
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,12 @@ def read_pictures(paths: Sequence[Path]) -> np.ndarray:
     sizes = {pixels.shape for pixels in found}
     require(len(sizes) == 1, f"{Path(paths[0]).parent}: its pictures have several sizes; remove the folder")
     return np.stack(found)
+
+
+def batches(files: Sequence[Path]) -> Iterator[np.ndarray]:
+    """Yield the pictures of files of one size, a few at a time: uint8 (B, H, W, 3)."""
+    for first in range(0, len(files), AT_ONCE):
+        yield read_pictures(files[first : first + AT_ONCE])
 
 
 def short_labels(texts: Sequence[str]) -> list[str]:

@@ -157,8 +157,10 @@ def title(names: Sequence[str]) -> str:
 def facts(metrics: dict) -> str:
     """The line below the title."""
     settings, real = metrics["settings"], metrics["real"]
-    guidance = " and ".join(f"{value:g}" for value in settings["guidance"])
-    texts = [f"{real['pictures']:,} real pictures", f"guidance {guidance}", f"{settings['steps']} steps"]
+    texts = [f"{real['pictures']:,} real pictures"]
+    if settings["guidance"]:  # models that made pictures
+        guidance = " and ".join(f"{value:g}" for value in settings["guidance"])
+        texts += [f"guidance {guidance}", f"{settings['steps']} steps"]
     texts += [f"{settings['size']} px"] if settings.get("size") else []
     return " · ".join(map(escape, [*texts, metrics["date"]]))
 

@@ -25,8 +25,8 @@ VOID = {"meta", "link", "img", "input", "br"}
 def written(folder, names=NAMES, count=3, **options):
     """A report of made-up metrics; its path."""
     guidance = options.get("guidance", (1.0, 3.0))
-    metrics = metrics_of(names, pairs=draw_pictures(folder, [re.sub(r"\W", "", name) for name in names], guidance, count),
-                         **options)  # fmt: skip
+    pairs = draw_pictures(folder, [re.sub(r"\W", "", name) for name in names], guidance, count)
+    metrics = metrics_of(names, pairs=pairs, **options)
     for pair in metrics["pairs"]:
         pair["pictures"] = dict(zip(names, pair["pictures"].values(), strict=True))
     metrics["verdict"] = verdict_sentences(metrics)
@@ -91,8 +91,9 @@ def test_every_picture_has_a_text_and_every_chart_a_title(page):
 
 def test_the_verdict_comes_before_the_tables_and_the_settings_are_told(page):
     text = page.read_text(encoding="utf-8")
-    places = [text.index(part) for part in ("pictures are closer", "Distance to the real", "One step from noise",
-                                            "Power spectrum", "Agreement with", 'id="pictures"', 'id="making"')]  # fmt: skip
+    parts = ("pictures are closer", "Distance to the real", "One step from noise", "Power spectrum",
+             "Agreement with", 'id="pictures"', 'id="making"')  # fmt: skip
+    places = [text.index(part) for part in parts]
     assert places == sorted(places)
     for part in ("96 real pictures", "guidance 1 and 3", "25 steps", "One sample for each caption", "1,280 features",
                  "96 pictures are few", "python evaluate_models.py", "3 min 42 s", "half against half"):  # fmt: skip

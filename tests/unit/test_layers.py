@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow", "preview_data")
+SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow", "preview_data", "evaluate_models")
 FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("errors", "lpl_utils"),
     ("files",),
@@ -21,16 +21,18 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("flags",),
     ("flag_checks", "families", "start"),
     ("training.checkpoint_folders", "training.sharding", "training.guard", "training.signals", "evaluation.models"),
-    ("evaluation.generation", "evaluation.onestep"),
+    ("evaluation.verdict", "evaluation.charts", "evaluation.picture_sets"),
+    ("evaluation.generation", "evaluation.onestep", "evaluation.report"),
     ("training.models", "training.reporter"),
     ("training.objective", "training.optimization", "training.checkpoints"),
     ("training.validation", "training.run"),
     ("training.plan",),
-    ("results.export", "results.hub"),
+    ("results.export", "results.hub", "evaluation.comparison"),
     ("publish", *SCRIPTS),
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("errors", "files", "base_model", "families", "start", "flags", "flag_checks", "evaluation.models",
+              "evaluation.verdict", "evaluation.charts", "evaluation.picture_sets", "evaluation.report",
               "training.checkpoint_folders",
               "data.images", "data.tables", "data.store", "data.samples", "data.findings", "data.folders",
               "data.packed", "data.scan", "data.report", "data.encoding", "data.contact_sheet")  # fmt: skip
