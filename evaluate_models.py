@@ -426,7 +426,7 @@ def differences_by(
     for a, b, guidance in tqdm(work, f"intervals ({network.name})", unit=" pairs", delay=2, leave=False):
         ours = [theirs.get((name, guidance), theirs.get((name, None))) for name in (a, b)]
         paired = by_name[a].contender.paired and by_name[b].contender.paired
-        found = comparison.distance_differences(real, *ours, paired, task.args.seed, task.memory)
+        found = comparison.difference_rows(real, *ours, paired, task.args.seed, task.memory)
         rows += [{"a": a, "b": b, "guidance": guidance, "network": network.name, **row} for row in found]
     return rows
 

@@ -12,30 +12,15 @@ from pathlib import Path
 
 import numpy as np
 
-from lpl_finetuning.evaluation.distances import (
-    density_coverage,
-    frechet_distance,
-    kernel_distance,
-    nearest_distances,
-    precision_recall,
-)
+from lpl_finetuning.evaluation.distances import distances_without_groups, nearest_distances
 from lpl_finetuning.evaluation.picture_sets import PictureSet, batches
 from lpl_finetuning.evaluation.spectrum import radial_log_power, sharpness
-from lpl_finetuning.evaluation.uncertainty import Interval, distance_difference, mean_interval, paired_difference
+from lpl_finetuning.evaluation.uncertainty import Interval, distance_differences, mean_interval, paired_difference
 from lpl_finetuning.evaluation.verdict import MEASURES, ONE_STEP, judged
 from lpl_finetuning.files import write_whole
 
+NAMES = tuple(MEASURES)  # of the distances
 MOST_FOR_ALL_PAIRS = 3  # models of which every pair is compared; of more, each with the first
-
-DISTANCES: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
-    "frechet": frechet_distance,
-    "kernel": kernel_distance,
-    "precision": lambda real, fake: precision_recall(real, fake)[0],
-    "recall": lambda real, fake: precision_recall(real, fake)[1],
-    "density": lambda real, fake: density_coverage(real, fake)[0],
-    "coverage": lambda real, fake: density_coverage(real, fake)[1],
-}
-
 
 def pairs_to_compare(names: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs (a, b) of models: all of them when few, else each against the first."""
@@ -85,7 +70,7 @@ def all_distances(real: np.ndarray, fake: np.ndarray, memory: Memory) -> dict[st
     """{measure: value} of generated features (M, D) against real ones (N, D)."""
 
     def compute() -> dict[str, float]:
-        return {name: float(distance(real, fake)) for name, distance in DISTANCES.items()}
+        return {name: float(values[0]) for name, values in distances_without_groups(real, fake, names=NAMES).items()}
 
     return memory.recall(compute, "distances", real, fake)
 
@@ -99,27 +84,25 @@ def floor(real: np.ndarray, seed: int, memory: Memory) -> dict[str, float] | Non
     return all_distances(real[order[:half]], real[order[half : 2 * half]], memory)
 
 
-def distance_differences(
+def difference_rows(
     real: np.ndarray, a: np.ndarray, b: np.ndarray, paired: bool, seed: int, memory: Memory
 ) -> list[dict]:
-    """[{"metric", "value", "low", "high", "better", "verdict"}] of features of two models, (N, D) each.
+    """[{"metric", "value", "low", "high", "better", "verdict"}] of features of two models, (M, D) each.
 
     Args:
-        real: features of the real pictures.
+        real: features of the real pictures, (N, D).
         a, b: features of the models' pictures.
         paired: whether picture n of both models has the same caption and seed.
         seed: of the groups.
         memory: of earlier starts.
     """
-    rows = []
-    for name, measure in MEASURES.items():
 
-        def compute(name: str = name) -> dict[str, float]:
-            return _ends(distance_difference(real, b, a, DISTANCES[name], paired=paired, seed=seed))
+    def compute() -> dict[str, dict[str, float]]:
+        found = distance_differences(real, b, a, NAMES, paired=paired, seed=seed)
+        return {name: _ends(interval) for name, interval in found.items()}
 
-        found = memory.recall(compute, f"difference {name} {paired} {seed}", real, a, b)
-        rows.append({"metric": name, **_judged(found, measure.better)})
-    return rows
+    found = memory.recall(compute, f"differences {paired} {seed}", real, a, b)
+    return [{"metric": name, **_judged(found[name], measure.better)} for name, measure in MEASURES.items()]
 
 
 def memorisation(real: np.ndarray, fake: np.ndarray, held_out: np.ndarray, seed: int, memory: Memory) -> dict:

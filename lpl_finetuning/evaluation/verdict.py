@@ -219,8 +219,9 @@ def _cautions(metrics: dict, network: dict | None) -> list[str]:
     sentences = []
     if network and network.get("warning"):
         sentences.append(f"Caution: {network['warning']}")
-    sentences.append(
-        "The intervals cover the choice of pictures and the noise of sampling. They do not cover chance "
-        "in training: train both models with a second seed before you trust a small difference."
-    )
+    if not metrics["settings"].get("held_out"):
+        sentences.append("Caution: without --held_out nothing here tells learning from copying, if the models were "
+                         "trained on these pictures.")  # fmt: skip
+    sentences.append("The intervals cover chance in the generated pictures. They do not cover chance in training: train "
+                     "both models with a second seed before you trust a small difference.")  # fmt: skip
     return sentences
