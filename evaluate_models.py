@@ -573,6 +573,7 @@ def describe(task: Task, made: Sequence[Made], real: Sequence[CaptionedImage]) -
     settings |= {"size": task.size[0], "seed": args.seed, "networks": args.network, "clip_model": args.clip_model,
                  "held_out": args.held_out, "one_step_pictures": len(task.tested) or None}  # fmt: skip
     models = [{"name": each.contender.name, "text": each.contender.source.text, "kind": each.contender.source.kind,
+               "family": getattr(getattr(each.contender.source.base, "family", None), "name", None),
                "prediction": each.facts.get("prediction"), "sampler": each.facts.get("sampler"),
                "paired": each.contender.paired, "pictures_folder": folders[each.contender.name]}
               for each in made]  # fmt: skip

@@ -22,6 +22,7 @@ from lpl_finetuning.files import write_whole
 NAMES = tuple(MEASURES)  # of the distances
 MOST_FOR_ALL_PAIRS = 3  # models of which every pair is compared; of more, each with the first
 
+
 def pairs_to_compare(names: Sequence[str]) -> list[tuple[str, str]]:
     """Pairs (a, b) of models: all of them when few, else each against the first."""
     pairs = list(combinations(names, 2))

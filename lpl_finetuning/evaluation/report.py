@@ -311,11 +311,12 @@ def one_step(metrics: dict, names: Sequence[str]) -> str:
     others = "".join(one_step_chart(metrics, test, key, names) for key in keys if key not in shown)
     rest = folded("Other measures and decoder stages", f'<div class="charts">{others}</div>') if others else ""
     drawn = [each["model"] for each in test["models"]]
+    kind = "held-out pictures" if test.get("held_out") else "of the real pictures"
     pick = ""
     if len(drawn) > 1:
         options = [("difference", f"difference to {drawn[0]}"), ("value", "values")]
         pick = choice("one-step", options, "Show", "difference")
-    lead = (f"Each model is given {test['pictures']:,} held-out pictures with fixed noise and estimates them in a "
+    lead = (f"Each model is given {test['pictures']:,} {kind} with fixed noise and estimates them in a "
             "single step. The decoded estimates are compared with the truth. This test is nearly free of chance; "
             "bands are 95 % intervals over pictures.")  # fmt: skip
     body = f'{pick}{legend(names)}<div class="charts">{charts}</div>{rest}'

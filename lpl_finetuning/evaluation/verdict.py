@@ -30,8 +30,8 @@ class Measure:
 MEASURES = {
     "frechet": Measure("Fréchet distance", "lower", 2, "Distance of two clouds of features by their means and "
                        "covariances. Needs more pictures than the network has features."),
-    "kernel": Measure("Kernel distance (KID)", "lower", 4, "Unbiased for any number of pictures, so it can fall below "
-                      "0. Noisier than it looks: read the interval."),
+    "kernel": Measure("Kernel distance", "lower", 4, "Unbiased for any number of pictures, so it can fall below 0. "
+                      "With the features of Inception it is KID."),
     "precision": Measure("Precision", "higher", 3, "Share of generated pictures that lie within the real ones."),
     "recall": Measure("Recall", "higher", 3, "Share of real pictures that lie within the generated ones: variety."),
     "density": Measure("Density", "higher", 3, "How many real neighbourhoods a generated picture lies in. Above 1 the "
@@ -173,8 +173,13 @@ def _on_one_step(metrics: dict, network: dict | None) -> list[str]:
     if not test or network is None:
         return []
     sentences, metric = [], f"perceptual/{network['name']}"
+    families = {model["name"]: model.get("family") for model in metrics["models"]}
     for row in test["differences"]:
         if row["metric"] != metric or row.get("level") is not None:
+            continue
+        if families[row["a"]] != families[row["b"]]:
+            sentences.append(f"No verdict on one step: {row['a']} and {row['b']} have different autoencoders, and "
+                             "each is compared with what its own makes of the pictures.")  # fmt: skip
             continue
         name = winner(row)
         levels = [each for each in test["differences"] if each["metric"] == metric and each.get("level") is not None
@@ -222,6 +227,6 @@ def _cautions(metrics: dict, network: dict | None) -> list[str]:
     if not metrics["settings"].get("held_out"):
         sentences.append("Caution: without --held_out nothing here tells learning from copying, if the models were "
                          "trained on these pictures.")  # fmt: skip
-    sentences.append("The intervals cover chance in the generated pictures. They do not cover chance in training: train "
-                     "both models with a second seed before you trust a small difference.")  # fmt: skip
+    sentences.append("The intervals cover chance in the generated pictures. They do not cover chance in training: "
+                     "train both models with a second seed before you trust a small difference.")  # fmt: skip
     return sentences
