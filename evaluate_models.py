@@ -269,7 +269,7 @@ from lpl_finetuning.evaluation.networks import FeatureNetwork, load_clip, load_n
 from lpl_finetuning.evaluation.onestep import OneStepSettings, one_step_of
 from lpl_finetuning.evaluation.report import duration, write_report
 from lpl_finetuning.evaluation.uncertainty import enough_pictures
-from lpl_finetuning.evaluation.verdict import verdict_sentences
+from lpl_finetuning.evaluation.verdict import network_title, verdict_sentences
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Making pictures
@@ -397,7 +397,7 @@ def compare(task: Task, made: Sequence[Made], held_out: PictureSet | None, stage
             unseen = features(held_out) if held_out else None
         with stages("distances"):
             floor = comparison.floor(real, task.args.seed, task.memory)
-            warning = enough_pictures(network.dims, len(real), network.name)
+            warning = enough_pictures(network.dims, len(real), network_title(network.label))
             networks.append({"name": network.name, "label": network.label, "dims": network.dims,
                              "independent": network.independent, "floor": floor, "warning": warning})  # fmt: skip
             for (name, guidance), own in theirs.items():

@@ -12,7 +12,13 @@ from pathlib import Path
 
 import numpy as np
 
-from lpl_finetuning.evaluation.distances import distances_without_groups, nearest_distances
+from lpl_finetuning.evaluation.distances import (
+    density_coverage,
+    frechet_distance,
+    kernel_distance,
+    nearest_distances,
+    precision_recall,
+)
 from lpl_finetuning.evaluation.picture_sets import PictureSet, batches
 from lpl_finetuning.evaluation.spectrum import radial_log_power, sharpness
 from lpl_finetuning.evaluation.uncertainty import Interval, distance_differences, mean_interval, paired_difference
@@ -71,7 +77,10 @@ def all_distances(real: np.ndarray, fake: np.ndarray, memory: Memory) -> dict[st
     """{measure: value} of generated features (M, D) against real ones (N, D)."""
 
     def compute() -> dict[str, float]:
-        return {name: float(values[0]) for name, values in distances_without_groups(real, fake, names=NAMES).items()}
+        precision, recall = precision_recall(real, fake)
+        density, coverage = density_coverage(real, fake)
+        return {"frechet": frechet_distance(real, fake), "kernel": kernel_distance(real, fake),
+                "precision": precision, "recall": recall, "density": density, "coverage": coverage}  # fmt: skip
 
     return memory.recall(compute, "distances", real, fake)
 

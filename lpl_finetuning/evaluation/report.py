@@ -24,6 +24,7 @@ from lpl_finetuning.evaluation.verdict import (
     NONE,
     ONE_STEP,
     at,
+    network_title,
     number,
     pairs_of,
     verdict_network,
@@ -293,8 +294,7 @@ def one_step_label(name: str, metrics: dict) -> tuple[str, str, float | None]:
     if kind in ONE_STEP:
         label, meaning = ONE_STEP[kind].label, f"{ONE_STEP[kind].meaning} {ONE_STEP[kind].better.title()} is better."
     if kind == "perceptual":
-        found = next((each["label"] for each in metrics["networks"] if each["name"] == rest), rest)
-        rest = found.partition("(")[2].rstrip(")") or found
+        rest = network_title(next((each["label"] for each in metrics["networks"] if each["name"] == rest), rest))
     return f"{label}, {rest}" if rest else label, meaning, ideal
 
 

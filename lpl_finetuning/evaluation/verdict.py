@@ -92,6 +92,11 @@ def winner(row: dict) -> str | None:
     return row.get(row["verdict"]) if row["verdict"] != NONE else None
 
 
+def network_title(label: str) -> str:
+    """ "EfficientNet-Lite2" of the label "Fréchet distance (EfficientNet-Lite2)"; "FID" of "FID"."""
+    return label.partition("(")[2].rstrip(")") or label
+
+
 def verdict_network(metrics: dict) -> dict | None:
     """The network that the verdict rests on: the first independent one; None without any."""
     return next((network for network in metrics["networks"] if network["independent"]), None)

@@ -48,7 +48,7 @@ def test_numbers_are_computed_once_for_the_same_features(memory, monkeypatch):
     real, far, near = clouds()
     first = comparison.difference_rows(real, far, near, True, 0, memory), comparison.all_distances(real, far, memory)
     monkeypatch.setattr(comparison, "distance_differences", None)
-    monkeypatch.setattr(comparison, "distances_without_groups", None)
+    monkeypatch.setattr(comparison, "frechet_distance", None)
     again = comparison.difference_rows(real, far, near, True, 0, memory), comparison.all_distances(real, far, memory)
     assert again == first
     for other in ((real, far, near + 1, True, 0), (real, far, near, False, 0), (real, far, near, True, 1)):
