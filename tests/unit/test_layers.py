@@ -21,18 +21,21 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("flags",),
     ("flag_checks", "families", "start"),
     ("training.checkpoint_folders", "training.sharding", "training.guard", "training.signals", "evaluation.models"),
-    ("evaluation.verdict", "evaluation.charts", "evaluation.picture_sets"),
-    ("evaluation.generation", "evaluation.onestep", "evaluation.report"),
+    ("evaluation.verdict", "evaluation.charts", "evaluation.picture_sets", "evaluation.distances",
+     "evaluation.spectrum", "evaluation.networks"),
+    ("evaluation.generation", "evaluation.onestep", "evaluation.report", "evaluation.uncertainty",
+     "evaluation.features"),
     ("training.models", "training.reporter"),
     ("training.objective", "training.optimization", "training.checkpoints"),
     ("training.validation", "training.run"),
     ("training.plan",),
     ("results.export", "results.hub", "evaluation.comparison"),
     ("publish", *SCRIPTS),
-)
+)  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("errors", "files", "base_model", "families", "start", "flags", "flag_checks", "evaluation.models",
               "evaluation.verdict", "evaluation.charts", "evaluation.picture_sets", "evaluation.report",
+              "evaluation.networks", "evaluation.distances", "evaluation.spectrum", "evaluation.uncertainty",
               "training.checkpoint_folders",
               "data.images", "data.tables", "data.store", "data.samples", "data.findings", "data.folders",
               "data.packed", "data.scan", "data.report", "data.encoding", "data.contact_sheet")  # fmt: skip
