@@ -78,3 +78,11 @@ def test_finished_pictures_have_no_guidance():
 def test_numbers_have_a_minus_sign_and_no_negative_zero():
     assert number(-1.25, 2) == "−1.25" and number(-0.001, 2) == "0.00" and number(1234.5, 1) == "1,234.5"
     assert number(None, 2) == number(float("nan"), 2) == "–"
+
+
+def test_finished_pictures_stand_for_every_guidance():
+    metrics = metrics_of((A, B))
+    for row in metrics["distances"]:
+        if row["model"] == B:
+            row.update(guidance=None, frechet=100.0)
+    assert "100.00 against 169.40 at guidance 1" in verdict_sentences(metrics)[0]
