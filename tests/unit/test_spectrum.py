@@ -34,7 +34,8 @@ def test_the_frequency_follows_from_pixels():
 def test_white_noise_is_flat_at_its_variance():
     noise = np.random.default_rng(0).normal(0.5, 0.1, size=(200, 48, 64, 1)).repeat(3, axis=3)
     _, log_power = radial_log_power(noise)
-    np.testing.assert_allclose(np.log(np.exp(log_power).mean(axis=0)), np.log(0.01), atol=0.15)
+    flat = np.log(np.exp(log_power).mean(axis=0)) - np.log(0.01)
+    assert np.abs(flat[1:]).max() < 0.1 and -0.4 < flat[0] < 0  # the mean takes a part of the first ring with it
 
 
 def test_rings_hold_all_power_of_even_and_odd_widths():
