@@ -554,7 +554,7 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
     pipeline = functools.partial(sampling_pipeline, args=args, vae=vae, schedule=plan.schedule)
     sampling = pipeline, functools.partial(decode_latents, vae), SAMPLING_STEPS
     validation = Validation(args, accelerator, trainee, objective, data, reporter, signals, sampling,
-                            (conditioning, held_out_step))  # fmt: skip
+                            (conditioning, held_out_step, denoise))  # fmt: skip
     done = checkpoints.resume(plan.resume_from, plan.total_steps)
     if done == 0:
         validation.run(0)

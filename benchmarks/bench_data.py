@@ -5,7 +5,7 @@
     python benchmarks/bench_data.py memory loader --output bench.json
 
   scan    a folder of 512 px JPEGs with caption files: seconds of the first scan and of the second, and how many files
-          of the folder the second opens (by an audit hook of Python)
+          of the folder the second opens (by an audit hook of Python): the captions
   memory  real runs of train_sdxl_lpl.py, a LoRA of the tiny SDXL, 64 px, 40 steps, with everything in the caches:
           seconds from the start of the process to its first step, and its resident memory after the last
   loader  a real run, the whole tiny SDXL with LPL, batch 16, 100 steps: which share of a step is spent waiting for the

@@ -65,6 +65,24 @@ def write_whole(path: Path, data: bytes) -> None:
     os.replace(temporary, path)
 
 
+def file_mode() -> int:
+    """The permission bits that the umask gives to a new file, such as 0o644."""
+    mask = os.umask(0o077)  # the only way to read it everywhere; a file made meanwhile is too private, not too open
+    os.umask(mask)
+    return 0o666 & ~mask
+
+
+def follow_umask(place: str | os.PathLike) -> None:
+    """Give a file, or all files of a folder, the permissions that the umask gives to new files.
+
+    safetensors writes every file with mode 0600, so that no other user, container or web UI could read it.
+    """
+    place, mode = Path(place), file_mode()
+    for path in place.rglob("*") if place.is_dir() else [place]:
+        if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 == 0o600 != mode:
+            path.chmod(mode)
+
+
 def sha256_of(path):
     """sha256 of a file's bytes, hex."""
     with open(path, "rb") as file:
@@ -108,3 +126,12 @@ def dispensable(what):
 def format_bytes(count: float) -> str:
     """1234567890 -> "1.23 GB"; below 100 MB in MB with one decimal."""
     return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.1f} MB"
+
+
+def row_of(line: str) -> dict[str, Any]:
+    """The row in a line of a run's log; {} for a line that a kill or a full disk left unfinished."""
+    try:
+        row = json.loads(line)
+    except ValueError:
+        return {}
+    return row if isinstance(row, dict) else {}

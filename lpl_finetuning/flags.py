@@ -518,6 +518,12 @@ def add_run_arguments(parser, validation_epochs):
     add("--max_validation_samples", type=int, default=64, help="held-out images that are used (default: %(default)s)")
     add("--validation_compare", action="store_true",
         help="draw each prompt by the model that the run started from too, with the same seeds")  # fmt: skip
+    add("--validation_metrics", action="store_true", help="at every validation, the one-step test on the held-out "
+        "images: what is wrong with the model's estimates at ten noise levels")  # fmt: skip
+    add("--validation_kid_every", type=int, default=5, help="with it, at the first, every N-th and the last "
+        "validation the kernel distance (KID) of samples to the held-out images; 0: never "
+        "(default: %(default)s)")  # fmt: skip
+    add("--validation_kid_samples", type=int, default=256, help="samples for it (default: %(default)s)")
     group = parser.add_argument_group("logging")
     add = group.add_argument
     add("--report_to", choices=TRACKERS, default="tensorboard", help="default: %(default)s")

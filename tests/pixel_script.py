@@ -174,7 +174,7 @@ def train(args, images, held_out, settled, accelerator, signals, gate):
     )  # fmt: skip
     said = reporter.Reporter(args, accelerator, goal.stage_names, settled.first_step, settled.total_steps)
     validate = validation.Validation(args, accelerator, trainee, goal, data, said, signals, (None, None, 0),
-                                     (lambda batch, goal, dropout: (), held_out_step))  # fmt: skip
+                                     (lambda batch, goal, dropout: (), held_out_step, denoise))  # fmt: skip
     done = checkpoints.resume(settled.resume_from, settled.total_steps)
     with run.open_batches(args, data, accelerator, done, settled.total_steps) as micro_batches:
         for step in said.steps():

@@ -204,7 +204,7 @@ def images_to_encode(images: Sequence[CaptionedImage], framing: Framing) -> Iter
     """(key, (image, view, framing)) of every latent that a run may use."""
     for index, image in enumerate(images):
         for view in framing.views(index, image):
-            yield view.key(image.content), (image, view, framing)
+            yield view.key(image.pixels), (image, view, framing)
 
 
 def cut(item: tuple) -> tuple:
@@ -306,7 +306,7 @@ class RunData:
         """(latent entry, prompt entry) of a held-out image."""
         image = self.held_out[number]
         [view] = self.held_out_framing.views(number, image)
-        return self.latents.get(view.key(image.content)), self.prompt(self.captions.text(image.caption))
+        return self.latents.get(view.key(image.pixels)), self.prompt(self.captions.text(image.caption))
 
 
 def fill_caches(

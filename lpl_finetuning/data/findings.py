@@ -14,17 +14,21 @@ import contextlib
 import difflib
 import json
 import os
+import re
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from lpl_finetuning.data.conventions import helper_of, without_repeats
 from lpl_finetuning.data.tables import SEPARATOR, Facts
 from lpl_finetuning.errors import FIRST_NAMES, DataError, brief, counted, first_names, shown
 
 MOST_LISTED = 10  # mistakes in one message
 MAX_CAPTION = 100_000  # characters; a longer text is no caption
+BYTE_ORDER_MARK = "\ufeff"  # at the start of a text no part of the text, however often
+_BLANKS = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + BYTE_ORDER_MARK
 Named = dict[str, Any]  # {"count": number of names, "first": [the first few names]}
 
 
@@ -66,8 +70,12 @@ class ScanRequest:
         """The caption of an image without one; None if there is no such caption. path: relative to the root."""
         if self.default_caption is not None or not self.caption_from_folder:
             return self.default_caption
-        folder = PurePosixPath(path).parent.name or self.root.resolve().name
+        folder, _ = without_repeats(self.folder_of(path))
         return " ".join(folder.replace("_", " ").split()) or None
+
+    def folder_of(self, path: str) -> str:
+        """The name of the folder of an image. path: relative to the root."""
+        return PurePosixPath(path).parent.name or self.root.resolve().name
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -75,13 +83,11 @@ class ScanRequest:
 # ---------------------------------------------------------------------------------------------------------------------
 
 _TABLES = (
-    "pictures (path TEXT PRIMARY KEY, stem TEXT, size INTEGER, mtime_ns INTEGER)",
-    "sidecars (stem TEXT, kind INTEGER, path TEXT, size INTEGER, mtime_ns INTEGER, second INTEGER, "
-    "PRIMARY KEY (stem, kind, path))",
+    "pictures (path TEXT PRIMARY KEY, stem TEXT, stamp TEXT)",
+    "sidecars (stem TEXT, kind INTEGER, path TEXT, size INTEGER, second INTEGER, PRIMARY KEY (stem, kind, path))",
     "others (ending TEXT, path TEXT)",
-    "shards (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER)",
-    "entries (name TEXT, captions TEXT, path TEXT, offset INTEGER, length INTEGER, size INTEGER, "
-    "mtime_ns INTEGER, place TEXT)",
+    "shards (path TEXT PRIMARY KEY, stamp TEXT)",
+    "entries (name TEXT, captions TEXT, path TEXT, offset INTEGER, length INTEGER, stamp TEXT, place TEXT)",
 )
 
 
@@ -92,8 +98,7 @@ class Findings:
     The database of the facts gets temporary tables. `pictures`, `sidecars` (caption files), `shards` and `others`
     (files that are not read) hold the files below the folder. Among the sidecars of one stem, all but the first by
     `kind` are `second`. `entries` has a row for each image of the table to be made, with captions, before the image
-    is checked. One file may have several entries. `size` and `mtime_ns` of an entry are those of the file that holds
-    the image.
+    is checked. One file may have several entries. The `stamp` of an entry is that of the file that holds the image.
 
     Attributes:
         request: what is scanned.
@@ -102,6 +107,8 @@ class Findings:
         bad: (name, reason) of each image that can't be used.
         missing: entries of listings without a file.
         defaulted: number of captions that are the default caption.
+        helpers: images with the default caption that look like helper files, by the convention of their names.
+        repeats: folders whose names begin with a number of repeats, where the name is a caption.
         mistakes: the first `MOST_LISTED` mistakes in captions and lines.
         num_mistakes: number of all mistakes.
         advice: the different advice on all mistakes, in order.
@@ -113,6 +120,8 @@ class Findings:
     bad: list[tuple[str, str]] = field(default_factory=list)
     missing: list[str] = field(default_factory=list)
     defaulted: int = 0
+    helpers: dict[str, Named] = field(default_factory=dict)
+    repeats: dict[str, None] = field(default_factory=dict)
     mistakes: list[DataError] = field(default_factory=list)
     num_mistakes: int = 0
     advice: list[str] = field(default_factory=list)
@@ -173,11 +182,20 @@ class Findings:
 
     def add_entries(self, rows: Iterable[tuple]) -> None:
         """Insert rows into `entries`, then refuse the mistakes that were noted while the rows were made."""
-        self.facts.insert("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?, ?)", rows)
+        self.facts.insert("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
         self.refuse_mistakes()
 
     def captions(
-        self, cell: Any, default: str | None, place: str, what: str, unit: str, empty_allowed: bool = False
+        self,
+        cell: Any,
+        default: str | None,
+        place: str,
+        what: str,
+        unit: str,
+        empty_allowed: bool = False,
+        path: str = "",
+        member: str = "",
+        is_picture: Callable[[str], bool] | None = None,
     ) -> str:
         """The captions in a cell, joined by `SEPARATOR`, or the default caption, which is counted.
 
@@ -188,13 +206,54 @@ class Findings:
             what: names the caption in messages.
             unit: names what the caption belongs to in messages.
             empty_allowed: without a default caption, keep empty captions instead of raising an error.
+            path: of the file that holds the image, relative to the root, for remarks on the default caption; "" for
+                none.
+            member: path of the image in a shard, after the path of the shard.
+            is_picture: whether there is a picture with a path without ending; None for images that somebody has
+                listed, which are no helper files.
 
         Raises:
             DataError: a caption is not text, too long, not UTF-8, or empty.
         """
         captions = _joined(cell, place, what, unit, default, empty_allowed)
-        self.defaulted += captions is None
-        return default if captions is None else captions
+        if captions is not None:
+            return captions
+        self.defaulted += 1
+        if path:
+            self._note_conventions(path, member or path, is_picture)
+        return default
+
+    def _note_conventions(self, path: str, name: str, is_picture: Callable[[str], bool] | None) -> None:
+        """Note an image with the default caption whose name, or whose folder's name, follows a convention."""
+        if self.request.default_caption is None:
+            folder = self.request.folder_of(path)
+            if without_repeats(folder)[1]:
+                self.repeats[folder] = None
+        helper = helper_of(name) if is_picture else None
+        if helper and (helper.partners is None or any(map(is_picture, helper.partners))):
+            found = self.helpers.setdefault(helper.what, {"count": 0, "first": []})
+            found["count"] += 1
+            if len(found["first"]) < FIRST_NAMES:
+                found["first"].append(shown(name))
+
+    def remark_on_conventions(self) -> None:
+        """Add a warning for each convention that names of images and folders follow."""
+        for what, found in sorted(self.helpers.items()):
+            self.remark(
+                found,
+                "image",
+                f"has no caption but the default caption, and is named like {what}; move it elsewhere if it is",
+                f"have no caption but the default caption, and are named like {what}; move them elsewhere if they are",
+            )
+        names = sorted(self.repeats)
+        self.remark(
+            {"count": len(names), "first": names[:FIRST_NAMES]},
+            "folder",
+            "is named as for kohya's scripts, with a number of repeats; the number is left out of the caption, and "
+            "images are not repeated",
+            "are named as for kohya's scripts, with numbers of repeats; the numbers are left out of the captions, and "
+            "images are not repeated",
+        )
 
 
 def listed(lines: list[str], total: int) -> str:
@@ -228,15 +287,19 @@ def _joined(
             )
         if not is_utf8(text):
             raise DataError(f"{place}: {what} holds half a character ({brief(text)}).", "Write the character again.")
-    kept = [text.strip() for text in texts if text.strip()]
+    kept = [bare for text in texts if (bare := text.strip(_BLANKS))]
     if (not kept or len(kept) < len(texts)) and default is None and not empty_allowed:
         raise DataError(f"{place}: {what} is empty.", f"Write a caption, or remove the {unit}.")
     return SEPARATOR.join(kept) if kept or default is None else None
 
 
 def caption_lines(text: str) -> list[str] | str:
-    """The lines of a caption file with one caption per line; an empty caption for a file without lines."""
-    return [line for line in text.splitlines() if line.strip()] or ""
+    """The lines of a caption file with one caption per line; an empty caption for a file without lines.
+
+    A line ends where an editor ends the line: at LF, CR or CR LF. `splitlines` would also split at form feeds, U+0085,
+    U+2028 and the like.
+    """
+    return [line for line in re.split("\r\n|\n|\r", text) if line.strip(_BLANKS)] or ""
 
 
 def refuse_long(size: int, place: str, limit: int = 4 * MAX_CAPTION) -> None:
@@ -246,13 +309,13 @@ def refuse_long(size: int, place: str, limit: int = 4 * MAX_CAPTION) -> None:
 
 
 def decode_text(data: bytes, place: str | os.PathLike) -> str:
-    """The text of a caption file, without a byte order mark.
+    """The text of a caption file, without byte order marks at the start.
 
     Raises:
         DataError: the bytes are not UTF-8, or one of them is zero.
     """
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode().lstrip(BYTE_ORDER_MARK)
     except UnicodeDecodeError as error:
         raise not_utf8(place, error.start) from error
     if (at := data.find(b"\0")) >= 0:

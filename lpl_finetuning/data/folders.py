@@ -26,6 +26,7 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 from typing import Any, NamedTuple
 
 from lpl_finetuning.data.findings import (
+    BYTE_ORDER_MARK,
     Findings,
     Named,
     caption_lines,
@@ -37,7 +38,7 @@ from lpl_finetuning.data.findings import (
     require_column,
 )
 from lpl_finetuning.data.images import IMAGE_EXTENSIONS
-from lpl_finetuning.data.tables import ROWS_AT_ONCE, read_bytes
+from lpl_finetuning.data.tables import ROWS_AT_ONCE, in_threads, read_bytes, stamp_of
 from lpl_finetuning.errors import FIRST_NAMES, DataError, because, brief, counted, first_names, is_or_are, shown
 
 CAPTION_EXTENSIONS = (".txt", ".caption")  # the first kind that is found beside an image is read
@@ -60,12 +61,12 @@ _ABOUT = re.compile(  # texts beside pictures that are no captions, such as READ
 
 
 class FoundFile(NamedTuple):
-    """A file below the folder. `suffix` is in lower case; `size` is in bytes."""
+    """A file below the folder. `suffix` is in lower case; `size` is in bytes; `stamp` is that of `stamp_of`."""
 
     path: str
     suffix: str
     size: int
-    mtime_ns: int
+    stamp: str
 
     @property
     def stem(self) -> str:
@@ -149,7 +150,7 @@ class FolderWalk:
         try:
             status = entry.stat()
             if stat.S_ISREG(status.st_mode):
-                return FoundFile(path, suffix, status.st_size, status.st_mtime_ns)
+                return FoundFile(path, suffix, status.st_size, stamp_of(status))
             reason = "not a file that could be read (a pipe, socket or device)"
         except OSError as error:
             reason = f"{'a broken link' if entry.is_symlink() else 'can not be read'} ({because(error)})"
@@ -226,8 +227,8 @@ def find_files(findings: Findings) -> tuple[list[str], set[str]]:
     listings, pictures, sidecars, shards = [], [], [], []
 
     def store() -> None:
-        findings.facts.insert("INSERT INTO pictures VALUES (?, ?, ?, ?)", pictures)
-        findings.facts.insert("INSERT INTO sidecars VALUES (?, ?, ?, ?, ?, 0)", sidecars)
+        findings.facts.insert("INSERT INTO pictures VALUES (?, ?, ?)", pictures)
+        findings.facts.insert("INSERT INTO sidecars VALUES (?, ?, ?, ?, 0)", sidecars)
         findings.facts.insert("INSERT INTO others VALUES (?, ?)", walk.others)
         for rows in (pictures, sidecars, walk.others):
             rows.clear()
@@ -236,12 +237,12 @@ def find_files(findings: Findings) -> tuple[list[str], set[str]]:
         if os.path.basename(file.path) in LISTING_NAMES:
             listings.append(file.path)
         elif file.suffix == ".tar":
-            shards.append((file.path, file.size, file.mtime_ns))
+            shards.append((file.path, file.stamp))
         elif file.suffix in CAPTION_EXTENSIONS:
             kind = CAPTION_EXTENSIONS.index(file.suffix)
-            sidecars.append((file.stem, kind, file.path, file.size, file.mtime_ns))
+            sidecars.append((file.stem, kind, file.path, file.size))
         else:
-            pictures.append((file.path, file.stem, file.size, file.mtime_ns))
+            pictures.append((file.path, file.stem, file.stamp))
         if len(pictures) + len(sidecars) + len(walk.others) >= ROWS_AT_ONCE:
             store()
     store()
@@ -250,7 +251,7 @@ def find_files(findings: Findings) -> tuple[list[str], set[str]]:
         "UPDATE sidecars SET second = 1 WHERE EXISTS (SELECT 1 FROM sidecars o WHERE o.stem = sidecars.stem "
         "AND (o.kind, o.path) < (sidecars.kind, sidecars.path))"
     )
-    findings.facts.insert("INSERT INTO shards VALUES (?, ?, ?)", shards)
+    findings.facts.insert("INSERT INTO shards VALUES (?, ?)", shards)
     findings.bad += walk.bad
     findings.warnings += walk.remarks()
     return sorted(listings), walk.unread_stems
@@ -296,59 +297,63 @@ def add_captioned_pictures(findings: Findings, unread_stems: set[str]) -> Named:
     Raises:
         DataError: a picture has no caption, or caption files can't be used.
     """
-    _read_caption_files(findings)
     _add_pictures(findings)
     lone, second = _remark_on_lone_captions(findings, unread_stems), _remark_on_second_captions(findings)
     return {"count": lone["count"] + second["count"], "first": [*lone["first"], *second["first"]][:FIRST_NAMES]}
 
 
-def _read_caption_files(findings: Findings) -> None:
-    """Bring the table `texts` up to date: the text of each caption file beside an image.
+def _with_captions(findings: Findings) -> Iterator[tuple[str, str, str | None, str | DataError | None]]:
+    """(path, stamp, path of the caption file, text or error) of each picture; None for no caption file.
 
-    Mistakes are noted; `_add_pictures` refuses them together with its own.
+    Caption files are small, and are read anew by every scan: nothing about an old text can be out of date.
     """
-    query = (
-        "SELECT s.path, s.size, s.mtime_ns FROM sidecars s LEFT JOIN texts t ON t.path = s.path "
-        "WHERE (t.path IS NULL OR t.size != s.size OR t.mtime_ns != s.mtime_ns) "
-        "AND NOT s.second AND EXISTS (SELECT 1 FROM pictures p WHERE p.stem = s.stem) ORDER BY s.path"
+    cursor = findings.db.execute(
+        "SELECT p.path, p.stamp, s.path, s.size FROM pictures p LEFT JOIN sidecars s "
+        "ON s.stem = p.stem AND NOT s.second ORDER BY p.path"
     )
 
-    def read(item: tuple) -> str | DataError:  # in a thread
-        try:
-            return read_caption_file(findings.request.root / item[0], item[1])
-        except DataError as error:
-            return error
+    root = findings.request.root
 
-    def store(item: tuple, text: str | DataError) -> None:
-        with findings.noting():
-            if isinstance(text, DataError):
-                raise text
-            findings.db.execute("INSERT OR REPLACE INTO texts VALUES (?, ?, ?, ?)", (*item, text))
+    def read(rows: list[tuple]) -> list[str | DataError | None]:  # in a thread
+        texts: list[str | DataError | None] = []
+        for *_, sidecar, size in rows:
+            try:
+                text = None if sidecar is None else read_caption_file(os.path.join(root, sidecar), size)
+            except DataError as error:
+                text = error
+            texts.append(text)
+        return texts
 
-    findings.facts.update(query, read, store)
+    chunks = iter(lambda: cursor.fetchmany(ROWS_AT_ONCE), [])
+    for rows, texts in in_threads(read, chunks):
+        for (path, stamp, sidecar, _), text in zip(rows, texts, strict=True):
+            yield path, stamp, sidecar, text
 
 
 def _add_pictures(findings: Findings) -> None:
     """Add an entry for each picture; refuse all mistakes in caption files, then pictures without a caption."""
     request, bare, total = findings.request, [], 0
-    rows = findings.db.execute(
-        "SELECT p.path, p.size, p.mtime_ns, t.path, t.text FROM pictures p LEFT JOIN sidecars s "
-        "ON s.stem = p.stem AND NOT s.second LEFT JOIN texts t ON t.path = s.path ORDER BY p.path"
-    )
+
+    def is_picture(stem: str) -> bool:
+        return findings.db.execute("SELECT 1 FROM pictures WHERE stem = ?", (stem,)).fetchone() is not None
 
     def entries() -> Iterator[tuple]:
         nonlocal total
-        for path, size, mtime_ns, sidecar, text in rows:
+        for path, stamp, sidecar, text in _with_captions(findings):
             total += 1
             default = request.default(path)
             if sidecar is None and default is None:
                 bare.append(path if len(bare) <= FIRST_NAMES else "")
                 continue
             place = str(request.root / (sidecar or path))
-            cell = caption_lines(text) if text is not None and request.caption_per_line else text
             with findings.noting():
-                captions = findings.captions(cell, default, place, "the caption", "image")
-                yield path, captions, path, 0, None, size, mtime_ns, place
+                if isinstance(text, DataError):
+                    raise text
+                cell = caption_lines(text) if text is not None and request.caption_per_line else text
+                captions = findings.captions(
+                    cell, default, place, "the caption", "image", path=path, is_picture=is_picture
+                )
+                yield path, captions, path, 0, None, stamp, place
 
     findings.add_entries(entries())
     if bare:
@@ -387,10 +392,20 @@ def _remark_on_second_captions(findings: Findings) -> Named:
     return found
 
 
-def read_caption_file(path: Path, size: int) -> str:
+def read_caption_file(path: str, size: int) -> str:
     """The text of a caption file; a file that is too long is not opened. size: bytes of the file."""
-    refuse_long(size, str(path))
-    return decode_text(read_bytes(path), path)
+    refuse_long(size, path)
+    try:  # a scan reads all caption files: plain system calls take a quarter of the time of `open`
+        descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            data = os.read(descriptor, size + 1)
+        finally:
+            os.close(descriptor)
+    except OSError:
+        data = None
+    if data is None or len(data) != size:  # gone, or changed since the walk
+        data = read_bytes(Path(path))
+    return decode_text(data, path)
 
 
 def _is_about(path: str) -> bool:
@@ -446,26 +461,24 @@ def _add_listing(findings: Findings, listing: str) -> None:
             with findings.noting():
                 name = _listed_name(row[column], column, os.path.dirname(listing), root, place)
                 captions = findings.captions(
-                    row.get(request.caption_column), request.default(name), place, what, "line"
+                    row.get(request.caption_column), request.default(name), place, what, "line", path=name
                 )
-                yield name, captions, name, 0, None, None, None, place
+                yield name, captions, name, 0, None, None, place
 
     findings.add_entries(entries())
 
 
 def _check_listed(findings: Findings) -> None:
-    """Set size and time of each listed entry. An entry without a file is an error, or noted and left out."""
+    """Set the stamp of each listed entry. An entry without a file is an error, or noted and left out."""
     db, root = findings.db, os.path.realpath(findings.request.root)
-    db.execute(
-        "UPDATE entries SET (size, mtime_ns) = (SELECT size, mtime_ns FROM pictures p WHERE p.path = entries.path)"
-    )
+    db.execute("UPDATE entries SET stamp = (SELECT stamp FROM pictures p WHERE p.path = entries.path)")
     # The other files are missing, hidden, below a link, or have another ending than images.
-    rest = db.execute("SELECT rowid, path, place FROM entries WHERE size IS NULL ORDER BY rowid").fetchall()
+    rest = db.execute("SELECT rowid, path, place FROM entries WHERE stamp IS NULL ORDER BY rowid").fetchall()
     for row, path, place in rest:
         with findings.noting():
-            status, reason = _listed_status(path, root, place)
-            if status is not None:
-                db.execute("UPDATE entries SET size = ?, mtime_ns = ? WHERE rowid = ?", (*status, row))
+            stamp, reason = _listed_stamp(path, root, place)
+            if stamp is not None:
+                db.execute("UPDATE entries SET stamp = ? WHERE rowid = ?", (stamp, row))
             elif findings.request.skip_bad:
                 db.execute("DELETE FROM entries WHERE rowid = ?", (row,))
                 findings.missing.append(f"{place}: {shown(path)}")
@@ -523,8 +536,8 @@ def _listed_name(cell: Any, column: str, parent: str, root: str, place: str) -> 
     return os.path.relpath(path, root)
 
 
-def _listed_status(path: str, root: str, place: str) -> tuple[tuple[int, int] | None, str]:
-    """((size, mtime_ns), "") of a listed file, or (None, reason) for a file that can't be read.
+def _listed_stamp(path: str, root: str, place: str) -> tuple[str | None, str]:
+    """(stamp, "") of a listed file, or (None, reason) for a file that can't be read.
 
     Raises:
         DataError: a link in the path leads out of the folder.
@@ -544,7 +557,7 @@ def _listed_status(path: str, root: str, place: str) -> tuple[tuple[int, int] | 
         return None, because(error)
     if not stat.S_ISREG(status.st_mode):
         return None, "it is no file"
-    return (status.st_size, status.st_mtime_ns), ""
+    return stamp_of(status), ""
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -574,7 +587,7 @@ def _json_rows(listing: Path) -> Iterator[tuple[str, dict]]:
     start = 0
     for number, line in enumerate(_lines(listing), start=1):
         try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
+            text = line.decode().lstrip(BYTE_ORDER_MARK)
         except UnicodeDecodeError as error:
             raise not_utf8(f"{listing}:{number}", start + error.start) from error
         start += len(line)
@@ -594,9 +607,9 @@ def _csv_rows(listing: Path) -> Iterator[tuple[str, dict]]:
     try:
         # newline="" leaves line breaks, also those inside quotes, to csv.
         with open(listing, "rb") as file, TextIOWrapper(file, encoding="utf-8-sig", newline="") as text:
-            header = text.readline()
-            # Where blanks follow the commas of the header, blanks after the commas of a row are no part of a field.
-            reader = csv.DictReader(chain([header], text), strict=True, skipinitialspace=", " in header)
+            header = text.readline().lstrip(BYTE_ORDER_MARK)
+            # Without skipinitialspace, a quote after a comma and a blank would begin no quoted field.
+            reader = csv.DictReader(chain([header], text), strict=True, skipinitialspace=True)
             try:
                 reader.fieldnames = _csv_header(reader.fieldnames or [], f"{listing}:1")
                 for row in reader:
@@ -604,6 +617,10 @@ def _csv_rows(listing: Path) -> Iterator[tuple[str, dict]]:
                     if None in row:
                         raise DataError(
                             f"{place}: more fields than columns.", "Put a caption with a comma into quotes."
+                        )
+                    if any(_LATE_QUOTE.match(cell) for cell in row.values() if cell):
+                        raise DataError(
+                            f"{place}: a tab or another blank stands between a comma and a quote.", "Remove the blank."
                         )
                     yield place, row
             except csv.Error as error:
@@ -616,6 +633,9 @@ def _csv_rows(listing: Path) -> Iterator[tuple[str, dict]]:
         raise
     except OSError as error:
         raise DataError(f"{shown(str(listing))}: can't be read: {because(error)}.") from error
+
+
+_LATE_QUOTE = re.compile(r'\s+"')  # at the start of a cell: csv has taken the quote for a part of the text
 
 
 def _csv_header(names: Sequence[str], place: str) -> list[str]:

@@ -2,7 +2,7 @@
 
 Sections:
 
-1. opening: every image becomes upright 8-bit RGB;
+1. opening: every image becomes upright 8-bit RGB in sRGB;
 2. inspecting: all facts about an image in one pass, which finds damaged files before training starts;
 3. preparing: resize, flip and crop, with the coordinates for SDXL's micro-conditioning;
 4. aspect-ratio buckets: target sizes of about the same area, and the bucket of each image.
@@ -20,11 +20,12 @@ import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from lpl_finetuning.data.colours import AS_THEY_ARE, Colours, colours_of, png_chunks, to_srgb, without_png_profile
 from lpl_finetuning.errors import DataError
 
 if TYPE_CHECKING:
@@ -56,11 +57,32 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def open_image(data: bytes, place: str) -> Image.Image:
-    """An image as upright 8-bit RGB.
+class _Opened(NamedTuple):
+    """An image with the header read.
 
-    EXIF orientation is applied, transparency is composited on white, CMYK is converted. 16-bit greyscale is scaled;
-    Pillow's own conversion would clip it to white. Of an animation the first frame is used.
+    Attributes:
+        image: nothing is decoded yet, except for a 16-bit PNG with a transparent colour.
+        rawmode: Pillow's name for the storage of a pixel in the file; "" where unknown.
+        colours: how the pixels become sRGB.
+        white: the value of white in greyscale of more than 8 bits.
+        inverted: whether white is stored as 0, in greyscale of more than 8 bits.
+        revision: see `ImageFacts`.
+    """
+
+    image: Image.Image
+    rawmode: str
+    colours: Colours
+    white: float
+    inverted: bool
+    revision: int
+
+
+def open_image(data: bytes, place: str) -> Image.Image:
+    """An image as upright 8-bit sRGB.
+
+    The colours are converted from the embedded profile first (`data.colours`). EXIF orientation is applied,
+    transparency is composited on white, CMYK is converted. Greyscale of more than 8 bits is scaled; Pillow's own
+    conversion would clip it to white. Of an animation the first frame is used.
 
     Args:
         data: the bytes of the file.
@@ -70,9 +92,10 @@ def open_image(data: bytes, place: str) -> Image.Image:
         DataError: the file is empty, cut short, too large, or no image.
     """
     try:
-        with _open_header(data) as image:
+        opened = _opened(data)
+        with opened.image as image:
             ImageOps.exif_transpose(image, in_place=True)  # also decodes the image
-            return _to_rgb(image)
+            return _to_rgb(image, opened)
     except DataError as error:
         raise DataError(f"{place}: {error.problem}", error.advice) from error
     except Exception as error:  # Pillow's decoders raise nearly any type on damaged files
@@ -81,8 +104,8 @@ def open_image(data: bytes, place: str) -> Image.Image:
         ) from error
 
 
-def _open_header(data: bytes) -> Image.Image:
-    """The image with the header read and nothing decoded.
+def _opened(data: bytes) -> _Opened:
+    """The image with the header read.
 
     Raises:
         DataError: there are no data, or too many pixels; the message lacks the place.
@@ -90,15 +113,34 @@ def _open_header(data: bytes) -> Image.Image:
     """
     if not data:
         raise DataError("the file is empty (0 bytes).", "Replace or remove it.")
-    try:
-        image = Image.open(BytesIO(data))
-    except Image.DecompressionBombError:  # Pillow's message lacks the sides
-        _refuse_too_many_pixels(*_size_in_header(data))
-        raise
+    image = _with_header(data)
     _refuse_too_many_pixels(*image.size)
     if image.format == "EPS":  # Pillow would run Ghostscript on a program from an unknown source
         raise ValueError("EPS is a drawing; save it as PNG")
-    return image
+    tags = getattr(image, "tag_v2", {}) if image.format == "TIFF" else {}
+    _refuse_wide_integers(image, tags)
+    colours, rawmode = colours_of(image, data), _rawmode(image)
+    white = 1.0 if image.mode == "F" else 4095.0 if tags.get(_BITS) == (12,) else 65535.0
+    inverted = _is_deep(image) and tags.get(_PHOTOMETRIC) == 0
+    image, masked_anew = _with_true_transparency(image, data) if image.format == "PNG" else (image, False)
+    read_anew = masked_anew or inverted or white == 4095.0
+    return _Opened(image, rawmode, colours, white, inverted, int(bool(colours.profile) or read_anew))
+
+
+def _with_header(data: bytes) -> Image.Image:
+    try:
+        return Image.open(BytesIO(data))
+    except Image.DecompressionBombError:  # Pillow's message lacks the sides
+        _refuse_too_many_pixels(*_size_in_header(data))
+        raise
+    except UnidentifiedImageError as error:  # Pillow refuses a PNG with a broken profile; the pixels may be sound
+        if data[:4] in (b"II*\0", b"MM\0*"):
+            raise ValueError("a damaged TIFF, or one of a kind that Pillow can't read; save it as PNG") from error
+        if not data.startswith(b"\x89PNG") or b"iCCP" not in png_chunks(data):
+            raise
+        image = Image.open(BytesIO(without_png_profile(data)))
+        image.info["icc_profile"] = None
+        return image
 
 
 def _refuse_too_many_pixels(width: int, height: int) -> None:
@@ -133,24 +175,101 @@ def _is_deep(image: Image.Image) -> bool:
     return image.mode.startswith("I") or image.mode == "F"
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
+_BITS, _PHOTOMETRIC, _SAMPLE_FORMAT = 258, 262, 339  # tags of TIFF
+
+
+def _refuse_wide_integers(image: Image.Image, tags: dict) -> None:
+    """Raise a ValueError for integers whose white is not known."""
+    signed = 2 in tags.get(_SAMPLE_FORMAT, ())
+    # Pillow holds a PGM of 16 bits in 32, scaled to 65535. Other files have true 32-bit values.
+    if signed or (image.mode == "I" and image.format != "PPM"):
+        kind = "signed" if signed else "32-bit"
+        raise ValueError(f"its values are {kind} integers, which have no agreed white; save it with 8 or 16 bits")
+
+
+def _with_true_transparency(image: Image.Image, data: bytes) -> tuple[Image.Image, bool]:
+    """(a PNG whose transparent colour is right, whether Pillow has that colour wrong).
+
+    The file gives the colour in its own bits. Pillow compares it with values that it has scaled to 8 bits.
+    """
+    color, rawmode = image.info.get("transparency"), _rawmode(image)
+    if rawmode == "RGB;16B" and isinstance(color, tuple):
+        return _with_mask(image, data, color), True
+    if rawmode in ("L;2", "L;4") and isinstance(color, int):
+        largest = 3 if rawmode == "L;2" else 15
+        image.info["transparency"] = (color & largest) * (255 // largest)
+    elif rawmode in ("L", "RGB") and color is not None:  # only the low bits count
+        image.info["transparency"] = tuple(c & 255 for c in color) if isinstance(color, tuple) else color & 255
+    return image, image.info.get("transparency") != color
+
+
+def _with_mask(image: Image.Image, data: bytes, color: tuple[int, int, int]) -> Image.Image:
+    """A 16-bit colour PNG as RGBA, transparent where all 16 bits of each channel are those of the colour."""
+    low = Image.open(BytesIO(data))
+    low.tile = [tile._replace(args="RGB;16L") for tile in low.tile]  # the second byte of each value
+    values = np.asarray(image).astype(np.uint16) << 8 | np.asarray(low)
+    mask = (values == np.array(color)).all(axis=-1)
+    image.info.pop("transparency")
+    masked = image.convert("RGBA")
+    masked.putalpha(Image.fromarray(np.where(mask, 0, 255).astype(np.uint8)))
+    masked.format = image.format
+    return masked
+
+
+def _to_rgb(image: Image.Image, opened: _Opened, colours: Colours | None = None) -> Image.Image:
+    """A decoded image as 8-bit sRGB. colours: instead of those of the file."""
+    colours = opened.colours if colours is None else colours
     if _is_deep(image):
-        return Image.fromarray(_deep_to_8_bit(np.asarray(image), image.info.get("transparency"))).convert("RGB")
+        return _deep_to_rgb(np.asarray(image), image.info.get("transparency"), opened, colours)
+    image = _not_premultiplied(image)
+    profile, alpha = colours.profile, None
     if image.has_transparency_data:
         image = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
-    return image.convert("RGB")
+        if not profile:
+            return _on_white(image)
+        alpha = image.getchannel("A")
+    if not profile:
+        return image.convert("RGB")
+    if colours.grey:
+        image = image.getchannel("R") if alpha else image.convert("L")
+    elif image.mode != "CMYK":
+        image = image.convert("RGB")
+    image = to_srgb(image, profile)
+    if alpha:
+        image.putalpha(alpha)
+        return _on_white(image)
+    return image
 
 
-def _deep_to_8_bit(values: np.ndarray, transparency: int | None = None) -> np.ndarray:
-    """Greyscale of more than 8 bits, (H, W), as uint8; white stays white. Pillow's conversion would clip at 255."""
-    low, high = float(values.min()), float(values.max())
-    # Integers have 16 bits here, also where Pillow holds 32 (PGM). Values of a true 32-bit image are out of range.
-    white = 1.0 if values.dtype.kind == "f" else 65535.0
+def _not_premultiplied(image: Image.Image) -> Image.Image:
+    """The image, with values that are not multiplied by alpha; Pillow converts such modes in no other way."""
+    return image.convert(image.mode.upper()) if image.mode in ("La", "RGBa") else image
+
+
+def _on_white(image: Image.Image) -> Image.Image:
+    """An RGBA image composited on white, as RGB."""
+    return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+
+
+def _deep_to_rgb(values: np.ndarray, transparency: int | None, opened: _Opened, colours: Colours) -> Image.Image:
+    """Greyscale of more than 8 bits, (H, W), as 8-bit sRGB; white stays white. Pillow's conversion would clip at 255.
+
+    A grey profile is applied to 16 bits, a profile for RGB to 8 bits.
+    """
+    low, high, white = float(values.min()), float(values.max()), opened.white
     if not 0.0 <= low <= high <= white:  # also refuses NaN
         raise ValueError(f"its values go from {low:g} to {high:g}, not 0 to {white:g}; save it with 8 or 16 bits")
-    pixels = np.round(values.astype(np.float64) * (255.0 / white)).astype(np.uint8)
-    return pixels if transparency is None else np.where(values == transparency, np.uint8(255), pixels)
+    shares = values.astype(np.float64)
+    shares = white - shares if opened.inverted else shares
+    if colours.grey:
+        deep = np.round(shares * (65535.0 / white)).astype(np.uint16)
+        image = to_srgb(Image.fromarray(deep), colours.profile)
+    else:
+        image = Image.fromarray(np.round(shares * (255.0 / white)).astype(np.uint8)).convert("RGB")
+        image = to_srgb(image, colours.profile) if colours.profile else image
+    if transparency is not None:
+        image.paste("white", mask=Image.fromarray(values == transparency))
+    return image
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -174,6 +293,11 @@ class ImageFacts:
             - "transparent": some pixels are transparent and become white;
             - "rotated": turned or mirrored according to the EXIF orientation.
         error: why the image can't be used, without place, advice and full stop; "" for a usable image.
+        profile: name of the colour profile that the pixels are converted from; "" where they are used as they are.
+        colour_remark: a key of `data.colours.COLOUR_REMARKS`, or "".
+        revision: 0 where the pixels are what the first version of this file made of them. 1 where they are not:
+            converted colours, white as zero, 12 bits, transparent colours of rare PNGs. Encodings of such an image
+            have keys of their own.
     """
 
     content: str
@@ -181,6 +305,9 @@ class ImageFacts:
     size: tuple[int, int]
     notes: tuple[str, ...]
     error: str = ""
+    profile: str = ""
+    colour_remark: str = ""
+    revision: int = 0
 
 
 def inspect(data: bytes) -> ImageFacts:
@@ -192,18 +319,19 @@ def inspect(data: bytes) -> ImageFacts:
     content, format_name, error = hashlib.sha256(data).hexdigest(), "", ""
     for quick in (True, False):  # where the quick pass fails, the thorough pass decides, as in `open_image`
         try:
-            with _open_header(data) as image:
-                format_name = image.format or ""
-                size, notes = _examine(image, quick)
-                return ImageFacts(content, format_name, size, notes)
+            opened = _opened(data)
+            with opened.image as image:
+                format_name, colours = image.format or "", opened.colours
+                size, notes = _examine(image, opened, quick)
+                return ImageFacts(content, format_name, size, notes, "", colours.name, colours.remark, opened.revision)
         except Exception as caught:  # see open_image
             error = _reason(caught)
     return ImageFacts(content, format_name, (0, 0), (), error)
 
 
-def _examine(image: Image.Image, quick: bool) -> tuple[tuple[int, int], tuple[str, ...]]:
+def _examine(image: Image.Image, opened: _Opened, quick: bool) -> tuple[tuple[int, int], tuple[str, ...]]:
     """(size, notes) of an image whose header was read. Raises what `open_image` would raise."""
-    mode, rawmode = image.mode, _rawmode(image)
+    mode, rawmode = image.mode, opened.rawmode
     orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # decoding a TIFF clears the orientation
     reduced = quick and image.format in ("JPEG", "MPO")
     size = image.size[::-1] if orientation not in (5, 6, 7, 8) else image.size
@@ -211,8 +339,9 @@ def _examine(image: Image.Image, quick: bool) -> tuple[tuple[int, int], tuple[st
         image.draft("L", (1, 1))
     image.load()
     deep = _is_deep(image)
-    # One pixel is enough to try the conversion; only the conversion of deep greyscale depends on all values.
-    _to_rgb(image if deep else image.crop((0, 0, 1, 1)))
+    # One pixel is enough to try the conversion; only the conversion of deep greyscale depends on all values. The
+    # profile of an image that was decoded without colour fits no longer; `colours_of` has tried it.
+    _to_rgb(image if deep else image.crop((0, 0, 1, 1)), opened, AS_THEY_ARE if reduced else None)
     transparent = _is_transparent(image)
     ImageOps.exif_transpose(image, in_place=True)
     facts = {
@@ -238,6 +367,7 @@ def _is_transparent(image: Image.Image) -> bool:
     if not image.has_transparency_data or _is_deep(image):
         transparency = image.info.get("transparency")
         return transparency is not None and bool((np.asarray(image) == transparency).any())
+    image = _not_premultiplied(image)
     if image.mode not in ("LA", "RGBA"):
         image = image.convert("RGBA")
     return image.getchannel("A").getextrema()[0] < 255

@@ -10,6 +10,7 @@ Importing this file imports neither torch nor datasets; a data set imports datas
 """
 
 import contextlib
+import functools
 import json
 import os
 import re
@@ -30,8 +31,9 @@ from lpl_finetuning.data.findings import (
     require_column,
 )
 from lpl_finetuning.data.images import IMAGE_EXTENSIONS
-from lpl_finetuning.data.tables import ROWS_AT_ONCE
+from lpl_finetuning.data.tables import ROWS_AT_ONCE, stamp_of
 from lpl_finetuning.errors import FIRST_NAMES, DataError, because, counted, first_names, is_or_are, shown
+from lpl_finetuning.files import digest
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. Shards
@@ -191,17 +193,22 @@ def add_shards(findings: Findings) -> str:
 def _list_shards(findings: Findings) -> None:
     """Bring the table `members` up to date: the images in the shards, with their captions."""
     query = (
-        "SELECT s.* FROM shards s LEFT JOIN tars t USING (path, size, mtime_ns) WHERE t.path IS NULL ORDER BY s.path"
+        "SELECT s.path, s.stamp FROM shards s LEFT JOIN tars t USING (path) WHERE t.stamp IS NOT s.stamp "
+        "ORDER BY s.path"
     )
 
     def store(item: tuple, _: None) -> None:
-        path, size, mtime_ns = item
+        path, stamp = item
         remarks: list[str] = []
-        for table in ("tars", "members", "facts"):
+        for table in ("tars", "members"):
             findings.db.execute(f"DELETE FROM {table} WHERE path = ?", (path,))
         rows = ((path, *image) for image in shard_images(findings.request.root / path, remarks))
         findings.db.executemany("INSERT INTO members VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
-        findings.db.execute("INSERT INTO tars VALUES (?, ?, ?, ?)", (path, size, mtime_ns, json.dumps(remarks)))
+        # The facts of members that lie where they lay stay: only their bytes are compared.
+        findings.db.execute(
+            "DELETE FROM facts WHERE path = ?1 AND offset NOT IN (SELECT offset FROM members WHERE path = ?1)", (path,)
+        )
+        findings.db.execute("INSERT INTO tars VALUES (?, ?, ?)", (path, stamp, json.dumps(remarks)))
 
     # `store` reads the shards one by one, and stores each row as soon as it is read.
     findings.facts.update(query, lambda item: None, store)
@@ -213,13 +220,21 @@ def _add_members(findings: Findings) -> None:
     """Add an entry for each image in the table `members`."""
     request, bare, total = findings.request, [], 0
     rows = findings.db.execute(
-        "SELECT m.path, offset, length, name, caption_name, text, is_json, s.size, s.mtime_ns FROM members m "
+        "SELECT m.path, offset, length, name, caption_name, text, is_json, s.stamp FROM members m "
         "JOIN shards s ON s.path = m.path ORDER BY m.path, offset"
     )
 
+    @functools.lru_cache(1)
+    def stems_in(shard: str) -> set[str]:
+        names = findings.db.execute("SELECT name FROM members WHERE path = ?", (shard,))
+        return {f"{shard}/{name[: _KIND.fullmatch(name).start(1) - 1]}" for (name,) in names}
+
+    def is_picture(shard: str, stem: str) -> bool:
+        return stem in stems_in(shard)
+
     def entries() -> Iterator[tuple]:
         nonlocal total
-        for path, offset, length, member, caption_name, text, is_json, size, mtime_ns in rows:
+        for path, offset, length, member, caption_name, text, is_json, stamp in rows:
             total += 1
             default, name = request.default(path), f"{path}/{member}"
             place, what = f"{request.root / path}: {shown(caption_name or member)}", "the caption"
@@ -235,8 +250,17 @@ def _add_members(findings: Findings) -> None:
                 bare.append(name if len(bare) <= FIRST_NAMES else "")
                 continue
             with findings.noting():
-                captions = findings.captions(cell, default, place, what, "sample")
-                yield name, captions, path, offset, length, size, mtime_ns, place
+                captions = findings.captions(
+                    cell,
+                    default,
+                    place,
+                    what,
+                    "sample",
+                    path=path,
+                    member=name,
+                    is_picture=functools.partial(is_picture, path),
+                )
+                yield name, captions, path, offset, length, stamp, place
 
     findings.add_entries(entries())
     if bare:
@@ -306,8 +330,17 @@ def _cells_of(dataset: Any, column: str) -> Iterator[Any]:
         yield from batch[column]
 
 
-def _files_of_rows(images: Any, column: str) -> dict[int, tuple[int, int]]:
-    """{row: (size, mtime_ns)} of the rows that hold a path instead of bytes; such a file may change later."""
+def _stamp_of_dataset(dataset: Any) -> str:
+    """The stamps of the files that hold a data set's rows, as one digest; "" for a data set in memory."""
+    stamps = []
+    for file in dataset.cache_files:
+        with contextlib.suppress(OSError):
+            stamps.append(stamp_of(os.stat(file["filename"])))
+    return digest(stamps=stamps)[:16] if stamps else ""
+
+
+def _stamps_of_rows(images: Any, column: str) -> dict[int, str]:
+    """{row: stamp of the file} of the rows that hold a path instead of bytes."""
     import pyarrow.compute as compute
 
     files, start = {}, 0
@@ -317,8 +350,7 @@ def _files_of_rows(images: Any, column: str) -> dict[int, tuple[int, int]]:
         for index in np.flatnonzero(without.to_numpy(zero_copy_only=False)):
             path = compute.struct_field(cells, "path")[int(index)].as_py()
             with contextlib.suppress(OSError, TypeError, ValueError):
-                status = os.stat(path)
-                files[start + int(index)] = (status.st_size, status.st_mtime_ns)
+                files[start + int(index)] = stamp_of(os.stat(path))
         start += len(cells)
     return files
 
@@ -332,7 +364,8 @@ def add_rows(findings: Findings, dataset: Any) -> None:
         DataError: a caption can't be used.
     """
     request, num_empty = findings.request, 0
-    default, files = request.default_caption, _files_of_rows(request.images, request.image_column)
+    default, files = request.default_caption, _stamps_of_rows(request.images, request.image_column)
+    stamp = _stamp_of_dataset(request.images)
 
     def entries() -> Iterator[tuple]:
         nonlocal num_empty
@@ -343,7 +376,7 @@ def add_rows(findings: Findings, dataset: Any) -> None:
                 num_empty += any(isinstance(text, str) and not text.strip() for text in texts) or not texts
             with findings.noting():
                 captions = findings.captions(cell, default, place, "the caption", "row", empty_allowed=default is None)
-                yield f"{index:09d}", captions, "", index, None, *files.get(index, (0, 0)), place
+                yield f"{index:09d}", captions, "", index, None, files.get(index, stamp), place
 
     findings.add_entries(entries())
     if num_empty:

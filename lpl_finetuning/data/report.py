@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from lpl_finetuning.data.colours import COLOUR_REMARKS
 from lpl_finetuning.data.images import assign_buckets, lost_share
 from lpl_finetuning.data.samples import FramingRules
 from lpl_finetuning.data.scan import Scan
@@ -115,17 +116,35 @@ def _named(images: Sequence[CaptionedImage], mask: np.ndarray) -> dict[str, Any]
 
 
 def _formats_and_notes(images: Sequence[CaptionedImage]) -> dict[str, Any]:
+    """Formats, notes, colour profiles that are converted from, and remarks on colours; each with numbers and names."""
     formats: Counter = Counter()
     notes: dict[str, dict] = {}
-    if isinstance(images, ImageTable):  # a list has neither formats nor notes
-        for name, format_name, joined in images.columns("name, format, notes"):
+    profiles: dict[str, dict] = {}
+    colours: dict[str, dict] = {}
+
+    def note(table: dict[str, dict], key: str, name: str) -> None:
+        found = table.setdefault(key, {"count": 0, "first": []})
+        found["count"] += 1
+        if len(found["first"]) < FIRST_NAMES:
+            found["first"].append(shown(name))
+
+    if isinstance(images, ImageTable):  # a list has none of these
+        columns = "name, format, notes, profile, colour_remark"
+        for name, format_name, joined, profile, remark in images.columns(columns):
             formats[format_name] += 1
-            for note in joined.split(",") if joined else ():
-                found = notes.setdefault(note, {"count": 0, "first": []})
-                found["count"] += 1
-                if len(found["first"]) < FIRST_NAMES:
-                    found["first"].append(shown(name))
-    return {"formats": dict(formats.most_common()), "notes": dict(sorted(notes.items()))}
+            for key in joined.split(",") if joined else ():
+                note(notes, key, name)
+            if profile:
+                note(profiles, profile, name)
+            if remark:
+                note(colours, remark, name)
+    most_first = sorted(profiles.items(), key=lambda item: (-item[1]["count"], item[0]))
+    return {
+        "formats": dict(formats.most_common()),
+        "notes": dict(sorted(notes.items())),
+        "profiles": dict(most_first),
+        "colour_remarks": dict(sorted(colours.items())),
+    }
 
 
 def _size_statistics(sizes: np.ndarray) -> dict[str, list[float]]:
@@ -202,6 +221,7 @@ def _remarks(report: dict[str, Any]) -> list[str]:
     remarks = [
         *_remark(report["notes"].get("animated", nothing), "is animated; the first frame is used",
                  "are animated; the first frame is used"),
+        *(line for key, found in report["colour_remarks"].items() for line in _remark(found, *COLOUR_REMARKS[key])),
         *_remark_on_copies(report["duplicates"]),
         *_remark(report["in_both"], "to validate with is trained on too", "to validate with are trained on too"),
         *_remark(report.get("below_resolution", nothing), "is enlarged to reach its size",
@@ -245,6 +265,9 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         rows.append(("formats", ", ".join(f"{name or '?'} {count}" for name, count in report["formats"].items())))
     if report["notes"]:
         rows.append(("notes", ", ".join(f"{name} {found['count']}" for name, found in report["notes"].items())))
+    if report["profiles"]:
+        names = [f"{name} {found['count']}" for name, found in report["profiles"].items()]
+        rows.append(("colours", f"converted to sRGB from {first_names(names)}"))
     for name, values in report["sizes"].items():
         unit = "" if name == "megapixels" else " px"
         rows.append((name, f"{values[0]:g} to {values[2]:g}{unit}, median {values[1]:g}"))

@@ -217,11 +217,11 @@ class View:
     flip: bool = False
     crop: int | None = None
 
-    def key(self, content: str) -> str:
-        """The key of the view in a store of latents. content: sha256 of the image file, hex."""
+    def key(self, pixels: str) -> str:
+        """The key of the view in a store of latents. pixels: what identifies the image (`CaptionedImage.pixels`)."""
         height, width = self.size
         crop = "" if self.crop is None else f"-crop{self.crop}"
-        return f"{content}-{height}x{width}{crop}{'-flipped' if self.flip else ''}"
+        return f"{pixels}-{height}x{width}{crop}{'-flipped' if self.flip else ''}"
 
 
 @dataclass(frozen=True)
@@ -494,7 +494,7 @@ class TrainingSet:
         return {"pixel_values": to_pixel_values(pixels), "time_ids": time_ids}
 
     def _latents(self, image: CaptionedImage, view: View) -> dict[str, Any]:
-        entry = self._entry(self.latents, view.key(image.content), image)
+        entry = self._entry(self.latents, view.key(image.pixels), image)
         return {name: entry[name].float() for name in ("mean", "std", "time_ids")}
 
     def _entry(self, store: TensorStore, key: str, image: CaptionedImage) -> dict[str, "torch.Tensor"]:

@@ -11,6 +11,7 @@ imports neither torch nor datasets.
 """
 
 import contextlib
+import hashlib
 import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -30,6 +31,7 @@ from lpl_finetuning.data.tables import (
     ImageTable,
     first_of,
     hold_out,
+    is_same_content,
     store_table,
     with_facts,
 )
@@ -169,7 +171,7 @@ def scan_folder(
     Captions come from `metadata.jsonl`, `.csv` or `.parquet` in the folder or below it. A row has the name of a file,
     relative to the listing, and a text or a list of texts: `{"file_name": "a.png", "text": "…"}`. Without a listing,
     captions come from a `.txt` or `.caption` file beside each image. WebDataset shards (`*.tar`) are read in place.
-    Hidden files and folders are skipped. Files that have not changed since an earlier scan are not read.
+    Hidden files and folders are skipped. Images that have not changed since an earlier scan are not read.
 
     Args:
         folder: `--train_data_dir`.
@@ -213,6 +215,7 @@ def _scan_folder(findings: Findings) -> Scan:
     if not findings.has("entries"):
         _refuse_nothing(findings, listings, source)
     findings.warnings += remarks_on_others(findings)
+    findings.remark_on_conventions()
     images = _checked_images(findings)
     _forget_vanished(findings.facts)
     return _result(findings, images, source, **found)
@@ -301,7 +304,6 @@ def _refuse_nothing(findings: Findings, listings: list[str], source: str) -> Non
 def _forget_vanished(facts: Facts) -> None:
     """Remove the facts about files that are gone. Facts about unlisted files stay: they may be listed again."""
     facts.forget("facts", "SELECT path FROM pictures UNION SELECT path FROM entries")
-    facts.forget("texts", "SELECT path FROM sidecars")
     facts.forget("tars", "SELECT path FROM shards")
     facts.forget("members", "SELECT path FROM shards")
 
@@ -314,26 +316,29 @@ def _forget_vanished(facts: Facts) -> None:
 def _checked_images(findings: Findings) -> ImageTable:
     """The table of the usable images among the entries. New and changed images are read; see `_judge_bad`."""
     query = (
-        "SELECT DISTINCT e.path, e.offset, e.length, e.size, e.mtime_ns FROM entries e LEFT JOIN facts f "
-        "ON f.path = e.path AND f.offset = e.offset "
-        "WHERE f.path IS NULL OR f.size != e.size OR f.mtime_ns IS NOT e.mtime_ns ORDER BY e.path, e.offset"
+        "SELECT DISTINCT e.path, e.offset, e.length, e.stamp, f.content FROM entries e LEFT JOIN facts f "
+        "ON f.path = e.path AND f.offset = e.offset WHERE f.stamp IS NOT e.stamp ORDER BY e.path, e.offset"
     )
     request = findings.request
 
-    def store(item: tuple, found: tuple[ImageFacts, bool]) -> None:
-        (path, offset, _, size, mtime_ns), (facts, lasting) = item, found
-        # No file has the time NULL: facts that may not last, such as a read error, are read again by the next scan.
+    def store(item: tuple, found: tuple[ImageFacts | None, bool]) -> None:
+        (path, offset, _, stamp, _), (facts, lasting) = item, found
+        if facts is None:
+            findings.db.execute("UPDATE facts SET stamp = ? WHERE path = ? AND offset = ?", (stamp, path, offset))
+            return
+        # No file has the stamp NULL: facts that may not last, such as a read error, are read again by the next scan.
         findings.db.execute(
-            "INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
-            (path, offset, size, mtime_ns if lasting else None, facts.content, facts.format, *facts.size,
-             ",".join(facts.notes), facts.error),
+            "INSERT OR REPLACE INTO facts VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+            (path, offset, stamp if lasting else None, facts.content, facts.format, *facts.size,
+             ",".join(facts.notes), facts.error, facts.profile, facts.colour_remark, facts.revision),
         )  # fmt: skip
 
     findings.facts.update(query, partial(read_facts, request), store, "checking images" if request.show else "")
     _judge_bad(findings)
     return store_table(
         findings.facts,
-        "SELECT e.name, e.captions, f.content, f.height, f.width, e.path, e.offset, e.length, f.format, f.notes "
+        "SELECT e.name, e.captions, f.content, f.height, f.width, e.path, e.offset, e.length, f.revision, "
+        "f.format, f.notes, f.profile, f.colour_remark "
         "FROM entries e JOIN facts f ON f.path = e.path AND f.offset = e.offset WHERE f.error = ''",
         request.root,
         request.images,
@@ -341,17 +346,17 @@ def _checked_images(findings: Findings) -> ImageTable:
     )
 
 
-def read_facts(request: ScanRequest, item: tuple) -> tuple[ImageFacts, bool]:
-    """(facts, whether they last) of one image. Called in threads.
+def read_facts(request: ScanRequest, item: tuple) -> tuple[ImageFacts | None, bool]:
+    """(facts, whether they last) of one image; no facts where the known facts still hold. Called in threads.
 
     Args:
         request: the scan's.
-        item: (path, offset, length, size, mtime_ns) of an entry.
+        item: (path, offset, length, stamp, sha256) of an entry; the digest is what an earlier scan has found, or None.
     """
-    path, offset, length, size, mtime_ns = item
+    path, offset, length, stamp, content = item
     try:
         if request.images is not None:
-            return inspect(DatasetImage(request.images, offset, request.image_column).read_bytes()), True
+            return _facts_of(DatasetImage(request.images, offset, request.image_column).read_bytes(), content), True
         with open(request.root / path, "rb") as file:
             file.seek(offset)
             data = file.read() if length is None else file.read(length)
@@ -360,9 +365,14 @@ def read_facts(request: ScanRequest, item: tuple) -> tuple[ImageFacts, bool]:
         return ImageFacts("", "", (0, 0), (), f"can't be read: {error.problem.rstrip('.')}"), False
     except OSError as error:
         return ImageFacts("", "", (0, 0), (), f"can't be read: {because(error)}"), False
-    if (status.st_size, status.st_mtime_ns) != (size, mtime_ns):
+    if not is_same_content(stamp, status):
         return ImageFacts("", "", (0, 0), (), "the file changed while it was read"), False
-    return inspect(data), True
+    return _facts_of(data, content), True
+
+
+def _facts_of(data: bytes, content: str | None) -> ImageFacts | None:
+    """The facts about an image; None where the bytes have the digest of an earlier scan, whose facts hold."""
+    return None if content and hashlib.sha256(data).hexdigest() == content else inspect(data)
 
 
 def _judge_bad(findings: Findings) -> None:

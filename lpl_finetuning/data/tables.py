@@ -87,6 +87,8 @@ class CaptionedImage:
         file: the image file, the tar that contains the image, or the row of a data set.
         offset: first byte of the image in a tar.
         length: bytes of the image in a tar; None for a file that is the image.
+        revision: of the way in which the pixels are read; see `data.images.ImageFacts`.
+        facts: the SQLite file of the facts about the image; None for an image that no scan has found.
     """
 
     name: str
@@ -96,6 +98,13 @@ class CaptionedImage:
     file: Path | DatasetImage
     offset: int = 0
     length: int | None = None
+    revision: int = 0
+    facts: Path | None = None
+
+    @property
+    def pixels(self) -> str:
+        """What identifies the pixels: the digest of the file and, above 0, the revision."""
+        return f"{self.content}-revision{self.revision}" if self.revision else self.content
 
     @property
     def caption(self) -> str:
@@ -112,6 +121,9 @@ class CaptionedImage:
     def read_bytes(self) -> bytes:
         """The bytes of the image file, undecoded; their sha256 is checked against the scan's.
 
+        Where the file has changed, the facts about the file are forgotten: the next scan reads the file again, even if
+        size and times look the same.
+
         Raises:
             DataError: the file has vanished, has changed, or can't be read.
         """
@@ -120,8 +132,9 @@ class CaptionedImage:
         else:
             data = self.file.read_bytes()
         if hashlib.sha256(data).hexdigest() != self.content:
+            forget_content(self.facts, self.content)
             raise DataError(
-                f"{self.place}: the file has changed since it was scanned.", "Start again with the new file."
+                f"{self.place}: the file has changed since it was scanned.", "Start again: the new file is read."
             )
         return data
 
@@ -146,10 +159,11 @@ def read_bytes(path: Path, offset: int = 0, length: int | None = None) -> bytes:
 
 TABLE_LAYOUT = (
     "CREATE TABLE images (row INTEGER PRIMARY KEY, name TEXT, captions TEXT, content TEXT, height INTEGER, "
-    "width INTEGER, path TEXT, offset INTEGER, length INTEGER, format TEXT, notes TEXT)"
+    "width INTEGER, path TEXT, offset INTEGER, length INTEGER, revision INTEGER, format TEXT, notes TEXT, "
+    "profile TEXT, colour_remark TEXT)"
 )
-_OF_AN_IMAGE = "name, captions, content, height, width, path, offset, length"
-_COLUMNS = f"{_OF_AN_IMAGE}, format, notes"  # only the report reads the last two
+_OF_AN_IMAGE = "name, captions, content, height, width, path, offset, length, revision"
+_COLUMNS = f"{_OF_AN_IMAGE}, format, notes, profile, colour_remark"  # only the report reads the last four
 
 
 class ImageTable(Sequence[CaptionedImage]):
@@ -166,6 +180,7 @@ class ImageTable(Sequence[CaptionedImage]):
         dataset: Any = None,
         column: str = "",
         rows: np.ndarray | None = None,
+        facts: Path | None = None,
     ):
         """
         Args:
@@ -174,12 +189,13 @@ class ImageTable(Sequence[CaptionedImage]):
             dataset: `datasets.Dataset` with the images, where the images are not files.
             column: the only column of the data set, undecoded images.
             rows: selected rows of the file, int64 (N,), each 0 <= row < the number of rows; None selects all.
+            facts: see `CaptionedImage`.
 
         Raises:
             DataError: the file is missing or damaged.
         """
         self.path, self.root, self._dataset, self._column = Path(path), Path(root), dataset, column
-        self._pid, self._connection = -1, None
+        self._facts, self._pid, self._connection = facts, -1, None
         try:
             (self._total,) = self._execute("SELECT count FROM header").fetchone()
             (last,) = self._execute("SELECT max(row) FROM images").fetchone()
@@ -227,12 +243,22 @@ class ImageTable(Sequence[CaptionedImage]):
         return self._image(self._execute(f"SELECT {_OF_AN_IMAGE} FROM images WHERE row = ?", (row,)).fetchone())
 
     def _image(self, row: tuple) -> CaptionedImage:
-        name, captions, content, height, width, path, offset, length = row
+        name, captions, content, height, width, path, offset, length, revision = row
         if self._dataset is None:
             file = self.root / path
         else:
             file, offset = DatasetImage(self._dataset, offset, self._column), 0
-        return CaptionedImage(name, tuple(captions.split(SEPARATOR)), content, (height, width), file, offset, length)
+        return CaptionedImage(
+            name,
+            tuple(captions.split(SEPARATOR)),
+            content,
+            (height, width),
+            file,
+            offset,
+            length,
+            revision,
+            self._facts,
+        )
 
     def __iter__(self) -> Iterator[CaptionedImage]:
         return map(self._image, self.columns(_OF_AN_IMAGE))
@@ -250,7 +276,7 @@ class ImageTable(Sequence[CaptionedImage]):
         if rows.size and (rows.min() < 0 or rows.max() >= len(self)):
             raise IndexError(f"Indices must be at least 0 and less than {len(self)}.")
         rows = rows if self._rows is None else self._rows[rows]
-        return ImageTable(self.path, self.root, self._dataset, self._column, rows)
+        return ImageTable(self.path, self.root, self._dataset, self._column, rows, self._facts)
 
     def columns(self, names: str) -> Iterator[tuple]:
         """Rows of some columns ("name, format") in the order of this table; few rows are in memory at a time."""
@@ -283,7 +309,7 @@ def store_table(
 
     Args:
         facts: the database of the query; the table is written into the same folder.
-        query: gives the columns name, captions, content, height, width, path, offset, length, format and notes.
+        query: gives the columns of `TABLE_LAYOUT` after the row.
         root, dataset, column: see `ImageTable`.
     """
     db = facts.db
@@ -295,11 +321,12 @@ def store_table(
         state.update(repr(row).encode("utf-8", "surrogatepass"))
         total += 1
     path = facts.folder / f"images-{state.hexdigest()[:32]}.sqlite"
+    options = {"root": os.path.abspath(root) if root else "", "dataset": dataset, "column": column}
     try:
-        table = ImageTable(path, os.path.abspath(root) if root else "", dataset, column)
+        table = ImageTable(path, **options, facts=facts.path)
     except DataError:  # missing or damaged
         _write_table(db, path, total)
-        table = ImageTable(path, os.path.abspath(root) if root else "", dataset, column)
+        table = ImageTable(path, **options, facts=facts.path)
     _remove_old(facts.folder, path)
     return table
 
@@ -308,6 +335,7 @@ def _write_table(db: sqlite3.Connection, path: Path, total: int) -> None:
     """Write the temporary table `final` into a file; the file is complete or does not exist."""
     temporary = path.parent / f".tmp-{uuid.uuid4().hex}"
     try:
+        temporary.touch()
         db.execute("ATTACH ? AS made", (str(temporary),))
         try:
             db.execute("PRAGMA made.journal_mode = OFF")
@@ -407,17 +435,39 @@ def hold_out(
 # 4. Facts
 # ---------------------------------------------------------------------------------------------------------------------
 
-_FACTS_LAYOUT = (  # images, caption files, shards and members of shards, each with the size and time of the file
-    "CREATE TABLE facts (path TEXT, offset INTEGER, size INTEGER, mtime_ns INTEGER, content TEXT, format TEXT, "
-    "height INTEGER, width INTEGER, notes TEXT, error TEXT, PRIMARY KEY (path, offset)) WITHOUT ROWID",
-    "CREATE TABLE texts (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, text TEXT) WITHOUT ROWID",
-    "CREATE TABLE tars (path TEXT PRIMARY KEY, size INTEGER, mtime_ns INTEGER, remarks TEXT) WITHOUT ROWID",
+_FACTS_LAYOUT = (  # images, shards and members of shards; the stamp is the file's, NULL for what may not last
+    "CREATE TABLE facts (path TEXT, offset INTEGER, stamp TEXT, content TEXT, format TEXT, height INTEGER, "
+    "width INTEGER, notes TEXT, error TEXT, profile TEXT, colour_remark TEXT, revision INTEGER, "
+    "PRIMARY KEY (path, offset)) WITHOUT ROWID",
+    "CREATE TABLE tars (path TEXT PRIMARY KEY, stamp TEXT, remarks TEXT) WITHOUT ROWID",
     "CREATE TABLE members (path TEXT, offset INTEGER, length INTEGER, name TEXT, caption_name TEXT, text TEXT, "
     "is_json INTEGER, PRIMARY KEY (path, offset)) WITHOUT ROWID",
 )
 # Where this number differs from that of a file, everything is read again: another layout, or another Pillow, which may
 # refuse other images.
-FACTS_VERSION = int(hashlib.sha256(f"3 {PIL.__version__} {_FACTS_LAYOUT}".encode()).hexdigest()[:7], 16)
+FACTS_VERSION = int(hashlib.sha256(f"4 {PIL.__version__} {_FACTS_LAYOUT}".encode()).hexdigest()[:7], 16)
+
+
+def stamp_of(status: os.stat_result) -> str:
+    """What tells whether a file has changed: size, time of the content, time of the last change, inode.
+
+    The first two survive `cp -p`, `rsync -t` and unpacking, whatever the content.
+    """
+    return f"{status.st_size} {status.st_mtime_ns} {status.st_ctime_ns} {status.st_ino}"
+
+
+def is_same_content(stamp: str, status: os.stat_result) -> bool:
+    """Whether size and time of the content are those of a stamp."""
+    return stamp.split()[:2] == stamp_of(status).split()[:2]
+
+
+def forget_content(facts: Path | None, content: str) -> None:
+    """Make the next scan read every file again that had this content, and its shard. facts: the SQLite file."""
+    if facts is None or not facts.is_file():
+        return
+    with contextlib.suppress(sqlite3.Error), contextlib.closing(sqlite3.connect(facts, timeout=60)) as db, db:
+        db.execute("UPDATE tars SET stamp = NULL WHERE path IN (SELECT path FROM facts WHERE content = ?)", (content,))
+        db.execute("UPDATE facts SET stamp = NULL WHERE content = ?", (content,))
 
 
 class Facts:
@@ -428,8 +478,10 @@ class Facts:
     """
 
     def __init__(self, path: Path):
-        self.folder, self.lock = path.parent, FileLock(f"{path}.lock")
+        self.path, self.folder, self.lock = path, path.parent, FileLock(f"{path}.lock")
         with self.lock:
+            with contextlib.suppress(OSError):
+                path.touch()  # with the permissions of the umask; SQLite gives 0644 to a file that it makes
             self.db = sqlite3.connect(path, timeout=600, isolation_level=None)
             try:
                 self._prepare()
@@ -489,7 +541,7 @@ class Facts:
             self.db.execute("BEGIN IMMEDIATE")
             last = time.monotonic()
             try:
-                for row, found in _with_progress(_in_threads(read, self._todo()), total, progress):
+                for row, found in _with_progress(in_threads(read, self._todo()), total, progress):
                     store(row, found)
                     if time.monotonic() - last > COMMIT_SECONDS:
                         self.db.execute("COMMIT")
@@ -513,7 +565,7 @@ class Facts:
                 self.db.execute(f"DELETE {gone}")
 
 
-def _in_threads(work: Callable[[tuple], Any], items: Iterable[tuple]) -> Iterator[tuple[tuple, Any]]:
+def in_threads(work: Callable[[Any], Any], items: Iterable[Any]) -> Iterator[tuple[Any, Any]]:
     """(item, work(item)) in the order of the items; only a few items are taken ahead."""
     threads = os.cpu_count() or 1
     pending: deque = deque()

@@ -258,7 +258,7 @@ def one_step(estimate, levels, vae, latents, settings, networks=(), bar=True):
     """The `OneStepResult` of a model.
 
     Args:
-        estimate: function (z_t (B, C, h, w), level, indices of the pictures) -> z0_pred (B, C, h, w); hides the family.
+        estimate: function (z_t (B, C, h, w), level, indices of the pictures) -> z0_pred (B, C, h, w).
         levels: the `NoiseLevels` of the model.
         vae: the autoencoder of the model.
         latents: targets z0 in model space, (C, h, w) float32 of each picture.

@@ -23,6 +23,7 @@ from peft.utils.other import get_pattern_key
 from safetensors.torch import save_file
 
 from lpl_finetuning.errors import require
+from lpl_finetuning.files import follow_umask
 from lpl_finetuning.training.models import lora_parts, nested_clip_name, save_weights
 
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
@@ -184,6 +185,7 @@ def write_safetensors(path, tensors, metadata):
     """Write a safetensors file that is complete or not there, even if the process is killed."""
     temporary = Path(f"{path}.tmp")
     save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+    follow_umask(temporary)
     os.replace(temporary, path)
 
 
@@ -422,5 +424,7 @@ def save_result(args, denoiser, pipeline_class, result_pipeline):
         return
     pipeline = result_pipeline()
     pipeline.save_pretrained(folder)
+    for part in pipeline.components:
+        follow_umask(folder / part)
     if args.single_file:
         save_single_file(pipeline, folder / "model.safetensors")

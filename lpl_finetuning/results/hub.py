@@ -17,6 +17,7 @@ from pathlib import Path
 
 from lpl_finetuning.base_model import Family, model_file, read_json
 from lpl_finetuning.errors import UserError, require
+from lpl_finetuning.files import row_of
 
 
 def check_publishing(args):
@@ -72,7 +73,28 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         prompts=tuple(args.validation_prompt or ()),
         images_per_prompt=args.num_validation_images,
         prediction_type=getattr(args, "prediction_type", None),
+        measures=measures_of(Path(args.output_dir, args.logging_dir, "metrics.jsonl")),
     )
+
+
+MEASURES = {  # log keys of --validation_metrics -> their names on the card
+    "validation/diffusion_loss": "diffusion loss",
+    "validation/one_step/latent_mse": "squared error of the latents",
+    "validation/one_step/psnr": "PSNR of the decoded estimate, dB",
+    "validation/one_step/spread/middle_block": "spread of decoder features against the picture's (1 is right)",
+    "validation/one_step/high_frequency": "log power of high frequencies against the picture's (0 is right)",
+    "validation/one_step/perceptual/efficientnet-lite2": "distance of EfficientNet-Lite2 features",
+    "validation/kid": "kernel distance (EfficientNet-Lite2) of samples",
+}
+
+
+def measures_of(path):
+    """{measure: "before -> after"} of a run with --validation_metrics, from its log; {} without."""
+    rows = [row_of(line) for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
+    if not any("validation/one_step/psnr" in row for row in rows):
+        return {}
+    series = {key: [row[key] for row in rows if key in row] for key in MEASURES}
+    return {MEASURES[key]: f"{values[0]:.4g} -> {values[-1]:.4g}" for key, values in series.items() if values}
 
 
 PATIENCE = 20  # seconds that a failing request is tried again
@@ -274,6 +296,7 @@ def check_access(repo_id, token=None, private=False, patience=PATIENCE):
 @dataclass(frozen=True)
 class Card:
     """What the model card says. `lpl` and `training` are {setting: value} for its tables; `lpl` is empty without LPL.
+    `measures` is {measure: value}, empty without --validation_metrics.
 
     name: owner/name on the Hub, or only a name; base_model, dataset: as given to the run, a name on the Hub or a path
     (paths are never shown); prediction_type: when the run was given one, so that a LoRA's snippet
@@ -292,6 +315,7 @@ class Card:
     prompts: tuple[str, ...] = ()
     images_per_prompt: int = 0
     prediction_type: str | None = None
+    measures: dict = field(default_factory=dict)
 
 
 def write_card(folder, card):
@@ -320,6 +344,7 @@ def write_card(folder, card):
         f"## Use\n\n```python\n{snippet(card, base)}\n```",
         f"## Latent perceptual loss\n\n{table(card.lpl)}" if card.lpl else "",
         f"## Training\n\n{table(card.training)}" if card.training else "",
+        f"## Held-out images, before -> after training\n\n{table(card.measures)}" if card.measures else "",
     ]
     text = "\n\n".join(part for part in parts if part)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")

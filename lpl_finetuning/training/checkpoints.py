@@ -21,7 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from lpl_finetuning.errors import UserError
-from lpl_finetuning.files import format_bytes, sha256_of, sync_to_disk
+from lpl_finetuning.files import follow_umask, format_bytes, sha256_of, sync_to_disk
 from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.training.checkpoint_folders import (
     MANIFEST,
@@ -237,6 +237,7 @@ def save_checkpoint(output_dir, step, state, save_model, limit=None, is_main=Tru
         temporary.mkdir()
         save_model(temporary)
         state.save(temporary, step, collected)
+        follow_umask(temporary)
         write_manifest(temporary, step)
         put_in_place(temporary, final)
     except BaseException as error:  # Ctrl-C too must leave no half-written checkpoint

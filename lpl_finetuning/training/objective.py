@@ -322,3 +322,12 @@ def seed_lora_dropout(numbers, objective):
     settings = objective.settings
     if settings.lora_dropout:
         torch.manual_seed(int(addressed_rng(settings.seed, int(numbers[0]), "lora_dropout").integers(2**32)))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Precision
+
+
+def autocast(objective):
+    """Autocast to the dtype of the denoiser's inputs; off in float32."""
+    return torch.autocast(objective.device.type, objective.dtype, enabled=objective.dtype != torch.float32)

@@ -284,10 +284,15 @@ def print_run(args, report, accelerator, plan):
         what.append(f"{len(args.validation_prompt)} x {args.num_validation_images} images")
     if held_out:
         what.append(f"the loss of {held_out} held-out images at {HELD_OUT_LEVELS} noise levels")
+    if args.validation_metrics:
+        what.append("the one-step test")
     if what:
         every = args.validation_steps or args.validation_epochs * images / batch
-        say(f"Validation: {' and '.join(what)} every {every:g} steps"
+        say(f"Validation: {', '.join(what)} every {every:g} steps"
             + ("; --validation_steps sets another interval" if args.validation_steps is None else ""))  # fmt: skip
+    if args.validation_metrics and args.validation_kid_every:
+        say(f"            KID of {args.validation_kid_samples} samples at the first, the last and every "
+            f"{args.validation_kid_every}th validation")  # fmt: skip
 
 
 def print_models(args, models, how, say):

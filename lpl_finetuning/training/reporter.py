@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from lpl_finetuning.files import dispensable
+from lpl_finetuning.files import dispensable, row_of
 from lpl_finetuning.flags import SECRETS
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -72,15 +72,6 @@ def metric_names(stages):
     """The log keys of a run whose loss has so many stages, in the order of the packed read."""
     layers = range(stages)
     return METRICS + [f"lpl/features/layer_{layer}/{what}" for layer in layers for what in ("loss", "outlier_ratio")]
-
-
-def row_of(line):
-    """The row in a line of the log; {} for a line that a kill or a full disk left unfinished."""
-    try:
-        row = json.loads(line)
-    except ValueError:
-        return {}
-    return row if isinstance(row, dict) else {}
 
 
 def public_flags(args):
@@ -253,7 +244,8 @@ def plot_run(history, path, title, stages):
     import matplotlib.pyplot as plt
 
     held_out = history.series("validation/diffusion_loss")[0]
-    rows = 3 if held_out else 2
+    measured = history.series("validation/one_step/psnr")[0]
+    rows = 2 + bool(held_out) + bool(measured)
     height = 3.5 * rows
     figure, axes = plt.subplots(rows, 2, figsize=(12, height))
     figure.subplots_adjust(left=0.06, right=0.985, top=1 - 0.8 / height, bottom=0.5 / height, hspace=0.38, wspace=0.14)
@@ -282,6 +274,8 @@ def plot_run(history, path, title, stages):
     speed.set_ylim(bottom=0)
     if held_out:
         plot_held_out(history, axes[0], plt.cm.viridis)
+    if measured:
+        plot_measures(history, axes[1])
     for axis in axes.flat:
         axis.set_xlabel("optimizer step")
         axis.grid(alpha=0.3)
@@ -309,6 +303,27 @@ def plot_held_out(history, axes, colors):
             axis.plot(steps, relative, linewidth=2.5, marker="o", color="black", label="mean")
         axis.axhline(1, color="grey", linestyle=":", linewidth=1)
         axis.set_title(f"held-out {title}, relative to before training")
+
+
+def plot_measures(history, axes):
+    """Draw what --validation_metrics found: errors relative to before training, and ratios that should be 1."""
+    errors, ratios = axes
+    labels = {"validation/one_step/latent_mse": "latent error", "validation/kid": "KID"}
+    names = sorted({name for row in history.rows for name in row if name.count("/") == 3})
+    labels |= {name: "LPL of the middle block" for name in names if name.endswith("one_step/lpl/middle_block")}
+    labels |= {name: f"{name.rpartition('/')[2]} features" for name in names if "one_step/perceptual/" in name}
+    for key, label in labels.items():
+        steps, values = history.series(key)
+        if steps and values[0] > 0:
+            errors.plot(steps, [value / values[0] for value in values], marker="o", label=label)
+    steps, power = history.series("validation/one_step/high_frequency")
+    ratios.plot(steps, [math.exp(value) for value in power], marker="o", label="power of high frequencies")
+    for key, label in (("spread/middle_block", "spread, middle block"), ("gain", "gain that would set it right")):
+        ratios.plot(*history.series(f"validation/one_step/{key}"), marker="o", label=label)
+    errors.set_title("one-step test, relative to before training")
+    ratios.set_title("one-step test, estimate against picture: 1 is right")
+    for axis in axes:
+        axis.axhline(1, color="grey", linestyle=":", linewidth=1)
 
 
 def draw_curve(axis, steps, values, label, color=None, smooth=True):

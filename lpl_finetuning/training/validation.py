@@ -11,10 +11,11 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from lpl_finetuning.data.samples import addressed_normal, collate
+from lpl_finetuning.data.samples import addressed_normal
 from lpl_finetuning.files import dispensable
 from lpl_finetuning.flags import settings_from_flags
-from lpl_finetuning.training.objective import to_device
+from lpl_finetuning.training.measures import Measures, MeasureSettings, held_out_batch
+from lpl_finetuning.training.objective import autocast, to_device
 from lpl_finetuning.training.reporter import Metrics
 from lpl_finetuning.training.sharding import eval_mode, is_sharded
 
@@ -52,26 +53,33 @@ class Validation:
             reporter: takes losses and pictures; signals: the `StopSignals`, which break validation off.
             sampling: (function denoiser -> a diffusers pipeline without text encoders, function latents -> decoded
                 images (B, 3, H, W), inference steps).
-            held_out: the script's functions (conditioning, held_out_step).
+            held_out: the script's functions (conditioning, held_out_step, denoise).
         """
         self.settings = settings_from_flags(ValidationSettings, args)
         self.accelerator, self.trainee, self.objective, self.data = accelerator, trainee, objective, data
         self.reporter, self.signals = reporter, signals
         self.sampling_pipeline, self.decode, self.inference_steps = sampling
-        self.conditioning, self.held_out_step = held_out
+        self.conditioning, self.held_out_step, denoise = held_out
         self.sharded = is_sharded(accelerator)
         self.samples_here = accelerator.is_main_process or self.sharded
         self.grids = Grids(Path(args.output_dir) / "validation", write=accelerator.is_main_process)
+        measured, self.measures = settings_from_flags(MeasureSettings, args), None
+        if measured.validation_metrics:
+            vae = self.sampling_pipeline(trainee.bare).vae
+            self.measures = Measures(measured, objective, data, self.conditioning, denoise, vae)
         if self.settings.validation_compare and self.samples_here:
             self.grids.keep_start(self.sample())
 
     def due(self, step):
         """Whether step `step`, from 1, ends an interval of --validation_steps, else of --validation_epochs."""
+        return self.number(step) > self.number(step - 1)
+
+    def number(self, step):
+        """How many intervals have ended at step `step`."""
         settings, size = self.settings, self.objective.samples_per_step
         if settings.validation_steps:
-            return step % settings.validation_steps == 0
-        every = settings.validation_epochs * len(self.data.images)  # samples
-        return step * size // every > (step - 1) * size // every
+            return step // settings.validation_steps
+        return step * size // (settings.validation_epochs * len(self.data.images))
 
     def run(self, step):
         """Validate with the averaged weights: losses and pictures go to the reporter. All ranks call it."""
@@ -80,7 +88,7 @@ class Validation:
             return
         with self.signals.between_steps(), self.reporter.paused(), self.trainee.averaged():
             if held_out and (losses := self.held_out_losses()):
-                self.reporter.log(step, losses)
+                self.reporter.log(step, losses | self.measured(step))
             if prompts and self.samples_here:
                 self.reporter.log_images(self.grids.add(step, self.sample), step)
             self.reporter.draw_run()
@@ -137,35 +145,62 @@ class Validation:
     # -----------------------------------------------------------------------------------------------------------------
     # The held-out loss
 
-    @torch.no_grad()
     def held_out_losses(self):
         """{log key: loss} of the held-out images, at fixed noise levels and with fixed noise; {} if broken off.
 
         `validation/diffusion_loss` is the mean over the levels, `validation/lpl_loss` over the gated levels; each
         level has an entry too. Where the model is sharded, all ranks run it equally often, some for nothing.
         """
-        objective, accelerator = self.objective, self.accelerator
-        metrics, levels = Metrics(objective.device), objective.schedule.held_out_timesteps(HELD_OUT_LEVELS)
+        levels = self.objective.schedule.held_out_timesteps(HELD_OUT_LEVELS)
+        names = [f"validation/{loss}_loss/t{timestep:g}" for loss in ("diffusion", "lpl") for timestep in levels]
+        return self._over_held_out("held-out loss", names, lambda numbers: self._losses_of_batch(numbers, levels))
+
+    def measured(self, step):
+        """{log key: number} of --validation_metrics at a step; what a signal breaks off is left out."""
+        measures, accelerator = self.measures, self.accelerator
+        if measures is None:
+            return {}
+        denoiser = self.trainee.bare
+        found = self._over_held_out(
+            "one-step test", measures.one_step_names(), lambda numbers: measures.one_step(denoiser, numbers)
+        )
+        if not measures.kid_due(self.number(step)) and not (measures.network and step == self.reporter.total_steps):
+            return found
+        with torch.no_grad(), eval_mode(denoiser):
+            kid = measures.kid(
+                self.sampling_pipeline(denoiser), self.inference_steps, self.prompt_arguments, self.decode,
+                accelerator, stop=lambda: accelerator.num_processes == 1 and self.broken_off(),
+            )  # fmt: skip
+        return found if kid is None else found | {"validation/kid": kid}
+
+    @torch.no_grad()
+    def _over_held_out(self, what, names, values_of_batch):
+        """{log key: mean} over the held-out images and ranks, with the means over the levels; {} if broken off.
+
+        Args:
+            what: the progress bar's title.
+            names: the log keys of the levels.
+            values_of_batch: function (numbers of images) -> generator of (log key, values (B,)).
+        """
+        accelerator, metrics = self.accelerator, Metrics(self.objective.device)
         batches, ranks = held_out_batches(self.data, self.settings.train_batch_size), accelerator.num_processes
         mine = batches[accelerator.process_index :: ranks]
         idle = -(-len(batches) // ranks) - len(mine) if self.sharded else 0
         work = [(numbers, True) for numbers in mine] + [(batches[0], False)] * idle
         quiet = not accelerator.is_local_main_process
         with eval_mode(self.trainee.bare):
-            for numbers, counted in tqdm(work, desc="held-out loss", leave=False, disable=quiet):
+            for numbers, counted in tqdm(work, desc=what, leave=False, disable=quiet):
                 if ranks == 1 and self.broken_off():
                     return {}
-                for name, values in self._losses_of_batch(numbers, levels):
+                for name, values in values_of_batch(numbers):
                     if counted:
                         metrics.add(name, values.sum(), len(values))
-        names = [f"validation/{loss}_loss/t{timestep:g}" for loss in ("diffusion", "lpl") for timestep in levels]
         return with_means(metrics.read(accelerator, names))
 
     def _losses_of_batch(self, numbers, levels):
         """Generator of (log key, losses (B,)) of held-out images at each noise level."""
         objective, denoiser = self.objective, self.trainee.bare
-        batch = collate([latent | prompt for latent, prompt in map(self.data.held_out_entry, numbers)])
-        batch["number"] = numbers
+        batch = held_out_batch(self.data, numbers)
         latents = objective.space.to_model(to_device(batch["mean"].float(), objective.device))
         gated = objective.gated(levels, latents).tolist()
         conditions = self.conditioning(batch, objective, 0)
@@ -180,11 +215,6 @@ class Validation:
             for name, values in zip(("diffusion_loss", "lpl_loss"), losses, strict=True):
                 if values is not None:
                     yield f"validation/{name}/t{timestep:g}", values
-
-
-def autocast(objective):
-    """Autocast to the dtype of the denoiser's inputs; off in float32."""
-    return torch.autocast(objective.device.type, objective.dtype, enabled=objective.dtype != torch.float32)
 
 
 def held_out_batches(data, size):

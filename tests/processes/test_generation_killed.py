@@ -42,6 +42,8 @@ def test_killed_and_resumed(sdxl_folder, tmp_path):
     children.run(words(sdxl_folder, tmp_path / "killed", count), check=True, cwd=children.ROOT)
     assert all(path.stat().st_mtime_ns == time for path, time in kept.items())
     files = {path.relative_to(tmp_path / "killed") for path in (tmp_path / "killed").rglob("*") if path.is_file()}
-    assert files == {path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()}
+    assert files == {
+        path.relative_to(tmp_path / "whole") for path in (tmp_path / "whole").rglob("*") if path.is_file()
+    }
     for name in files:
         assert (tmp_path / "killed" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

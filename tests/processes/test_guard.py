@@ -94,7 +94,11 @@ def poison(monkeypatch, script, term, calls):
         monkeypatch.setattr(script, "perceptual_loss", spoilt_loss)
 
 
-@pytest.mark.parametrize("term", ["diffusion loss", "LPL of the up block 1", "gradient"])
+@pytest.mark.parametrize(
+    ("recipe", "term"),
+    [("sdxl", "diffusion loss"), ("sdxl", "LPL of the up block 1"), ("sdxl", "gradient"), ("sd3", "diffusion loss")],
+    indirect=["recipe"],
+)
 def test_a_step_that_is_not_finite_is_skipped_and_named(recipe, tmp_path, monkeypatch, capsys, term):
     script, flags = recipe
     poison(monkeypatch, script, term, {3})
@@ -114,6 +118,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_named(recipe, tmp_path, monkey
     assert weights(tmp_path / "checkpoint-2") == weights(tmp_path / "checkpoint-3")
 
 
+@WITH_SD3
 def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(recipe, tmp_path, monkeypatch):
     script, flags = recipe
     flags = [*flags, "--max_train_steps", 9, "--checkpointing_steps", 2, "--output_dir", tmp_path]
@@ -222,6 +227,7 @@ def fp16(monkeypatch):
     return switch_on
 
 
+@WITH_SDXL
 def test_overflows_that_the_scaler_sees_to_do_not_count(recipe, tmp_path, capsys, fp16):
     script, flags = recipe
     fp16(2.0**24)
@@ -242,6 +248,7 @@ def test_overflows_that_the_scaler_sees_to_do_not_count(recipe, tmp_path, capsys
     assert weights(tmp_path) == whole, "the scale is a part of the state"
 
 
+@WITH_SD3
 def test_under_fp16_a_loss_that_is_not_finite_counts(recipe, tmp_path, monkeypatch, capsys, fp16):
     script, flags = recipe
     fp16(1.0)
@@ -341,6 +348,7 @@ def signalled(script, function, call, *flags, number="SIGTERM", ranks=1):
 PICTURES = ["--validation_prompt", "a red apple", "the sun", "--num_validation_images", 1, "--validation_steps", 2]
 
 
+@WITH_SDXL
 def test_a_signal_while_pictures_are_drawn(recipe, tmp_path):
     """Drawing, which may take longer than the watchdog waits, is broken off; one more step, and the run is saved."""
     script, flags = recipe
@@ -436,6 +444,7 @@ def state_of(pid):
         return ""
 
 
+@WITH_SDXL
 def test_a_run_that_fails_takes_its_loading_processes_along(recipe, tmp_path):
     """They ignore what others send them, but not the run's own end."""
     script, flags = recipe
@@ -449,6 +458,7 @@ def test_a_run_that_fails_takes_its_loading_processes_along(recipe, tmp_path):
         os.killpg(process.pid, 0)
 
 
+@WITH_SD3
 def test_the_loading_processes_end_with_the_loop(recipe, tmp_path, monkeypatch):
     script, flags = recipe
     alive = {}
@@ -467,6 +477,7 @@ def test_the_loading_processes_end_with_the_loop(recipe, tmp_path, monkeypatch):
     assert alive == {"in the loop": 2, "after it": 0}
 
 
+@WITH_SD3
 @pytest.mark.parametrize(("minutes", "steps"), [(1e-9, [1, 2, 3]), (60, [])])
 def test_a_checkpoint_is_saved_when_the_minutes_have_gone_by(minutes, steps, recipe, tmp_path):
     script, flags = recipe

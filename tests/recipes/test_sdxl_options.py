@@ -516,6 +516,21 @@ def test_no_validation_images(flags, tmp_path):
     assert not (tmp_path / "validation").exists()
 
 
+@pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664)])
+def test_everything_written_follows_the_umask(flags, tmp_path, umask, mode):
+    """Results and checkpoints of both kinds, in all formats: another user, or a container's, can read them."""
+    before = os.umask(umask)
+    try:
+        for name, more in {"lora": ["--use_lora", "--output_kohya_format"], "full": ["--single_file"]}.items():
+            run(*flags, *more, "--max_train_steps", 1, "--checkpointing_steps", 1, "--output_dir", tmp_path / name,
+                "--cache_dir", tmp_path / "cache", "--report_to", "tensorboard")  # fmt: skip
+    finally:
+        os.umask(before)
+    files = [path for name in ("lora", "full", "cache") for path in (tmp_path / name).rglob("*") if path.is_file()]
+    assert {path.suffix for path in files} >= {".safetensors", ".json", ".yaml", ".md", ".png", ".jsonl"}
+    assert {str(path): oct(path.stat().st_mode & 0o777) for path in files} == {str(path): oct(mode) for path in files}
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Two ranks
 

@@ -175,6 +175,6 @@ def test_other_samplers():
     assert sampling_scheduler(sd3).config.shift == sd3.scheduler.config.shift
     with pytest.raises(UserError, match="not for rectified flow"):
         sampling_scheduler(sd3, "ddim")
-    with pytest.raises(UserError, match="--steps is 30.*give 25 or 40"):
+    with pytest.raises(UserError, match=r"--steps is 30.*give 25 or 40"):
         sampling_scheduler(sdxl, steps=30)
     assert native_size(sdxl) == native_size(sd3) == (64, 64) and denoiser_of(sd3) is sd3.transformer

@@ -76,6 +76,143 @@ def test_blanks_after_the_commas_of_a_csv(tmp_path):
     assert captions(scan_folder(tmp_path / "set")) == [("a.png", "a;b")]
 
 
+def test_quotes_after_blanks_in_a_csv_are_no_part_of_the_caption(tmp_path):
+    picture(tmp_path / "set/a.png")
+    for header, row in (
+        ("file_name,text", 'a.png, "a dog"'), ("file_name,text", 'a.png,   "a dog"'),
+        ("text,file_name", ' "a dog", "a.png"'), ("file_name,text,rest", 'a.png, "a dog", "1, 2"'),
+        ("\ufeff\ufefffile_name,text", 'a.png, "a dog"'),
+    ):  # fmt: skip
+        listing(tmp_path / "set", header, row, name="metadata.csv")
+        assert captions(scan_folder(tmp_path / "set")) == [("a.png", "a dog")], (header, row)
+    listing(tmp_path / "set", "file_name,text", 'a.png, "a ""big"" dog, red"', name="metadata.csv")
+    assert captions(scan_folder(tmp_path / "set")) == [("a.png", 'a "big" dog, red')]
+    listing(tmp_path / "set", "file_name,text", 'a.png,a "big" dog', name="metadata.csv")
+    assert captions(scan_folder(tmp_path / "set")) == [("a.png", 'a "big" dog')]
+    for blank in ("\t", "\xa0", " \t"):
+        listing(tmp_path / "set", "file_name,text", f'a.png,{blank}"a dog"', name="metadata.csv")
+        assert "metadata.csv:2: a tab or another blank stands between a comma and a quote" in refusal(tmp_path / "set")
+
+
+ODD_ENDS = "\x0b\x0c\x1c\x1d\x1e\x85\u2028\u2029"  # where str.splitlines would split
+
+
+def test_lines_of_a_caption_file_end_where_editors_end_them(tmp_path):
+    lines = [f"one{letter}line" for letter in ODD_ENDS]
+    path = picture(tmp_path / "set/a.png").with_suffix(".txt")
+    for end in ("\n", "\r\n", "\r"):
+        text = end.join(["", *lines, " ", "\ufeff", "\ufefflast", ""])
+        path.write_bytes(text.encode())
+        assert captions(scan_folder(tmp_path / "set", caption_per_line=True)) == [("a.png", *lines, "last")]
+        tar(tmp_path / "shards/s.tar", ("a.png", image_bytes()), ("a.txt", text.encode()))
+        assert captions(scan_folder(tmp_path / "shards", caption_per_line=True)) == [("s.tar/a.png", *lines, "last")]
+    path.write_bytes("".join(lines).encode())
+    assert captions(scan_folder(tmp_path / "set")) == [("a.png", "".join(lines))]
+
+
+def test_byte_order_marks_are_no_part_of_a_caption(tmp_path):
+    mark = "\ufeff"
+    path = picture(tmp_path / "set/a.png").with_suffix(".txt")
+    for text in (f"{mark}a dog", f"{mark}{mark}a dog", f"{mark} {mark}a dog\n", f"a dog{mark}"):
+        path.write_bytes(text.encode())
+        assert captions(scan_folder(tmp_path / "set")) == [("a.png", "a dog")]
+        tar(tmp_path / "shards/s.tar", ("a.png", image_bytes()), ("a.txt", text.encode()))
+        assert captions(scan_folder(tmp_path / "shards")) == [("s.tar/a.png", "a dog")]
+    path.write_bytes((mark * 2).encode())
+    assert "a.txt: the caption is empty" in refusal(tmp_path / "set")
+    path.unlink()
+    for line in ('{"file_name": "a.png", "text": "a dog"}', f'{{"file_name": "a.png", "text": "{mark}a dog"}}'):
+        for marks in ("", mark, mark * 2):
+            listing(tmp_path / "set", marks + line)
+            assert captions(scan_folder(tmp_path / "set")) == [("a.png", "a dog")]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Conventions of other programs
+# ---------------------------------------------------------------------------------------------------------------------
+
+HELPERS = {
+    "rex-masklabel.png": "masks of OneTrainer (name-masklabel)",
+    "rex-condlabel.png": "conditioning images of OneTrainer (name-condlabel)",
+    "@eaDir/rex.jpg/SYNOPHOTO_THUMB_M.jpg": "thumbnails of a Synology NAS (@eaDir)",
+    "@eaDir/rex.png": "thumbnails of a Synology NAS (@eaDir)",
+    "SYNOFILE_THUMB_S.jpg": "thumbnails of a Synology NAS (SYNOFILE_THUMB…)",
+    "#recycle/old.png": "deleted files of a NAS (#recycle)",
+    "$RECYCLE.BIN/old.png": "deleted files of Windows ($RECYCLE.BIN)",
+    "__MACOSX/rex.png": "files that macOS adds to archives (__MACOSX)",
+    "rex_depth.png": "depth images beside their pictures (name_depth)",
+    "rex-Canny.PNG": "canny images beside their pictures (name_canny)",
+    "rex.mask.png": "mask images beside their pictures (name_mask)",
+    "rex_control.jpg": "control images beside their pictures (name_control)",
+    "rex_openpose.png": "openpose images beside their pictures (name_openpose)",
+    "depth_rex.png": "depth images beside their pictures (depth_name)",
+    "rex-150x150.jpg": "smaller copies beside their pictures (name-150x150)",
+    "masks/rex.png": "masks images of pictures with the same names (masks/name)",
+    "conditioning_images/rex.jpg": "conditioning_images images of pictures with the same names",
+}
+
+
+@pytest.mark.parametrize("path", HELPERS)
+def test_helper_files_are_remarked_where_they_would_be_trained_on(tmp_path, path):
+    for name in ("rex.jpg", path):
+        picture(tmp_path / "set" / name)
+    scan = scan_folder(tmp_path / "set", default_caption="a dog")
+    [remark] = scan.warnings
+    assert remark.startswith("1 image in ") and remark.endswith(f": {path}.") and HELPERS[path] in remark
+    assert len(scan.images) == 2
+    assert HELPERS[path] in scan_folder(tmp_path / "set", caption_from_folder=True).warnings[0]
+    if path.count("/") < 2 and ".mask" not in path:  # such a member has a kind of its own
+        tar(tmp_path / "shards/s.tar", *[(name, image_bytes()) for name in ("rex.jpg", path)])
+        [remark] = scan_folder(tmp_path / "shards", default_caption="a dog").warnings
+        assert HELPERS[path] in remark and remark.endswith(f": s.tar/{path}.")
+    # Whoever has captioned or listed the picture means it.
+    for name in ("rex.jpg", path):
+        (tmp_path / "set" / name).with_suffix(".txt").write_text("a dog")
+    assert scan_folder(tmp_path / "set", default_caption="a dog").warnings == []
+    listing(tmp_path / "shards/listed", *[{"file_name": name} for name in ("rex.jpg", path)])
+    for name in ("rex.jpg", path):
+        picture(tmp_path / "shards/listed" / name)
+    (tmp_path / "shards/s.tar").unlink(missing_ok=True)
+    assert scan_folder(tmp_path / "shards/listed", default_caption="a dog").warnings == []
+
+
+def test_pictures_of_their_own_are_no_helper_files(tmp_path):
+    for name in ("deep_depth.png", "mask.png", "a mask.png", "masks/venice.png", "rex-12x.png", "pose/one.png",
+                 "unmasked.png", "thumbs_up.png"):  # fmt: skip
+        picture(tmp_path / "set" / name)
+    assert scan_folder(tmp_path / "set", default_caption="a mask").warnings == []
+
+
+def test_numbers_of_repeats_are_no_part_of_a_caption(tmp_path):
+    for name in (
+        "10_sks dog/a.png",
+        "10_sks dog/b.png",
+        "3_cat_on_mat/a.png",
+        "2024_spring/a.png",
+        "7up/a.png",
+        "5_/a.png",
+    ):
+        picture(tmp_path / "set" / name)
+    scan = scan_folder(tmp_path / "set", caption_from_folder=True)
+    assert dict(captions(scan)) == {
+        "10_sks dog/a.png": "sks dog", "10_sks dog/b.png": "sks dog", "3_cat_on_mat/a.png": "cat on mat",
+        "2024_spring/a.png": "2024 spring", "7up/a.png": "7up", "5_/a.png": "5",
+    }  # fmt: skip
+    [remark] = scan.warnings
+    assert remark.startswith("2 folders in ") and remark.endswith(": 10_sks dog, 3_cat_on_mat.") and "kohya" in remark
+    root = scan_folder(tmp_path / "set/10_sks dog", caption_from_folder=True)
+    assert captions(root) == [("a.png", "sks dog"), ("b.png", "sks dog")] and "10_sks dog" in root.warnings[0]
+    tar(tmp_path / "20_blue bird/s.tar", ("a.png", image_bytes()))
+    shard = scan_folder(tmp_path / "20_blue bird", caption_from_folder=True)
+    assert captions(shard) == [("s.tar/a.png", "blue bird")] and "20_blue bird" in shard.warnings[0]
+    for name in ("a", "b"):
+        (tmp_path / f"set/10_sks dog/{name}.txt").write_text("own")
+    assert scan_folder(tmp_path / "set/10_sks dog", caption_from_folder=True).warnings == []
+    listing(tmp_path / "set", {"file_name": "10_sks dog/a.png"})
+    listed = scan_folder(tmp_path / "set", caption_from_folder=True)
+    assert captions(listed) == [("10_sks dog/a.png", "sks dog")] and "kohya" in " ".join(listed.warnings)
+
+
 def test_columns_byte_order_mark_and_remarks(tmp_path):
     for name in "abc":
         picture(tmp_path / f"set/{name}.png")
@@ -688,6 +825,25 @@ def test_a_data_set_of_paths_notices_changed_files(tmp_path):
     second = scan_dataset(str(tmp_path / "saved"))
     assert [image.size for image in first.images] == [(6, 8)] * 2 and second.images[1].size == (10, 10)
     assert second.images[1].read_bytes() == Path(files[1]).read_bytes()
+
+
+def test_a_data_set_whose_rows_are_replaced_under_the_same_name_is_read_anew(tmp_path):
+    """The fingerprint and the times of the files stay; only change time and inode tell."""
+    saved, _ = hub_set(tmp_path / "one", ["a", "b", "c"])
+    first = scan_dataset(saved)
+    for index in range(3):
+        picture(tmp_path / f"two/other/{index}.png", color=(9, index, 9))
+    files = [str(tmp_path / f"two/other/{index}.png") for index in range(3)]
+    other = datasets.Dataset.from_dict({"image": files, "text": ["a", "b", "new"], "other": files})
+    other.cast_column("image", datasets.Image()).cast_column("other", datasets.Image()).save_to_disk(tmp_path / "new")
+    [path], [source] = Path(saved).glob("*.arrow"), (tmp_path / "new").glob("*.arrow")
+    status = path.stat()
+    path.unlink()
+    path.write_bytes(source.read_bytes())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    second = scan_dataset(saved)
+    assert captions(second)[2] == ("000000002", "new") and second.images.path != first.images.path
+    assert all(image.read_bytes() for image in second.images)
 
 
 def test_a_broken_data_set_is_refused_with_the_flag_named(tmp_path):

@@ -89,7 +89,7 @@ def test_what_is_refused(pipelines, tmp_path):
             generate(pipeline, {stem: ""}, GenerationSettings(), tmp_path / "b", bar=False)
     (tmp_path / "c").mkdir()
     Image.new("RGB", (8, 8)).save(tmp_path / "c" / "x.png")
-    with pytest.raises(UserError, match="no generation.json"):
+    with pytest.raises(UserError, match=r"no generation\.json"):
         generate(pipeline, CAPTIONS, GenerationSettings(), tmp_path / "c", bar=False)
     (tmp_path / "d").mkdir()
     (tmp_path / "d/generation.json").write_text("{")
@@ -99,7 +99,9 @@ def test_what_is_refused(pipelines, tmp_path):
 
 def test_what_is_not_finite_is_refused(pipelines, tmp_path, monkeypatch):
     pipeline = pipelines["sdxl"]
-    monkeypatch.setattr(pipeline.vae, "decode", lambda z: type("", (), {"sample": torch.full((1, 3, 64, 64), torch.nan)}))
+    monkeypatch.setattr(
+        pipeline.vae, "decode", lambda z: type("", (), {"sample": torch.full((1, 3, 64, 64), torch.nan)})
+    )
     with pytest.raises(UserError, match="not finite"):
         generate(pipeline, {"a": ""}, GenerationSettings(1, (1.0,)), tmp_path, bar=False)
     assert not list(tmp_path.rglob("*.png"))

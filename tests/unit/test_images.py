@@ -77,6 +77,46 @@ def big_endian_tiff(values):
     return b"MM\0*\0\0\0\x08" + struct.pack(">H", len(tags)) + body + bytes(4) + values.astype(">u2").tobytes()
 
 
+def tiff(values, bits, photometric=1, sample_format=1, order="<", data=None, samples=(), compression=1):
+    """(H, W) as a TIFF. data: the bytes of the pixels; samples: ExtraSamples."""
+    height, width = values.shape[:2]
+    count = values.shape[2] if values.ndim == 3 else 1
+    data = values.tobytes() if data is None else data
+    tags = [(256, width), (257, height), (258, bits), (259, compression), (262, photometric), (273, 0), (277, count)]
+    tags += [(278, height), (279, len(data)), *((338, value) for value in samples), (339, sample_format)]
+    tags = [(273, 8 + 2 + 12 * len(tags) + 4) if tag == 273 else (tag, value) for tag, value in tags]
+    body = b""
+    for tag, value in tags:
+        if tag == 258 and count == 2:
+            body += struct.pack(f"{order}HHIHH", tag, 3, 2, value, value)
+        elif tag in (273, 279):
+            body += struct.pack(f"{order}HHII", tag, 4, 1, value)
+        else:
+            body += struct.pack(f"{order}HHIHH", tag, 3, 1, value, 0)
+    head = (b"II*\0" if order == "<" else b"MM\0*") + struct.pack(f"{order}I", 8)
+    return head + struct.pack(f"{order}H", len(tags)) + body + bytes(4) + data
+
+
+def packed_12(values):
+    """Integers of 12 bits, (H, W), each row padded to whole bytes."""
+    rows = []
+    for row in values:
+        bits = "".join(f"{value:012b}" for value in row.tolist())
+        bits += "0" * (-len(bits) % 8)
+        rows.append(int(bits, 2).to_bytes(len(bits) // 8, "big"))
+    return b"".join(rows)
+
+
+def packed_grey(values, bits):
+    """Integers of 1, 2 or 4 bits, (H, W), as rows of a PNG."""
+    rows = []
+    for row in values:
+        text = "".join(f"{value:0{bits}b}" for value in row.tolist())
+        text += "0" * (-len(text) % 8)
+        rows.append(int(text, 2).to_bytes(len(text) // 8, "big"))
+    return rows
+
+
 GREY16 = np.linspace(0, 65535, 12, dtype=np.uint16).reshape(3, 4)
 COLOR16 = np.linspace(0, 65535, 36, dtype=np.uint16).reshape(3, 4, 3)
 PHOTO = photo(40, 56)
@@ -226,11 +266,50 @@ def refused_table():
         "damaged.png": (bytes(damaged), "can't be used"),
         "cut.jpg": (file_of(PHOTO, "JPEG")[:-20], "truncated"),
         "loud.tif": (file_of(GREY16.astype(np.float32), "TIFF"), "0 to 65535, not 0 to 1"),
-        "negative.tif": (file_of(np.full((2, 2), -1, np.int32), "TIFF"), "-1 to -1, not 0 to 65535"),
+        "negative.tif": (file_of(np.full((2, 2), -1, np.int32), "TIFF"), "signed integers"),
         "drawing.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n%%EOF\n", "drawing"),
         "large.png": (png(12000, 20000, 8, 2, []), "12000 x 20000 px are 240 megapixels; at most 179 are read"),
         "huge.png": (png(60000, 60000, 8, 2, []), "60000 x 60000 px are 3600 megapixels; at most 179 are read"),
     }
+
+
+def rare_table():
+    """name -> (bytes, expected pixels (H, W) or (H, W, 3), float in 0..255)"""
+    table = {}
+    for bits in (1, 2, 4):
+        values = np.arange(16).reshape(2, 8) % 2**bits
+        expected = values * (255 / (2**bits - 1))
+        for key in range(2**bits):
+            data = png(8, 2, bits, 0, packed_grey(values, bits), struct.pack(">H", key))
+            table[f"png of {bits} bits, {key} transparent"] = data, np.where(values == key, 255, expected)
+    colors = np.array([[[0x1234, 0x5678, 0x9ABC], [0x1235, 0x5678, 0x9ABC], [0x1200, 0x5600, 0x9A00]]], np.uint16)
+    for key in range(3):
+        rows = [row.astype(">u2").tobytes() for row in colors]
+        expected = np.where(np.arange(3)[None, :, None] == key, 255, colors // 256)
+        data = png(3, 1, 16, 2, rows, colors[0, key].astype(">u2").tobytes())
+        table[f"16-bit png, color {key} transparent"] = data, expected
+    table["8-bit png with a key of more bits"] = (
+        png(2, 1, 8, 0, [bytes([5, 9])], struct.pack(">H", 0x105)), np.array([[255, 9]]),
+    )  # fmt: skip
+    floats = (GREY16 / 65535).astype(np.float32)
+    grey = GREY16 / 257
+    deep = np.array([[0, 1000, 2048, 4000, 4095]])
+    table |= {
+        "white is zero, 16 bits": (tiff(GREY16, 16, 0), 255 - grey),
+        "white is zero, 16 bits, deflated": (
+            tiff(GREY16, 16, 0, data=zlib.compress(GREY16.tobytes()), compression=8), 255 - grey,
+        ),
+        "white is zero, float": (tiff(floats, 32, 0, 3), 255 - grey),
+        "white is zero, float, big": (tiff(floats, 32, 0, 3, ">", floats.astype(">f4").tobytes()), 255 - grey),
+        "white is zero, 8 bits": (tiff(np.array([[0, 200]], np.uint8), 8, 0), np.array([[255, 55]])),
+        "white is zero, 4 bits": (tiff(np.array([[0, 15]]), 4, 0, data=bytes([0x0F])), np.array([[255, 0]])),
+        "12 bits": (tiff(deep, 12, data=packed_12(deep)), deep * (255 / 4095)),
+        "premultiplied greyscale": (
+            tiff(np.array([[[50, 100], [0, 0], [80, 255]]], np.uint8), 8, samples=(1,)),
+            np.array([[50 + 155, 255, 80]]),
+        ),
+    }  # fmt: skip
+    return table
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -265,6 +344,54 @@ def test_every_kind_of_image_is_opened(name):
     assert inspect(data) == ImageFacts(
         hashlib.sha256(data).hexdigest(), formats.get(suffix, suffix.upper()), expected.shape[:2], notes
     )
+
+
+@pytest.mark.parametrize("name", rare_table())
+def test_rare_pixels_are_right(name):
+    data, expected = rare_table()[name]
+    pixels, message = agreed(data)
+    expected = expected if expected.ndim == 3 else expected[..., None]
+    assert message is None and np.abs(pixels - expected.astype(float)).max() <= 1
+    facts = inspect(data)
+    assert ("transparent" in facts.notes) == ("transparent" in name or "key" in name or "premultiplied" in name)
+    # Where these pixels were wrong before, encodings of the wrong pixels must not be found again.
+    right_before = (
+        "png of 1 bits",
+        "white is zero, 8",
+        "white is zero, 4",
+        "png of 2 bits, 0",
+        "png of 4 bits, 0",
+        "premultiplied",
+    )
+    assert facts.revision == (not name.startswith(right_before))
+
+
+def test_a_tiff_of_a_kind_that_pillow_can_not_read_is_refused_as_such():
+    for data in (
+        tiff(GREY16, 16, 0, 1, ">", GREY16.astype(">u2").tobytes()),  # white as zero, big-endian
+        tiff(np.zeros((2, 2)), 64, 1, 3),
+        tiff(np.zeros((2, 2), np.float16), 16, 1, 3),
+        tiff(np.array([[1, 2]]), 12, 0, data=packed_12(np.array([[1, 2]]))),
+    ):
+        assert "of a kind that Pillow can't read; save it as PNG" in agreed(data)[1]
+
+
+def test_a_pgm_is_scaled_by_its_own_white():
+    data = b"P5 2 1 4095\n" + struct.pack(">2H", 4000, 4095)
+    assert agreed(data)[0][0, :, 0].tolist() == [249, 255]
+
+
+@pytest.mark.parametrize("kind", ["unsigned", "signed", "16-bit", "8-bit", "big"])
+def test_integers_without_a_white_are_refused(kind):
+    values = np.array([[0, 100, 200]])
+    data = {
+        "unsigned": tiff(values.astype("<u4"), 32),
+        "signed": tiff(values.astype("<i4"), 32, 1, 2),
+        "16-bit": tiff(values.astype("<i2"), 16, 1, 2),
+        "8-bit": tiff(values.astype("<i1"), 8, 1, 2),
+        "big": tiff(values, 32, 1, 2, ">", values.astype(">i4").tobytes()),
+    }[kind]
+    assert "integers, which have no agreed white; save it with 8 or 16 bits" in agreed(data)[1]
 
 
 @pytest.mark.parametrize("format_name", ["PNG", "JPEG", "WEBP", "TIFF"])

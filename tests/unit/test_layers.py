@@ -13,7 +13,8 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("errors", "lpl_utils"),
     ("files",),
     ("base_model",),
-    ("data.images", "data.tables", "data.store"),
+    ("data.colours", "data.conventions", "data.tables", "data.store"),
+    ("data.images",),
     ("data.samples", "data.findings"),
     ("data.folders", "data.packed"),
     ("data.scan",),
@@ -27,6 +28,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
      "evaluation.features"),
     ("training.models", "training.reporter"),
     ("training.objective", "training.optimization", "training.checkpoints"),
+    ("training.measures",),
     ("training.validation", "training.run"),
     ("training.plan",),
     ("results.export", "results.hub", "evaluation.comparison"),
@@ -37,8 +39,9 @@ TORCH_FREE = ("errors", "files", "base_model", "families", "start", "flags", "fl
               "evaluation.verdict", "evaluation.charts", "evaluation.picture_sets", "evaluation.report",
               "evaluation.networks", "evaluation.distances", "evaluation.spectrum", "evaluation.uncertainty",
               "training.checkpoint_folders",
-              "data.images", "data.tables", "data.store", "data.samples", "data.findings", "data.folders",
-              "data.packed", "data.scan", "data.report", "data.encoding", "data.contact_sheet")  # fmt: skip
+              "data.colours", "data.conventions", "data.images", "data.tables", "data.store", "data.samples",
+              "data.findings", "data.folders", "data.packed", "data.scan",
+              "data.report", "data.encoding", "data.contact_sheet")  # fmt: skip
 
 
 def path_of(name):

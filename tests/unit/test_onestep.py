@@ -28,7 +28,7 @@ from lpl_finetuning.evaluation.onestep import (
     one_step_of,
 )
 from lpl_finetuning.flags import data_source
-from lpl_utils import DecoderStages, LatentPerceptualLoss, LatentSpace, estimate_z0
+from lpl_utils import DecoderStages, LatentPerceptualLoss, LatentSpace, estimate_z0, stage_features
 from tests.runs import objective_of
 from tests.tiny_models import autoencoder, sd3_pipeline, sdxl_pipeline
 
@@ -91,8 +91,8 @@ def test_noise_is_fixed():
                   noisy(z0, 2, [0, 1, 2], levels, OneStepSettings(seed=1))):  # fmt: skip
         assert not torch.equal(other[1], eps)
     z0 = torch.randn(3, 4, 8, 8)
-    torch.testing.assert_close(noisy(z0, 0, [0, 1, 2], levels, settings)[0] - noisy(0 * z0, 0, [0, 1, 2], levels, settings)[0],
-                               levels.alphas[0] * z0)  # fmt: skip
+    with_signal, without = (noisy(z, 0, [0, 1, 2], levels, settings)[0] for z in (z0, 0 * z0))
+    torch.testing.assert_close(with_signal - without, levels.alphas[0] * z0)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -127,6 +127,12 @@ def test_the_numbers_are_what_they_say(vae):
     loss = LatentPerceptualLoss(DecoderStages(vae))(z0_pred, z0).per_layer
     for index, name in enumerate(DecoderStages(vae).names):
         torch.testing.assert_close(found[f"lpl/{name}"], loss[index], rtol=1e-5, atol=1e-7)
+    with torch.no_grad():
+        features = [list(stage_features(DecoderStages(vae), z)) for z in (z0, z0_pred)]
+    for name, x, xh in zip(DecoderStages(vae).names, *features, strict=True):
+        ratios = xh.numpy().var(axis=(2, 3)) / x.numpy().var(axis=(2, 3))
+        lower = np.sort(ratios, axis=1)[:, (ratios.shape[1] - 1) // 2]  # of an even number the lower middle one
+        np.testing.assert_allclose(found[f"spread/{name}"], lower, rtol=1e-4)
     space = LatentSpace.of(vae)
     with torch.no_grad():
         true, made = (vae.decode(space.from_model(z)).sample.clamp(-1, 1).double().numpy() for z in (z0, z0_pred))
@@ -137,12 +143,13 @@ def test_the_numbers_are_what_they_say(vae):
                                    rtol=1e-5)  # fmt: skip
         np.testing.assert_allclose(found["psnr"][row], 10 * np.log10(4 / ((true[row] - made[row]) ** 2).mean()),
                                    rtol=1e-4)  # fmt: skip
-        radius = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64)[None, :64 // 2 + 1]) * 2
+        radius = np.hypot(np.fft.fftfreq(64)[:, None], np.fft.fftfreq(64)[None, : 64 // 2 + 1]) * 2
         powers = [(abs(np.fft.rfft2(x[row])) ** 2).sum(axis=0)[radius >= 0.375].sum() for x in (made, true)]
         np.testing.assert_allclose(found["high_frequency"][row], np.log(powers[0] / powers[1]), rtol=1e-3, atol=1e-5)
         x, xh = (np.round((y[row] + 1) * 127.5) + 1 for y in (true, made))
         distances = []
-        for one, other in ((x, xh), (x.reshape(3, 8, 8, 8, 8).mean(axis=(2, 4)), xh.reshape(3, 8, 8, 8, 8).mean(axis=(2, 4)))):
+        coarse = [y.reshape(3, 8, 8, 8, 8).mean(axis=(2, 4)) for y in (x, xh)]
+        for one, other in ((x, xh), coarse):
             one, other = one / np.linalg.norm(one, axis=0), other / np.linalg.norm(other, axis=0)
             distances.append(((one - other) ** 2).sum(axis=0).mean())
         np.testing.assert_allclose(found["perceptual/means"][row], np.mean(distances), rtol=1e-3)
@@ -163,7 +170,7 @@ def test_results_are_paired_and_independent_of_the_batch(vae):
 
     def estimate(z_t, level, indices):
         seen.append((level, tuple(indices)))
-        return torch.stack([latents[index] for index in indices]) * (1 + level + torch.tensor(indices)[:, None, None, None])
+        return torch.stack([latents[index] * (1 + level + index) for index in indices])
 
     def run(**settings):
         return one_step(estimate, levels, vae, latents, OneStepSettings(**settings), [Network()], bar=False)
@@ -232,6 +239,9 @@ def test_the_same_estimate_as_the_training_script(case, request, tmp_path):
         torch.testing.assert_close(z_script, z_t)
         expected = estimate_z0(out, z_script, *schedule.levels(timesteps), schedule.prediction_type)
         torch.testing.assert_close(estimate(z_t, level, indices), expected, rtol=1e-4, atol=1e-4)
+        for index in indices:
+            one = estimate(z_t[index : index + 1], level, [index])
+            torch.testing.assert_close(one, expected[index : index + 1], rtol=1e-4, atol=1e-4)
     assert (estimate.kind == "flow") == (script is train_sd3_lpl_flow)
 
 

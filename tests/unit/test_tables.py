@@ -131,10 +131,25 @@ def big_table(path, count):
     db = sqlite3.connect(path)
     db.execute(tables.TABLE_LAYOUT)
     rows = (
-        (i, f"{i:07d}.png", "a caption of some length " * 8, f"{i:064x}", 512, 768, f"{i:07d}.png", 0, None, "PNG", "")
+        (
+            i,
+            f"{i:07d}.png",
+            "a caption of some length " * 8,
+            f"{i:064x}",
+            512,
+            768,
+            f"{i:07d}.png",
+            0,
+            None,
+            0,
+            "PNG",
+            "",
+            "",
+            "",
+        )
         for i in range(count)
     )
-    db.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
+    db.executemany("INSERT INTO images VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)", rows)
     db.execute("CREATE TABLE header (count INTEGER)")
     db.execute("INSERT INTO header VALUES (?)", (count,))
     db.commit()
