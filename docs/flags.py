@@ -1,4 +1,4 @@
-"""Write docs/flags.md from the parsers of the training scripts: python docs/flags.py"""
+"""Write docs/flags.md from the parsers of the scripts: python docs/flags.py"""
 
 import argparse
 import sys
@@ -7,10 +7,12 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow")
+EVALUATION = "evaluate_models"
 
 HEAD = """# Flags
 
-This page lists every flag of the training scripts, grouped as in `--help`. `python docs/flags.py` writes it.
+This page lists every flag of the training scripts and of `evaluate_models.py`, grouped as in `--help`.
+`python docs/flags.py` writes it.
 
 - A recipe is a YAML file given with `--config`. It sets any flag (`learning_rate: 1e-4`, `use_lpl: true`), and the
   command line wins over it. [`configs/recipes`](../configs/recipes) has recipes with reasons for the less obvious
@@ -25,7 +27,7 @@ This page lists every flag of the training scripts, grouped as in `--help`. `pyt
   loss by sigma^2).
 - The first part has all flags of `train_sdxl_lpl.py`. `train_sd3_lpl_flow.py` takes them too, except those marked
   *SDXL only*. The second part has the flags of `train_sd3_lpl_flow.py` alone, marked *SD3 only*, and flags with
-  another default there.
+  another default there. The last part has the flags of [`evaluate_models.py`](evaluation.md), which takes no recipe.
 - With neither `--lpl_t_threshold` nor `--lpl_sigma_threshold`, samples with `t < 200` get the loss for SDXL, and
   samples with `sigma / alpha <= 3` for SD3. `--dry_run` prints their share.
 """
@@ -37,15 +39,17 @@ def value_of(action):
         return ""
     if action.choices:
         return " \\| ".join(map(str, action.choices))
+    several = action.nargs == "+" or type(action).__name__ == "Several"
     kinds = {int: "whole number", float: "number"}
-    return kinds.get(action.type, "text") + (", several" if action.nargs == "+" else "")
+    return kinds.get(action.type, "text") + (", several" if several else "")
 
 
 def default_of(action):
     """A flag's default in Markdown; empty if there is none."""
     if isinstance(action.default, bool):
         return "on" if action.default else ""
-    return "" if action.default in (None, "") else f"`{action.default}`"
+    default = " ".join(map("{:g}".format, action.default)) if isinstance(action.default, list) else action.default
+    return "" if default in (None, "") else f"`{default}`"
 
 
 def rows_of(group, others, only):
@@ -60,8 +64,13 @@ def rows_of(group, others, only):
         yield f"| `{action.option_strings[0]}` | {value_of(action)} | {default_of(action)} | {text} |"
 
 
+def table(title, rows):
+    """The lines of a group's table; none for a group without flags."""
+    return [f"\n### {title}\n", "| flag | takes | default | |", "|---|---|---|---|", *rows] if rows else []
+
+
 def page():
-    """The whole page: all flags of the first script, then the additional and different flags of the second."""
+    """The whole page: all flags of the first script, those that only the second has, those of the evaluation."""
     parts, known = [HEAD], set()
     parsers = [__import__(script).build_parser() for script in SCRIPTS]
     for script, parser, other, only in zip(SCRIPTS, parsers, parsers[::-1], ("SDXL only.", "SD3 only."), strict=True):
@@ -69,8 +78,11 @@ def page():
         for group in parser._action_groups:
             rows = [row for row in rows_of(group, other.flags(), only) if row not in known]
             known |= set(rows)
-            if rows:
-                parts += [f"\n### {group.title}\n", "| flag | takes | default | |", "|---|---|---|---|", *rows]
+            parts += table(group.title, rows)
+    parser = __import__(EVALUATION).build_parser()
+    parts.append(f"\n## {EVALUATION}.py\n")
+    for group in parser._action_groups:
+        parts += table(group.title, list(rows_of(group, parser.flags(), "")))
     return "\n".join(parts) + "\n"
 
 

@@ -3,23 +3,20 @@
 import os
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 from lpl_finetuning.data.scan import Scan, find_images
 from lpl_finetuning.errors import errors_for_people, quiet_libraries
 from lpl_finetuning.flags import Flags, data_source
 
 
-class Run(NamedTuple):
-    """What a script's `main` is given."""
-
-    args: Flags
-    scan: Scan
-    held_out: Sequence[Any]
+def find_training_images(args: Flags) -> tuple[Scan, Sequence[Any]]:
+    """(scan, held-out images) of a training run."""
+    return find_images(data_source(args))
 
 
-def early(name: str, parse_args: Callable[[], Flags]) -> Run | None:
-    """The flags and images of a script that is run; None where the script is imported.
+def early(name: str, parse_args: Callable[[], Flags], find: Callable = find_training_images) -> tuple | None:
+    """The arguments of a script's `main` if the script is run: (flags, *what `find` returns); None if it is imported.
 
     Called between a script's light imports and its slow imports. A mistake ends the process with one message and
     status 2.
@@ -27,19 +24,20 @@ def early(name: str, parse_args: Callable[[], Flags]) -> Run | None:
     Args:
         name: the script's `__name__`.
         parse_args: the script's function.
+        find: finds what the flags name on disk.
     """
     if name != "__main__":
         return None
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a busy CPU to a halt
     with errors_for_people("--debug" in sys.argv):
         args = parse_args()
-        run = Run(args, *find_images(data_source(args)))
+        run = (args, *find(args))
         quiet_libraries(args.debug)
     return run
 
 
-def run_main(main: Callable, run: Run | None) -> None:
+def run_main(main: Callable, run: tuple | None) -> None:
     """Call a script's `main`, with errors for people; nothing where the script is imported."""
     if run is not None:
-        with errors_for_people(run.args.debug):
+        with errors_for_people(run[0].debug):
             main(*run)

@@ -179,3 +179,15 @@ def picture_folder(folder, count=6, size=64, seed=0):
         Image.fromarray(coarse).resize((size, size), Image.Resampling.BICUBIC).save(folder / f"{index:02d}.png")
         (folder / f"{index:02d}.txt").write_text(WORDS[index % len(WORDS)])
     return folder
+
+
+def random_lora(base, folder, seed=0):
+    """A LoRA of random weights for the UNet of an SDXL pipeline on disk."""
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    torch.manual_seed(seed)
+    unet = UNet2DConditionModel.from_pretrained(base, subfolder="unet")
+    unet.add_adapter(LoraConfig(r=2, lora_alpha=2, target_modules=["to_q", "to_v"], init_lora_weights=False))
+    StableDiffusionXLPipeline.save_lora_weights(folder, unet_lora_layers=get_peft_model_state_dict(unet))
+    return folder

