@@ -33,7 +33,7 @@ from lpl_finetuning.data.samples import Framing, SampleOrder, TrainingSet, addre
 from lpl_finetuning.data.scan import find_images
 from lpl_finetuning.data.tables import CaptionedImage
 from lpl_finetuning.errors import UserError, errors_for_people, quiet_libraries, require
-from lpl_finetuning.flag_checks import NOT_NEGATIVE, POSITIVE, check_data_flags, exclude
+from lpl_finetuning.flag_checks import NOT_NEGATIVE, POSITIVE, check_data_flags, check_dead_flags, exclude
 from lpl_finetuning.flags import FlagParser, add_data_arguments, caption_rules, data_source, framing_rules
 
 if TYPE_CHECKING:
@@ -91,6 +91,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     _check_ranges(args)
     exclude(args, "validation_split", "validation_data_dir")
     check_data_flags(args)
+    check_dead_flags(args)
     require(args.preview or not args.vae, "--vae does nothing without --preview")
     require(args.preview or args.preview_images == 24, "--preview_images does nothing without --preview")
     _check_output(args, "preview", ".png")

@@ -81,7 +81,6 @@ def parse_args(argv=None):
     require(-1 <= args.mode_scale <= 2 / (math.pi - 2),
             f"--mode_scale is {args.mode_scale}; it must lie between -1 and {2 / (math.pi - 2):.3f}, where noise "
             "levels stay in order")  # fmt: skip
-    require(not args.lora_blocks or args.use_lora, "--lora_blocks does nothing without --use_lora")
     require(not (args.lora_blocks and args.init_lora), "--init_lora brings its own --lora_blocks: leave that out")
     require(not args.lora_blocks or all(word.strip().isdigit() for word in args.lora_blocks.split(",")),
             f"--lora_blocks {args.lora_blocks}: expected numbers such as 0,1,12")  # fmt: skip

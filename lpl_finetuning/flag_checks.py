@@ -3,6 +3,7 @@
 import importlib.util
 import math
 import os
+import sys
 from importlib import metadata
 from pathlib import Path
 
@@ -35,9 +36,75 @@ LORA_ONLY = (
     "rank", "lora_alpha", "lora_layers", "lora_dropout", "use_dora", "train_text_encoder", "init_lora",
     "output_kohya_format", "bnb_quantization_config_path",
 )  # fmt: skip
-
-
 ENDLESS = ("max_grad_norm", "lpl_sigma_threshold")  # may be infinite: no clipping, no gate
+
+
+def holds_out(args):
+    """Whether some images are held out, whose losses are measured."""
+    return bool(args.validation_split or args.validation_data_dir)
+
+
+DEAD_FLAGS = (  # (flags, when they do nothing, function of the flags that tells whether they work)
+    (LORA_ONLY, "without --use_lora", lambda args: args.use_lora),
+    (("lora_blocks",), "without --use_lora", lambda args: args.use_lora),
+    (("text_encoder_lr",), "without --train_text_encoder", lambda args: args.train_text_encoder),
+    (("dataset_config_name",), "without --dataset_name", lambda args: args.dataset_name),
+    (("keep_tags", "tag_shuffles"), "without --shuffle_tags", lambda args: args.shuffle_tags),
+    (("revision",), "with a base model in a folder", lambda args: not is_folder(args.pretrained_model_name_or_path)),
+    (("lr_warmup_steps",), "with --lr_scheduler constant; constant_with_warmup warms up",
+     lambda args: args.lr_scheduler != "constant" or args.lr_warmup_steps == 0),
+    (("lr_num_cycles",), "without --lr_scheduler cosine_with_restarts",
+     lambda args: args.lr_scheduler == "cosine_with_restarts"),
+    (("lr_power",), "without --lr_scheduler polynomial", lambda args: args.lr_scheduler == "polynomial"),
+    (("adam_beta1", "adam_beta2", "adam_epsilon"), "with --optimizer adafactor",
+     lambda args: args.optimizer != "adafactor"),
+    (("offload_ema", "foreach_ema", "ema_update_after_step", "ema_decay"), "without --use_ema",
+     lambda args: args.use_ema),
+    (("timestep_bias_multiplier",), "without --timestep_bias_strategy",
+     lambda args: args.timestep_bias_strategy != "none"),
+    (("timestep_bias_portion",), "without --timestep_bias_strategy earlier or later",
+     lambda args: args.timestep_bias_strategy in ("earlier", "later")),
+    (("timestep_bias_begin", "timestep_bias_end"), "without --timestep_bias_strategy range",
+     lambda args: args.timestep_bias_strategy == "range"),
+    (("logit_mean", "logit_std"), "without --weighting_scheme logit_normal",
+     lambda args: args.weighting_scheme == "logit_normal"),
+    (("mode_scale",), "without --weighting_scheme mode", lambda args: args.weighting_scheme == "mode"),
+    (("lpl_weight", "lpl_share", "lpl_scale", "lpl_start"), "without --use_lpl", lambda args: args.use_lpl),
+    (("lpl_share",), "beside a --lpl_weight", lambda args: args.lpl_weight == "auto"),
+    (("lpl_t_threshold", "lpl_sigma_threshold", "lpl_threshold_resolution", "lpl_loss_type", "lpl_features",
+      "lpl_norm_type", "lpl_norm_gradient", "lpl_pow_law", "lpl_num_blocks", "lpl_remove_outliers", "lpl_batch_size",
+      "lpl_checkpointing", "lpl_vae_dtype"), "without --use_lpl",
+     lambda args: args.use_lpl or holds_out(args)),  # the loss of held-out images is measured either way
+    (("lpl_num_blocks", "lpl_pow_law", "lpl_remove_outliers"), "with --lpl_features latent",
+     lambda args: args.lpl_features != "latent"),
+    (("validation_steps", "validation_epochs"), "without --validation_prompt, --validation_split or "
+     "--validation_data_dir", lambda args: args.validation_prompt or holds_out(args)),
+    (("num_validation_images",), "without --validation_prompt",
+     lambda args: args.validation_prompt or args.num_validation_images == 0),
+    (("validation_kid_every", "validation_kid_samples"), "without --validation_metrics",
+     lambda args: args.validation_metrics),
+    (("max_validation_samples",), "without --validation_split or --validation_data_dir", holds_out),
+)  # fmt: skip
+
+
+def check_dead_flags(args):
+    """Refuse a flag of the command line that does nothing beside the others; a warning tells of one in a recipe.
+
+    A recipe may have flags for what the command line turns off.
+    """
+    for names, when, works in DEAD_FLAGS:
+        for name in names:
+            if getattr(args, name, None) == args.defaults.get(name) or works(args):
+                continue
+            told = f"--{name} does nothing {when}"
+            require(name not in args.given, f"{told}: leave it out")
+            if os.environ.get("RANK", "0") == "0":
+                print(f"warning: {told}; it comes from --config", file=sys.stderr)
+
+
+def is_folder(name):
+    """Whether a name, or None, is that of a folder."""
+    return name is not None and Path(name).is_dir()
 
 
 def check_flags(args, family):
@@ -80,13 +147,11 @@ def check_flags(args, family):
     check_installed(args)
     check_build(args)
     check_lpl_flags(args)
+    check_dead_flags(args)
 
 
 def check_measures(args, family):
     """--validation_metrics and the flags that need it."""
-    for name, default in {"validation_kid_every": 5, "validation_kid_samples": 256}.items():
-        require(args.validation_metrics or getattr(args, name) == default,
-                f"--{name} does nothing without --validation_metrics")  # fmt: skip
     if not args.validation_metrics:
         return
     require(family.autoencoder, f"--validation_metrics needs a decoder, and {family.title} has none: leave it out")
@@ -111,7 +176,6 @@ def check_data_folder(name, folder):
 def check_dataset_name(args):
     """--dataset_name: a folder, or a name that the Hub can have."""
     name = args.dataset_name
-    require(name or not args.dataset_config_name, "--dataset_config_name does nothing without --dataset_name")
     require(not name or Path(name).is_dir() or hub_like(name), f"--dataset_name {name}: there is no such folder, and "
             "Hub names have the form owner/name; a folder of images is --train_data_dir")  # fmt: skip
 
@@ -207,15 +271,11 @@ def check_lora_flags(args):
     """Flags that make no sense without --use_lora, or together."""
     require(not (args.single_file and args.use_lora),
             "--single_file is for whole models; a LoRA for other programs is --output_kohya_format")  # fmt: skip
-    for name in LORA_ONLY:
-        require(args.use_lora or not getattr(args, name), f"--{name} does nothing without --use_lora")
     for name in ("rank", "lora_alpha", "lora_layers", "use_dora"):
         require(not (args.init_lora and getattr(args, name)), f"--init_lora brings its own --{name}: leave that out")
     require(not (args.use_dora and args.output_kohya_format),
             "--use_dora and --output_kohya_format exclude each other: kohya's format can't hold DoRA; "
             "leave one out")  # fmt: skip
-    require(args.text_encoder_lr is None or args.train_text_encoder,
-            "--text_encoder_lr does nothing without --train_text_encoder")  # fmt: skip
 
 
 def check_quantization(args):
@@ -249,9 +309,6 @@ def check_optimizer_flags(args):
     require(args.lr_scheduler != "polynomial" or args.learning_rate > 1e-7,
             "--lr_scheduler polynomial ends at 1e-7: --learning_rate must be above that")  # fmt: skip
     require(args.optimizer != "prodigy" or args.learning_rate > 0, "--optimizer prodigy needs --learning_rate above 0")
-    for name, default in {"offload_ema": False, "foreach_ema": False, "ema_update_after_step": 0,
-                          "ema_decay": 0.9999}.items():  # fmt: skip
-        require(args.use_ema or getattr(args, name) == default, f"--{name} does nothing without --use_ema")
 
 
 def check_installed(args):
@@ -296,12 +353,6 @@ def check_build(args):
 
 def check_lpl_flags(args):
     """Ranges and contradictions of the loss' flags."""
-    for name, default in {"lpl_weight": "auto", "lpl_share": 0.2, "lpl_scale": False, "lpl_start": 0}.items():
-        require(args.use_lpl or getattr(args, name) == default, f"--{name} does nothing without --use_lpl")
-    require(
-        args.lpl_weight == "auto" or args.lpl_share == 0.2,
-        "--lpl_share does nothing beside a --lpl_weight: leave one out",
-    )
     exclude(args, "lpl_t_threshold", "lpl_sigma_threshold")
     if args.lpl_t_threshold is not None:
         require(0 < args.lpl_t_threshold <= 1000,
@@ -313,8 +364,6 @@ def check_lpl_flags(args):
             "would never be used; give a lower --lpl_start")  # fmt: skip
     require(0 < args.lpl_share < 1, f"--lpl_share is {args.lpl_share}; it must lie between 0 and 1")
     require(args.lpl_num_blocks >= 0, f"--lpl_num_blocks is {args.lpl_num_blocks}; it must be 0 or more")
-    require(args.lpl_features != "latent" or args.lpl_num_blocks == 4,
-            "--lpl_num_blocks does nothing with --lpl_features latent: leave one out")  # fmt: skip
     require(args.lpl_norm_gradient == "none" or args.lpl_norm_type == "standard",
             f"--lpl_norm_gradient {args.lpl_norm_gradient} is for --lpl_norm_type standard only, found "
             f"{args.lpl_norm_type}: leave one out")  # fmt: skip
@@ -325,8 +374,6 @@ def check_data_flags(args):
     framing_rules(args).sizes()
     require(not (args.center_crop and args.cache_variants),
             "--cache_variants are random crops: leave it or --center_crop out")  # fmt: skip
-    require(args.shuffle_tags or not args.keep_tags, "--keep_tags does nothing without --shuffle_tags")
-    require(args.shuffle_tags or args.tag_shuffles == 8, "--tag_shuffles does nothing without --shuffle_tags")
     require(args.train_data_dir or not args.caption_from_folder, "--caption_from_folder needs a --train_data_dir")
     require(args.train_data_dir or not args.caption_per_line, "--caption_per_line needs a --train_data_dir")
     require(not (args.instance_prompt and args.caption_from_folder),

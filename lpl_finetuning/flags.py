@@ -73,16 +73,17 @@ FLAGS_OF_OTHER_SCRIPTS = dict.fromkeys(
 class Flags(argparse.Namespace):
     """The values of all flags, as attributes. They never change: `but` gives a copy with other values.
 
-    base_model: the `BaseModel` that the flags name, once it is checked; defaults: {flag: default}. Both are no flags,
-    and `vars` leaves them out.
+    base_model: the `BaseModel` that the flags name, once it is checked; defaults: {flag: default}; given: names of the
+    flags on the command line. These are no flags, and `vars` leaves them out.
     """
 
-    __slots__ = ("base_model", "defaults")
+    __slots__ = ("base_model", "defaults", "given")
 
-    def __init__(self, values, defaults, base_model=None):
+    def __init__(self, values, defaults, base_model=None, given=frozenset()):
         vars(self).update(values)
         object.__setattr__(self, "defaults", defaults)
         object.__setattr__(self, "base_model", base_model)
+        object.__setattr__(self, "given", given)
 
     def __setattr__(self, name, value):
         raise AttributeError(f"{name}: flags do not change once they are parsed; take args.but({name}=…)")
@@ -91,14 +92,14 @@ class Flags(argparse.Namespace):
         setattr(self, name, None)
 
     def __reduce__(self):
-        return Flags, (vars(self), self.defaults, self.base_model)
+        return Flags, (vars(self), self.defaults, self.base_model, self.given)
 
     def but(self, base_model=None, **changes):
         """A copy with other values of some flags, or another base model."""
         unknown = changes.keys() - vars(self).keys()
         if unknown:
             raise AttributeError(f"no such flags: {', '.join(sorted(unknown))}")
-        return Flags(vars(self) | changes, self.defaults, base_model or self.base_model)
+        return Flags(vars(self) | changes, self.defaults, base_model or self.base_model, self.given)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -162,7 +163,7 @@ class FlagParser(argparse.ArgumentParser):
             recipe = self.read_recipe(embedded_default) | recipe
             place = embedded_default.relative_to(REPOSITORY)
             print(f"No model and no data named: using the embedded examples, {place}.")
-        return Flags(resolved(defaults | recipe | given), defaults)
+        return Flags(resolved(defaults | recipe | given), defaults, given=frozenset(given))
 
     def _given(self, argv):
         """{flag: value} of the command line."""
@@ -207,7 +208,8 @@ class FlagParser(argparse.ArgumentParser):
         require(not path.is_dir(), f"--config {path} is a folder; name a YAML file such as those in configs/recipes")
         require(path.is_file(), f"--config {path}: there is no such file; the recipes are in configs/recipes")
         try:
-            content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+            text = path.read_text(encoding="utf-8")
+            content, as_written = yaml.safe_load(text) or {}, yaml.load(text, RecipeTexts) or {}
         except yaml.YAMLError as error:
             text = " ".join(str(error).split())
             raise UserError(f"--config {path}: not valid YAML: {text}; write lines such as `rank: 16`") from None
@@ -219,9 +221,10 @@ class FlagParser(argparse.ArgumentParser):
         if self.takes_part_of_a_recipe:
             content = {key: value for key, value in content.items() if key in self.flags()}
             print(f"--config {path}: taken are {', '.join(content) or 'no flags'}; the others are not about the data")
-        return {key: self._recipe_value(path, key, value) for key, value in content.items()}
+        return {key: self._recipe_value(path, key, value, as_written.get(str(key))) for key, value in content.items()}
 
-    def _recipe_value(self, path, key, value):
+    def _recipe_value(self, path, key, value, as_written):
+        """A value of a recipe. as_written: its text, before YAML reads `no` as false and `007` as 7."""
         action = self.flags().get(key)
         if action is None:
             near = difflib.get_close_matches(str(key), self.flags(), n=1)
@@ -236,13 +239,25 @@ class FlagParser(argparse.ArgumentParser):
             return value
         if isinstance(value, dict) or (isinstance(value, list) and (action.nargs not in ("+", "*") or not value)):
             raise UserError(f"--config {path}: {key} is {value!r}; it takes one value")
-        if value is False and "no" in (action.choices or ()):  # YAML reads a bare no as false
-            value = "no"
+        if action.type not in (int, float):
+            value = as_written
         values = value if isinstance(value, list) else [value]
         values = [self.convert(action, str(item), f"--config {path}: {key}") for item in values]
         if action.type is input_path and (path.parent / values[0]).exists():
             values = [str((path.parent / values[0]).resolve())]
         return values if action.nargs in ("+", "*") else values[0]
+
+
+class RecipeTexts(yaml.BaseLoader):
+    """YAML whose values are all texts, as they are written; a key that comes twice is a YAMLError."""
+
+    def construct_mapping(self, node, deep=False):
+        """The dictionary of a mapping."""
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"{twice} comes twice")
+        return super().construct_mapping(node, deep)
 
 
 def resolved(values):

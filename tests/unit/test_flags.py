@@ -12,6 +12,7 @@ import train_sdxl_lpl
 from lpl_finetuning.base_model import BaseModel, Place
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SD3, SDXL
+from lpl_finetuning.flag_checks import DEAD_FLAGS, check_dead_flags
 from lpl_finetuning.flags import print_configuration, recipe_text
 from tests.runs import ROOT
 
@@ -105,3 +106,95 @@ def test_the_demonstration_needs_the_clone(tmp_path):
     """An installed package has no examples; the error says so instead of naming a recipe that nobody gave."""
     with pytest.raises(UserError, match="the demonstration needs a clone"):
         train_sdxl_lpl.build_parser().parse([], embedded_default=tmp_path / "train.yaml")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Flags that do nothing beside the others
+
+DEAD = """\
+sdxl | --rank 8 | --use_lora
+sdxl | --lora_dropout 0.1 | --use_lora
+sdxl | --text_encoder_lr 1e-5 | --train_text_encoder --use_lora
+sdxl | --dataset_config_name x | --dataset_name a/b
+sdxl | --keep_tags 1 | --shuffle_tags
+sdxl | --tag_shuffles 3 | --shuffle_tags
+sdxl | --lr_warmup_steps 3 | --lr_scheduler linear
+sdxl | --lr_num_cycles 2 | --lr_scheduler cosine_with_restarts
+sdxl | --lr_num_cycles 2 --lr_scheduler cosine | --lr_scheduler cosine_with_restarts
+sdxl | --lr_power 2 --lr_scheduler linear | --lr_scheduler polynomial
+sdxl | --adam_beta1 0.5 --optimizer adafactor | --optimizer adamw
+sdxl | --adam_beta2 0.5 --optimizer adafactor | --optimizer prodigy
+sdxl | --adam_epsilon 1e-3 --optimizer adafactor | --optimizer adamw
+sdxl | --ema_decay 0.9 | --use_ema
+sdxl | --ema_update_after_step 9 | --use_ema
+sdxl | --offload_ema | --use_ema
+sdxl | --foreach_ema | --use_ema
+sdxl | --timestep_bias_multiplier 2 | --timestep_bias_strategy earlier
+sdxl | --timestep_bias_portion 0.5 | --timestep_bias_strategy later
+sdxl | --timestep_bias_portion 0.5 --timestep_bias_strategy range | --timestep_bias_strategy earlier
+sdxl | --timestep_bias_begin 5 --timestep_bias_strategy later | --timestep_bias_strategy range
+sdxl | --timestep_bias_end 500 | --timestep_bias_strategy range
+sd3 | --logit_mean 1 --weighting_scheme mode | --weighting_scheme logit_normal
+sd3 | --logit_std 2 --weighting_scheme none | --weighting_scheme logit_normal
+sd3 | --mode_scale 1 | --weighting_scheme mode
+sd3 | --lora_blocks 1 | --use_lora
+sdxl | --lpl_weight 3 | --use_lpl
+sdxl | --lpl_start 3 | --use_lpl
+sdxl | --lpl_share 0.3 --lpl_weight 3 --use_lpl | --lpl_weight auto
+sdxl | --lpl_norm_type shared | --use_lpl
+sdxl | --no-lpl_pow_law | --validation_split 3
+sdxl | --lpl_num_blocks 2 --use_lpl --lpl_features latent | --lpl_features rgb
+sdxl | --validation_steps 5 | --validation_prompt apple
+sdxl | --validation_epochs 5 | --validation_split 3
+sdxl | --num_validation_images 2 | --validation_prompt apple
+sdxl | --max_validation_samples 9 | --validation_data_dir x
+sdxl | --validation_kid_every 2 | --validation_metrics
+sdxl | --revision main --pretrained_model_name_or_path docs | --pretrained_model_name_or_path a/b
+"""
+
+
+@pytest.mark.parametrize("line", DEAD.splitlines())
+def test_a_flag_that_does_nothing_is_refused(line, tmp_path, capsys):
+    """On the command line it is an error, in a recipe a warning, and beside what it needs neither."""
+    script, dead, alive = (part.split() for part in line.split("|"))
+    parser, name = SCRIPTS[script[0]][0].build_parser(), dead[0].removeprefix("--").removeprefix("no-")
+    with pytest.raises(UserError, match=f"--{name} does nothing .*: leave it out"):
+        check_dead_flags(parser.parse(dead))
+    args = parser.parse([*dead, *alive])
+    check_dead_flags(args)
+    assert capsys.readouterr().err == ""
+    value, recipe = getattr(args, name), tmp_path / "recipe.yaml"
+    recipe.write_text(f"{name}: {str(value).lower()}\n")
+    others = dead[1:] if isinstance(value, bool) else dead[2:]
+    check_dead_flags(parser.parse(["--config", str(recipe), *others]))
+    assert f"warning: --{name} does nothing " in capsys.readouterr().err
+
+
+def test_every_rule_about_dead_flags_is_tried():
+    """Each flag that the rules name exists, and each rule has a line above."""
+    known = {name for script, _ in SCRIPTS.values() for name in script.build_parser().flags()}
+    for names, when, _ in DEAD_FLAGS:
+        assert set(names) <= known
+        assert any(f"{name} " in DEAD for name in names), when
+
+
+@pytest.mark.parametrize(("line", "name", "value"), [
+    ("validation_prompt: no", "validation_prompt", ["no"]),
+    ("validation_prompt: [no, yes]", "validation_prompt", ["no", "yes"]),
+    ("trigger_word: 007", "trigger_word", "007"), ("trigger_word: 1:30", "trigger_word", "1:30"),
+    ("trigger_word: 2026-01-02", "trigger_word", "2026-01-02"), ("mixed_precision: no", "mixed_precision", "no"),
+    ("lpl_sigma_threshold: .inf", "lpl_sigma_threshold", float("inf")), ("rank: 16", "rank", 16),
+    ("validation_prompt:", "validation_prompt", None), ("learning_rate: 1e-4", "learning_rate", 1e-4),
+])  # fmt: skip
+def test_texts_in_a_recipe_stay_as_they_are_written(line, name, value, tmp_path):
+    """YAML reads a bare no as false, 007 as 7 and 1:30 as 90."""
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text(line + "\n")
+    assert getattr(train_sdxl_lpl.build_parser().parse(["--config", str(recipe)]), name) == value
+
+
+def test_a_key_that_comes_twice_in_a_recipe_is_refused(tmp_path):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("rank: 4\nseed: 3\nrank: 8\n")
+    with pytest.raises(UserError, match="not valid YAML: rank comes twice"):
+        train_sdxl_lpl.build_parser().parse(["--config", str(recipe)])
