@@ -234,9 +234,7 @@ def _slices(rows: int, columns: int) -> Iterator[slice]:
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
-def _checked(
-    x: np.ndarray, y: np.ndarray, least: int, parts: np.ndarray | None = None
-) -> tuple[np.ndarray, np.ndarray]:
+def _checked(x: np.ndarray, y: np.ndarray, least: int, parts: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Both sets of features in float64, or a UserError."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
@@ -247,9 +245,7 @@ def _checked(
         raise UserError(f"A distance needs at least {counted(least, 'picture')} on each side, but there "
                         f"{'is' if fewest == 1 else 'are'} {counted(fewest, 'picture')}: give more pictures.")  # fmt: skip
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise UserError(
-            "Features hold NaN or infinity: the network can't judge these pictures; try another --network."
-        )
+        raise UserError("Features hold NaN or infinity: the network can't judge these pictures; try another --network.")
     return x, y
 
 

