@@ -116,7 +116,7 @@ def test_neighbours_agree_with_prdc(monkeypatch, k):
     package.metrics = stand_in
     monkeypatch.setitem(sys.modules, "sklearn", package)
     monkeypatch.setitem(sys.modules, "sklearn.metrics", stand_in)
-    prdc = pytest.importorskip("prdc", reason="prdc is in requirements-dev.txt")
+    prdc = pytest.importorskip("prdc", reason="prdc is not installed: pip install --no-deps prdc==0.2")
     real, fake = correlated(150, 8), correlated(90, 8, seed=1, shift=0.3)
     expected = prdc.compute_prdc(real.astype(float), fake.astype(float), k)
     precision, recall = precision_recall(real, fake, k)
