@@ -539,13 +539,15 @@ def main(args: Flags, contenders: Sequence[Contender], real: Sequence[CaptionedI
 
 def print_work(task: Task, contenders: Sequence[Contender]) -> None:
     """Print what is going to be made."""
-    args, makers = task.args, [each.name for each in contenders if each.images is None]
+    args, makers = task.args, [each for each in contenders if each.images is None]
     print(f"{counted(len(task.captions), 'real picture')} of {args.real}, {task.size[0]} x {task.size[1]} px; models: "
           f"{', '.join(each.name for each in contenders)}")  # fmt: skip
-    if makers:
-        each = len(task.captions) * len(args.guidance)
-        print(f"To make: {each * len(makers):,} pictures, {each:,} for each of {counted(len(makers), 'model')}, "
-              f"{args.steps} steps each. The bar of the first model tells the time of each.")  # fmt: skip
+    stems, each = list(task.captions), len(task.captions) * len(args.guidance)
+    missing = sum(not picture_path(guidance_folder(maker.folder(task.output), guidance), stem).is_file()
+                  for maker in makers for guidance in args.guidance for stem in stems)  # fmt: skip
+    if missing:
+        print(f"To make: {missing:,} pictures of {each * len(makers):,}, {args.steps} steps each. The bar of the "
+              "first model tells the time.")  # fmt: skip
 
 
 def one_step(task: Task, made: Sequence[Made], stages: Stages) -> dict | None:

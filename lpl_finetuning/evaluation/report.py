@@ -503,7 +503,7 @@ def making(metrics: dict) -> str:
     settings = metrics["settings"] | {"device": metrics["device"]}
     rows = [[escape(words(key)), escape(shown_value(value))] for key, value in settings.items() if value is not None]
     lead = ("One sample for each caption. Distances compare features of pictures cut to the same size. Intervals "
-            "of means are a bootstrap over pictures, those of distances a jackknife or an exchange of pictures.")  # fmt: skip
+            "of means are a bootstrap over pictures, those of distances a jackknife or an exchange.")  # fmt: skip
     body = table(["", ""], rows, "plain", "Settings")
     if metrics.get("seconds"):
         times = [[escape(stage), duration(seconds)] for stage, seconds in metrics["seconds"].items()]

@@ -56,13 +56,13 @@ def test_a_model_against_finished_pictures(sdxl_folder, folders, cache_dir, tmp_
     for pair in metrics["pairs"]:
         assert all((tmp_path / path).is_file() for path in (pair["real"], *pair["pictures"].values()))
     assert metrics["verdict"] and all(sentence in said for sentence in metrics["verdict"])
-    assert "To make: 36 pictures" in said and f"Report: {tmp_path / 'report.html'}" in said
+    assert "To make: 36 pictures of 36" in said and f"Report: {tmp_path / 'report.html'}" in said
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
     assert page.count('class="pair"') == 36 and "making pictures" in page
 
     before = times(tmp_path)
-    again, _ = evaluate(tmp_path, cache_dir, folders, *models, more=more)
-    assert times(tmp_path) == before
+    again, said = evaluate(tmp_path, cache_dir, folders, *models, more=more)
+    assert times(tmp_path) == before and "To make" not in said
     assert "making pictures" not in again.pop("seconds") and metrics.pop("seconds") and again == metrics
 
     lost = next(path for path in before if path.match("guidance-3/*.png"))

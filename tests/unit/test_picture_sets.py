@@ -21,7 +21,7 @@ def folder_of(folder, *names, size=(30, 20)):
     (["x/a/last", "x/b/last"], ["a/last", "b/last"]),
     (["a", "x/a"], ["a", "x/a"]),
     (["examples/base", "examples/base+runs/my-lora"], ["base", "my-lora"]),
-    (["base+lora-a/checkpoint-400", "base+lora-b/checkpoint-400/"], ["lora-a/checkpoint-400", "lora-b/checkpoint-400"]),
+    (["base+lora-a/step-400", "base+lora-b/step-400/"], ["lora-a/step-400", "lora-b/step-400"]),
     (["owner/model"], ["model"]),
     (["/"], ["/"]),
 ])  # fmt: skip
