@@ -26,7 +26,9 @@ def parse_args(argv=None):
     parser.add_argument("--features", type=int, default=320)
     parser.add_argument("--real", type=int, default=800, help="real pictures")
     parser.add_argument("--pictures", type=int, default=384, help="pictures of each model")
-    parser.add_argument("--common", type=float, default=0.5, help="share of variance that paired pictures have in common")
+    parser.add_argument(
+        "--common", type=float, default=0.5, help="share of variance that paired pictures have in common"
+    )
     parser.add_argument("--groups", type=int, default=GROUPS, help="of the jackknife")
     parser.add_argument("--first_seed", type=int, default=0, help="of the first case; each case adds 1")
     parser.add_argument("--distances", nargs="+", default=list(DISTANCES), choices=DISTANCES)

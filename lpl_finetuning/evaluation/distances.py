@@ -1,8 +1,8 @@
 """Distances between a set of real and a set of generated pictures, computed from the features of a network.
 
 Every distance has two forms. `frechet_distance(real, fake)` and its like return a number. `distances_of_parts` returns
-the same numbers for many parts of the generated pictures, which `uncertainty` needs; it reuses what the parts share, so
-that twenty parts cost far less than twenty distances.
+the same numbers for many parts of the generated pictures, which `uncertainty` needs; it reuses what the parts share,
+so that twenty parts cost far less than twenty distances.
 
 Features are (N, D) arrays, a row for each picture. All sums are float64. Shapes: N real pictures, M generated
 pictures, D features, P parts.
@@ -21,10 +21,10 @@ SAME = 1e-12  # squared distances below this share of the squared lengths are ro
 def frechet_distance(x: np.ndarray, y: np.ndarray) -> float:
     """Fréchet distance of the Gaussians with the means and covariances of two sets, a number from 0.
 
-    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), from Heusel et al. 2017, "GANs trained by a two time-scale update
-    rule". It is called FID only with the features of the Inception network. Singular covariances (fewer pictures than
-    features, constant features) are no special case. The finite sample adds to the distance, the more the fewer
-    pictures: compare distances at equal numbers of pictures only.
+    |m_x - m_y|^2 + tr(C_x + C_y - 2 (C_x C_y)^(1/2)), from Heusel et al. 2017, "GANs trained by a two time-scale
+    update rule". It is called FID only with the features of the Inception network. Singular covariances (fewer
+    pictures than features, constant features) are no special case. The finite sample adds to the distance, the more
+    the fewer pictures: compare distances at equal numbers of pictures only.
 
     Raises:
         UserError: fewer than two pictures, or features that are not finite.
@@ -234,18 +234,23 @@ def _slices(rows: int, columns: int) -> Iterator[slice]:
     return (slice(first, min(first + step, rows)) for first in range(0, rows, step))
 
 
-def _checked(x: np.ndarray, y: np.ndarray, least: int, parts: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
+def _checked(
+    x: np.ndarray, y: np.ndarray, least: int, parts: np.ndarray | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Both sets of features in float64, or a UserError."""
     x, y = np.asarray(x, dtype=np.float64), np.asarray(y, dtype=np.float64)
     if x.ndim != 2 or y.ndim != 2 or x.shape[1] != y.shape[1]:
-        raise UserError(f"Features of shapes {x.shape} and {y.shape} can't be compared: both must be (pictures, features)"
-                        " of the same network.")  # fmt: skip
+        raise UserError(f"Features of shapes {x.shape} and {y.shape} can't be compared: both must be (pictures, "
+                        "features) of the same network.")  # fmt: skip
     fewest = min(len(x), len(y) if parts is None else int(parts.sum(axis=1).min()))
     if fewest < least:
         raise UserError(f"A distance needs at least {counted(least, 'picture')} on each side, but there "
-                        f"{'is' if fewest == 1 else 'are'} {counted(fewest, 'picture')}: give more pictures.")  # fmt: skip
+                        f"{'is' if fewest == 1 else 'are'} {counted(fewest, 'picture')}: give more "
+                        "pictures.")  # fmt: skip
     if not (np.isfinite(x).all() and np.isfinite(y).all()):
-        raise UserError("Features hold NaN or infinity: the network can't judge these pictures; try another --network.")
+        raise UserError(
+            "Features hold NaN or infinity: the network can't judge these pictures; try another --network."
+        )
     return x, y
 
 

