@@ -589,7 +589,7 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
                 save_result(args, whole, StableDiffusion3Pipeline, result)
     validation.run(done)
     if accelerator.is_main_process:
-        card = model_card(args, plan.total_steps, plan.batch_size, len(images), lpl_gate(args), hub_name)
+        card = model_card(args, done, plan.batch_size, len(images), lpl_gate(args), hub_name)
         write_card(Path(args.output_dir), card)
     reporter.finish()
     return True

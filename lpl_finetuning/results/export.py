@@ -262,7 +262,7 @@ def kohya_version(denoiser_config):
     return "networks.lora_sd3", "3-5-medium" if denoiser_config.dual_attention_layers else "3-5-large"
 
 
-def save_kohya(folder, parts, denoiser_config):
+def save_kohya(folder, parts, denoiser_config, trigger=None):
     """Write `pytorch_lora_weights_kohya.safetensors`, a LoRA for ComfyUI, sd-scripts and (SDXL only) A1111.
 
     Programs that read a whole SD3 take heads of width 64 for granted. For a LoRA they do not, so that the LoRA of a
@@ -270,6 +270,7 @@ def save_kohya(folder, parts, denoiser_config):
 
     Args:
         denoiser_config: configuration of the UNet or the transformer.
+        trigger: words that call what was learnt, for the file's metadata.
     """
     tensors = kohya_state_dict(parts, denoiser_config)
     ranks = {value.shape[0] for name, value in tensors.items() if "lora_down" in name}
@@ -282,6 +283,8 @@ def save_kohya(folder, parts, denoiser_config):
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
     }
+    if trigger:
+        metadata["modelspec.trigger_phrase"] = trigger
     write_safetensors(Path(folder, KOHYA_FILE), tensors, metadata)
 
 
@@ -420,7 +423,8 @@ def save_result(args, denoiser, pipeline_class, result_pipeline):
     if args.use_lora:
         save_weights(folder, denoiser, pipeline_class, use_lora=True)
         if args.output_kohya_format:
-            save_kohya(folder, lora_parts(denoiser.models()), next(iter(denoiser.models().values())).config)
+            config = next(iter(denoiser.models().values())).config
+            save_kohya(folder, lora_parts(denoiser.models()), config, args.trigger_word or args.instance_prompt)
         return
     pipeline = result_pipeline()
     pipeline.save_pretrained(folder)

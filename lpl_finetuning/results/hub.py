@@ -7,6 +7,7 @@ afterwards, `write_card` and `publish_or_exit`. Nothing here imports torch; the 
 """
 
 import contextlib
+import json
 import os
 import re
 import shlex
@@ -30,8 +31,14 @@ def check_publishing(args):
 
 
 def model_card(args, steps, images_per_step, images, gate, hub_name=None):
-    """What the model card says of a run; images: number that it was trained on, gate: the `LPLGate`."""
-    lpl = {}
+    """What the model card says of a run, once its result is written.
+
+    Args:
+        steps: that the weights have seen.
+        images: number of images that they were trained on.
+        gate: the `LPLGate`.
+    """
+    lpl, lora = {}, lora_facts(Path(args.output_dir)) if args.use_lora else {}
     if args.use_lpl:
         threshold = "timesteps below" if gate.t_threshold is not None else "noise / signal up to"
         lpl = {
@@ -55,8 +62,10 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         "schedule": args.lr_scheduler,
         "optimizer": "8-bit AdamW" if args.use_8bit_adam else args.optimizer,
         "precision": {"no": "float32", None: None}.get(args.mixed_precision, args.mixed_precision),
-        "trained": ("LoRA" if args.use_lora else "all weights")
-        + (" with the text encoders" * args.train_text_encoder),
+        "trained": lora.get("kind", "all weights") + (" with the text encoders" * args.train_text_encoder),
+        "rank": lora.get("rank"),
+        "alpha": lora.get("alpha"),
+        "continued from": args.init_lora,
         "EMA": args.use_ema,
         "seed": args.seed,
     }
@@ -65,7 +74,8 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         family=args.base_model.family,
         base_model=args.base_model.name,
         revision=args.base_model.revision,
-        lora=args.use_lora,
+        lora=lora.get("kind"),
+        trigger=args.trigger_word or args.instance_prompt,
         lpl=lpl,
         training=training,
         dataset=args.dataset_name,
@@ -75,6 +85,21 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         prediction_type=getattr(args, "prediction_type", None),
         measures=measures_of(Path(args.output_dir, args.logging_dir, "metrics.jsonl")),
     )
+
+
+def lora_facts(folder):
+    """{"kind": LoRA or DoRA, "rank", "alpha"} of the LoRA file in a folder, from its metadata."""
+    from safetensors import safe_open
+
+    with safe_open(folder / "pytorch_lora_weights.safetensors", "np") as file:
+        config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+
+    def values(field):
+        found = {value for name, value in config.items() if name.rpartition(".")[2] == field}
+        return ", ".join(f"{value:g}" for value in sorted(found)) or None
+
+    dora = any(value for name, value in config.items() if name.endswith(".use_dora"))
+    return {"kind": "DoRA" if dora else "LoRA", "rank": values("r"), "alpha": values("lora_alpha")}
 
 
 MEASURES = {  # log keys of --validation_metrics -> their names on the card
@@ -299,14 +324,15 @@ class Card:
     `measures` is {measure: value}, empty without --validation_metrics.
 
     name: owner/name on the Hub, or only a name; base_model, dataset: as given to the run, a name on the Hub or a path
-    (paths are never shown); prediction_type: when the run was given one, so that a LoRA's snippet
+    (paths are never shown); lora: LoRA or DoRA, None for a whole model; trigger: the words that call what was learnt;
+    prediction_type: when the run was given one, so that a LoRA's snippet
     sets it. Image number n of prompt p is `image_{p * images_per_prompt + n}.png`.
     """
 
     name: str
     family: Family
     base_model: str
-    lora: bool
+    lora: str | None
     lpl: dict = field(default_factory=dict)
     training: dict = field(default_factory=dict)
     revision: str | None = None
@@ -316,6 +342,7 @@ class Card:
     images_per_prompt: int = 0
     prediction_type: str | None = None
     measures: dict = field(default_factory=dict)
+    trigger: str | None = None
 
 
 def write_card(folder, card):
@@ -327,20 +354,24 @@ def write_card(folder, card):
     licence = base_licence(card.base_model, card.revision)
     if not licence:
         print(f"note: found no licence in the base model's card; you may want to add one to {folder / 'README.md'}")
-    tags = [card.family.tag, "text-to-image", "diffusers", "diffusers-training"]
+    tags, pictures = [card.family.tag, "text-to-image", "diffusers", "diffusers-training"], gallery(folder, card)
     data = ModelCardData(
         base_model=base,
         datasets=[dataset] if dataset else None,
         **licence,
         library_name="diffusers",
         pipeline_tag="text-to-image",
-        tags=tags + ["lora"] * card.lora + ["lpl"] * bool(card.lpl),
-        widget=gallery(folder, card) or None,
+        tags=tags + ["lora"] * bool(card.lora) + ["lpl"] * bool(card.lpl),
+        instance_prompt=card.trigger,
+        widget=pictures or ([{"text": card.trigger}] if card.trigger else None),
     )
     parts = [
         f"# {card.name.split('/')[-1]}",
-        "<Gallery />" if data.widget else "",
+        "<Gallery />" if pictures else "",
         description(card, base, dataset),
+        f"## Trigger words\n\nPut {in_code(card.trigger)} into the prompt: it was in the captions."
+        if card.trigger
+        else "",
         f"## Use\n\n```python\n{snippet(card, base)}\n```",
         f"## Latent perceptual loss\n\n{table(card.lpl)}" if card.lpl else "",
         f"## Training\n\n{table(card.training)}" if card.training else "",
@@ -382,7 +413,7 @@ def gallery(folder, card):
 
 def description(card, base, dataset):
     """What it is, in a sentence or two."""
-    what = "A LoRA for" if card.lora else "A fine-tuned version of"
+    what = f"A {card.lora} for" if card.lora else "A fine-tuned version of"
     model = f"[{base}](https://huggingface.co/{base})" if base else f"a local {card.family.long_name} model"
     images = f"{card.num_images} images" if card.num_images else "images"
     data = (
@@ -413,8 +444,15 @@ def snippet(card, base):
     if card.lora and card.prediction_type:
         config = f'pipe.scheduler.config, prediction_type="{card.prediction_type}"'
         lines.append(f"pipe.scheduler = pipe.scheduler.from_config({config})")
-    prompt = card.prompts[0] if card.prompts else "a photo of a red apple"
+    prompt = card.prompts[0] if card.prompts else card.trigger or "a photo of a red apple"
+    if card.trigger and card.trigger.lower() not in prompt.lower():
+        prompt = f"{card.trigger}, {prompt}"
     return "\n".join([*lines, f"image = pipe({prompt!r}).images[0]"])
+
+
+def in_code(text):
+    """A text as Markdown code on one line."""
+    return f"`{' '.join(text.replace('`', chr(39)).split())}`"
 
 
 def table(settings):

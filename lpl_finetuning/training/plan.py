@@ -158,9 +158,14 @@ def optimizer_state_bytes(args, weights, count):
     return {"adamw": 2 * weights, "prodigy": 4 * weights, "adafactor": 0}[args.optimizer]
 
 
-def warnings_about(args, total_steps):
-    """[warning] on flags that are allowed but rarely meant, in a run of `total_steps`."""
+def warnings_about(args, total_steps, first_step):
+    """[warning] on flags that are allowed but rarely meant, in a run from `first_step` to `total_steps`."""
     remarks = []
+    if first_step > total_steps:
+        remarks.append(
+            f"the checkpoint has made {first_step} steps, and the run ends at step {total_steps}: nothing is trained, "
+            f"and the result is that of step {first_step}"
+        )
     if args.lr_scheduler != "constant" and args.lr_warmup_steps >= total_steps:
         remarks.append(
             f"the learning rate is still warming up when the run ends: --lr_warmup_steps {args.lr_warmup_steps} of "
@@ -272,7 +277,7 @@ def print_run(args, report, accelerator, plan):
     images, held_out = report["images"], report["held_out"]
     print_configuration(args, say)
     say("\n" + "\n".join(report_lines(report)) + "\n")
-    for warning in warnings_about(args, total_steps):
+    for warning in warnings_about(args, total_steps, plan.first_step):
         say(f"warning: {warning}")
     if plan.resume_from is not None and (changes := changes_since(args, plan.resume_from, images)):
         say(f"Goes on from {plan.resume_from}; since then changed: {'; '.join(changes)}")

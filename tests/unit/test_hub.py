@@ -581,7 +581,7 @@ CARD = Card(
     name="alice/apples",
     family=SDXL,
     base_model="someone/base-xl",
-    lora=True,
+    lora="LoRA",
     lpl={"weight": "auto", "share": 0.2, "norm": "standard", "pow law": True, "threshold": None},
     training={"steps": 2000, "learning rate": 1e-4, "scheduler": "a|b", "precision": "bf16"},
     dataset="someone/pictures",
@@ -625,7 +625,7 @@ def test_the_card_of_a_lora(tmp_path):
 
 def test_cards_of_other_runs(tmp_path):
     """SD3, whole pipelines, no LPL, no images: each leaves out what it does not have."""
-    full = replace(CARD, family=SD3, lora=False, lpl={}, base_model="someone/base-3")
+    full = replace(CARD, family=SD3, lora=None, lpl={}, base_model="someone/base-3")
     write_card(card_folder(tmp_path / "full", images=0), full)
     card = ModelCard.load(tmp_path / "full" / "README.md")
     assert card.data.tags == ["sd3", "text-to-image", "diffusers", "diffusers-training"]
@@ -635,6 +635,21 @@ def test_cards_of_other_runs(tmp_path):
     write_card(card_folder(tmp_path / "some", images=3), CARD)
     widget = metadata_load(tmp_path / "some" / "README.md")["widget"]
     assert [image["output"]["url"] for image in widget] == ["image_0.png", "image_1.png", "image_2.png"]
+
+
+def test_trigger_words_are_in_the_card_its_metadata_and_its_example(tmp_path):
+    """As Hub pages expect them, and in the prompt of the snippet, whether the drawn prompts have them or not."""
+    for prompts, example in [
+        ((), "'sks dog'"), (("the sun",), "'sks dog, the sun'"), (("A Sks Dog runs",), "'A Sks Dog runs'")
+    ]:  # fmt: skip
+        folder = card_folder(tmp_path / str(len(example)), images=len(prompts))
+        write_card(folder, replace(CARD, lora="DoRA", trigger="sks dog", prompts=prompts, images_per_prompt=1))
+        card = ModelCard.load(folder / "README.md")
+        assert card.data.instance_prompt == "sks dog" and "Put `sks dog` into the prompt" in card.text
+        assert f"pipe({example}).images[0]" in card.text and "A DoRA for" in card.text
+        [shown] = card.data.widget
+        assert shown["text"] == (prompts[0] if prompts else "sks dog") and ("output" in shown) == bool(prompts)
+        assert ("<Gallery />" in card.text) == bool(prompts)
 
 
 def test_prompts_are_kept_whatever_is_in_them(tmp_path):
