@@ -19,7 +19,7 @@ from lpl_finetuning.evaluation.distances import DISTANCES, distances_of_parts
 GROUPS = 20  # of the jackknife
 EXCHANGES = 60
 RESAMPLES = 2000  # of the bootstrap
-PICTURES_PER_FEATURE = 5  # about 10,000 pictures for Inception's 2,048 features, as Heusel et al. 2017 recommend
+PICTURES_PER_FEATURE = 5  # 10,000 pictures for Inception's 2,048 features, as the code of Heusel et al. 2017 advises
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,8 @@ def test_neighbours_on_a_line():
     assert precision_recall(real, fake, k=1) == (0.5, 1)  # 0.5 and 4; the ball of 0.5 reaches to 4
     density, coverage = density_coverage(real, fake, k=1)
     assert density == 3 / 4 and coverage == 3 / 4
+    touching = np.array([[4.0], [5.0], [20.0], [20.5]])  # the ball of 4 ends at 3
+    assert precision_recall(real, touching, k=1)[1] == 1 / 4
 
 
 def test_nearest_distances_over_blocks(monkeypatch):
@@ -164,6 +166,11 @@ def test_a_set_and_itself(dims):
     assert found["frechet"] == pytest.approx(0, abs=1e-6 * scale) and found["frechet"] >= 0
     assert found["kernel"] < 0  # the unbiased estimate leaves out the pairs of a picture with itself
     assert (found["precision"], found["recall"], found["coverage"]) == (1, 1, 1)
+
+
+def test_rounding_makes_no_negative_distance():
+    sets = [correlated(count, 8, seed) for count in (6, 30, 200) for seed in range(10)]
+    assert min(frechet_distance(x, x) for x in sets) == 0
 
 
 def degenerate(name):
@@ -217,6 +224,8 @@ def test_wrong_features_are_refused(distance, least):
     for wrong in (np.nan, np.inf):
         with pytest.raises(UserError, match="NaN or infinity"):
             distance(x, np.where(x == x[3, 2], wrong, x))
+        with pytest.raises(UserError, match="NaN or infinity"):
+            distance(np.where(x == x[3, 2], wrong, x), x)
 
 
 def test_small_parts_are_refused():

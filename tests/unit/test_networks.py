@@ -1,6 +1,7 @@
 """Networks by name, and features stored on disk."""
 
 import json
+import shutil
 import sys
 
 import numpy as np
@@ -114,6 +115,18 @@ def test_clip_score(clip):
             text = model.get_text_features(**tokens).pooler_output
         cosine = torch.nn.functional.cosine_similarity(text, network(images[number][None])).item()
         assert found[number] == pytest.approx(100 * max(cosine, 0), abs=1e-2)
+
+
+def test_clip_scores_end_at_zero(clip, tmp_path):
+    """With the projection turned round, pictures have the opposite cosine."""
+    captions, folder = ["a cat", "b", "c d e"], tmp_path / "opposite"
+    shutil.copytree(clip, folder)
+    model = CLIPModel.from_pretrained(clip)
+    with torch.no_grad():
+        model.visual_projection.weight.neg_()
+    model.save_pretrained(folder)
+    scores = np.stack([load_clip(str(each))(pictures(), captions) for each in (clip, folder)])
+    assert (scores.min(axis=0) == 0).all() and (scores.max(axis=0) > 0).all()
 
 
 def test_a_network_without_text_is_no_clip(dino):

@@ -105,6 +105,8 @@ def test_more_pictures_of_one_model_are_no_advantage():
 def test_few_pictures():
     real, a, b = two_models(5, True, count=7)
     assert all(np.isfinite([each.low, each.high]).all() for each in distance_differences(real, a, b).values())
+    few, many = (distance_difference(real, a, b, "frechet", groups) for groups in (3, 20))
+    assert few == many  # of seven pictures three groups of two or three can be made
     with pytest.raises(UserError, match="at least 4 pictures of each model, not 3"):
         distance_differences(real, a[:3], b[:3])
 
