@@ -572,7 +572,7 @@ def test_plan_names_what_is_trained(flags, tmp_path, capsys):
 
 @pytest.mark.parametrize(("schedule", "warmup", "warned"), [
     ("cosine", None, 500), ("constant_with_warmup", 3, 3), ("linear", 4, 4), ("cosine", 2, None),
-    ("polynomial", 0, None), ("constant", None, None), ("constant", 3, None),
+    ("polynomial", 0, None), ("constant", None, None),
 ])  # fmt: skip
 def test_a_warm_up_that_outlasts_the_run_is_told(flags, tmp_path, capsys, schedule, warmup, warned):
     AcceleratorState._reset_state(True)

@@ -475,7 +475,7 @@ MISTAKES = [
     ("--timestep_shift -1", "--timestep_shift"),
     ("--timestep_shift much", "--timestep_shift"),
     ("--logit_std 0", "--logit_std"),
-    ("--mode_scale 9", "--mode_scale is 9"),
+    ("--weighting_scheme mode --mode_scale 9", "--mode_scale is 9"),
     ("--lora_blocks 1", "--lora_blocks does nothing without --use_lora"),
     ("--use_lora --lora_blocks one", "--lora_blocks one"),
     ("--use_lora --lora_blocks 0,99", "--lora_blocks 0,99: the transformer has blocks 0 to 2"),

@@ -439,7 +439,7 @@ MODELS_SD3 = f"""
 --timestep_shift much | --timestep_shift | is 'much' | it must be auto or a number above 0
 --timestep_shift 0 | --timestep_shift | is '0' | it must be auto or a number above 0
 --weighting_scheme logitnormal | --weighting_scheme | is 'logitnormal' | did you mean logit_normal?
---mode_scale 9 | --mode_scale | is 9 | between -1 and 1.752
+--weighting_scheme mode --mode_scale 9 | --mode_scale | is 9 | between -1 and 1.752
 --logit_std 0 | --logit_std | is 0.0 | must be above 0
 --max_sequence_length 0 | --max_sequence_length | is 0 | must be above 0
 --precondition_outputs 2 | --precondition_outputs | is '2' | choose from 0, 1
@@ -490,9 +490,9 @@ FLAGS = """
 --use_lpl --lpl_start 100 --max_train_steps 50 | --lpl_start | is 100 | give a lower --lpl_start
 --lpl_weight 3 | --lpl_weight | does nothing | without --use_lpl
 --snr_gamma 0 | --snr_gamma | is 0.0 | must be above 0
---timestep_bias_begin 500 --timestep_bias_end 100 | --timestep_bias_begin | 500 and 100 | 0 <= begin < end <= 1000
---timestep_bias_portion 0 | --timestep_bias_portion | is 0.0 | above 0 and at most 1
---timestep_bias_multiplier -2 | --timestep_bias_multiplier | is -2.0 | must be above 0
+--timestep_bias_strategy range --timestep_bias_begin 500 --timestep_bias_end 100 | --timestep_bias_begin | 500 and 100 | 0 <= begin < end <= 1000
+--timestep_bias_strategy later --timestep_bias_portion 0 | --timestep_bias_portion | is 0.0 | above 0 and at most 1
+--timestep_bias_strategy later --timestep_bias_multiplier -2 | --timestep_bias_multiplier | is -2.0 | must be above 0
 --optimizer sgd | --optimizer | is 'sgd' | choose from adamw, prodigy, adafactor
 --optimizer prodigy --use_8bit_adam | --use_8bit_adam | --optimizer prodigy | exclude each other
 --optimizer prodigy --learning_rate 0 | --optimizer prodigy | --learning_rate | above 0
