@@ -26,7 +26,7 @@ from unittest import mock
 import numpy as np
 from tqdm.auto import tqdm
 
-STEPS = 10
+STEPS = 7
 PATIENCE = 300  # seconds after which a run counts as hanging
 SCRIPTS = {"sdxl": "train_sdxl_lpl", "sd3": "train_sd3_lpl_flow"}
 AXES = {

@@ -1,5 +1,6 @@
 """Running a training script in tests, and looking at what it made."""
 
+import gc
 import hashlib
 import json
 import sys
@@ -19,6 +20,9 @@ from lpl_finetuning.training.plan import memory_estimate
 from lpl_utils import LatentSpace
 
 ROOT = Path(__file__).resolve().parent.parent
+
+gc.collect()
+gc.freeze()  # accelerate collects at the end of every run: not over all that the imports have made
 
 
 def run(script, *flags):

@@ -6,6 +6,7 @@ A process that has imported this module is ready to be forked: its forks start i
 # ruff: noqa: F401
 
 import contextlib
+import gc
 import io
 import os
 
@@ -35,3 +36,5 @@ figure.savefig(io.BytesIO())  # reads the fonts
 plt.close(figure)
 with torch.device("meta"):  # imports the decompositions
     torch.nn.GroupNorm(1, 2)(torch.zeros(1, 2, 4, 4))
+gc.collect()
+gc.freeze()  # collections in the forks skip these objects, whose memory stays shared
