@@ -345,7 +345,6 @@ def refusal(script, mistake, places, timed=False, **variables):
 BASE = "--pretrained_model_name_or_path"
 VAE, UNET = "--pretrained_vae_model_name_or_path", "--pretrained_unet_model_name_or_path"
 TRANSFORMER = "--pretrained_transformer_model_name_or_path"
-BIAS = "--timestep_bias_strategy"
 QUANTIZED = "--use_lora --bnb_quantization_config_path"
 
 MODELS = f"""
@@ -491,7 +490,7 @@ FLAGS = """
 --use_lpl --lpl_start 100 --max_train_steps 50 | --lpl_start | is 100 | give a lower --lpl_start
 --lpl_weight 3 | --lpl_weight | does nothing | without --use_lpl
 --snr_gamma 0 | --snr_gamma | is 0.0 | must be above 0
-{BIAS} range --timestep_bias_begin 500 --timestep_bias_end 100 | --timestep_bias_begin | 500 and 100 | 0 <= begin < end <= 1000
+--timestep_bias_strategy range --timestep_bias_begin 5 --timestep_bias_end 1 | --timestep_bias_begin | 5 and 1 | < end <= 1000
 --timestep_bias_strategy later --timestep_bias_portion 0 | --timestep_bias_portion | is 0.0 | above 0 and at most 1
 --timestep_bias_strategy later --timestep_bias_multiplier -2 | --timestep_bias_multiplier | is -2.0 | must be above 0
 --optimizer sgd | --optimizer | is 'sgd' | choose from adamw, prodigy, adafactor
