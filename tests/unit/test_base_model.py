@@ -490,7 +490,7 @@ FLAGS = """
 --use_lpl --lpl_start 100 --max_train_steps 50 | --lpl_start | is 100 | give a lower --lpl_start
 --lpl_weight 3 | --lpl_weight | does nothing | without --use_lpl
 --snr_gamma 0 | --snr_gamma | is 0.0 | must be above 0
---timestep_bias_strategy range --timestep_bias_begin 5 --timestep_bias_end 1 | --timestep_bias_begin | 5 and 1 | < end <= 1000
+--timestep_bias_strategy range --timestep_bias_begin 5 --timestep_bias_end 1 | --timestep_bias_begin | 5 and 1 | 1000
 --timestep_bias_strategy later --timestep_bias_portion 0 | --timestep_bias_portion | is 0.0 | above 0 and at most 1
 --timestep_bias_strategy later --timestep_bias_multiplier -2 | --timestep_bias_multiplier | is -2.0 | must be above 0
 --optimizer sgd | --optimizer | is 'sgd' | choose from adamw, prodigy, adafactor
