@@ -89,8 +89,9 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # curves and refusals are those of a CPU
 
 
-LONG = ("guard", "train_sdxl", "chaos", "sdxl_options", "train_sd3", "run_data", "zero", "readme", "publishing",
-        "scaling")  # fmt: skip
+LONG = ("train_sdxl", "chaos", "guard", "sdxl_options", "train_sd3", "zero", "publishing", "run_data", "readme",
+        "recipes", "scaling", "evaluate_models", "lpl", "hub", "store", "safety", "base_model", "measures",
+        "uncertainty", "images", "scan", "preview", "export")  # fmt: skip
 
 
 def pytest_collection_modifyitems(config, items):
