@@ -289,18 +289,16 @@ def build_denoiser(args, dtype, device):
     text_encoders = load_text_encoders(args, dtype, place) if args.train_text_encoder else ()
     torch.manual_seed(args.seed)  # the LoRA's initial weights
     denoiser = Denoiser(transformer, text_encoders)
-    denoiser = prepare_for_training(args, denoiser, StableDiffusion3Pipeline, lora_targets(args, transformer), device)
+    denoiser = prepare_for_training(args, denoiser, StableDiffusion3Pipeline, lora_targets(args), device)
     return denoiser
 
 
-def lora_targets(args, transformer):
+def lora_targets(args):
     """Layers of the transformer that get a LoRA: those of --lora_layers in the blocks of --lora_blocks."""
     layers = lora_layers(args, SD3)
     if not args.lora_blocks:
         return layers
-    targets = [f"transformer_blocks.{int(block)}.{layer}" for block in args.lora_blocks.split(",") for layer in layers]
-    there = {name for name, _ in transformer.named_modules()}  # the last block lacks one of the default layers
-    return [target for target in targets if args.lora_layers or target in there]
+    return [f"transformer_blocks.{int(block)}.{layer}" for block in args.lora_blocks.split(",") for layer in layers]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
