@@ -142,12 +142,12 @@ def check_flags(args, family):
     check_output_dir(args, family)
     check_launch(args)
     check_lora_flags(args)
-    check_quantization(args)
     check_optimizer_flags(args)
-    check_installed(args)
-    check_build(args)
     check_lpl_flags(args)
     check_dead_flags(args)
+    check_quantization(args)
+    check_installed(args)
+    check_build(args)
 
 
 def check_measures(args, family):
