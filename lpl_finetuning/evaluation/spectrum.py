@@ -42,11 +42,6 @@ def radial_log_power(images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.arange(1, count + 1) / count, np.log(rings + ROUNDING)
 
 
-def spectrum_error(real: np.ndarray, fake: np.ndarray) -> np.ndarray:
-    """(F,) mean log power of generated minus that of real pictures, (M, F) and (N, F); below 0 power is missing."""
-    return fake.mean(axis=0) - real.mean(axis=0)
-
-
 def sharpness(images: np.ndarray) -> np.ndarray:
     """(N,) natural logarithm of the variance of the Laplacian of luminance in [0, 255].
 

@@ -72,19 +72,6 @@ def paired_difference(a: np.ndarray, b: np.ndarray, seed: int = 0) -> Interval:
     return mean_interval(a - b, seed)
 
 
-def distance_difference(
-    real: np.ndarray,
-    a: np.ndarray,
-    b: np.ndarray,
-    distance: str,
-    groups: int = GROUPS,
-    paired: bool = True,
-    seed: int = 0,
-) -> Interval:
-    """distance(real, a) - distance(real, b) with its interval, for one name; see `distance_differences`."""
-    return distance_differences(real, a, b, (distance,), groups, paired, seed)[distance]
-
-
 def distance_differences(
     real: np.ndarray,
     a: np.ndarray,

@@ -24,7 +24,7 @@ from safetensors.torch import save_file
 
 from lpl_finetuning.errors import require
 from lpl_finetuning.files import follow_umask
-from lpl_finetuning.training.models import lora_parts, nested_clip_name, save_weights
+from lpl_finetuning.training.models import LORA_FILE, lora_parts, nested_clip_name, save_weights
 
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_PREFIXES = {
@@ -422,6 +422,7 @@ def save_result(args, denoiser, pipeline_class, result_pipeline):
     folder = Path(args.output_dir)
     if args.use_lora:
         save_weights(folder, denoiser, pipeline_class, use_lora=True)
+        follow_umask(folder / LORA_FILE)
         if args.output_kohya_format:
             config = next(iter(denoiser.models().values())).config
             save_kohya(folder, lora_parts(denoiser.models()), config, args.trigger_word or args.instance_prompt)

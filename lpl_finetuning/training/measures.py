@@ -18,11 +18,11 @@ from tqdm.auto import tqdm
 from lpl_finetuning.data.samples import collate
 from lpl_finetuning.evaluation.generation import start_noise
 from lpl_finetuning.evaluation.models import sampling_scheduler
+from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, load_network
 from lpl_finetuning.evaluation.onestep import OneStepMeter, OneStepSettings, levels_of_schedule, noisy, to_bytes
 from lpl_finetuning.training.objective import autocast, to_device
 from lpl_utils import estimate_z0
 
-NETWORK = "efficientnet-lite2"  # of KID and of the perceptual distance
 SAMPLES_AT_ONCE = 1024**2  # pixels
 
 
@@ -153,9 +153,7 @@ class Measures:
 
 def feature_network(device):
     """The network of KID and of the perceptual distance; its packages are in requirements-eval.txt."""
-    from lpl_finetuning.evaluation.networks import load_network
-
-    return load_network(NETWORK, device)
+    return load_network(DEFAULT_NETWORK, device)
 
 
 def held_out_batch(data, numbers):

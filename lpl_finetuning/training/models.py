@@ -17,7 +17,6 @@ from torch.distributed.fsdp import FSDPModule
 
 from lpl_finetuning.base_model import read_json, require_layers
 from lpl_finetuning.errors import UserError, require
-from lpl_finetuning.files import follow_umask
 from lpl_finetuning.training.sharding import load_full_state
 from lpl_utils import LatentSpace
 
@@ -333,11 +332,9 @@ def save_weights(folder, denoiser, pipeline_class, use_lora):
     """Write the trained weights as diffusers does: `unet/` or `transformer/`, or a LoRA file."""
     if use_lora:
         save_lora(folder, lora_parts(denoiser.models()), pipeline_class)
-        follow_umask(folder / LORA_FILE)
     else:
         name, model = next(iter(denoiser.models().items()))
         model.save_pretrained(folder / name)
-        follow_umask(folder / name)
 
 
 def load_weights(folder, denoiser, use_lora):

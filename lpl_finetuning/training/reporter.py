@@ -248,7 +248,7 @@ def plot_run(history, path, title, stages):
     rows = 2 + bool(held_out) + bool(measured)
     height = 3.5 * rows
     figure, axes = plt.subplots(rows, 2, figsize=(12, height))
-    figure.subplots_adjust(left=0.06, right=0.985, top=1 - 0.8 / height, bottom=0.5 / height, hspace=0.38, wspace=0.14)
+    figure.subplots_adjust(left=0.06, right=0.985, top=1 - 0.8 / height, bottom=0.5 / height, hspace=0.38, wspace=0.2)
     losses, layers, rate, speed = axes[-2:].flat
     for key, label in [
         ("train_loss", "total"),

@@ -1,15 +1,12 @@
 """--validation_metrics in both recipes: the one-step test and KID, in the log, in run.png and on the card."""
 
-import sys
-import types
-
-import numpy as np
 import pytest
 import torch
 
 from lpl_finetuning.data.scan import find_images
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.evaluation.models import find_source, load_pipeline
+from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, load_network
 from lpl_finetuning.evaluation.onestep import LEVELS, OneStepSettings, one_step_of
 from lpl_finetuning.flags import data_source
 from lpl_finetuning.training import measures
@@ -31,19 +28,14 @@ class Colours:
         return self.stages(images)[0].flatten(1)
 
 
-@pytest.fixture
-def network(monkeypatch):
-    """A small network in the place of EfficientNet-Lite2, and a distance of means in the place of KID."""
-    monkeypatch.setattr("lpl_finetuning.flag_checks.KID_PACKAGES", ())
-    monkeypatch.setattr(measures, "feature_network", lambda device: Colours())
-    module = types.ModuleType("lpl_finetuning.evaluation.distances")
-    module.kernel_distance = lambda x, y: np.square(x.mean(axis=0) - y.mean(axis=0)).sum()
-    monkeypatch.setitem(sys.modules, module.__name__, module)
-
-
 @pytest.mark.parametrize("family", ["sdxl", "sd3"])
-def test_measures_are_logged_drawn_and_on_the_card(family, request, network, tmp_path):
-    """Before training they are what `one_step_of` finds for the base model; and no bit of the training changes."""
+def test_measures_are_logged_drawn_and_on_the_card(family, request, monkeypatch, tmp_path):
+    """Before training they are what `one_step_of` finds for the base model; and no bit of the training changes.
+
+    With the real network for SDXL, and for SD3, to save time, with a small one.
+    """
+    network = load_network(DEFAULT_NETWORK) if family == "sdxl" else Colours()
+    monkeypatch.setattr(measures, "feature_network", lambda device: network)
     script, folder = {"sdxl": sdxl, "sd3": sd3}[family], request.getfixturevalue(f"{family}_folder")
     pictures = picture_folder(tmp_path / "pictures", 6, size=80)
     flags = ["--pretrained_model_name_or_path", folder, "--train_data_dir", pictures, "--cache_dir",
@@ -57,7 +49,7 @@ def test_measures_are_logged_drawn_and_on_the_card(family, request, network, tmp
     assert [row["step"] for row in rows if "validation/kid" in row] == [0, 2, 3]
     _, held_out = find_images(data_source(script.run.args[0].parse_args([str(flag) for flag in flags])))
     pipeline = load_pipeline(find_source(str(folder)), torch.float32, "cpu")
-    expected = one_step_of(pipeline, held_out, 64, OneStepSettings(), [Colours()], bar=False).metrics
+    expected = one_step_of(pipeline, held_out, 64, OneStepSettings(), [network], bar=False).metrics
     for name, values in expected.items():
         key = f"validation/one_step/{name.replace(' ', '_')}"
         assert measured[0][key] == pytest.approx(values.mean(), rel=1e-3, abs=1e-4), name
@@ -87,7 +79,7 @@ def test_measures_are_logged_drawn_and_on_the_card(family, request, network, tmp
 def test_what_is_refused_before_any_weights_load(more, message, flags, monkeypatch):
     import train_sdxl_lpl
 
-    monkeypatch.setattr("lpl_finetuning.flag_checks.KID_PACKAGES", ("nowhere_to_be_found",))
+    monkeypatch.setattr("lpl_finetuning.flag_checks.missing_package", lambda name: "nowhere_to_be_found")
     with pytest.raises(UserError, match=message):
         train_sdxl_lpl.parse_args([*flags, *more.split()])
 
@@ -95,6 +87,6 @@ def test_what_is_refused_before_any_weights_load(more, message, flags, monkeypat
 def test_no_package_is_needed_without_kid(flags, monkeypatch):
     import train_sdxl_lpl
 
-    monkeypatch.setattr("lpl_finetuning.flag_checks.KID_PACKAGES", ("nowhere_to_be_found",))
+    monkeypatch.setattr("lpl_finetuning.flag_checks.missing_package", lambda name: "nowhere_to_be_found")
     more = ["--validation_metrics", "--validation_split", "2", "--validation_kid_every", "0"]
     assert train_sdxl_lpl.parse_args([*flags, *more]).validation_metrics

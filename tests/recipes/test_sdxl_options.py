@@ -10,6 +10,7 @@ import torch
 from accelerate.state import AcceleratorState
 from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import train_sdxl_lpl
@@ -514,6 +515,47 @@ def test_no_validation_images(flags, tmp_path):
         tmp_path,
     )
     assert not (tmp_path / "validation").exists()
+
+
+def test_the_card_and_the_file_know_the_run(flags, tmp_path, capsys):
+    """Trigger words, rank, alpha and the LoRA that it went on from; the steps are those of the weights."""
+    shape = ["--use_lora", "--rank", 3, "--lora_alpha", 6, "--trigger_word", "sks"]
+    first, second = tmp_path / "first", tmp_path / "second"
+    run(*flags, *shape, "--output_kohya_format", "--max_train_steps", 2, "--checkpointing_steps", 2, "--output_dir",
+        first)  # fmt: skip
+    with safe_open(first / "pytorch_lora_weights_kohya.safetensors", "np") as file:
+        assert file.metadata()["modelspec.trigger_phrase"] == "sks"
+    said = (first / "README.md").read_text()
+    for part in (
+        "| trained | LoRA |",
+        "| rank | 3 |",
+        "| alpha | 6 |",
+        "| steps | 2 |",
+        "instance_prompt: sks",
+        "`sks`",
+    ):
+        assert part in said, part
+    assert "continued from" not in said
+    capsys.readouterr()
+    run(*flags, *shape, "--max_train_steps", 1, "--resume_from_checkpoint", "latest", "--output_dir", first)
+    assert "the checkpoint has made 2 steps, and the run ends at step 1: nothing is trained" in capsys.readouterr().out
+    assert "| steps | 2 |" in (first / "README.md").read_text()
+    run(*flags, "--use_lora", "--init_lora", first, "--max_train_steps", 1, "--output_dir", second)
+    said = (second / "README.md").read_text()
+    assert "| rank | 3 |" in said and "| continued from | a local file |" in said and str(first) not in said
+    run(
+        *flags,
+        "--use_lora",
+        "--use_dora",
+        "--instance_prompt",
+        "a toy",
+        "--max_train_steps",
+        1,
+        "--output_dir",
+        second,
+    )
+    said = (second / "README.md").read_text()
+    assert "| trained | DoRA |" in said and "A DoRA for" in said and "instance_prompt: a toy" in said
 
 
 @pytest.mark.parametrize(("umask", "mode"), [(0o002, 0o664)])

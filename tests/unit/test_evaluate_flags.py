@@ -134,3 +134,18 @@ def test_mistakes_are_told_before_torch_is_imported(folders, tmp_path):
         words = [sys.executable, "evaluate_models.py", *flags(folders, *more, "--cache_dir", tmp_path)]
         result = children.run(words, light=True, cwd=ROOT, text=True, timeout=60)
         assert result.returncode == 2 and message in result.stderr, result.stderr
+
+
+@pytest.mark.parametrize(("model", "more", "message"), [
+    ("tiny-sdxl", ["--steps", "30"], "--steps is 30; under DDIM it must divide 1000, .* give 25 or 40"),
+    ("tiny-sdxl", ["--steps", "30", "--sampler", "euler"], None),
+    ("tiny-sd3", ["--steps", "30"], None),
+    ("tiny-sd3", ["--sampler", "ddim"], "--sampler ddim is not for rectified flow"),
+])  # fmt: skip
+def test_what_the_sampler_can_not_do_is_told_before_weights_load(folders, model, more, message):
+    args = evaluate_models.parse_args(flags(folders, *more, model=ROOT / "examples" / model))
+    if message is None:
+        evaluate_models.find_everything(args)
+        return
+    with pytest.raises(UserError, match=message):
+        evaluate_models.find_everything(args)

@@ -8,7 +8,6 @@ from lpl_finetuning.evaluation import uncertainty as module
 from lpl_finetuning.evaluation.distances import DISTANCES, frechet_distance, kernel_distance, precision_recall
 from lpl_finetuning.evaluation.uncertainty import (
     Interval,
-    distance_difference,
     distance_differences,
     enough_pictures,
     jackknife_difference,
@@ -70,6 +69,11 @@ def test_a_worse_model_is_noticed():
     assert found["frechet"].low > 0 and found["kernel"].low > 0 and found["density"].high < 0
 
 
+def difference(real, a, b, name, *more, **options):
+    """The difference of one distance alone."""
+    return distance_differences(real, a, b, (name,), *more, **options)[name]
+
+
 def test_values_are_the_differences_of_the_distances():
     real, a, b = two_models(1, True)
     found = distance_differences(real, a, b)
@@ -77,13 +81,13 @@ def test_values_are_the_differences_of_the_distances():
                 "kernel": kernel_distance(real, a) - kernel_distance(real, b),
                 "recall": precision_recall(real, a)[1] - precision_recall(real, b)[1]}  # fmt: skip
     assert {name: found[name].value for name in expected} == pytest.approx(expected)
-    assert distance_difference(real, a, b, "recall") == found["recall"]
+    assert difference(real, a, b, "recall") == found["recall"]
 
 
 @pytest.mark.parametrize("name", DISTANCES)
 def test_exchanged_models_have_the_opposite_difference(name):
     real, a, b = two_models(2, True)
-    one, other = distance_difference(real, a, b, name), distance_difference(real, b, a, name)
+    one, other = difference(real, a, b, name), difference(real, b, a, name)
     assert (one.value, one.low, one.high) == pytest.approx((-other.value, -other.high, -other.low))
 
 
@@ -97,15 +101,15 @@ def test_more_pictures_of_one_model_are_no_advantage():
     """The Fréchet distance of 300 pictures is far below that of 30 of the same model."""
     real, a, b = two_models(4, False, count=30, others=300)
     assert frechet_distance(real, a) - frechet_distance(real, b) > 0.2
-    assert distance_difference(real, a, b, "frechet", paired=False).holds_zero
+    assert difference(real, a, b, "frechet", paired=False).holds_zero
     with pytest.raises(UserError, match="as many on both sides, not 30 and 300"):
-        distance_difference(real, a, b, "frechet")
+        difference(real, a, b, "frechet")
 
 
 def test_few_pictures():
     real, a, b = two_models(5, True, count=7)
     assert all(np.isfinite([each.low, each.high]).all() for each in distance_differences(real, a, b).values())
-    few, many = (distance_difference(real, a, b, "frechet", groups) for groups in (3, 20))
+    few, many = (difference(real, a, b, "frechet", groups) for groups in (3, 20))
     assert few == many  # of seven pictures three groups of two or three can be made
     with pytest.raises(UserError, match="at least 4 pictures of each model, not 3"):
         distance_differences(real, a[:3], b[:3])
