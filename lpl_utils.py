@@ -820,40 +820,56 @@ class LPLGate:
 class AutoWeight(torch.nn.Module):
     """The weight that keeps LPL at a share of the whole loss (the paper's best weight makes it about a fifth).
 
-    w = share / (1 - share) * mean(diffusion) / mean(LPL term, zeros included), from running means of detached values.
-    The means are buffers on the device and part of `state_dict`. Call `update` once per optimizer step, with sums over
+    w = min(1, n / ramp) * share / (1 - share) * mean(diffusion) / mean(LPL term, zeros included)
+
+    n is the number of gated samples so far. The means weight all steps alike at first; a step counts for 1 / e of a
+    new one after `window` more gated samples. Both are counted in gated samples because LPL's mean is as sure as their
+    number: LPL of a sample with hardly any noise is tiny, so the mean of the first few may be far too small.
+
+    The sums are buffers on the device and part of `state_dict`. Call `update` once per optimizer step, with means over
     its micro-steps and ranks. The weight is used from the next step on; it is 0 until a sample was gated.
     """
 
-    def __init__(self, share=0.2, decay=0.99):
+    def __init__(self, share=0.2, window=500, ramp=32):
+        """
+        Args:
+            share: of the LPL term in the whole loss, between 0 and 1.
+            window: gated samples that the means remember.
+            ramp: gated samples until the weight is whole.
+        """
         super().__init__()
         if not 0 < share < 1:
             raise ValueError(f"share is {share}; it must lie between 0 and 1, ends excluded")
-        self.share, self.decay = share, decay
-        self.register_buffer("means", torch.zeros(2, dtype=torch.float64))  # diffusion, LPL term; not yet unbiased
-        self.register_buffer("mass", torch.zeros((), dtype=torch.float64))  # 1 - decay**updates: removes the bias
+        if window <= 0 or ramp <= 0:
+            raise ValueError(f"window is {window} and ramp is {ramp}; both must be numbers above 0")
+        self.share, self.window, self.ramp = share, window, ramp
+        self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # diffusion, LPL term, steps; discounted
+        self.register_buffer("gated", torch.zeros((), dtype=torch.float64))  # gated samples so far
 
     @torch.no_grad()
-    def update(self, diffusion, lpl):
-        """Adds the diffusion loss and the LPL term (scalar tensors) of one optimizer step to the running means.
+    def update(self, diffusion, lpl, gated):
+        """Adds the diffusion loss, the LPL term and the number of gated samples of one optimizer step.
 
-        Values that are not finite leave the means as they are.
+        Losses are scalar tensors; the number may be one too. A step with a value that is not finite changes nothing.
         """
-        values = torch.stack([diffusion, lpl]).to(self.means)
-        values = torch.where(values.isfinite().all(), values, self.unbiased_means)
-        self.means.lerp_(values, 1 - self.decay)
-        self.mass.lerp_(torch.ones_like(self.mass), 1 - self.decay)
+        gated = gated if isinstance(gated, torch.Tensor) else torch.full_like(lpl, gated)
+        diffusion, lpl, gated = torch.stack([diffusion, lpl, gated]).to(self.sums)
+        sums = self.sums * torch.exp(-gated / self.window) + torch.stack([diffusion, lpl, torch.ones_like(lpl)])
+        finite = sums.isfinite().all()
+        self.sums.copy_(torch.where(finite, sums, self.sums))
+        self.gated.add_(torch.where(finite, gated, 0))
 
     @property
-    def unbiased_means(self):
-        """(2,) bias-corrected running means of the diffusion loss and of the LPL term; 0 before any update."""
-        return self.means / torch.where(self.mass > 0, self.mass, 1)
+    def means(self):
+        """(2,) running means of the diffusion loss and of the LPL term; 0 before any update."""
+        return self.sums[:2] / self.sums[2].clamp_min(1e-12)
 
     def forward(self):
         """Returns the weight, a float32 scalar tensor on the device."""
-        diffusion, lpl = self.means
+        diffusion, lpl, _ = self.sums
         ratio = torch.where(lpl > 0, diffusion / torch.where(lpl > 0, lpl, 1), 0)
-        return (self.share / (1 - self.share) * ratio).float()
+        ramped = (self.gated / self.ramp).clamp_max(1)
+        return (ramped * self.share / (1 - self.share) * ratio).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -372,7 +372,7 @@ def denoise(denoiser, latents, noise, timesteps, conditions, objective):
 
 
 def training_step(batch, denoiser, objective, step, metrics):
-    """One micro-step: (objective, a scalar with gradient; [diffusion loss, LPL term] (2,), detached).
+    """One micro-step: (objective, a scalar with gradient; diffusion loss, LPL term, gated samples, (3,) detached).
 
     loss = diffusion + weight * (1 / B) * sum over gated samples of s_b * LPL_b
     """
@@ -388,12 +388,12 @@ def training_step(batch, denoiser, objective, step, metrics):
     if objective.schedule.weights_losses:
         errors = to_device(objective.schedule.loss_weights(timesteps), objective.device) * errors
     diffusion_loss = errors.mean()
-    lpl_term = torch.zeros_like(diffusion_loss)
+    lpl_term, gated = torch.zeros_like(diffusion_loss), 0
     if objective.lpl_applies(step):
         tensors = model_pred, noisy_latents, latents
-        lpl_term = objective.perceptual_term(perceptual_loss, tensors, timesteps, batch["index"], metrics)
+        lpl_term, gated = objective.perceptual_term(perceptual_loss, tensors, timesteps, batch["index"], metrics)
     loss = objective.total(diffusion_loss, lpl_term, step, metrics)
-    return loss, torch.stack([diffusion_loss, lpl_term]).detach()
+    return loss, torch.stack([diffusion_loss, lpl_term, torch.full_like(lpl_term, gated)]).detach()
 
 
 def perceptual_loss(model_pred, noisy_latents, latents, timesteps, objective):

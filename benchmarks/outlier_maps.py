@@ -21,12 +21,12 @@ from preview_data import load_vae
 
 
 @torch.no_grad()
-def maps_of(vae, latents, resolution):
+def maps_of(vae, latents, resolution, reference=None):
     """{stage: (magnitude (N, H, W) in deviations, share of channels left out (N, H, W))} of the masked stages."""
     stages, found = DecoderStages(vae), {}
     for z in latents.split(1):
         for name, x in zip(stages.names, stage_features(stages, z), strict=True):
-            kernels = morphology_kernels(x.shape[2] / resolution, (resolution, resolution))
+            kernels = morphology_kernels(x.shape[2] / resolution, (resolution, resolution), reference)
             if kernels is None:
                 continue
             centred = x - x.mean(dim=(2, 3), keepdim=True)
@@ -69,12 +69,16 @@ def draw(results, pictures, shown, path):
 
 def main(argv=None):
     """Measure, print the table, draw the picture."""
-    args = parser_of(__doc__, "outlier-maps.png").parse_args(argv)
+    parser = parser_of(__doc__, "outlier-maps.png")
+    parser.add_argument("--reference_resolution", type=float, default=256, help="resolution in px at which the mask "
+                        "has its original margin; 0: the same margin at any size (default: %(default)s)")  # fmt: skip
+    args = parser.parse_args(argv)
     pictures = load_pictures(args.pictures, args.count, args.resolution)
     results = {}
     for name in args.model:
         vae = load_vae(name, "--model")
-        results[Path(name).name] = maps_of(vae, encode(vae, pictures), args.resolution)
+        latents, reference = encode(vae, pictures), args.reference_resolution or None
+        results[Path(name).name] = maps_of(vae, latents, args.resolution, reference)
     print("| autoencoder | stage | left out, % | pictures with outliers, % | largest, deviations |")
     print("|---|---|---:|---:|---:|")
     for name, maps in results.items():

@@ -25,7 +25,7 @@ POSITIVE = (
 NOT_NEGATIVE = (
     "learning_rate", "text_encoder_lr", "lr_warmup_steps", "lr_power", "adam_weight_decay", "max_grad_norm", "seed",
     "ema_update_after_step", "dataloader_num_workers", "num_validation_images", "lpl_start", "keep_tags",
-    "cache_variants", "validation_kid_every",
+    "cache_variants", "validation_kid_every", "lpl_outlier_reference_resolution",
 )  # fmt: skip
 AT_MOST = {  # beyond it is a slip of the finger, which would be noticed late
     "max_train_steps": 10**9, "num_train_epochs": 10**9, "resolution": 16384, "dataloader_num_workers": 256,
@@ -72,11 +72,12 @@ DEAD_FLAGS = (  # (flags, when they do nothing, function of the flags that tells
     (("lpl_weight", "lpl_share", "lpl_scale", "lpl_start"), "without --use_lpl", lambda args: args.use_lpl),
     (("lpl_share",), "beside a --lpl_weight", lambda args: args.lpl_weight == "auto"),
     (("lpl_t_threshold", "lpl_sigma_threshold", "lpl_threshold_resolution", "lpl_loss_type", "lpl_features",
-      "lpl_norm_type", "lpl_norm_gradient", "lpl_pow_law", "lpl_num_blocks", "lpl_remove_outliers", "lpl_batch_size",
-      "lpl_checkpointing", "lpl_vae_dtype"), "without --use_lpl",
+      "lpl_norm_type", "lpl_norm_gradient", "lpl_pow_law", "lpl_num_blocks", "lpl_remove_outliers",
+      "lpl_outlier_reference_resolution", "lpl_batch_size", "lpl_checkpointing", "lpl_vae_dtype"), "without --use_lpl",
      lambda args: args.use_lpl or holds_out(args)),  # the loss of held-out images is measured either way
-    (("lpl_num_blocks", "lpl_pow_law", "lpl_remove_outliers"), "with --lpl_features latent",
-     lambda args: args.lpl_features != "latent"),
+    (("lpl_num_blocks", "lpl_pow_law", "lpl_remove_outliers", "lpl_outlier_reference_resolution"),
+     "with --lpl_features latent", lambda args: args.lpl_features != "latent"),
+    (("lpl_outlier_reference_resolution",), "with --no-lpl_remove_outliers", lambda args: args.lpl_remove_outliers),
     (("validation_steps", "validation_epochs"), "without --validation_prompt, --validation_split or "
      "--validation_data_dir", lambda args: args.validation_prompt or holds_out(args)),
     (("num_validation_images",), "without --validation_prompt",

@@ -497,6 +497,9 @@ def add_lpl_arguments(parser):
     add("--lpl_num_blocks", type=int, default=4, help="up blocks of the decoder that are used (default: %(default)s)")
     add("--lpl_remove_outliers", action="store_true", default=True,
         help="leave out activations of huge magnitude (default: on; --no-lpl_remove_outliers)")  # fmt: skip
+    add("--lpl_outlier_reference_resolution", type=float, default=256, help="resolution in px at which the mask of "
+        "those activations has its original margin; the margin grows in proportion to the image, as in the paper; "
+        "0: the same margin at any size (default: %(default)s)")  # fmt: skip
     add("--lpl_scale", action="store_true", help="weight each sample by alpha^2 / (alpha^2 + sigma^2)")
     add("--lpl_start", type=int, default=0, help="first optimizer step that it applies to (default: %(default)s)")
     add(

@@ -131,11 +131,12 @@ def training_step(batch, denoiser, goal, step, metrics):
     timesteps = objective.sample_timesteps(batch["number"], latents, goal)
     errors, *tensors = denoise(denoiser, latents, noise, timesteps, goal)
     goal.guard.watch("diffusion loss", errors, batch["index"])
-    diffusion_loss, lpl_term = errors.mean(), torch.zeros(())
+    diffusion_loss, lpl_term, gated = errors.mean(), torch.zeros(()), 0
     if goal.lpl_applies(step):
-        lpl_term = goal.perceptual_term(perceptual_loss, (*tensors, latents), timesteps, batch["index"], metrics)
+        tensors = (*tensors, latents)
+        lpl_term, gated = goal.perceptual_term(perceptual_loss, tensors, timesteps, batch["index"], metrics)
     loss = goal.total(diffusion_loss, lpl_term, step, metrics)
-    return loss, torch.stack([diffusion_loss, lpl_term]).detach()
+    return loss, torch.stack([diffusion_loss, lpl_term, torch.full_like(lpl_term, gated)]).detach()
 
 
 def held_out_step(conditions, latents, noise, timesteps, with_lpl, denoiser, goal):

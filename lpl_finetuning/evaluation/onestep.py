@@ -31,6 +31,7 @@ from lpl_utils import (
 LEVELS = (4.5, 3.5, 2.5, 1.5, 0.5, -0.5, -1.5, -2.5, -3.5, -4.5)  # log(alpha^2 / sigma^2): sigma / alpha 0.11 to 9.5
 PIXELS_AT_ONCE = 1024**2  # of a batch of which no size is given
 HIGH_FREQUENCY = 0.375  # of the Nyquist frequency, and above
+OUTLIER_RESOLUTION = 256  # px, at which the outlier mask has its original margin, as the training scripts have it
 
 
 @dataclass(frozen=True)
@@ -217,9 +218,9 @@ class OneStepMeter:
 
 
 def stage_loss(x, xh, image_size):
-    """The latent perceptual loss of one stage, (B,), with the options of the paper (`LPLConfig()`)."""
+    """The latent perceptual loss of one stage, (B,), with the options of the paper."""
     x, xh = x.float(), xh.float()
-    kernels = morphology_kernels(x.shape[2] / image_size[0], image_size)
+    kernels = morphology_kernels(x.shape[2] / image_size[0], image_size, OUTLIER_RESOLUTION)
     mask = None if kernels is None else inlier_mask(x, kernels)
     return layer_loss(x, xh, mask, "standard", "mse")
 

@@ -51,6 +51,7 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
             "loss": args.lpl_loss_type,
             "depth weighting": args.lpl_pow_law,
             "outliers masked": args.lpl_remove_outliers,
+            "mask's margin meant for (px)": args.lpl_outlier_reference_resolution or None,
             "noise scale": args.lpl_scale,
             "from step": args.lpl_start or None,
         }

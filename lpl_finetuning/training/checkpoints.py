@@ -404,7 +404,10 @@ class TrainingState:
                 shadow.copy_(local_shard(shard_like(part["ema"][str(index)], parameter)))
             self.ema.optimization_step = info["ema_step"]
         if self.auto_weight is not None and "auto_weight" in part:
-            self.auto_weight.load_state_dict(part["auto_weight"])
+            if part["auto_weight"].keys() == self.auto_weight.state_dict().keys():
+                self.auto_weight.load_state_dict(part["auto_weight"])
+            else:
+                print("An earlier version wrote the checkpoint: the automatic weight of LPL starts from 0 again")
         return info["step"]
 
     def _take_settings(self, settings):

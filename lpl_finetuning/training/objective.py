@@ -53,6 +53,7 @@ def lpl_config(args):
         loss_type=args.lpl_loss_type,
         pow_law=args.lpl_pow_law,
         remove_outliers=args.lpl_remove_outliers,
+        outlier_reference_resolution=args.lpl_outlier_reference_resolution or None,
         checkpointing=args.lpl_checkpointing or by_default,
         batch_size=args.lpl_batch_size or max(1, round(1024**2 / math.prod(framing_rules(args).largest_size()))),
     )
@@ -106,10 +107,16 @@ class PerceptualTerm:
         """The weight of the term: a number, or a scalar tensor on the device."""
         return self._weight() if self.auto_weight is not None else float(self._weight)
 
-    def update_weight(self, step, terms, accelerator):
-        """Take the mean over ranks of a step's (diffusion loss, LPL term), (2,), into the automatic weight."""
+    def update_weight(self, step, terms, micro_batches, accelerator):
+        """Take a step into the automatic weight.
+
+        Args:
+            terms: (3,) diffusion loss, LPL term and number of gated samples of the average micro-batch of this rank.
+            micro_batches: of the step, on all ranks together.
+        """
         if self.auto_weight is not None and self.applies(step):
-            self.auto_weight.update(*accelerator.reduce(terms, "mean"))
+            diffusion, lpl, gated = accelerator.reduce(terms, "mean")
+            self.auto_weight.update(diffusion, lpl, gated * micro_batches)
 
     def total(self, output, gated, levels, batch_size, metrics):
         """(1 / B) * sum over gated samples of s_b * LPL_b: a scalar, divided by the batch size B.
@@ -184,7 +191,7 @@ class Objective:
         return gate(timesteps, noise_to_signal(*self.schedule.levels(timesteps)))
 
     def perceptual_term(self, perceptual_loss, tensors, timesteps, images, metrics):
-        """The perceptual term of a micro-step with its bookkeeping: a scalar with gradient.
+        """(perceptual term of a micro-step, a scalar with gradient; number of its gated samples), with bookkeeping.
 
         Args:
             perceptual_loss: the script's function (model_pred, noisy_latents, latents, timesteps, objective) ->
@@ -198,7 +205,7 @@ class Objective:
         metrics.add("lpl/application_ratio", float(len(gated)), len(timesteps))
         if not len(gated):
             metrics.add("lpl/loss", 0.0)
-            return tensors[-1].new_zeros(())
+            return tensors[-1].new_zeros(()), 0
         index = to_device(gated, self.device)
         chosen = [tensor.index_select(0, index) for tensor in tensors]
         output = perceptual_loss(*chosen, timesteps[gated], self)
@@ -207,7 +214,7 @@ class Objective:
         levels = self.schedule.levels(timesteps[gated])
         lpl_term = self.perceptual.total(output, gated, levels, len(timesteps), metrics)
         metrics.add("lpl/loss", lpl_term)
-        return lpl_term
+        return lpl_term, len(gated)
 
     def total(self, diffusion_loss, lpl_term, step, metrics):
         """diffusion loss + weight * LPL term, a scalar; without the term at steps that have none."""
@@ -222,9 +229,10 @@ class Objective:
         return loss
 
     def update_lpl_weight(self, step, terms, accelerator):
-        """Take a step's (diffusion loss, LPL term), (2,) means over its micro-steps, into the automatic weight."""
+        """Take a step's (diffusion loss, LPL term, gated samples), (3,) means over micro-steps, into the weight."""
         if self.perceptual is not None:
-            self.perceptual.update_weight(step, terms, accelerator)
+            micro_batches = self.samples_per_step / self.settings.train_batch_size
+            self.perceptual.update_weight(step, terms, micro_batches, accelerator)
 
 
 def build_objective(args, accelerator, plan, data, space, stages, encoder, empty_prompt, empty_is_zero, gate):

@@ -192,7 +192,7 @@ class Trainee:
         Ranks exchange gradients in the last micro-step only. Where gradients are sharded the ranks exchange them in
         each, since FSDP would keep whole gradients until then.
         """
-        self.terms = torch.zeros(2, device=self.accelerator.device)
+        self.terms = torch.zeros(3, device=self.accelerator.device)
         for index in range(self.settings.gradient_accumulation_steps):
             last = index + 1 == self.settings.gradient_accumulation_steps
             each_time = last or is_sharded(self.accelerator)
@@ -200,7 +200,7 @@ class Trainee:
                 yield index
 
     def backward(self, loss, terms):
-        """The backward pass of a micro-step; adds up its (diffusion loss, LPL term), (2,) detached, in `terms`."""
+        """The backward pass of a micro-step; adds its (3,) `terms` to the step's means."""
         self.accelerator.backward(loss)
         self.terms += terms / self.settings.gradient_accumulation_steps
 

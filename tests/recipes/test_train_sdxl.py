@@ -485,12 +485,13 @@ def test_zero_terminal_snr_does_not_divide_by_zero(prediction_type, flags, tmp_p
 
 def test_lpl_does_not_depend_on_accumulation(flags, tmp_path):
     """A batch of 4 equals two of 2 accumulated: the gated terms are divided by the batch, not by their number."""
-    fixed = [*flags, "--use_lpl", "--lpl_weight", 0.1, "--lpl_t_threshold", 500, "--max_train_steps", 3]
+    fixed = [*flags, "--use_lpl", "--lpl_t_threshold", 500, "--max_train_steps", 3]
     whole = run(*fixed, "--output_dir", tmp_path / "a")
     halves = run(*fixed, "--train_batch_size", 2, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "b")
     for a, b in zip(whole, halves, strict=True):
-        for key in ("train_loss", "lpl/loss", "grad_norm"):
+        for key in ("train_loss", "lpl/loss", "lpl/weight", "grad_norm"):
             assert a[key] == pytest.approx(b[key], rel=1e-4), key
+    assert whole[2]["lpl/weight"] > 0
 
 
 def test_lpl_start_and_auto_weight(flags, tmp_path):

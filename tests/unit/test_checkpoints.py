@@ -91,7 +91,7 @@ def train(model, state, first, last):
         if state.ema is not None:
             state.ema.step(model.parameters())
         if state.auto_weight is not None:
-            state.auto_weight.update(loss.detach(), loss.detach() / 3)
+            state.auto_weight.update(loss.detach(), loss.detach() / 3, torch.tensor(2.0))
 
 
 def writer(model):

@@ -28,7 +28,7 @@ from lpl_finetuning.evaluation.onestep import (
     one_step_of,
 )
 from lpl_finetuning.flags import data_source
-from lpl_utils import DecoderStages, LatentPerceptualLoss, LatentSpace, estimate_z0, stage_features
+from lpl_utils import DecoderStages, LatentPerceptualLoss, LatentSpace, LPLConfig, estimate_z0, stage_features
 from tests.runs import objective_of
 from tests.tiny_models import autoencoder, sd3_pipeline, sdxl_pipeline
 
@@ -124,7 +124,8 @@ def test_a_perfect_estimate(vae):
 def test_the_numbers_are_what_they_say(vae):
     meter, (z0, z0_pred) = OneStepMeter(vae, [Network()]), pair()
     found = meter.compare(z0_pred, meter.target(z0))
-    loss = LatentPerceptualLoss(DecoderStages(vae))(z0_pred, z0).per_layer
+    as_in_the_scripts = LPLConfig(outlier_reference_resolution=256)
+    loss = LatentPerceptualLoss(DecoderStages(vae), as_in_the_scripts)(z0_pred, z0).per_layer
     for index, name in enumerate(DecoderStages(vae).names):
         torch.testing.assert_close(found[f"lpl/{name}"], loss[index], rtol=1e-5, atol=1e-7)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from lpl_finetuning.flag_checks import check_lpl_flags
 from lpl_finetuning.training import plan as plan_module
 from lpl_finetuning.training import reporter as reporter_module
 from lpl_finetuning.training.guard import Fault, Guard
-from lpl_finetuning.training.objective import Objective, PerceptualTerm
+from lpl_finetuning.training.objective import Objective, PerceptualTerm, lpl_config
 from lpl_finetuning.training.optimization import Outcome, Trainee
 from lpl_finetuning.training.reporter import Metrics, Reporter
 from lpl_finetuning.training.signals import STOP_SIGNALS, StopSignals
@@ -59,14 +59,21 @@ def test_a_good_step_ends_the_row_of_bad_ones():
         ours.record(bad, 6)
 
 
-@pytest.mark.parametrize("bad", [(math.nan, 1.0), (1.0, math.inf)])
-def test_a_step_that_is_not_finite_leaves_the_means_of_the_automatic_weight(bad):
-    weight = AutoWeight(0.2)
-    weight.update(torch.tensor(1.0), torch.tensor(2.0))
-    before = weight.unbiased_means.clone()
+@pytest.mark.parametrize("bad", [(math.nan, 1.0, 1.0), (1.0, math.inf, 1.0), (1.0, 1.0, math.nan)])
+def test_a_step_that_is_not_finite_leaves_the_automatic_weight(bad):
+    weight = AutoWeight(0.2, ramp=4)
+    weight.update(*map(torch.tensor, (1.0, 2.0, 2.0)))
+    before = {name: value.clone() for name, value in weight.state_dict().items()}
     weight.update(*map(torch.tensor, bad))
-    assert torch.allclose(weight.unbiased_means, before)
-    assert weight().item() == pytest.approx(0.25 * 1 / 2)
+    assert all(torch.equal(value, before[name]) for name, value in weight.state_dict().items())
+    assert weight().item() == pytest.approx(2 / 4 * 0.25 * 1 / 2)
+
+
+@pytest.mark.parametrize(("words", "reference"), [([], 256), (["--lpl_outlier_reference_resolution", "0"], None),
+                                                  (["--lpl_outlier_reference_resolution", "512"], 512)])  # fmt: skip
+def test_the_outlier_mask_grows_with_the_images_unless_it_is_told_not_to(words, reference):
+    args = train_sdxl_lpl.parse_args(["--use_lpl", "--output_dir", "never-made", *words])
+    assert lpl_config(args).outlier_reference_resolution == reference
 
 
 # ---------------------------------------------------------------------------------------------------------------------
