@@ -41,6 +41,10 @@ class EvaluatedModel(BaseModel):
         """The flag with the model's text, whichever the part."""
         return f"--model {self.text}"
 
+    def loading_flags(self, part):
+        """None: `evaluate_models.py` has no flags about files."""
+        return ()
+
     def describe(self, part):
         """The same: one text names all parts."""
         return self.flag(part)
