@@ -183,8 +183,10 @@ class FlagParser(argparse.ArgumentParser):
             found = type(content).__name__
             raise UserError(f"--config {path}: found a {found}; expected lines such as `learning_rate: 1e-4`")
         if self.takes_part_of_a_recipe:
+            left = [str(key) for key in content if key not in self.flags()]
             content = {key: value for key, value in content.items() if key in self.flags()}
-            print(f"--config {path}: taken are {', '.join(content) or 'no flags'}; the others are not about the data")
+            out = f"; left out are {', '.join(left)}" if left else ""
+            print(f"--config {path}: taken are {', '.join(content) or 'no flags'}{out}")
         return {key: self._recipe_value(path, key, value, as_written.get(str(key))) for key, value in content.items()}
 
     def _recipe_value(self, path, key, value, as_written):

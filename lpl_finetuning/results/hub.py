@@ -636,7 +636,8 @@ def retry_command(folder, repo_id, private):
 
     Where Python does not find the package from the current folder, the command goes to the repository first.
     """
-    found = Path("lpl_finetuning").is_dir() or is_distributed("lpl-finetuning")
+    places = [".", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    found = any(Path(place, "lpl_finetuning").is_dir() for place in places) or is_distributed("lpl-finetuning")
 
     def short(path):
         if not found:
