@@ -32,7 +32,7 @@ import numpy as np
 from lpl_finetuning.base_model import read_object
 from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.data.tables import CaptionedImage, first_of, select
-from lpl_finetuning.errors import counted, require
+from lpl_finetuning.errors import UserError, counted, require
 from lpl_finetuning.evaluation.models import SAMPLERS, ModelSource, check_steps, find_source
 from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, check_clip, check_network
 from lpl_finetuning.evaluation.picture_sets import PictureSet, cut_pictures, short_labels, stems_of
@@ -44,7 +44,8 @@ NETWORKS = (DEFAULT_NETWORK, "efficientnet-lite0")
 ONE_STEP_PICTURES = 256  # of the one-step test; its numbers are paired, so more would hardly sharpen them
 FEW_PICTURES = 16  # below, no distance is worth its name
 NO_CAPTIONS = {"default_caption": ""}  # options of a scan in which captions do not matter
-MADE_ONLY = ("steps", "guidance", "sampler", "instance_prompt", "dtype")  # flags that only models need
+MADE_ONLY = ("steps", "guidance", "sampler", "dtype")  # flags that only models need
+CAPTIONED_ONLY = ("instance_prompt", "caption_from_folder")  # flags that models and CLIPScore need
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,16 +193,20 @@ def find_everything(args: Flags) -> tuple[list[Contender], Sequence[CaptionedIma
     """
     sources = [find_source(text) for text in args.model]
     makes = any(source.pictures is None for source in sources)
+    check_size(args, sources)
     for source in sources:
         if source.pictures is None:
             check_steps(source, args.sampler, args.steps)
-    for name in MADE_ONLY:
+    captioned = makes or bool(args.clip_model)
+    for name in (*MADE_ONLY, *CAPTIONED_ONLY):
         changed = getattr(args, name) != args.defaults[name]
-        require(makes or not changed, f"--{name} does nothing: all models are folders of finished pictures")
+        works, more = (makes, "") if name in MADE_ONLY else (captioned, ", and there is no --clip_model")
+        require(works or not changed, f"--{name} does nothing: all models are folders of finished pictures{more}")
     captions = {"default_caption": args.instance_prompt, "caption_from_folder": args.caption_from_folder}
-    captions = captions if makes else NO_CAPTIONS
+    captions = captions if captioned else NO_CAPTIONS
     real = scan(args, "--real", args.real, captions)
-    held_out = scan(args, "--held_out", args.held_out, captions) if args.held_out else None
+    of_held_out = captions if makes else NO_CAPTIONS
+    held_out = scan(args, "--held_out", args.held_out, of_held_out) if args.held_out else None
     if args.max_pictures and args.max_pictures < len(real):
         real = select(real, np.linspace(0, len(real) - 1, args.max_pictures).round().astype(int))
     require(len(real) >= FEW_PICTURES, f"--real {args.real}: {counted(len(real), 'picture')} are used, and no "
@@ -229,7 +234,7 @@ def find_contender(args: Flags, name: str, source: ModelSource, stems: list[str]
     missing = [stem for stem in stems if stem not in own]
     if missing:
         print(f"--model {source.text}: no picture is named like the real picture {missing[0]} ({len(missing)} of "
-              f"{len(stems)} are missing), so it is compared by distances only, unpaired.")  # fmt: skip
+              f"{len(stems)} are missing), so it is compared unpaired, by distances and spectra only.")  # fmt: skip
         return Contender(name, source, images, paired=False)
     return Contender(name, source, [own[stem] for stem in stems])
 
@@ -252,9 +257,23 @@ def picture_size(args: Flags, contenders: Sequence[Contender]) -> tuple[int, int
     if not sides:
         sides = {each.name: min(each.images[0].size) for each in contenders}
     found = ", ".join(f"{name} {side} px" for name, side in sides.items())
-    require(len(set(sides.values())) == 1, f"--size is missing: the models make pictures of different sizes ({found})")
+    require(len(set(sides.values())) == 1, f"--size is missing: the models' pictures have different sizes ({found})")
     side = next(iter(sides.values()))
     return side, side
+
+
+def check_size(args: Flags, sources: Sequence[ModelSource]) -> None:
+    """Refuse a --size that a model can't make."""
+    for source in sources if args.size else ():
+        if source.base is not None:
+            denoiser, vae = (read_object(source.base.file("config.json", part))
+                             for part in (source.base.family.denoiser.name, "vae"))  # fmt: skip
+            unit = 2 ** (len(vae["block_out_channels"]) - 1) * denoiser.get("patch_size", 1)
+            near = max(1, args.size // unit) * unit
+            require(
+                args.size % unit == 0,
+                f"--size is {args.size}; for --model {source.text} it must be a multiple of {unit}, e.g. {near}",
+            )
 
 
 RUN = early(__name__, parse_args, find_everything)
@@ -400,7 +419,8 @@ def compare(task: Task, made: Sequence[Made], held_out: PictureSet | None, stage
             unseen = features(held_out) if held_out else None
         with stages("distances"):
             floor = comparison.floor(real, task.args.seed, task.memory)
-            warning = enough_pictures(network.dims, len(real), network_title(network.label))
+            fewest = min(map(len, (real, *theirs.values())))
+            warning = enough_pictures(network.dims, fewest, network_title(network.label))
             networks.append({"name": network.name, "label": network.label, "dims": network.dims,
                              "independent": network.independent, "floor": floor, "warning": warning})  # fmt: skip
             for (name, guidance), own in theirs.items():
@@ -518,6 +538,7 @@ def main(args: Flags, contenders: Sequence[Contender], real: Sequence[CaptionedI
     stages, output = Stages(), Path(args.output)
     size = picture_size(args, contenders)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_device(device)
     automatic = torch.bfloat16 if device.startswith("cuda") else torch.float32
     dtype = automatic if args.dtype == "auto" else getattr(torch, args.dtype)
     with stages("real pictures"):
@@ -538,6 +559,17 @@ def main(args: Flags, contenders: Sequence[Contender], real: Sequence[CaptionedI
     print("\n" + "\n".join(metrics["verdict"]) + "\n")
     print("Time:", ", ".join(f"{name} {duration(seconds)}" for name, seconds in stages.seconds.items()))
     print(f"Report: {page}")
+
+
+def check_device(device: str) -> None:
+    """Refuse a --device that is not here."""
+    try:
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(
+            f"--device {device}: it can't be used here ({reason}); give another, or leave it out"
+        ) from None
 
 
 def print_work(task: Task, contenders: Sequence[Contender]) -> None:

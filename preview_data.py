@@ -128,7 +128,7 @@ def _check_output(args, name, suffix):
     require(os.access(path if path.exists() else path.parent, os.W_OK), f"{flag}: no permission to write there")
     for folder in (args.train_data_dir, args.validation_data_dir) if suffix == ".png" else ():
         inside = folder and path.resolve().is_relative_to(Path(folder).resolve())
-        require(not inside, f"{flag} lies among the images of {folder}, and would be one of them: name another place")
+        require(not inside, f"{flag} lies in {folder}, among the images: name another place")
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -42,6 +42,7 @@ from lpl_finetuning.training.checkpoint_folders import check_resume
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-sd3" / "train.yaml"
 SAMPLING_STEPS = 28  # of the validation pictures
+MOST_TOKENS = 512  # of T5; diffusers' pipeline refuses more
 
 
 def build_parser():
@@ -76,7 +77,8 @@ def parse_args(argv=None):
     """The flags of a run, checked; UserError names the flag that is wrong."""
     args = build_parser().parse(argv, embedded_default=EMBEDDED_DEFAULT)
     check_flags(args, SD3)
-    require(args.max_sequence_length > 0, f"--max_sequence_length is {args.max_sequence_length}; it must be above 0")
+    require(1 <= args.max_sequence_length <= MOST_TOKENS, f"--max_sequence_length is {args.max_sequence_length}; it "
+            f"must lie between 1 and {MOST_TOKENS}, the most that the pipeline takes")  # fmt: skip
     require(args.logit_std > 0, f"--logit_std is {args.logit_std}; it must be above 0")
     require(-1 <= args.mode_scale <= 2 / (math.pi - 2),
             f"--mode_scale is {args.mode_scale}; it must lie between -1 and {2 / (math.pi - 2):.3f}, where noise "
@@ -137,7 +139,7 @@ from lpl_finetuning.training.objective import (
 from lpl_finetuning.training.optimization import Trainee, optimizer_settings
 from lpl_finetuning.training.plan import check_data, plan_run, print_plan
 from lpl_finetuning.training.reporter import Reporter
-from lpl_finetuning.training.run import end, open_batches, open_output_dir, start_accelerator
+from lpl_finetuning.training.run import check_start, end, open_batches, open_output_dir, start_accelerator
 from lpl_finetuning.training.sharding import build_device, with_full_weights
 from lpl_finetuning.training.signals import StopSignals
 from lpl_finetuning.training.validation import Validation
@@ -526,7 +528,7 @@ def main(args, scan, held_out=()):
     stages = lpl_stages(args, vae)
     print_plan(args, report, accelerator, plan, denoiser, vae.decoder, stages, lpl_gate(args), example_inputs)
     if args.dry_run:
-        return
+        return check_start(args, accelerator, check_access)
     output_dir = open_output_dir(args, accelerator, plan.resume_from, report, check_access)
     with output_dir as hub_name, StopSignals(accelerator) as signals:
         is_done = train(args, scan.images, held_out, plan, accelerator, signals, hub_name)

@@ -125,7 +125,7 @@ from lpl_finetuning.training.objective import (
 from lpl_finetuning.training.optimization import Trainee, optimizer_settings
 from lpl_finetuning.training.plan import check_data, plan_run, print_plan
 from lpl_finetuning.training.reporter import Reporter
-from lpl_finetuning.training.run import end, open_batches, open_output_dir, start_accelerator
+from lpl_finetuning.training.run import check_start, end, open_batches, open_output_dir, start_accelerator
 from lpl_finetuning.training.sharding import build_device, with_full_weights
 from lpl_finetuning.training.signals import StopSignals
 from lpl_finetuning.training.validation import Validation
@@ -487,7 +487,7 @@ def main(args, scan, held_out=()):
     stages = lpl_stages(args, vae)
     print_plan(args, report, accelerator, plan, denoiser, vae.decoder, stages, lpl_gate(args), example_inputs)
     if args.dry_run:
-        return
+        return check_start(args, accelerator, check_access)
     output_dir = open_output_dir(args, accelerator, plan.resume_from, report, check_access)
     with output_dir as hub_name, StopSignals(accelerator) as signals:
         is_done = train(args, scan.images, held_out, plan, accelerator, signals, hub_name)

@@ -17,8 +17,8 @@ RAISED = {"UserError", "DataError", "DamagedShard", "PublishError", "ArgumentTyp
 IN_TWO_PARTS = {"DataError", "DamagedShard"}  # errors of a problem and an advice
 # Functions that return a message or a part of one.
 MESSAGE_FUNCTIONS = {
-    "_unknown", "instead_of_pipeline", "unreadable", "weight_problem", "_advice", "warnings_about", "_why",
-    "hub_problem", "_hub_problem",
+    "_unknown", "instead_of_pipeline", "instead_of_folder", "unreadable", "weight_problem", "_advice",
+    "warnings_about", "_why", "hub_problem", "_hub_problem",
 }  # fmt: skip
 # Names that do not describe a placeholder.
 UNINFORMATIVE = {

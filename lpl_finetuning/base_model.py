@@ -58,6 +58,7 @@ class Family:
     foreign_schedulers: tuple[str, ...] = ()  # what that class must not begin with
     half_vae: str | None = None  # on the Hub: an autoencoder whose decoder works in float16
     special_channels: Mapping[int, str] = field(default_factory=dict)  # denoiser channels -> what such a model is for
+    example: str = ""  # a pipeline of the family on the Hub
     missing_part: Mapping[str, str] = field(default_factory=dict)  # required part -> advice where it is missing
     other_scripts: Mapping[str, str] = field(default_factory=dict)  # pipeline of another family -> its script
 
@@ -121,6 +122,10 @@ class BaseModel:
         if found := self.replacement(part):
             return f"--{found[0].flag} {found[1]}"
         return f"--pretrained_model_name_or_path {self.name}"
+
+    def loading_flags(self, part):
+        """Names of the flags that say which files of a part are loaded. --variant is for the pipeline's own parts."""
+        return ("allow_pickle",) if self.replacement(part) else ("variant", "allow_pickle")
 
     def describe(self, part):
         """A replaceable part in words: its flag with its value, or "the base model's UNet"."""
@@ -293,9 +298,8 @@ AGAIN = "download the model again"
 def check_pipeline(base):
     """Refuse anything but a pipeline of the family in diffusers' layout, from model_index.json alone."""
     name, family, flag = base.name, base.family, base.flag()
-    require(not Path(name).is_file(),
-            f"{flag} is a single file; a folder in diffusers' layout is needed: load the file with "
-            f"{family.pipeline_class}.from_single_file and save it with save_pretrained")  # fmt: skip
+    if Path(name).is_file():
+        raise UserError(f"{flag} {instead_of_folder(Path(name), family.pipeline_class)}")
     address = re.match(r"https?://huggingface\.co/([\w.-]+/[\w.-]+)", name)
     require(not address, f"{flag} is an address; give the name alone: {address and address[1]}")
     if not Path(name).is_dir() and (name.count("/") != 1 or not hub_like(name)):
@@ -304,7 +308,7 @@ def check_pipeline(base):
         index = base.file("model_index.json")
     except Exception as error:  # the Hub client raises many kinds: no network, no such model, no access
         raise UserError(f"{flag}: {unreadable(name, error)}") from error
-    require(index, f"{flag}: no model_index.json there; {instead_of_pipeline(Path(name))}")
+    require(index, f"{flag}: no model_index.json there; {instead_of_pipeline(Path(name), family.example)}")
     check_index(base, read_object(index))
 
 
@@ -324,17 +328,40 @@ def check_index(base, index):
         require(not gone, f"{flag}: the folder {gone[:1] and gone[0]}/ named in model_index.json is missing; {AGAIN}")
 
 
-def instead_of_pipeline(folder):
-    """What a folder without a model_index.json holds, and what to do with it."""
+def instead_of_folder(path, class_name):
+    """What a file in the place of a model's folder is, and what to do with it. class_name: of diffusers."""
+    if path.suffix not in SINGLE_FILES:
+        return "is a file; give the folder of a model in diffusers' layout"
+    if is_lora_file(path):
+        return "is a LoRA; give the model that it was made for, and the LoRA as --init_lora"
+    return (f"is a single file; a folder in diffusers' layout is needed: load the file with {class_name}"
+            ".from_single_file and save it with save_pretrained")  # fmt: skip
+
+
+SINGLE_FILES = (".safetensors", ".ckpt", ".pt", ".pth", ".bin")
+
+
+def is_lora_file(path):
+    """Whether a file holds layers of a LoRA: by its tensors, or by its name where they can't be read."""
+    try:
+        if path.suffix == ".safetensors":
+            return any("lora" in name.lower() for name in tensors_of(path)[0])
+    except (OSError, ValueError):
+        pass
+    return re.search("(?<![a-z])lora(?![a-z])", path.name.lower()) is not None
+
+
+def instead_of_pipeline(folder, example):
+    """What a folder without a model_index.json holds, and what to do with it. example: a pipeline on the Hub."""
     if not folder.is_dir():
-        return "a whole pipeline in diffusers' layout is needed, such as stabilityai/stable-diffusion-xl-base-1.0"
+        return f"a whole pipeline in diffusers' layout is needed, such as {example}"
     below = [path for pattern in ("*", "snapshots/*") for path in sorted(folder.glob(f"{pattern}/model_index.json"))]
     if below:
         return f"the pipeline is further down: give {below[0].parent}"
     if (folder / "training_state.json").is_file():
         return "it is a checkpoint of a run: give the run's base model, and this as --resume_from_checkpoint"
-    files = sorted(path.name for path in folder.iterdir() if path.suffix in (".safetensors", ".ckpt"))
-    if any("lora" in file.lower() for file in files) or (folder / "adapter_config.json").is_file():
+    files = sorted(path.name for path in folder.iterdir() if path.suffix in SINGLE_FILES)
+    if any(is_lora_file(folder / file) for file in files) or (folder / "adapter_config.json").is_file():
         return "it is a LoRA: give the model that it was made for, and the LoRA as --init_lora"
     if (folder / "config.json").is_file():
         return "it is one part of a pipeline; give the whole pipeline's folder"
@@ -369,8 +396,11 @@ def check_part(flag, name, class_name, subfolder=None):
 
     subfolder: where a whole pipeline's folder has such a model, if the flag takes a pipeline too.
     """
-    require(not Path(name).is_file(), f"--{flag} {name} is a single file; a folder in diffusers' layout is needed: "
-            f"load the file with {class_name}.from_single_file and save it with save_pretrained")  # fmt: skip
+    if Path(name).is_file():
+        lora = f"is a LoRA; give the folder of a {class_name}"
+        raise UserError(
+            f"--{flag} {name} {lora if is_lora_file(Path(name)) else instead_of_folder(Path(name), class_name)}"
+        )
     require(Path(name).is_dir() or (name.count("/") == 1 and hub_like(name)),
             f"--{flag} {name}: there is no such folder, and Hub names have the form owner/name")  # fmt: skip
     try:
@@ -471,11 +501,11 @@ def check_weights(base):
         what = f"{base.flag(part)}:" + (f" {place.subfolder}/" if place.subfolder else "")
         files = files_of(place.name, place.subfolder, place.revision)
         if files is not None:
-            check_weight_names(what, files, place.variant, base.allow_pickle)
+            check_weight_names(what, files, place.variant, base.allow_pickle, base.loading_flags(part))
 
 
-def check_weight_names(what, names, variant, allow_pickle):
-    """The check of the weights of one part, `what`; names: its files."""
+def check_weight_names(what, names, variant, allow_pickle, flags=("variant", "allow_pickle")):
+    """The check of the weights of one part, `what`; names: its files; flags: those that say which are loaded."""
     found = defaultdict(list)  # by (variant, kind)
     for name in names:
         if match := WEIGHT_NAMES.fullmatch(name):
@@ -486,6 +516,8 @@ def check_weight_names(what, names, variant, allow_pickle):
     pickled = found[wanted, "bin"]
     others = sorted({name for name, _ in found if found[name, "safetensors"] and name != wanted})
     other = f"; it has those of --variant {others[-1]}" if others and others[-1] else ""
+    if other and "variant" not in flags:
+        other = f"; it has those of the variant {others[-1]}, which is not read here: save them without one"
     if others and not others[-1]:
         other = "; it has others: leave --variant out"
     which = f"of --variant {variant}" if variant else "without a variant"
@@ -493,8 +525,8 @@ def check_weight_names(what, names, variant, allow_pickle):
     require(pickled, f"{what} has no weights {which} (no .safetensors file); {AGAIN}")
     require(allow_pickle,
             f"{what} has only pickled weights ({pickled[0]}), and a pickle can run programs when it is read{other}. "
-            "Choose a model with .safetensors files, save this one anew with save_pretrained where you trust it, or "
-            "give --allow_pickle")  # fmt: skip
+            "Choose a model with .safetensors files, or save this one anew with save_pretrained where you trust it"
+            + (", or give --allow_pickle" if "allow_pickle" in flags else ""))  # fmt: skip
 
 
 def files_of(name, subfolder="", revision=None):
@@ -627,11 +659,18 @@ def lora_layers(args, family):
     return [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else family.lora_layers
 
 
-def require_layers(part, wanted, names):
-    """Refuse what is not the end of the name of any layer. names: the layers of a part of the pipeline."""
+def require_layers(part, wanted, names, flag="--lora_layers"):
+    """Refuse what is not the end of the name of any layer.
+
+    Args:
+        part: of the pipeline.
+        names: its layers.
+        flag: the flag that the layers come from.
+    """
     missing = [layer for layer in wanted if not any(f".{name}".endswith(f".{layer}") for name in names)]
-    require(not missing, f"--lora_layers: the {part} has no layer called {', '.join(missing)}; give names such as "
-            "to_q,to_v")  # fmt: skip
+    advice = "give names such as to_q,to_v" if flag == "--lora_layers" else "leave that block out, or name layers"
+    advice += "" if flag == "--lora_layers" else " that all blocks have with --lora_layers"
+    require(not missing, f"{flag}: the {part} has no layer called {', '.join(missing)}; {advice}")
 
 
 def lora_file(folder):

@@ -11,7 +11,7 @@ import signal
 import sys
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 
@@ -131,6 +131,63 @@ def counted(number: int, unit: str) -> str:
 def is_or_are(number: int) -> str:
     """ "is" for 1, else "are"."""
     return "is" if number == 1 else "are"
+
+
+def near_name(word: str, names: Iterable[str]) -> str | None:
+    """The name that a word is a slip of the finger or a short form of; None where no name is that near.
+
+    A slip: one or two letters are missing, added, exchanged or swapped, also in single words between underscores. A
+    short form: the beginning of one name only, or of its words. Names that differ in their digits are other names.
+    """
+    plain, names = word.replace("-", "_").lower(), list(names)
+
+    def is_near(name: str) -> bool:
+        same = [character for character in name if character.isdigit()] == [each for each in plain if each.isdigit()]
+        return same and (_is_slip(plain.replace("_", ""), name.replace("_", "")) or _in_words(plain, name))
+
+    forms = {name: name.replace("-", "_").lower() for name in names}
+    near = [name for name, form in forms.items() if is_near(form)]
+    longer = [name for name, form in forms.items() if form.startswith(plain)]
+    if len(plain) >= 6 and not near and len(longer) == 1:
+        return longer[0]
+    return min(near, key=lambda name: _distance(plain, forms[name]), default=None)
+
+
+def _is_slip(word: str, name: str) -> bool:
+    """Whether two words differ by few letters for their length; short ones must have the same letters but one."""
+    few = 1 if len(word) < 6 else 2
+    if len(word) == len(name) <= 4:
+        return sorted(word) == sorted(name) and _distance(word, name) <= few
+    return _distance(word, name) <= few
+
+
+def _in_words(word: str, name: str) -> bool:
+    """Whether two names have the same words, but for slips and words cut short; some word must be the same."""
+    pairs = list(zip(word.split("_"), name.split("_"), strict=False))
+    if len(pairs) < 2 or len(word.split("_")) != len(name.split("_")):
+        return False
+    alike = [_is_cut(one, other) or _is_cut(other, one) or (len(one) > 4 and _is_slip(one, other))
+             for one, other in pairs]  # fmt: skip
+    return all(alike) and any(one == other for one, other in pairs)
+
+
+def _is_cut(word: str, name: str) -> bool:
+    """Whether a word is another, or at least three letters of its beginning."""
+    return word == name or (len(word) >= 3 and name.startswith(word))
+
+
+def _distance(word: str, name: str) -> int:
+    """Letters to be added, removed, exchanged or swapped with the next to make one word of the other."""
+    rows = [list(range(len(name) + 1))]
+    for i, letter in enumerate(word, start=1):
+        row = [i]
+        for j, other in enumerate(name, start=1):
+            best = min(rows[-1][j] + 1, row[-1] + 1, rows[-1][j - 1] + (letter != other))
+            if i > 1 and j > 1 and letter == name[j - 2] and word[i - 2] == other:
+                best = min(best, rows[-2][j - 2] + 1)
+            row.append(best)
+        rows.append(row)
+    return rows[-1][-1]
 
 
 def first_names(names: Sequence[str], total: int | None = None) -> str:

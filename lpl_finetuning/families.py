@@ -44,6 +44,7 @@ SDXL = Family(
     check=check_sdxl,
     foreign_schedulers=("EDM", "FlowMatch"),
     half_vae="madebyollin/sdxl-vae-fp16-fix",
+    example="stabilityai/stable-diffusion-xl-base-1.0",
     special_channels={9: "inpainting", 8: "InstructPix2Pix"},
     missing_part={"text_encoder": "the refiner can't be trained here, give the base model"},
     other_scripts={"StableDiffusion3": "train_sd3_lpl_flow.py"},
@@ -106,5 +107,6 @@ SD3 = Family(
     check=check_sd3,
     schedulers=("FlowMatch",),
     special_channels={33: "inpainting"},
+    example="stabilityai/stable-diffusion-3.5-medium",
     other_scripts={"StableDiffusionXL": "train_sdxl_lpl.py"},
 )  # fmt: skip

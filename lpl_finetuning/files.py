@@ -120,7 +120,11 @@ def dispensable(what):
     except OSError as error:
         if what not in WARNED:
             WARNED.add(what)
-            print(f"\nwarning: {what} can't be written ({error}); training goes on", file=sys.stderr, flush=True)
+            print(
+                f"\nwarning: {what} can't be written ({error}); the run goes on without it",
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def format_bytes(count: float) -> str:

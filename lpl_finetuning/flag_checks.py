@@ -1,6 +1,5 @@
 """Flags against their ranges and against each other: what needs neither a model nor the data."""
 
-import importlib.util
 import math
 import os
 import sys
@@ -11,7 +10,7 @@ from packaging.version import Version
 
 from lpl_finetuning.base_model import hub_like, read_json
 from lpl_finetuning.errors import require
-from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, INSTALL, missing_package
+from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, INSTALL, is_installed, missing_package
 from lpl_finetuning.flags import REPOSITORY, framing_rules
 
 POSITIVE = (
@@ -85,6 +84,7 @@ DEAD_FLAGS = (  # (flags, when they do nothing, function of the flags that tells
     (("validation_kid_every", "validation_kid_samples"), "without --validation_metrics",
      lambda args: args.validation_metrics),
     (("max_validation_samples",), "without --validation_split or --validation_data_dir", holds_out),
+    (("hub_model_id", "hub_private_repo"), "without --push_to_hub", lambda args: args.push_to_hub),
 )  # fmt: skip
 
 
@@ -100,7 +100,7 @@ def check_dead_flags(args):
             told = f"--{name} does nothing {when}"
             require(name not in args.given, f"{told}: leave it out")
             if os.environ.get("RANK", "0") == "0":
-                print(f"warning: {told}; it comes from --config", file=sys.stderr)
+                print(f"warning: {told}; it comes from the recipe", file=sys.stderr)
 
 
 def is_folder(name):
@@ -128,7 +128,7 @@ def check_flags(args, family):
     unit = family.pixels_per_latent
     require(args.resolution > 0 and args.resolution % unit == 0,
             f"--resolution is {args.resolution}; it must be a multiple of {unit}, because the latents are {unit} "
-            f"times smaller, e.g. {max(unit, args.resolution // unit * unit)}")  # fmt: skip
+            f"times smaller, e.g. {max(1, args.resolution // 16) * 16}")  # fmt: skip
     require(args.pretrained_model_name_or_path, "--pretrained_model_name_or_path is missing: give the base model's "
             "folder or Hub name, or leave the data out too for a demonstration")  # fmt: skip
     require(args.train_data_dir or args.dataset_name, "no data: give --train_data_dir FOLDER or --dataset_name NAME")
@@ -158,6 +158,8 @@ def check_measures(args, family):
     require(family.autoencoder, f"--validation_metrics needs a decoder, and {family.title} has none: leave it out")
     require(args.validation_split or args.validation_data_dir, "--validation_metrics measures held-out images: give "
             "--validation_split or --validation_data_dir")  # fmt: skip
+    require(not args.validation_kid_every or args.validation_kid_samples > 1,
+            f"--validation_kid_samples is {args.validation_kid_samples}; KID needs 2 or more")  # fmt: skip
     missing = missing_package(DEFAULT_NETWORK) if args.validation_kid_every else None
     require(not missing, f"--validation_metrics: the package {missing} is not installed, which KID needs; {INSTALL}, "
             "or give --validation_kid_every 0")  # fmt: skip
@@ -195,7 +197,7 @@ def check_output_dir(args, family):
     for name in ("train_data_dir", "validation_data_dir"):
         inside = getattr(args, name) and output_dir.is_relative_to(Path(getattr(args, name)).resolve())
         require(not inside, f"--output_dir {args.output_dir} lies in --{name} {getattr(args, name)}: the run's own "
-                "pictures would be trained on; name a folder outside")  # fmt: skip
+                "pictures would lie among those; name a folder outside")  # fmt: skip
     require(output_dir != REPOSITORY, f"--output_dir {args.output_dir} is this repository: name a folder of its own")
     for name in ("pretrained_model_name_or_path", *(part.flag for part in family.replaceable), "init_lora"):
         value = getattr(args, name)
@@ -229,7 +231,7 @@ DEEPSPEED = "0.19.8"  # skips a step whose gradients are not finite in float32 t
 
 def check_installed_deepspeed():
     """That DeepSpeed is there, and new enough."""
-    require(importlib.util.find_spec("deepspeed"),
+    require(is_installed("deepspeed"),
             "accelerate is configured for DeepSpeed, which is not installed: pip install deepspeed")  # fmt: skip
     found = metadata.version("deepspeed")
     require(Version(found) >= Version(DEEPSPEED), f"DeepSpeed is {found}; it must be {DEEPSPEED} or newer, which "
@@ -244,7 +246,7 @@ def check_deepspeed(args):
         return os.environ.get(f"ACCELERATE_{name}".upper(), default)
 
     require((args.mixed_precision or setting("mixed_precision")) != "fp16",
-            "--mixed_precision fp16 is not supported under DeepSpeed; use bf16")  # fmt: skip
+            f"{precision_source(args)} fp16 is not supported under DeepSpeed; use bf16")  # fmt: skip
     stage, file = setting("deepspeed_zero_stage", "2"), setting("deepspeed_config_file")
     require(file == "none", f"deepspeed_config_file {file} is not supported: give zero_stage in accelerate's own "
             "file, as configs/zero2.yaml does")  # fmt: skip
@@ -259,6 +261,11 @@ def check_deepspeed(args):
         value, ours = setting(name, ""), getattr(args, flag)
         require(value in ("", str(ours), f"{ours:g}"),
                 f"{name} is {value} in accelerate's file, and --{flag} {ours:g}: leave it out there")  # fmt: skip
+
+
+def precision_source(args):
+    """What the precision of a run comes from: the flag, or mixed_precision of accelerate's configuration."""
+    return "--mixed_precision" if args.mixed_precision else "accelerate's mixed_precision"
 
 
 def exclude(args, *names):
@@ -329,7 +336,7 @@ def check_installed(args):
         ),
     }  # fmt: skip
     for flag, (wanted, package, hint) in needed.items():
-        require(not wanted or importlib.util.find_spec(package), f"{flag}: {package} is not installed; {hint}")
+        require(not wanted or is_installed(package), f"{flag}: {package} is not installed; {hint}")
 
 
 def is_for_cpus_only():
@@ -359,7 +366,8 @@ def check_lpl_flags(args):
                 f"--lpl_t_threshold is {args.lpl_t_threshold}; give a timestep above 0 and up to 1000")  # fmt: skip
     require(args.lpl_threshold_resolution is None or args.lpl_sigma_threshold is not None,
             "--lpl_threshold_resolution scales --lpl_sigma_threshold: give both")  # fmt: skip
-    require(not args.lpl_start or not args.max_train_steps or args.lpl_start < args.max_train_steps,
+    runs_out = args.use_lpl and args.max_train_steps and args.lpl_start >= args.max_train_steps
+    require(not runs_out,
             f"--lpl_start is {args.lpl_start}, but the run ends at --max_train_steps {args.max_train_steps}: the loss "
             "would never be used; give a lower --lpl_start")  # fmt: skip
     require(0 < args.lpl_share < 1, f"--lpl_share is {args.lpl_share}; it must lie between 0 and 1")

@@ -4,7 +4,6 @@ Nothing here imports torch, so that a wrong flag is answered at once.
 """
 
 import argparse
-import difflib
 import os
 from dataclasses import fields
 from pathlib import Path
@@ -15,8 +14,9 @@ from lpl_finetuning.data.encoding import EncodingSettings, vae_identity
 from lpl_finetuning.data.images import INTERPOLATIONS
 from lpl_finetuning.data.samples import CaptionRules, FramingRules
 from lpl_finetuning.data.scan import DataSource
-from lpl_finetuning.errors import UserError, require
+from lpl_finetuning.errors import UserError, near_name, require
 from lpl_finetuning.files import cache_folder
+from lpl_finetuning.other_flags import advice_on
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -24,46 +24,6 @@ OPTIMIZERS = ("adamw", "prodigy", "adafactor")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 MODEL_OR_DATA = {"pretrained_model_name_or_path", "dataset_name", "train_data_dir", "instance_data_dir"}
 SECRETS = ("hub_token",)  # flags whose values never reach a file, a log or a tracker
-
-# Flags of other scripts that people bring along, and what to do here.
-_ACCELERATE = "it is a flag of accelerate launch: write it before the script's name"
-_NO_PRIOR = "prior preservation is not in these scripts; leave it out"
-_ENCODED_ONCE = "leave it out: latents and prompts are always encoded once and kept"
-_PRODIGY = "leave it out: it is on with --optimizer prodigy"
-FLAGS_OF_OTHER_SCRIPTS = dict.fromkeys(
-    ("num_processes", "num_machines", "multi_gpu", "gpu_ids", "main_process_port", "config_file", "use_deepspeed",
-     "use_fsdp", "num_cpu_threads_per_process", "dynamo_backend", "machine_rank"), _ACCELERATE,
-) | dict.fromkeys(
-    ("with_prior_preservation", "prior_loss_weight", "class_data_dir", "class_prompt", "num_class_images",
-     "prior_generation_precision", "sample_batch_size"), _NO_PRIOR,
-) | dict.fromkeys(
-    ("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs", "vae_encode_batch_size",
-     "vae_batch_size", "precompute_latents"), _ENCODED_ONCE,
-) | dict.fromkeys(("prodigy_safeguard_warmup", "prodigy_use_bias_correction", "prodigy_decouple"), _PRODIGY) | {
-    "network_dim": "use --rank", "network_alpha": "use --lora_alpha", "network_dropout": "use --lora_dropout",
-    "network_module": "use --use_lora", "network_weights": "use --init_lora", "lora_rank": "use --rank",
-    "max_train_epochs": "use --num_train_epochs", "repeats": "use --num_train_epochs",
-    "batch_size": "use --train_batch_size", "lr": "use --learning_rate", "unet_lr": "use --learning_rate",
-    "optimizer_type": "use --optimizer", "use_prodigy": "use --optimizer prodigy",
-    "min_snr_gamma": "use --snr_gamma", "v_parameterization": "use --prediction_type v_prediction",
-    "save_every_n_steps": "use --checkpointing_steps", "save_every_n_epochs": "use --checkpointing_steps",
-    "save_steps": "use --checkpointing_steps", "resume": "use --resume_from_checkpoint",
-    "enable_bucket": "use --aspect_ratio_buckets auto", "keep_tokens": "use --keep_tags",
-    "shuffle_caption": "use --shuffle_tags", "caption_dropout_rate": "use --proportion_empty_prompts",
-    "flip_aug": "use --random_flip", "color_aug": "colours are never changed; leave it out",
-    "xformers": "use --enable_xformers_memory_efficient_attention",
-    "sdpa": "leave it out: PyTorch's attention is what is used", "output_name": "use --output_dir",
-    "sample_prompts": "use --validation_prompt", "caption_extension": "captions are .txt or .caption files",
-    "vae": "use --pretrained_vae_model_name_or_path", "save_model_as": "leave it out: weights are safetensors",
-    "fp16": "use --mixed_precision fp16", "bf16": "use --mixed_precision bf16",
-    "push": "use --push_to_hub", "wandb": "use --report_to wandb",
-    "snr_gamma": "rectified flow has --weighting_scheme instead", "prediction_type": "rectified flow has no choice",
-    "pretrained_unet_model_name_or_path": "use --pretrained_transformer_model_name_or_path",
-    "pretrained_transformer_model_name_or_path": "use --pretrained_unet_model_name_or_path",
-    "weighting_scheme": "it is of train_sd3_lpl_flow.py; SDXL has --snr_gamma and --timestep_bias_strategy",
-    "max_sequence_length": "it is of train_sd3_lpl_flow.py; SDXL's text encoders take 77 tokens",
-    "lora_blocks": "it is of train_sd3_lpl_flow.py; use --lora_layers",
-}  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -143,8 +103,8 @@ class FlagParser(argparse.ArgumentParser):
                 raise UserError(f"{place} is {text!r}; it must be a {kind}") from None
             raise UserError(f"{place} is {text!r}; {error}") from None
         if action.choices and value not in action.choices:
-            near = difflib.get_close_matches(str(value), map(str, action.choices), n=1)
-            meant = f"did you mean {near[0]}? " if near else ""
+            near = near_name(str(value), map(str, action.choices))
+            meant = f"did you mean {near}? " if near else ""
             raise UserError(f"{place} is {text!r}; {meant}choose from {', '.join(map(str, action.choices))}")
         return value
 
@@ -183,22 +143,26 @@ class FlagParser(argparse.ArgumentParser):
 
     def _unknown(self, words):
         """A message for each unknown flag, and for each argument that is not the value of one."""
-        options = [option for action in self._actions for option in action.option_strings]
+        switches = {f"no-{dest}" for dest, action in self.flags().items() if is_switch(action)}
+        options = [*self.flags(), *sorted(switches)]
         previous = ""
         for word in words:
             if word.startswith("-") and not is_number(word):
                 name = word.split("=")[0]
-                near = difflib.get_close_matches(name.replace("-", "_").replace("__", "--", 1), options, n=1)
-                advice = FLAGS_OF_OTHER_SCRIPTS.get(name.lstrip("-").replace("-", "_"))
+                if name.lstrip("-") in switches:
+                    yield f"{name} takes no value, found {word.partition('=')[2]!r}; write {name} alone"
+                    continue
+                near = near_name(name.lstrip("-"), options)
+                advice = advice_on(name.lstrip("-"), self.flags())
                 if not advice:
-                    advice = f"did you mean {near[0]}?" if near else "--help lists all flags"
+                    advice = f"did you mean --{near}?" if near else "--help lists all flags"
                 yield f"unknown flag {name}: {advice}"
             elif not word.strip():
                 yield f"unknown argument {word!r}: a backslash that continues a line must be its last character"
             elif not previous.startswith("-"):
                 switch = word.lower() in ("true", "false", "1", "0", "yes", "no")
-                advice = "switches such as --use_lora take no value" if switch else "a value with blanks needs quotes"
-                yield f"unknown argument {word}: {advice}"
+                text = "a value follows its flag, and a value with blanks needs quotes"
+                yield f"unknown argument {word}: {'switches take no value' if switch else text}"
                 break  # the words that follow belong to it
             previous = word
 
@@ -219,17 +183,19 @@ class FlagParser(argparse.ArgumentParser):
             found = type(content).__name__
             raise UserError(f"--config {path}: found a {found}; expected lines such as `learning_rate: 1e-4`")
         if self.takes_part_of_a_recipe:
+            left = [str(key) for key in content if key not in self.flags()]
             content = {key: value for key, value in content.items() if key in self.flags()}
-            print(f"--config {path}: taken are {', '.join(content) or 'no flags'}; the others are not about the data")
+            out = f"; left out are {', '.join(left)}" if left else ""
+            print(f"--config {path}: taken are {', '.join(content) or 'no flags'}{out}")
         return {key: self._recipe_value(path, key, value, as_written.get(str(key))) for key, value in content.items()}
 
     def _recipe_value(self, path, key, value, as_written):
         """A value of a recipe. as_written: its text, before YAML reads `no` as false and `007` as 7."""
         action = self.flags().get(key)
         if action is None:
-            near = difflib.get_close_matches(str(key), self.flags(), n=1)
-            advice = f"did you mean {near[0]}?" if near else "its keys are flags without their dashes"
-            raise UserError(f"--config {path}: unknown key {key}; {FLAGS_OF_OTHER_SCRIPTS.get(key, advice)}")
+            near = near_name(str(key), self.flags())
+            advice = f"did you mean {near}?" if near else "its keys are flags without their dashes"
+            raise UserError(f"--config {path}: unknown key {key}; {advice_on(str(key), self.flags()) or advice}")
         if value is None:
             require(action.default is None, f"--config {path}: {key} has no value; give one, or remove the line")
             return None

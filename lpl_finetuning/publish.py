@@ -5,11 +5,9 @@
 The token comes from HF_TOKEN or from `hf auth login`.
 """
 
-from pathlib import Path
-
 from lpl_finetuning.errors import errors_for_people
 from lpl_finetuning.flags import FlagParser
-from lpl_finetuning.results.hub import PATIENCE, publish_or_exit
+from lpl_finetuning.results.hub import PATIENCE, check_name, name_and_source, publish_or_exit
 
 
 def main(argv=None):
@@ -23,7 +21,8 @@ def main(argv=None):
     add("--patience", type=float, default=PATIENCE, help="seconds that a failing request is tried again (%(default)s)")
     with errors_for_people(False):
         args = parser.parse(argv)
-        repo_id = args.hub_model_id or Path(args.folder).resolve().name
+        repo_id, source = name_and_source(args.hub_model_id, args.folder)
+        check_name(repo_id, source)
         publish_or_exit(args.folder, repo_id, args.hub_token, args.hub_private_repo, args.patience)
 
 

@@ -6,13 +6,21 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from lpl_finetuning.data.scan import Scan, find_images
-from lpl_finetuning.errors import errors_for_people, quiet_libraries
+from lpl_finetuning.errors import errors_for_people, is_or_are, quiet_libraries, require
 from lpl_finetuning.flags import Flags, data_source
 
 
 def find_training_images(args: Flags) -> tuple[Scan, Sequence[Any]]:
-    """(scan, held-out images) of a training run."""
-    return find_images(data_source(args))
+    """(scan, held-out images) of a training run.
+
+    Raises:
+        UserError: too few images are held out for what is to be measured.
+    """
+    scan, held_out = find_images(data_source(args))
+    measured, count = args.validation_metrics and args.validation_kid_every, len(held_out)
+    require(not measured or count > 1, f"--validation_metrics: KID needs 2 held-out images or more, and there "
+            f"{is_or_are(count)} {count}; hold out more, or give --validation_kid_every 0")  # fmt: skip
+    return scan, held_out
 
 
 def early(name: str, parse_args: Callable[[], Flags], find: Callable = find_training_images) -> tuple | None:

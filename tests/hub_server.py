@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 ROUTES = {
+    "whoami": r"GET /api/whoami-v2",
     "create": r"POST /api/repos/create",
     "access": r"GET /api/models/(?P<repo>.+)/auth-check/write",
     "yaml": r"POST /api/validate-yaml",
@@ -190,6 +191,10 @@ class Handler(BaseHTTPRequestHandler):
             raise Refusal(409, "You already created this model repo", url=url)
         self.server.repositories[name] = Repository(private=wanted.get("visibility") == "private")
         return {"url": url}
+
+    def whoami(self, body, user):
+        """GET /api/whoami-v2."""
+        return {"name": user, "orgs": []}
 
     def access(self, body, user, repo):
         """GET …/auth-check/write."""

@@ -11,7 +11,6 @@ says where something stands, for messages; the problem of a `DataError` begins w
 """
 
 import contextlib
-import difflib
 import json
 import os
 import re
@@ -23,12 +22,16 @@ from typing import Any
 
 from lpl_finetuning.data.conventions import helper_of, without_repeats
 from lpl_finetuning.data.tables import SEPARATOR, Facts
-from lpl_finetuning.errors import FIRST_NAMES, DataError, brief, counted, first_names, shown
+from lpl_finetuning.errors import FIRST_NAMES, DataError, brief, counted, first_names, near_name, shown
 
 MOST_LISTED = 10  # mistakes in one message
 MAX_CAPTION = 100_000  # characters; a longer text is no caption
 BYTE_ORDER_MARK = "\ufeff"  # at the start of a text no part of the text, however often
 _BLANKS = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + BYTE_ORDER_MARK
+USUAL_NAMES = {  # of columns, in small letters
+    "--caption_column": ("text", "caption", "captions", "prompt", "prompts", "description", "tags", "label"),
+    "--image_column": ("image", "img", "picture", "photo", "jpg", "png", "webp", "file", "filename", "image_path"),
+}
 Named = dict[str, Any]  # {"count": number of names, "first": [the first few names]}
 
 
@@ -242,8 +245,8 @@ class Findings:
             self.remark(
                 found,
                 "image",
-                f"has no caption but the default caption, and is named like {what}; move it elsewhere if it is",
-                f"have no caption but the default caption, and are named like {what}; move them elsewhere if they are",
+                f"has no caption of its own, and is named like {what}; move it elsewhere if it is",
+                f"have no captions of their own, and are named like {what}; move them elsewhere if they are",
             )
         names = sorted(self.repeats)
         self.remark(
@@ -337,8 +340,8 @@ def is_utf8(text: str) -> bool:
     return True
 
 
-def json_object(text: str, place: str) -> dict:
-    """The object in a line of JSON.
+def json_object(text: str, place: str, line: bool = True) -> dict:
+    """The object in a line of JSON, or in a file of its own.
 
     Raises:
         DataError: the text is not JSON, or not an object.
@@ -346,17 +349,22 @@ def json_object(text: str, place: str) -> dict:
     try:
         row = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: not JSON ({error}).", "Each line must be one object.") from error
+        advice = "Each line must be one object." if line else "It must be one object."
+        raise DataError(f"{place}: not JSON ({error}).", advice) from error
     if not isinstance(row, dict):
-        raise DataError(f'{place}: must be an object like {{"file_name": "…", "text": "…"}}, not {brief(row)}.')
+        example = '{"file_name": "…", "text": "…"}' if line else '{"text": "…"}'
+        raise DataError(f"{place}: must be an object like {example}, not {brief(row)}.")
     return row
 
 
 def require_column(column: str, columns: Iterable[str], place: str, flag: str) -> None:
-    """Raise a DataError that suggests the nearest name, unless the column is among the columns."""
+    """Raise a DataError, with a suggestion where a name is near or usual, unless the column is among the columns."""
     columns = list(columns)
     if column in columns:
         return
-    near = difflib.get_close_matches(column, [str(name) for name in columns], n=1, cutoff=0.0)
-    advice = f"Did you mean {flag} {near[0]}?" if near else f"Name the right one with {flag}."
+    names = [str(name) for name in columns]
+    near = near_name(column, names) or next((name for name in names if name.lower() in USUAL_NAMES[flag]), None)
+    advice = f"Did you mean {flag} {near}?" if near else f"Name the right one with {flag}."
+    if not near and flag == "--caption_column":
+        advice = f"Name the right one with {flag}, or give one caption for all with --instance_prompt."
     raise DataError(f"{place}: there is no column {column!r} ({flag}); the columns are {columns}.", advice)

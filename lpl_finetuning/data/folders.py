@@ -45,7 +45,9 @@ CAPTION_EXTENSIONS = (".txt", ".caption")  # the first kind that is found beside
 LISTING_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 
 _KNOWN = {*IMAGE_EXTENSIONS, *CAPTION_EXTENSIONS, ".tar"}
-_OTHER_PICTURES = (".avif", ".heic", ".heif", ".jfif", ".jp2", ".jxl", ".psd", ".svg", ".tga")  # named, not read
+_LISTED_ONLY = (".avif", ".jfif", ".jp2", ".psd", ".tga")  # pictures that are read where a listing names them
+_NEVER_READ = (".heic", ".heif", ".jxl", ".svg")  # pictures that Pillow can't open
+_DATASET_FILES = (".arrow", ".parquet")
 _LITTER = {"desktop.ini", "ehthumbs.db", "thumbs.db"}  # files of operating systems, in lower case
 _PACKED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4?|z))$", re.IGNORECASE)
 _ABOUT = re.compile(  # texts beside pictures that are no captions, such as README.txt and LICENSE-MIT.txt
@@ -96,7 +98,7 @@ class FolderWalk:
         self.unread_stems: set[str] = set()
         self.others: list[tuple[str, str]] = []
         self._real_root = os.path.realpath(root)
-        self._links, self._outside, self._packed, self._pictures = [], [], [], []
+        self._links, self._outside, self._packed = [], [], []
 
     def files(self) -> Iterator[FoundFile]:
         """The usable files, in no particular order.
@@ -131,10 +133,9 @@ class FolderWalk:
         if suffix not in _KNOWN and entry.name not in LISTING_NAMES:
             if _PACKED_TAR.search(entry.name):
                 self._packed.append(path)
-            elif suffix in _OTHER_PICTURES:
-                self._pictures.append(path)
-                self.unread_stems.add(path[: -len(suffix)])
             elif not _is_expected(entry.name):
+                if suffix in _LISTED_ONLY or suffix in _NEVER_READ:
+                    self.unread_stems.add(path[: -len(suffix)])
                 self.others.append((shown(suffix), path if is_utf8(path) else shown(path)))
         elif entry.is_symlink() and not _is_inside(os.path.realpath(entry.path), self._real_root):
             self._outside.append(path)
@@ -164,7 +165,7 @@ class FolderWalk:
         self.unread_stems.add(path[: -len(suffix)])
 
     def remarks(self) -> list[str]:
-        """Sentences about links and pictures that are not used.
+        """Sentences about links that are not entered.
 
         Raises:
             DataError: links lead out of the folder, or shards are compressed.
@@ -178,20 +179,15 @@ class FolderWalk:
             )
         if self._packed:
             raise DataError(
-                f"{self.flag}: compressed shards can't be read at random: {first_names(sorted(self._packed))} in "
+                f"{self.flag}: compressed tars can't be read at random: {first_names(sorted(self._packed))} in "
                 f"{self.root}.",
-                "Unpack them (gunzip a.tar.gz gives a.tar); the images in them hardly compress.",
+                "Unpack those that are shards (gunzip a.tar.gz gives a.tar), and move the others elsewhere.",
             )
         remarks = []
         if self._links:
             were = "is a link to a folder and was" if len(self._links) == 1 else "are links to folders and were"
             names = first_names([os.path.join(self.root, link) for link in sorted(self._links)])
             remarks.append(f"{names} {were} not entered.")
-        if count := len(self._pictures):
-            names = first_names(sorted(self._pictures))
-            remarks.append(
-                f"{counted(count, 'picture')} in {self.root} {is_or_are(count)} of a kind that is not read: {names}."
-            )
         return remarks
 
 
@@ -258,9 +254,36 @@ def find_files(findings: Findings) -> tuple[list[str], set[str]]:
 
 
 def remarks_on_others(findings: Findings) -> list[str]:
-    """A remark on the files of unknown kinds, counted by ending, unless there are none. Listed files don't count."""
+    """Remarks on pictures of other kinds and on files of unknown kinds, unless there are none.
+
+    Listed files don't count. Files of unknown kinds are counted by ending.
+    """
+    return [*_remarks_on_pictures(findings), *_remark_on_unknown(findings)]
+
+
+_UNLISTED = "FROM others WHERE path NOT IN (SELECT path FROM entries)"
+
+
+def _remarks_on_pictures(findings: Findings) -> list[str]:
+    """A remark on pictures that only a listing makes usable, and another on those that can't be read."""
+    remarks = []
+    for endings, told in (
+        (_LISTED_ONLY, "not used: files with such an ending are read only if a listing names them"),
+        (_NEVER_READ, "of a kind that is not read"),
+    ):
+        found = findings.named(f"SELECT path {_UNLISTED} AND ending IN {endings} ORDER BY path")
+        if count := found["count"]:
+            names = first_names(found["first"], total=count)
+            remarks.append(
+                f"{counted(count, 'picture')} in {findings.request.place} {is_or_are(count)} {told}: {names}."
+            )
+    return remarks
+
+
+def _remark_on_unknown(findings: Findings) -> list[str]:
+    """A remark on the files of unknown kinds, counted by ending, unless there are none."""
     rows = findings.db.execute(
-        "SELECT ending, count(*), min(path) FROM others WHERE path NOT IN (SELECT path FROM entries) "
+        f"SELECT ending, count(*), min(path) {_UNLISTED} AND ending NOT IN {(*_LISTED_ONLY, *_NEVER_READ)} "
         "GROUP BY ending ORDER BY count(*) DESC, ending"
     ).fetchall()
     if not rows:
@@ -271,12 +294,26 @@ def remarks_on_others(findings: Findings) -> list[str]:
     ]
     if len(rows) > FIRST_NAMES:
         kinds.append(f"and {counted(len(rows) - FIRST_NAMES, 'more ending')}")
+    advice = f"Convert or rename what is meant, a picture to .png, a caption to .txt, a listing to {_LISTINGS}, and "
+    advice += "move the rest elsewhere."
+    if any(ending in _DATASET_FILES for ending, *_ in rows):
+        advice = (
+            f"A listing must be called {_LISTINGS}. Parquet and Arrow files that hold the pictures themselves are "
+        )
+        advice += f"a data set, {_where_data_sets_go(findings.request.flag)}"
     are = is_or_are(count)
-    return [
-        f"{counted(count, 'file')} in {findings.request.place} {are} of no kind that is read ({'; '.join(kinds)}). "
-        "Convert or rename what is meant, a picture to .png, a caption to .txt, a listing to "
-        f"{' or '.join(LISTING_NAMES)}, and move the rest elsewhere."
-    ]
+    return [f"{counted(count, 'file')} in {findings.request.place} {are} of no kind that is read "
+            f"({'; '.join(kinds)}). {advice}"]  # fmt: skip
+
+
+_LISTINGS = " or ".join(LISTING_NAMES)
+
+
+def _where_data_sets_go(flag: str) -> str:
+    """What to do with a data set, depending on the flag that names the folder."""
+    if flag == "--train_data_dir":
+        return "whose folder is given as --dataset_name."
+    return f"which {flag.split()[0]} does not take."
 
 
 # ---------------------------------------------------------------------------------------------------------------------

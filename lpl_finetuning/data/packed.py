@@ -240,7 +240,7 @@ def _add_members(findings: Findings) -> None:
             place, what = f"{request.root / path}: {shown(caption_name or member)}", "the caption"
             cell = text
             if is_json:
-                row, what = json_object(text, place), f"the caption {request.caption_column!r}"
+                row, what = json_object(text, place, line=False), f"the caption {request.caption_column!r}"
                 if default is None:
                     require_column(request.caption_column, row, place, "--caption_column")
                 cell = row.get(request.caption_column)

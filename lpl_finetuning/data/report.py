@@ -33,7 +33,7 @@ from lpl_finetuning.data.tables import (
     select,
     sizes_of,
 )
-from lpl_finetuning.errors import FIRST_NAMES, DataError, counted, first_names, is_or_are, shown
+from lpl_finetuning.errors import FIRST_NAMES, DataError, counted, first_names, shown
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The report
@@ -219,8 +219,8 @@ def _in_both(images: Sequence[CaptionedImage], held_out: Sequence[CaptionedImage
 def _remarks(report: dict[str, Any]) -> list[str]:
     nothing = {"count": 0, "first": []}
     remarks = [
-        *_remark(report["notes"].get("animated", nothing), "is animated; the first frame is used",
-                 "are animated; the first frame is used"),
+        *_remark(report["notes"].get("animated", nothing), "has several frames or pages; the first is used",
+                 "have several frames or pages; the first is used"),
         *(line for key, found in report["colour_remarks"].items() for line in _remark(found, *COLOUR_REMARKS[key])),
         *_remark_on_copies(report["duplicates"]),
         *_remark(report["in_both"], "to validate with is trained on too", "to validate with are trained on too"),
@@ -278,7 +278,7 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         have = "has" if several == 1 else "have"
         rows[-1] = ("captions", f"{rows[-1][1]}, {counted(several, 'image')} {have} several")
     if captions["default"]:
-        rows.append(("", f"{captions['default']} {is_or_are(captions['default'])} the default caption"))
+        rows.append(("", f"{captions['default']} from --instance_prompt or a folder's name"))
     if captions["length"]:
         low, middle, high = captions["length"]
         rows.append(("length", f"{low:g} to {high:g} characters, median {middle:g}"))

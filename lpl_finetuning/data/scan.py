@@ -114,7 +114,8 @@ def find_images(source: DataSource) -> tuple[Scan, Sequence[CaptionedImage]]:
     elif source.validation_split:
         share = source.validation_split
         wanted = share if share >= 1 else share * len(images)
-        images, held_out = hold_out(images, min(wanted, source.max_validation_samples) if wanted >= 1 else share)
+        amount = min(wanted, source.max_validation_samples) if wanted >= 1 else share
+        images, held_out = hold_out(images, amount, given=share)
     scan = replace(scan, images=first_of(images, source.max_train_samples))
     return scan, first_of(held_out, source.max_validation_samples)
 
@@ -208,7 +209,7 @@ def _scan_folder(findings: Findings) -> Scan:
         sources.append(", ".join(listings))
     elif findings.has("pictures"):
         found = {"unused_captions": add_captioned_pictures(findings, unread_stems)}
-        sources.append("caption files beside the images")
+        sources.append(_beside_images(findings))
     if findings.has("shards"):
         sources.append(add_shards(findings))
     source = " and ".join(sources)
@@ -219,6 +220,14 @@ def _scan_folder(findings: Findings) -> Scan:
     images = _checked_images(findings)
     _forget_vanished(findings.facts)
     return _result(findings, images, source, **found)
+
+
+def _beside_images(findings: Findings) -> str:
+    """Where the captions of pictures come from without a listing, in words."""
+    used = "SELECT 1 FROM sidecars s JOIN pictures p ON p.stem = s.stem LIMIT 1"
+    if findings.db.execute(used).fetchone() or not findings.defaulted:
+        return "caption files beside the images"
+    return "the names of folders" if findings.request.default_caption is None else "--instance_prompt"
 
 
 def scan_dataset(
@@ -292,11 +301,11 @@ def _refuse_nothing(findings: Findings, listings: list[str], source: str) -> Non
         _refuse_all_bad(findings)
     flag, place = findings.request.flag, findings.request.place
     if source:
-        what = "lists no images. Fill it, or remove it." if listings else "hold no images."
-        raise DataError(f"{flag}: {shown(source)} in {place} {what}")
+        advice = "Fill it, or remove it." if listings else "Fill what is empty, or name another folder."
+        raise DataError(f"{flag}: there are no images in {shown(source)} of {place}.", advice)
     others = "".join(f" {remark}" for remark in remarks_on_others(findings))
     raise DataError(
-        f"{flag}: there are no images in {place} or below it.",
+        f"{flag}: there are no images in {place} or below it that are read.",
         f"Files ending in {', '.join(IMAGE_EXTENSIONS)} are read, and WebDataset shards (.tar).{others}",
     )
 

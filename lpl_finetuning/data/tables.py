@@ -403,7 +403,7 @@ def first_of(images: Sequence[CaptionedImage], count: int | None) -> Sequence[Ca
 
 
 def hold_out(
-    images: Sequence[CaptionedImage], amount: float
+    images: Sequence[CaptionedImage], amount: float, given: float | None = None
 ) -> tuple[Sequence[CaptionedImage], Sequence[CaptionedImage]]:
     """(training images, held-out images). The choice depends on the content of the images alone.
 
@@ -412,6 +412,7 @@ def hold_out(
     Args:
         images: all images, a table or a list.
         amount: share of the images to hold out if below 1, else number of images.
+        given: the flag's own value, for the message.
 
     Returns:
         Two selections, in the order of `images`.
@@ -424,8 +425,9 @@ def hold_out(
     limit = np.sort(ranks)[count - 1] if 0 < count <= len(images) else b""
     held_out, training = np.flatnonzero(ranks <= limit), np.flatnonzero(ranks > limit)
     if not len(held_out) or not len(training):
+        split = amount if given is None else given
         raise DataError(
-            f"--validation_split {amount:g} of {counted(len(images), 'image')} leaves {len(training)} to train on and "
+            f"--validation_split {split:g} of {counted(len(images), 'image')} leaves {len(training)} to train on and "
             f"{len(held_out)} to validate with; both must be at least 1."
         )
     return select(images, training), select(images, held_out)

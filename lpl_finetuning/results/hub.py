@@ -14,20 +14,29 @@ import shlex
 import sys
 import time
 from dataclasses import dataclass, field
+from importlib import metadata
 from pathlib import Path
 
 from lpl_finetuning.base_model import Family, model_file, read_json
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.files import row_of
+from lpl_finetuning.flags import REPOSITORY
 
 
 def check_publishing(args):
     """What can be known about --push_to_hub without asking the Hub."""
-    for name in ("hub_model_id", "hub_private_repo"):
-        require(args.push_to_hub or not getattr(args, name), f"--{name} does nothing without --push_to_hub")
     if args.push_to_hub:
-        check_name(args.hub_model_id or Path(args.output_dir).resolve().name)
+        check_name(*name_and_source(args.hub_model_id, args.output_dir))
         find_token(args.hub_token)
+        check_online()
+
+
+def name_and_source(hub_model_id, folder):
+    """(name on the Hub, what it comes from, for messages): --hub_model_id, else the name of the output folder."""
+    if hub_model_id:
+        return hub_model_id, f"--hub_model_id {hub_model_id}"
+    name = Path(folder).resolve().name
+    return name, f"the folder's name, {name}, can't be a name on the Hub; --hub_model_id"
 
 
 def model_card(args, steps, images_per_step, images, gate, hub_name=None):
@@ -39,6 +48,7 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         gate: the `LPLGate`.
     """
     lpl, lora = {}, lora_facts(Path(args.output_dir)) if args.use_lora else {}
+    measures, measured_from = measures_of(Path(args.output_dir, args.logging_dir, "metrics.jsonl"))
     if args.use_lpl:
         threshold = "timesteps below" if gate.t_threshold is not None else "noise / signal up to"
         lpl = {
@@ -84,7 +94,8 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         prompts=tuple(args.validation_prompt or ()),
         images_per_prompt=args.num_validation_images,
         prediction_type=getattr(args, "prediction_type", None),
-        measures=measures_of(Path(args.output_dir, args.logging_dir, "metrics.jsonl")),
+        measures=measures,
+        measured_from=measured_from,
     )
 
 
@@ -115,12 +126,17 @@ MEASURES = {  # log keys of --validation_metrics -> their names on the card
 
 
 def measures_of(path):
-    """{measure: "before -> after"} of a run with --validation_metrics, from its log; {} without."""
+    """({measure: "first -> last"}, when the first was measured) of a run with --validation_metrics, from its log.
+
+    Without measures ({}, "").
+    """
     rows = [row_of(line) for line in path.read_text(errors="replace").splitlines()] if path.is_file() else []
     if not any("validation/one_step/psnr" in row for row in rows):
-        return {}
+        return {}, ""
     series = {key: [row[key] for row in rows if key in row] for key in MEASURES}
-    return {MEASURES[key]: f"{values[0]:.4g} -> {values[-1]:.4g}" for key, values in series.items() if values}
+    step = next(row["step"] for row in rows if "validation/one_step/psnr" in row)
+    found = {MEASURES[key]: f"{values[0]:.4g} -> {values[-1]:.4g}" for key, values in series.items() if values}
+    return found, f"after {step} steps" if step else "before"
 
 
 PATIENCE = 20  # seconds that a failing request is tried again
@@ -244,19 +260,27 @@ def find_token(token=None):
     require(token, "no token for the Hub: create one with write permission at https://huggingface.co/settings/tokens "
                    "and set HF_TOKEN, or run `hf auth login`")  # fmt: skip
     require(re.fullmatch(r"[!-~]+", token),
-            "--hub_token / HF_TOKEN has blanks or other characters that no token has; copy it again")  # fmt: skip
+            "the token (of --hub_token, HF_TOKEN or `hf auth login`) has blanks or other characters that no token "
+            "has; copy it again")  # fmt: skip
     return token
 
 
-def check_name(repo_id):
-    """UserError unless it is a name that a repository can have."""
+def check_name(repo_id, source=None):
+    """UserError unless it is a name that a repository can have. source: what it comes from, for the message."""
     from huggingface_hub.errors import HFValidationError
     from huggingface_hub.utils import validate_repo_id
 
     try:
         validate_repo_id(repo_id)
     except HFValidationError as error:
-        raise UserError(f"--hub_model_id {repo_id}: give owner/name or name ({error})") from None
+        raise UserError(f"{source or f'--hub_model_id {repo_id}'}: give owner/name or name ({error})") from None
+
+
+def check_online():
+    """UserError where the environment forbids requests to the Hub."""
+    from huggingface_hub import is_offline_mode
+
+    require(not is_offline_mode(), "--push_to_hub needs the network, but HF_HUB_OFFLINE is set: unset one of them")
 
 
 def in_a_line(error, token):
@@ -285,24 +309,33 @@ def in_a_line(error, token):
     return " ".join(line.replace(token, "***").split())[:500]
 
 
-def check_access(repo_id, token=None, private=False, patience=PATIENCE):
+def check_access(repo_id, token=None, private=False, patience=PATIENCE, create=True):
     """Before training: create the repository if need be, check that the token may write, return the id owner/name.
+
+    With create=False nothing is created: a repository that is not there must be one that the token's owner can make.
 
     Without a usable answer from the Hub (no network, a server error) it prints a warning and returns `repo_id`.
 
     Raises UserError for a missing or refused token, a name that cannot be used, and offline mode.
     """
-    from huggingface_hub import HfApi, is_offline_mode
+    from huggingface_hub import HfApi
     from huggingface_hub.errors import HfHubHTTPError
 
     check_name(repo_id)
     token = find_token(token)
-    require(not is_offline_mode(), "--push_to_hub needs the network, but HF_HUB_OFFLINE is set: unset one of them")
+    check_online()
     try:
         with Patience(patience):
             api = HfApi(token=token)
-            repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+            if create:
+                repo_id = api.create_repo(repo_id, private=private or None, exist_ok=True).repo_id
+            else:
+                repo_id = check_owner(api, repo_id)
+                if not api.repo_exists(repo_id):
+                    return repo_id
             api.auth_check(repo_id, write=True)  # creating one that exists succeeds with a read-only token
+    except UserError:
+        raise
     except Exception as error:
         line = in_a_line(error, token)
         status = error.response.status_code if isinstance(error, HfHubHTTPError) else 0
@@ -315,6 +348,17 @@ def check_access(repo_id, token=None, private=False, patience=PATIENCE):
     return repo_id
 
 
+def check_owner(api, repo_id):
+    """owner/name of a name, from the token; UserError where its owner is another, and there is no such repository."""
+    user = api.whoami()
+    owner, _, name = repo_id.rpartition("/")
+    owner, repo_id = owner or user["name"], f"{owner or user['name']}/{name}"
+    owners = {user["name"], *(group["name"] for group in user.get("orgs", ()))}
+    require(owner in owners or api.repo_exists(repo_id), f"--push_to_hub: there is no {repo_id}, and the token of "
+            f"{user['name']} can't create it; give a token of {owner}, or another --hub_model_id")  # fmt: skip
+    return repo_id
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The model card
 
@@ -322,7 +366,7 @@ def check_access(repo_id, token=None, private=False, patience=PATIENCE):
 @dataclass(frozen=True)
 class Card:
     """What the model card says. `lpl` and `training` are {setting: value} for its tables; `lpl` is empty without LPL.
-    `measures` is {measure: value}, empty without --validation_metrics.
+    `measures` is {measure: value}, empty without --validation_metrics, from the moment `measured_from` on.
 
     name: owner/name on the Hub, or only a name; base_model, dataset: as given to the run, a name on the Hub or a path
     (paths are never shown); lora: LoRA or DoRA, None for a whole model; trigger: the words that call what was learnt;
@@ -343,6 +387,7 @@ class Card:
     images_per_prompt: int = 0
     prediction_type: str | None = None
     measures: dict = field(default_factory=dict)
+    measured_from: str = "before"
     trigger: str | None = None
 
 
@@ -376,7 +421,9 @@ def write_card(folder, card):
         f"## Use\n\n```python\n{snippet(card, base)}\n```",
         f"## Latent perceptual loss\n\n{table(card.lpl)}" if card.lpl else "",
         f"## Training\n\n{table(card.training)}" if card.training else "",
-        f"## Held-out images, before -> after training\n\n{table(card.measures)}" if card.measures else "",
+        f"## Held-out images, {card.measured_from} -> after training\n\n{table(card.measures)}"
+        if card.measures
+        else "",
     ]
     text = "\n\n".join(part for part in parts if part)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
@@ -498,7 +545,7 @@ def publishable_files(folder):
             files += found
     require(any(path.suffix == ".safetensors" for path in files),
             f"{folder}: nothing to publish: it has no pytorch_lora_weights.safetensors, no model.safetensors and no "
-            "pipeline with a model_index.json")  # fmt: skip
+            "pipeline with a model_index.json; links to files elsewhere do not count")  # fmt: skip
     return sorted(files)
 
 
@@ -585,14 +632,29 @@ def publish(folder, repo_id, token=None, private=False, patience=PATIENCE):
 
 
 def retry_command(folder, repo_id, private):
-    """The command line that publishes a folder; its paths are relative where they lie below the current folder."""
+    """The command line that publishes a folder; its paths are relative where they lie below the current folder.
+
+    Where Python does not find the package from the current folder, the command goes to the repository first.
+    """
+    places = [".", *os.environ.get("PYTHONPATH", "").split(os.pathsep)]
+    found = any(Path(place, "lpl_finetuning").is_dir() for place in places) or is_distributed("lpl-finetuning")
 
     def short(path):
+        if not found:
+            return os.path.abspath(path)
         relative = os.path.relpath(path)
         return os.path.abspath(path) if relative.startswith((os.pardir, "-")) else relative
 
     words = ["python", "-m", "lpl_finetuning.publish", short(folder), "--hub_model_id", repo_id]
-    return shlex.join(words + ["--hub_private_repo"] * private)
+    command = shlex.join(words + ["--hub_private_repo"] * private)
+    return command if found else f"cd {shlex.quote(str(REPOSITORY))} && {command}"
+
+
+def is_distributed(name):
+    """Whether a distribution is installed."""
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        return bool(metadata.distribution(name))
+    return False
 
 
 def publish_or_exit(folder, repo_id, token=None, private=False, patience=PATIENCE):

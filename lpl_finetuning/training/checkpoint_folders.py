@@ -333,10 +333,10 @@ def named_folder(args):
         place = folder if folder.is_dir() else replaced_path(folder)
         if place.is_dir() and (CHECKPOINT.match(folder.name) or (place / MANIFEST).is_file()):
             return place
-    raise UserError(
-        f"--resume_from_checkpoint {name}: no checkpoint there, nor in {args.output_dir}; give a folder checkpoint-N, "
-        "or latest"
-    )
+    within = candidates(name)
+    advice = f"give {within[-1][1]}, which is in it" if within else "give a folder checkpoint-N, or latest"
+    what = "is no checkpoint itself" if Path(name).is_dir() else f"no checkpoint there, nor in {args.output_dir}"
+    raise UserError(f"--resume_from_checkpoint {name}: {what}; {advice}")
 
 
 def verified_folder(name, folder):

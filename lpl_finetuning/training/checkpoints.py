@@ -122,7 +122,7 @@ class Checkpoints:
         step = self.state.load(folder)
         self.accelerator.print(f"Resumed from {folder} at step {step}")
         if step >= total_steps:
-            self.accelerator.print(f"--max_train_steps {total_steps} is reached already: saving the result once more")
+            self.accelerator.print(f"Its {total_steps} steps are made already: saving the result once more")
         return step
 
     def late(self):
@@ -199,16 +199,24 @@ def last_one(output_dir):
     return f" and {found[-1][1].name} is intact" if found else ""
 
 
+def system_code(error):
+    """The system's number of a failed write; None where `error` is not a failed write."""
+    if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
+        return int(match[1])  # safetensors wraps the system's error
+    return error.errno if isinstance(error, OSError) else None
+
+
 def write_error(error, final):
     """The UserError for a failed write of checkpoint `final`; None where `error` is not a failed write."""
-    code = error.errno if isinstance(error, OSError) else None
-    if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
-        code = int(match[1])  # safetensors wraps the system's error
-    elif not isinstance(error, OSError):
+    code = system_code(error)
+    if code is None and not isinstance(error, OSError):
         return None
-    full = code in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    full = code in (errno.ENOSPC, errno.EDQUOT)
     advice = ". Free some space, keep fewer checkpoints with --checkpoints_total_limit, or choose another --output_dir"
     kept = f"the unfinished folder was removed{last_one(final.parent)}"
+    if code == errno.EFBIG:
+        return UserError(f"can't save {final} ({error}): {kept}. Files may not be that large there: choose another "
+                         "--output_dir")  # fmt: skip
     if full:
         return UserError(f"disk full while saving {final} ({error}): {kept}{advice}")
     return UserError(f"can't save {final} ({error}): {kept}")
@@ -265,16 +273,18 @@ def kept_if_unwritten(save):
         yield
     except (OSError, SafetensorError) as error:
         failed = f"the result can't be written ({error})"
+        full = system_code(error) in (errno.ENOSPC, errno.EDQUOT)
+        first = "Free some space" if full else "Put that right"
         if save is None:
-            raise UserError(f"{failed}. Free some space; --resume_from_checkpoint latest does what came after "
-                            "the last checkpoint once more") from error  # fmt: skip
+            raise UserError(f"{failed}. {first}; --resume_from_checkpoint latest does what came after the last "
+                            "checkpoint once more") from error  # fmt: skip
         try:
             save()
         except UserError as second:
             raise UserError(f"{failed}, nor a checkpoint: {second}") from error
         raise UserError(
-            f"{failed}; its steps are saved. Free some space, and give the same command with --resume_from_checkpoint "
-            "latest: it writes the result"
+            f"{failed}; its steps are saved. {first}, and give the same command with --resume_from_checkpoint latest: "
+            "it writes the result"
         ) from error
 
 

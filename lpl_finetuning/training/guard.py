@@ -116,11 +116,13 @@ class Guard:
         # one write per line: torchrun starts ranks unbuffered, and their lines would mix
         print(f"warning: step {step} is skipped{rank}, not finite: {causes}\n", end="", file=sys.stderr, flush=True)
         if self.in_a_row >= self.limit:
+            better = {"fp16": "bf16 or no", "bf16": "no"}.get(self.accelerator.mixed_precision)
+            precise = f", or use --mixed_precision {better}" if better else ""
             raise UserError(
                 f"{self.in_a_row} steps in a row were not finite (--max_nonfinite_steps), the last with {causes}. "
-                "What was saved is sound; look at the images that were named, lower --learning_rate, or use "
-                "--mixed_precision bf16 or no, and start again with --resume_from_checkpoint latest, which goes on "
-                "from the last checkpoint if there is one"
+                f"What was saved is sound; look at the images that were named, or lower --learning_rate{precise}, and "
+                "start again with --resume_from_checkpoint latest, which goes on from the last checkpoint if there is "
+                "one"
             )
 
     def counts(self):

@@ -70,7 +70,9 @@ def add_new_adapter(args, part, model, layers):
         init_lora_weights="gaussian",
         target_modules=list(layers),
     )
-    require_layers(part, layers, [name for name, _ in model.named_modules()])
+    blocks = getattr(args, "lora_blocks", None) if not is_text_encoder(part) else None  # SDXL's UNet has none
+    flag = f"--lora_blocks {blocks}" if blocks else "--lora_layers"
+    require_layers(part, layers, [name for name, _ in model.named_modules()], flag)
     try:
         model.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:  # e.g. a kind of layer for which PEFT has no LoRA

@@ -175,7 +175,7 @@ def warnings_about(args, total_steps, first_step):
         remarks.append(
             f"--optimizer prodigy multiplies its own step size by --learning_rate {args.learning_rate:g}; 1 is usual"
         )
-    if args.hub_token:
+    if "hub_token" in args.given:
         remarks.append(
             "--hub_token can be seen by others in the list of processes; prefer HF_TOKEN or `hf auth login`"
         )
@@ -296,8 +296,9 @@ def print_run(args, report, accelerator, plan):
         say(f"Validation: {', '.join(what)} every {every:g} steps"
             + ("; --validation_steps sets another interval" if args.validation_steps is None else ""))  # fmt: skip
     if args.validation_metrics and args.validation_kid_every:
-        say(f"            KID of {args.validation_kid_samples} samples at the first, the last and every "
-            f"{args.validation_kid_every}th validation")  # fmt: skip
+        every = args.validation_kid_every
+        when = f"at the first, the last and validations {every}, {2 * every}, …" if every > 1 else "at each of them"
+        say(f"            KID of {args.validation_kid_samples} samples {when}")
 
 
 def print_models(args, models, how, say):
@@ -323,7 +324,8 @@ def print_lpl_plan(args, gate, share, hint, stages, shape, say):
     shapes = stage_shapes(stages, shape).items()
     say("     features: " + ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes))
     if share < 0.02:
-        say(f"warning: LPL applies to under 2 % of the samples and will hardly matter; {hint} would give 20 %")
+        scaled = " without --lpl_threshold_resolution" if args.lpl_threshold_resolution else ""
+        say(f"warning: LPL applies to under 2 % of the samples and will hardly matter; {hint}{scaled} would give 20 %")
 
 
 def print_memory(parts, denoiser, accelerator):

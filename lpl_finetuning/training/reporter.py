@@ -227,13 +227,19 @@ class Reporter:
         self.draw_run()
         if not self.main:
             return
-        held_out = self.history.series("validation/diffusion_loss")[1]
+        steps, held_out = self.history.series("validation/diffusion_loss")
         grids = sorted((self.output_dir / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
         print(f"\nDone. Results in {self.output_dir}; the run at a glance: {self.output_dir / 'run.png'}")
-        if held_out:
-            print(f"Held-out diffusion loss: {held_out[0]:.5f} before training, {held_out[-1]:.5f} after")
-        if grids:
-            print(f"Pictures before and after: {grids[0]} and {grids[-1]}")
+        if len(held_out) > 1:
+            print(f"Held-out diffusion loss: {held_out[0]:.5f} {when(steps[0])}, {held_out[-1]:.5f} {when(steps[-1])}")
+        if len(grids) > 1:
+            print(f"Pictures {when(int(grids[0].stem[5:]))} and {when(int(grids[-1].stem[5:]))}: {grids[0]} and "
+                  f"{grids[-1]}")  # fmt: skip
+
+
+def when(step):
+    """A moment of a run in words: "before training", or "after 500 steps"."""
+    return f"after {step} steps" if step else "before training"
 
 
 def plot_run(history, path, title, stages):
@@ -287,7 +293,7 @@ def plot_run(history, path, title, stages):
 
 
 def plot_held_out(history, axes, colors):
-    """Draw the held-out diffusion loss and LPL over the run, relative to before training: mean and noise levels."""
+    """Draw the held-out diffusion loss and LPL over the run, relative to the first: mean and noise levels."""
     for axis, key, title in zip(axes, ("diffusion_loss", "lpl_loss"), ("diffusion loss", "LPL"), strict=True):
         key = f"validation/{key}"
         names = {name for row in history.rows for name in row if name.startswith(key + "/t")}
@@ -302,11 +308,12 @@ def plot_held_out(history, axes, colors):
             relative = [value / values[0] for value in values]
             axis.plot(steps, relative, linewidth=2.5, marker="o", color="black", label="mean")
         axis.axhline(1, color="grey", linestyle=":", linewidth=1)
-        axis.set_title(f"held-out {title}, relative to before training")
+        start = when(steps[0]) if steps else "the first validation"
+        axis.set_title(f"held-out {title}, relative to {start}")
 
 
 def plot_measures(history, axes):
-    """Draw what --validation_metrics found: errors relative to before training, and ratios that should be 1."""
+    """Draw what --validation_metrics found: errors relative to the first, and ratios that should be 1."""
     errors, ratios = axes
     labels = {"validation/one_step/latent_mse": "latent error", "validation/kid": "KID"}
     names = sorted({name for row in history.rows for name in row if name.count("/") == 3})
@@ -320,7 +327,8 @@ def plot_measures(history, axes):
     ratios.plot(steps, [math.exp(value) for value in power], marker="o", label="power of high frequencies")
     for key, label in (("spread/middle_block", "spread, middle block"), ("gain", "gain that would set it right")):
         ratios.plot(*history.series(f"validation/one_step/{key}"), marker="o", label=label)
-    errors.set_title("one-step test, relative to before training")
+    steps, _ = history.series("validation/one_step/latent_mse")
+    errors.set_title(f"one-step test, relative to {when(steps[0]) if steps else 'the first validation'}")
     ratios.set_title("one-step test, estimate against picture: 1 is right")
     for axis in axes:
         axis.axhline(1, color="grey", linestyle=":", linewidth=1)

@@ -16,7 +16,7 @@ from lpl_finetuning.data.report import save_report
 from lpl_finetuning.data.samples import AddressedBatches, SampleOrder, TrainingSet, collate
 from lpl_finetuning.errors import DataError, RankError, UserError, require
 from lpl_finetuning.files import dispensable
-from lpl_finetuning.flag_checks import wants
+from lpl_finetuning.flag_checks import precision_source, wants
 from lpl_finetuning.flags import save_recipe
 from lpl_finetuning.training.checkpoint_folders import set_earlier_run_aside
 from lpl_finetuning.training.sharding import check_zero_devices, set_up_sharding
@@ -46,7 +46,7 @@ def start_accelerator(args):
         "them with accelerate launch or torchrun",
     )
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("--mixed_precision fp16 needs a GPU, and none is here; use bf16 or no")
+        raise UserError(f"{precision_source(args)} fp16 needs a GPU, and none is here; use bf16 or no")
     set_up_sharding(accelerator, args.max_grad_norm)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -119,13 +119,47 @@ def open_output_dir(args, accelerator, resume_from, report, check_access):
     with lock(output_dir) if accelerator.is_main_process else contextlib.nullcontext():
         if accelerator.is_main_process:
             if aside := set_earlier_run_aside(output_dir, resume_from, args.logging_dir):
-                accelerator.print(f"Results of an earlier run are kept in {aside}")
+                what = "Results of an earlier run" if resume_from is None else "Later checkpoints"
+                accelerator.print(f"{what} are kept in {aside}")
             if args.push_to_hub:
                 name = args.hub_model_id or output_dir.resolve().name
                 hub_name = check_access(name, args.hub_token, args.hub_private_repo)
             save_recipe(args, output_dir / "config.yaml")
             save_report(report, output_dir / "data_report.json")
         yield hub_name
+
+
+def check_start(args, accelerator, check_access):
+    """The end of a dry run: refuse what the run would be refused for before weights load. Nothing is written.
+
+    Args:
+        check_access: see `open_output_dir`.
+
+    Raises:
+        UserError: another run writes to --output_dir, or the Hub would refuse the result.
+    """
+    if not accelerator.is_main_process:
+        return
+    output_dir = Path(args.output_dir)
+    with contextlib.suppress(FileNotFoundError, PermissionError), open(output_dir / ".lock", "r+") as file:
+        refuse_locked(file, output_dir)
+    if args.push_to_hub:
+        name = args.hub_model_id or output_dir.resolve().name
+        check_access(name, args.hub_token, args.hub_private_repo, create=False)
+
+
+def refuse_locked(file, folder):
+    """Lock the open .lock of a folder; UserError where another run holds it. A file system may have no locks."""
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        raise UserError(
+            f"--output_dir {folder}: another run is writing there ({file.read().strip() or 'not known which'}): "
+            "wait for its end, or name another folder"
+        ) from None
+    except OSError:
+        pass
 
 
 @contextlib.contextmanager
@@ -136,16 +170,7 @@ def lock(folder):
     file system without locks keeps nobody out.
     """
     with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            file.seek(0)
-            raise UserError(
-                f"--output_dir {folder}: another run is writing there ({file.read().strip() or 'not known which'}): "
-                "wait for its end, or name another folder"
-            ) from None
-        except OSError:
-            pass
+        refuse_locked(file, folder)
         file.truncate(0)
         file.write(f"process {os.getpid()} on {platform.node()}")
         file.flush()

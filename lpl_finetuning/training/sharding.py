@@ -77,9 +77,10 @@ def set_up_sharding(accelerator, max_grad_norm=0.0):
         accelerator.state.deepspeed_plugin.gradient_clipping = max_grad_norm
         return
     if not is_fsdp(accelerator):
-        require(
-            not wants("FSDP"), "accelerate is configured for FSDP, which needs GPUs, and none is here: leave it out"
-        )
+        none = "which needs GPUs, and none is here: leave it out"
+        alone = "which needs several processes, and this is the only one: use configs/one-gpu.yaml"
+        lacking = alone if torch.accelerator.is_available() and accelerator.num_processes == 1 else none
+        require(not wants("FSDP"), f"accelerate is configured for FSDP, {lacking}")
         return
     check_fsdp(accelerator)
     # FSDP gathers weights and reduces gradients in float32, and autocast casts: the arithmetic of an unsharded run.
@@ -91,7 +92,7 @@ def check_fsdp(accelerator):
     plugin = accelerator.state.fsdp_plugin
     require(accelerator.is_fsdp2, "accelerate is configured for the first FSDP; give it fsdp_version: 2, as in "
             "configs/fsdp2.yaml")  # fmt: skip
-    require(accelerator.mixed_precision != "fp16", "--mixed_precision fp16 is not supported under FSDP; use bf16")
+    require(accelerator.mixed_precision != "fp16", "mixed_precision fp16 is not supported under FSDP; use bf16")
     require(plugin.cpu_offload is None or type(plugin.cpu_offload).__name__ == "OffloadPolicy",
             "fsdp_offload_params is not supported: set it to false; more GPUs make every part smaller")  # fmt: skip
     require(

@@ -86,5 +86,5 @@ def test_folders_of_pictures_alone(folders, cache_dir, tmp_path):
     assert metrics["one_step"] is None and metrics["settings"]["guidance"] == []
     assert {row["network"] for row in metrics["differences"]} == {"efficientnet-lite2", "efficientnet-lite0"}
     assert all(list(pair["pictures"]) == ["made"] for pair in metrics["pairs"]) and len(metrics["pairs"]) == 18
-    assert "compared by distances only" in result.stdout
+    assert "compared unpaired, by distances and spectra only" in result.stdout
     assert not any("Lite0" in sentence for sentence in metrics["verdict"])

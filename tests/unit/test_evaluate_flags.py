@@ -85,7 +85,8 @@ def test_finished_pictures_are_paired_by_name(folders, own_cache, capsys):
     assert made.paired and len(made.images) == len(real) == 16 and held_out is None
     [other], _, _ = found(folders, model="other")
     assert (
-        not other.paired and "(16 of 16 are missing), so it is compared by distances only" in capsys.readouterr().out
+        not other.paired
+        and "(16 of 16 are missing), so it is compared unpaired, by distances" in capsys.readouterr().out
     )
     assert made.folder(folders) != other.folder(folders)
 

@@ -464,10 +464,10 @@ def test_caption_files_without_an_image_are_remarked_upon(tmp_path):
         (folder / name).write_text("a caption")
     scan = scan_folder(folder)
     assert scan.unused_captions == {"count": 3, "first": ["license plate.txt", "moved.txt", "readme.caption"]}
-    assert scan.warnings[1].startswith(f"3 caption files in {folder} have no images and are not used: license plate")
+    assert scan.warnings[0].startswith(f"3 caption files in {folder} have no images and are not used: license plate")
     for name in ("readme.caption", "license plate.txt"):
         (folder / name).unlink()
-    assert "1 caption file in" in (text := scan_folder(folder).warnings[1]) and "has no image and is not used" in text
+    assert "1 caption file in" in (text := scan_folder(folder).warnings[0]) and "has no image and is not used" in text
 
 
 def test_caption_files_of_images_that_can_not_be_read_are_not_alone(tmp_path):

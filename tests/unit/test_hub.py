@@ -523,6 +523,22 @@ def test_refusals_come_before_training(hub, child):
     assert child.call("check_access", "alice/run")[:2] == [0, "alice/run"], "may write there, though not create others"
 
 
+def test_a_dry_run_asks_and_creates_nothing(hub, child):
+    """A wrong token and another's repository are refused, a name that is free is completed, and nothing is made."""
+    options = (False, 0.5, False)  # private, patience, create
+    assert child.call("check_access", "run", SECRET, *options)[:2] == [0, "alice/run"]
+    assert child.call("check_access", "alice/new", SECRET, *options)[:2] == [0, "alice/new"]
+    for name, token, said in (("run", "hf_wrong", "401"), ("alice/run", "hf_bob", "can't create it"),
+                              ("someone/run", SECRET, "can't create it")):  # fmt: skip
+        status, value, _ = child.call("check_access", name, token, *options)
+        assert status == "UserError" and said in value and "--hub_model_id" in value, (name, token, value)
+    assert not hub.repositories and "create" not in hub.requests
+    hub.repositories["alice/run"] = Repository(False)
+    assert child.call("check_access", "alice/run", SECRET, *options)[:2] == [0, "alice/run"]
+    status, value, _ = child.call("check_access", "alice/run", "hf_bob", *options)
+    assert status == "UserError" and "403" in value
+
+
 def test_a_hub_that_is_down_does_not_stop_training(hub, child):
     """A warning, and the name as it was given or, where that much was learnt, completed."""
     for kind, name in [("create", "run"), ("access", "alice/run")]:

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow", "preview_data", "evaluate_models")
 FLOORS = (  # from the ground up: a file imports from floors below its own only
-    ("errors", "lpl_utils"),
+    ("errors", "lpl_utils", "other_flags"),
     ("files",),
     ("base_model",),
     ("data.colours", "data.conventions", "data.tables", "data.store"),
@@ -35,9 +35,10 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("publish", *SCRIPTS),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-TORCH_FREE = ("errors", "files", "base_model", "families", "start", "flags", "flag_checks", "evaluation.models",
-              "evaluation.verdict", "evaluation.charts", "evaluation.picture_sets", "evaluation.report",
-              "evaluation.networks", "evaluation.distances", "evaluation.spectrum", "evaluation.uncertainty",
+TORCH_FREE = ("errors", "other_flags", "files", "base_model", "families", "start", "flags", "flag_checks",
+              "evaluation.models", "evaluation.verdict", "evaluation.charts", "evaluation.picture_sets",
+              "evaluation.report", "evaluation.networks", "evaluation.distances", "evaluation.spectrum",
+              "evaluation.uncertainty",
               "training.checkpoint_folders",
               "data.colours", "data.conventions", "data.images", "data.tables", "data.store", "data.samples",
               "data.findings", "data.folders", "data.packed", "data.scan",

@@ -142,13 +142,14 @@ def test_a_recipe_is_as_good_as_its_flags(sheet_of, photos, tmp_path, capsys):
                       "use_lpl: true\ntrain_data_dir: elsewhere\n")  # fmt: skip
     _, sheet = sheet_of("--config", recipe, "--train_batch_size", 3)
     assert np.array_equal(sheet, wanted) and not np.array_equal(sheet, sheet_of("--resolution", 64)[1])
-    taken = "taken are resolution, center_crop, train_batch_size, seed, train_data_dir; the others are not about"
-    assert f"--config {recipe}: {taken} the data" in capsys.readouterr().out
+    taken = "taken are resolution, center_crop, train_batch_size, seed, train_data_dir"
+    assert f"--config {recipe}: {taken}; left out are learning_rate, use_lpl\n" in capsys.readouterr().out
     recipe.write_text(f"train_data_dir: {photos}\ncenter_crop: maybe\n")
     with pytest.raises(errors.UserError, match="center_crop is 'maybe'; it must be true or false"):
         preview_data.parse_args(["--config", str(recipe)])
     recipe.write_text(f"train_data_dir: {photos}\n")
     assert preview_data.parse_args(["--config", str(recipe)]).train_data_dir == str(photos)
+    assert "taken are train_data_dir\n" in capsys.readouterr().out
 
 
 def test_flips_are_shown_and_told_in_every_epoch(sheet_of, photos, texts):
@@ -415,7 +416,7 @@ def test_the_sheet_alone_needs_no_diffusers(photos, tmp_path, cache_dir):
         (["PHOTOS", "--train_data_dir", "PHOTOS"], "name one source of images"),
         (["PHOTOS", "--preview", "a.jpg"], "--preview a.jpg: the file's name must end in .png"),
         (["PHOTOS", "--preview", "nowhere/a.png"], "--preview nowhere/a.png: there is no folder nowhere"),
-        (["PHOTOS", "--preview", "PHOTOS/a.png"], "lies among the images"),
+        (["PHOTOS", "--preview", "PHOTOS/a.png"], "among the images: name another"),
         (["PHOTOS", "--preview", "TMP/folder.png"], "is a folder; name a file"),
         (["PHOTOS", "--report", "nowhere/a.json"], "--report nowhere/a.json: there is no folder nowhere"),
         (["PHOTOS", "--report", "PHOTOS/metadata.jsonl"], "must end in .json"),
