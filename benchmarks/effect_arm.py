@@ -101,8 +101,10 @@ def gradient_norm(loss, parameters):
 
 def log_gradients(script, steps):
     """Let the script's training step log the gradient norm of each term at these steps."""
+    from lpl_finetuning.training import reporter
     from lpl_finetuning.training.objective import Objective
 
+    reporter.METRICS = [*reporter.METRICS, "gradient/diffusion", "gradient/lpl"]
     training_step, total = script.training_step, Objective.total
     now = {}
 

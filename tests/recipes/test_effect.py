@@ -8,7 +8,7 @@ import torch
 from diffusers import DDPMScheduler
 
 from benchmarks import effect, effect_arm
-from lpl_finetuning.training import objective
+from lpl_finetuning.training import objective, reporter
 from lpl_finetuning.training.objective import Objective
 from tests.sdxl import run, train_sdxl_lpl
 
@@ -34,6 +34,7 @@ def test_an_arm_is_the_script_and_logs_gradients(flags, tmp_path, monkeypatch):
     plain = run(*flags, "--output_dir", tmp_path / "plain")
     monkeypatch.setattr(train_sdxl_lpl, "training_step", train_sdxl_lpl.training_step)
     monkeypatch.setattr(Objective, "total", Objective.total)
+    monkeypatch.setattr(reporter, "METRICS", reporter.METRICS)
     effect_arm.log_gradients(train_sdxl_lpl, {1})
     rows = {}
     for number in (1.0, 3.0):

@@ -144,6 +144,9 @@ sdxl | --lpl_share 0.3 --lpl_weight 3 --use_lpl | --lpl_weight auto
 sdxl | --lpl_norm_type shared | --use_lpl
 sdxl | --no-lpl_pow_law | --validation_split 3
 sdxl | --lpl_num_blocks 2 --use_lpl --lpl_features latent | --lpl_features rgb
+sdxl | --lpl_outlier_reference_resolution 512 --use_lpl --lpl_features latent | --lpl_features rgb
+sdxl | --lpl_outlier_reference_resolution 512 --use_lpl --no-lpl_remove_outliers | --lpl_remove_outliers
+sdxl | --lpl_outlier_reference_resolution 512 | --use_lpl
 sdxl | --validation_steps 5 | --validation_prompt apple
 sdxl | --validation_epochs 5 | --validation_split 3
 sdxl | --num_validation_images 2 | --validation_prompt apple
@@ -162,7 +165,8 @@ def test_a_flag_that_does_nothing_is_refused(line, tmp_path, capsys):
     parser, name = SCRIPTS[script[0]][0].build_parser(), dead[0].removeprefix("--").removeprefix("no-")
     with pytest.raises(UserError, match=f"--{name} does nothing .*: leave it out"):
         check_dead_flags(parser.parse(dead))
-    args = parser.parse([*dead, *alive])
+    undone = {word.replace("--", "--no-", 1) for word in alive}
+    args = parser.parse([*(word for word in dead if word not in undone), *alive])
     check_dead_flags(args)
     assert capsys.readouterr().err == ""
     value, recipe = getattr(args, name), tmp_path / "recipe.yaml"
