@@ -53,6 +53,7 @@ class Family:
     check: Callable  # (args, base, {part: config.json}) -> None; UserError for parts and sizes that do not fit
     optional_text_encoders: tuple[str, ...] = ()  # those that a pipeline may lack
     optional_tokenizers: tuple[str, ...] = ()
+    kohya_loras: bool = True  # whether diffusers reads LoRAs of this family in kohya's format
     pixels_per_latent: int = 8  # side of the square of pixels that one latent stands for
     schedulers: tuple[str, ...] = ()  # what the class of the scheduler must begin with; (): no rule
     foreign_schedulers: tuple[str, ...] = ()  # what that class must not begin with
@@ -195,7 +196,6 @@ def check_base_model(args, family):
         check_files(base)
         check_lora_layers(args, base)
     family.check(args, base, configs)
-    check_init_lora(args.init_lora)
     return replace(base, weights=weights_fingerprint(base))
 
 
@@ -639,7 +639,7 @@ def weights_fingerprint(base):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# LoRA
+# Layers that get a LoRA
 
 
 def check_lora_layers(args, base):
@@ -671,48 +671,6 @@ def require_layers(part, wanted, names, flag="--lora_layers"):
     advice = "give names such as to_q,to_v" if flag == "--lora_layers" else "leave that block out, or name layers"
     advice += "" if flag == "--lora_layers" else " that all blocks have with --lora_layers"
     require(not missing, f"{flag}: the {part} has no layer called {', '.join(missing)}; {advice}")
-
-
-def lora_file(folder):
-    """The .safetensors file of a folder that is read as a LoRA: diffusers' name for it, else the first by name."""
-    files = sorted(folder.glob("*.safetensors"))
-    return next((file for file in files if file.name == "pytorch_lora_weights.safetensors"), files[0])
-
-
-LYCORIS = ("hada_w1", "lokr_w1", "oft_blocks")  # marks of other adapters than LoRA
-
-
-def check_init_lora(name):
-    """Refuse what --init_lora names if it can't be a LoRA."""
-    if name:
-        check_lora(f"--init_lora {name}", name)
-
-
-def check_lora(flag, name):
-    """Refuse a file, folder or Hub name that can't be a LoRA; `flag`: begins the message."""
-    path = Path(name)
-    if not path.exists():
-        require(name.count("/") == 1 and hub_like(name),
-                f"{flag}: there is no such file or folder, and Hub names have the form owner/name")  # fmt: skip
-        problem = hub_problem()
-        require(not problem, f"{flag}: no file or folder here, and {problem}; give a file, or connect")
-        return
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        found = sorted(file.name for file in path.iterdir())[:3]
-        require(files, f"{flag}: no .safetensors there, only {', '.join(found) or 'nothing'}; give the folder or file "
-                "of a LoRA")  # fmt: skip
-        path = lora_file(path)
-    require(path.suffix == ".safetensors", f"{flag}: {path.suffix or 'a file without an ending'} is not read, only "
-            ".safetensors; save the LoRA in that format")  # fmt: skip
-    problem = weight_problem(path)
-    require(not problem, f"{flag}: no LoRA could be read there: {path.name} {problem}")
-    names = list(tensors_of(path)[0])
-    lycoris = next((mark for mark in LYCORIS if any(mark in name for name in names)), None)
-    require(not lycoris, f"{flag}: it is a LyCORIS adapter ({lycoris}), not a LoRA; give a LoRA")
-    require(any("lora" in name.lower() for name in names), f"{flag}: no LoRA could be read there: {path.name} holds "
-            f"{names[0] if names else 'no tensors'} and no layers of a LoRA; a whole model is "
-            "--pretrained_model_name_or_path")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -105,6 +105,7 @@ SD3 = Family(
     lora_layers=("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_k",
                  "attn.to_out.0", "attn.to_q", "attn.to_v"),
     check=check_sd3,
+    kohya_loras=False,
     schedulers=("FlowMatch",),
     special_channels={33: "inpainting"},
     example="stabilityai/stable-diffusion-3.5-medium",

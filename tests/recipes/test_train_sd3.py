@@ -23,9 +23,10 @@ import train_sd3_lpl_flow
 from lpl_finetuning.data import scan as scan_module
 from lpl_finetuning.errors import UserError, errors_for_people
 from lpl_finetuning.flags import data_source
+from lpl_finetuning.lora_files import LORA_FILE
 from lpl_finetuning.training import objective
 from lpl_finetuning.training import run as run_module
-from lpl_finetuning.training.models import LORA_FILE, vae_config
+from lpl_finetuning.training.models import vae_config
 from lpl_finetuning.training.plan import plan_run
 from lpl_utils import LPLGate, estimate_z0
 from tests import children
