@@ -13,14 +13,15 @@ from dataclasses import fields
 from pathlib import Path
 
 from lpl_finetuning.base_model import hub_like, hub_problem, tensors_of, weight_problem
-from lpl_finetuning.errors import UserError, counted, first_names, require
+from lpl_finetuning.errors import UserError, counted, first_names, is_or_are, require
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 ADAPTER = "default"  # PEFT's name of the adapter
 DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.weight",
         ".lora_linear_layer.down.weight")  # fmt: skip
 UP = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight")
-MAGNITUDE = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".dora_scale")  # of DoRA
+DORA_SCALE = ".dora_scale"  # DoRA's magnitudes in kohya's format; some programs give one per input
+MAGNITUDE = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", DORA_SCALE)
 LORA_ENDINGS = (*DOWN, *UP, *MAGNITUDE, ".lora_B.bias", ".alpha")
 KOHYA_STARTS = ("lora_unet_", "lora_te")
 OTHER_KINDS = {  # mark in a tensor's name -> what such a tensor is of
@@ -90,10 +91,11 @@ def check_lora_file(flag, path, family):
     require(kinds or any("lora" in name.lower() for name in header),
             f"{flag}: no LoRA could be read there: {path.name} holds {first_names(list(header)[:1]) or 'no tensors'} "
             "and no layers of a LoRA; a whole model is --pretrained_model_name_or_path")  # fmt: skip
-    endings = sorted({re.sub(r"^.*\.(?=[^.]+(\.(weight|bias))?$)", "", name) for name in foreign})
-    require(not foreign, f"{flag}: {len(foreign)} of the {len(header)} tensors in {path.name} are not a LoRA's "
-            f"({first_names(endings)}{': ' + ', '.join(kinds) if kinds else ''}) and can't be trained here; give a "
-            "LoRA without them")  # fmt: skip
+    endings = sorted({re.search(r"[^.]+(\.weight|\.bias)?$", name)[0] for name in foreign})
+    hint = f": {', '.join(kinds)}" if kinds else ""
+    require(not foreign, f"{flag}: {len(foreign)} of the {len(header)} tensors in {path.name} "
+            f"{is_or_are(len(foreign))} not a LoRA's ({first_names(endings)}{hint}) and can't be trained here; give "
+            "a LoRA without them")  # fmt: skip
     kohya = [name for name in header if name.startswith(KOHYA_STARTS)]
     beside = path.with_name(LORA_FILE)
     require(family.kohya_loras or not kohya,
@@ -107,17 +109,17 @@ def check_layers(flag, path, header):
     layers = defaultdict(dict)
     for name, tensor in header.items():
         layer, ending = split_name(name)
-        kind = next((i for i, group in enumerate((DOWN, UP, MAGNITUDE)) if ending in group), ending)
+        kind = next((i for i, group in enumerate((DOWN, UP)) if ending in group), ending)
         layers[layer][kind] = tensor["shape"]
     whole = [layer for layer, found in layers.items() if {0, 1} <= found.keys()]
     halves = [layer for layer in layers if layer not in whole]
-    require(not halves, f"{flag}: {counted(len(halves), 'layer')} in {path.name} lack one of the two matrices "
+    require(not halves, f"{flag}: {path.name} has {counted(len(halves), 'layer')} without one of the two matrices "
             f"({first_names(halves)}); download the file again")  # fmt: skip
-    with_magnitude = [layer for layer in whole if 2 in layers[layer]]
-    turned = [layer for layer in with_magnitude if not is_per_output(layers[layer])]
+    turned = [layer for layer in whole if DORA_SCALE in layers[layer] and not is_per_output(layers[layer])]
+    shape = layers[turned[0]][DORA_SCALE] if turned else None
     require(not turned, f"{flag}: {len(turned)} of the {len(whole)} layers in {path.name} are DoRA with a magnitude "
-            f"per input (dora_scale of shape {turned and layers[turned[0]][2]}); only a magnitude per output can be "
-            "trained here: give a LoRA, or a DoRA of that kind")  # fmt: skip
+            f"per input (dora_scale of shape {shape}); only a magnitude per output can be trained here: give a LoRA, "
+            "or a DoRA of that kind")  # fmt: skip
 
 
 def split_name(name):
@@ -127,8 +129,8 @@ def split_name(name):
 
 
 def is_per_output(shapes):
-    """Whether a layer's magnitude has a number per output; shapes: {0: of the down matrix, 1: up, 2: magnitude}."""
-    (_, inputs, *_), (outputs, *_), magnitude = shapes[0], shapes[1], shapes[2]
+    """Whether a layer's dora_scale has a number per output; shapes: {0: of the down matrix, 1: up, DORA_SCALE: …}."""
+    (_, inputs, *_), (outputs, *_), magnitude = shapes[0], shapes[1], shapes[DORA_SCALE]
     if magnitude[0] == outputs:
         return all(size == 1 for size in magnitude[1:])
     return len(magnitude) == 4 and magnitude == [1, outputs, 1, 1] and outputs != inputs  # PEFT's, of convolutions
@@ -161,11 +163,12 @@ def unreadable_lora(flag, error):
     return UserError(f"{flag}: no LoRA could be read there ({type(error).__name__}: {' '.join(str(error).split())})")
 
 
-def read_lora(flag, path, pipeline_class, models):
+def read_lora(flag, path, family, pipeline_class, models):
     """The LoRA {part: (layers, config)} of a file that `check_lora_file` passed.
 
     Args:
         flag: begins the message.
+        family: the models that the LoRA must be for.
         pipeline_class: diffusers' class of the pipeline, which knows other programs' names of layers.
         models: {part: model}; the UNet's configuration tells the blocks that sd-scripts numbers.
 
@@ -184,8 +187,14 @@ def read_lora(flag, path, pipeline_class, models):
     except Exception as error:  # a damaged file, names that diffusers can't follow: many kinds
         raise unreadable_lora(flag, error) from None
     lost = sorted(set(tensors) - set(names))
-    require(not lost, f"{flag}: {len(lost)} of the {len(tensors)} matrices in {path.name} have no place in diffusers' "
-            f"names ({first_names(lost)}) and would be lost; give a LoRA that has one naming")  # fmt: skip
+    require(not lost, f"{flag}: diffusers drops {len(lost)} of the {len(tensors)} matrices in {path.name} "
+            f"({first_names(lost[:2], len(lost))}), as it does where a file mixes the block names of sd-scripts with "
+            "its own; give a LoRA that has one naming")  # fmt: skip
+    known, kohya = (family.denoiser.name, *family.text_encoders), " or kohya's" if family.kohya_loras else ""
+    lost = sorted(name for name, (part, _) in names.items() if part not in known)
+    require(not lost, f"{flag}: {len(lost)} of the {len(tensors)} matrices in {path.name} have names of no layer of "
+            f"{family.title} ({first_names(lost[:2], len(lost))}); give a LoRA for {family.title} in diffusers' "
+            f"format{kohya}")  # fmt: skip
     lora, alphas = defaultdict(dict), defaultdict(dict)
     for name, (part, own) in names.items():
         lora[part][own] = tensors[name].float()
@@ -208,11 +217,8 @@ def peft_names(tensors, pipeline_class, unet_config):
 
     diffusers renames the tensors and copies none, so that a tensor tells its old name under the new one.
     """
-    from diffusers.utils import (
-        convert_state_dict_to_diffusers,
-        convert_state_dict_to_peft,
-        convert_unet_state_dict_to_peft,
-    )
+    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+    from diffusers.utils.state_dict_utils import StateDictType
 
     renamed, *_ = pipeline_class.lora_state_dict(dict(tensors), return_lora_metadata=True, unet_config=unet_config)
     parts = defaultdict(dict)
@@ -223,7 +229,8 @@ def peft_names(tensors, pipeline_class, unet_config):
     for part, layers in parts.items():
         if not all(name.endswith((".lora_A.weight", ".lora_B.weight", ".lora_B.bias")) for name in layers):
             if part.startswith("text_encoder"):
-                layers = convert_state_dict_to_peft(convert_state_dict_to_diffusers(layers))
+                for form in (StateDictType.DIFFUSERS_OLD, StateDictType.DIFFUSERS):
+                    layers = convert_state_dict_to_peft(layers, original_type=form)
             else:
                 layers = convert_unet_state_dict_to_peft(layers)
         names |= {before[id(value)]: (part, name) for name, value in layers.items() if id(value) in before}
@@ -241,7 +248,7 @@ def lora_config_of(flag, part, layers, alphas, metadata):
     from peft import LoraConfig
 
     own = {name.removeprefix(f"{part}."): value for name, value in metadata.items() if name.startswith(f"{part}.")}
-    if own and not alphas:
+    if own:
         known = {field.name for field in fields(LoraConfig)}
         unknown = sorted(name for name, value in own.items() if name not in known and value)
         require(not unknown, f"{flag}: its configuration of the {part} has {first_names(unknown)}, which the "
@@ -251,6 +258,7 @@ def lora_config_of(flag, part, layers, alphas, metadata):
         require(not start.startswith(NEW_BASE), f"{flag}: it was started with init_lora_weights {start}, which "
                 "changes the base model too, and can't be continued; save it as a plain LoRA")  # fmt: skip
         config.inference_mode = False
+        config.alpha_pattern |= {pattern_of(part, module): alpha for module, alpha in alphas.items()}
         return config
     ranks = {name.removesuffix(".lora_A.weight"): len(value) for name, value in layers.items() if ".lora_A." in name}
     alphas = {module: alphas.get(module, rank) for module, rank in ranks.items()}

@@ -193,9 +193,8 @@ def load_lora(pipeline, source):
     family, flag = source.base.family, f"--model {source.text}"
     parts = (family.denoiser.name, *family.text_encoders)
     models = {part: getattr(pipeline, part) for part in parts}
-    for part, (layers, config) in read_lora(flag, find_lora(flag, source.lora, family), pipeline, models).items():
-        require(part in models, f"{flag}: the LoRA does not fit the base model, which has no {part}; give one made "
-                "for it")  # fmt: skip
+    lora = read_lora(flag, find_lora(flag, source.lora, family), family, pipeline, models)
+    for part, (layers, config) in lora.items():
         put_lora(flag, part, models[part], layers, config, models[part].dtype)
 
 

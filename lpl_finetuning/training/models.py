@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
 from lpl_finetuning.base_model import read_json, require_layers
-from lpl_finetuning.errors import UserError, first_names, require
+from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.lora_files import ADAPTER, LORA_FILE, adapter_state, find_lora, put_lora, read_lora
 from lpl_finetuning.training.sharding import load_full_state
 from lpl_utils import LatentSpace
@@ -80,11 +80,8 @@ def add_new_adapter(args, part, model, layers):
 def load_init_lora(args, models, pipeline_class):
     """Put --init_lora into the models, in float32; return the names of the parts that it has."""
     flag, family = f"--init_lora {args.init_lora}", args.base_model.family
-    lora = read_lora(flag, find_lora(flag, args.init_lora, family), pipeline_class, models)
+    lora = read_lora(flag, find_lora(flag, args.init_lora, family), family, pipeline_class, models)
     left = sorted(lora.keys() - models.keys())
-    require(all(part in (family.denoiser.name, *family.text_encoders) for part in left),
-            f"{flag}: its layers are for {first_names(left)}, which {family.title} does not have; give a LoRA for "
-            f"{family.title} in diffusers' format")  # fmt: skip
     hint = "; add --train_text_encoder" if all(is_text_encoder(part) for part in left) else ""
     require(not left, f"{flag}: it has layers for {', '.join(left)}, which this run does not train{hint}")
     for part, (layers, config) in lora.items():
