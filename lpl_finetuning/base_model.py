@@ -334,6 +334,9 @@ def instead_of_folder(path, class_name):
         return "is a file; give the folder of a model in diffusers' layout"
     if is_lora_file(path):
         return "is a LoRA; give the model that it was made for, and the LoRA as --init_lora"
+    if not class_name.startswith("Autoencoder"):
+        return (f"is a single file; a folder in diffusers' layout is needed: python -m lpl_finetuning.convert {path} "
+                "FOLDER makes one of a whole model")  # fmt: skip
     return (f"is a single file; a folder in diffusers' layout is needed: load the file with {class_name}"
             ".from_single_file and save it with save_pretrained")  # fmt: skip
 
@@ -366,7 +369,8 @@ def instead_of_pipeline(folder, example):
     if (folder / "config.json").is_file():
         return "it is one part of a pipeline; give the whole pipeline's folder"
     if files:
-        return f"it holds single files ({files[0]}): load one with from_single_file and save it with save_pretrained"
+        return (f"it holds single files ({files[0]}): python -m lpl_finetuning.convert {folder / files[0]} FOLDER "
+                "makes a pipeline of one")  # fmt: skip
     if not any(folder.iterdir()):
         return "it is empty; give the folder of a whole pipeline"
     return "a whole pipeline in diffusers' layout is needed"

@@ -24,10 +24,10 @@ DORA_SCALE = ".dora_scale"  # DoRA's magnitudes in kohya's format; some programs
 MAGNITUDE = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", DORA_SCALE)
 LORA_ENDINGS = (*DOWN, *UP, *MAGNITUDE, ".lora_B.bias", ".alpha")
 KOHYA_STARTS = ("lora_unet_", "lora_te")
-OTHER_KINDS = {  # mark in a tensor's name -> what such a tensor is of
-    "hada_w": "LoHa", "hada_t": "LoHa", "lokr_": "LoKr", "oft_": "OFT", "boft": "OFT", "lora_mid": "a convolution in "
-    "three matrices", "bundle_emb": "an embedding", ".diff": "a difference of whole weights", "_norm": "a norm",
-    "modules_to_save": "whole weights", ".a1.": "GLoRA", ".a2.": "GLoRA", ".on_input": "IA3",
+OTHER_KINDS = {  # pattern in a tensor's name -> what such a tensor is of
+    r"\.hada_[wt]": "LoHa", r"\.lokr_": "LoKr", r"\.b?oft_|\.boft": "OFT", r"\.lora_mid": "a convolution in three "
+    "matrices", r"^bundle_emb": "an embedding", r"\.diff(_b)?$": "a difference of whole weights", r"\.[wb]_norm$":
+    "a norm", r"\.modules_to_save": "whole weights", r"\.[ab][12]\.weight$": "GLoRA", r"\.on_input$": "IA3",
 }  # fmt: skip
 NEW_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT's starting points that change the base model's weights
 
@@ -87,7 +87,7 @@ def check_lora_file(flag, path, family):
     require(not problem, f"{flag}: no LoRA could be read there: {path.name} {problem}")
     header = tensors_of(path)[0]
     foreign = [name for name in header if not name.endswith(LORA_ENDINGS)]
-    kinds = sorted({kind for mark, kind in OTHER_KINDS.items() if any(mark in name for name in foreign)})
+    kinds = sorted({kind for mark, kind in OTHER_KINDS.items() if any(re.search(mark, n) for n in foreign)})
     require(kinds or any("lora" in name.lower() for name in header),
             f"{flag}: no LoRA could be read there: {path.name} holds {first_names(list(header)[:1]) or 'no tensors'} "
             "and no layers of a LoRA; a whole model is --pretrained_model_name_or_path")  # fmt: skip

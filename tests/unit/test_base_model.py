@@ -366,7 +366,7 @@ MODELS = f"""
 {BASE} {{refiner}} | model_index.json has no text_encoder | the refiner can't be trained | give the base model
 {BASE} {{inpaint}} | unet takes 9 channels | made for inpainting | give a plain text-to-image model
 {BASE} {{pix2pix}} | unet takes 8 channels | made for InstructPix2Pix | give a plain text-to-image model
-{BASE} {{single}} | {BASE} | is a single file | from_single_file
+{BASE} {{single}} | {BASE} | is a single file | python -m lpl_finetuning.convert
 {BASE} {{gutted}} | {BASE} | the folder text_encoder_2/ | download the model again
 {BASE} {{emptyindex}} | {BASE} | without a class name | give one of those
 {BASE} {{blankindex}} | model_index.json | not valid JSON | download the model again
@@ -396,7 +396,7 @@ MODELS = f"""
 {BASE} {{overflows}} --use_lpl --lpl_vae_dtype float16 | --lpl_vae_dtype float16 | overflows | use bfloat16 or float32
 {BASE} {{lora}} | {BASE} | it is a LoRA | the LoRA as --init_lora
 {BASE} {{onefolderdown}} | {BASE} | further down | give {{onefolderdown}}/model
-{BASE} {{civitai}} | {BASE} | single files (dreamy.safetensors) | from_single_file
+{BASE} {{civitai}} | {BASE} | single files (dreamy.safetensors) | python -m lpl_finetuning.convert
 {BASE} {{nothing}} | {BASE} | it is empty | no model_index.json
 {BASE} {{sdxl}}/unet | {BASE} | one part of a pipeline | give the whole pipeline's folder
 {BASE} ./nowhere | {BASE} ./nowhere | there is no such folder | the form owner/name
@@ -411,6 +411,7 @@ MODELS = f"""
 {UNET} {{sd3}}/transformer | {UNET} | found SD3Transformer2DModel | expected UNet2DConditionModel
 {UNET} {{widths}}/unet | {UNET} | takes text of width 768 | belong together
 {UNET} {{truncated}} | {UNET} | is cut short | download the model again
+{UNET} {{single}} | {UNET} | is a single file | python -m lpl_finetuning.convert
 {UNET} ./nowhere | {UNET} ./nowhere | there is no such folder | the form owner/name
 --use_lora --init_lora {{notlora}} | --init_lora | holds model.diffusion_model.out.0.bias | {BASE}
 --use_lora --init_lora {{lokr}} | --init_lora | 1 of the 1 tensors | not a LoRA's (lokr_w1: LoKr)

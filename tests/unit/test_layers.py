@@ -32,7 +32,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("training.validation", "training.run"),
     ("training.plan",),
     ("results.export", "results.hub", "evaluation.comparison"),
-    ("publish", *SCRIPTS),
+    ("publish", "convert", *SCRIPTS),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("errors", "other_flags", "files", "base_model", "lora_files", "families", "start", "flags",
