@@ -130,7 +130,10 @@ def split_name(name):
 
 def is_per_output(shapes):
     """Whether a layer's dora_scale has a number per output; shapes: {0: of the down matrix, 1: up, DORA_SCALE: …}."""
-    (_, inputs, *_), (outputs, *_), magnitude = shapes[0], shapes[1], shapes[DORA_SCALE]
+    down, up, magnitude = shapes[0], shapes[1], shapes[DORA_SCALE]
+    if len(down) < 2 or not up or not magnitude:
+        return False
+    inputs, outputs = down[1], up[0]
     if magnitude[0] == outputs:
         return all(size == 1 for size in magnitude[1:])
     return len(magnitude) == 4 and magnitude == [1, outputs, 1, 1] and outputs != inputs  # PEFT's, of convolutions

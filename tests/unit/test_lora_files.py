@@ -1,6 +1,7 @@
 """Reading LoRA files: each tensor arrives in the model with its own value, or the file is refused."""
 
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,7 +14,7 @@ from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SDXL
 from lpl_finetuning.lora_files import ADAPTER, LORA_FILE, adapter_state, find_lora, put_lora, read_lora
 from lpl_finetuning.results.export import KOHYA_PREFIXES, kohya_state_dict, original_name
-from lpl_finetuning.training.models import lora_parts, save_lora
+from lpl_finetuning.training.models import load_init_lora, load_lora, lora_parts, save_lora
 from tests.tiny_models import sdxl_pipeline
 
 LAYERS = {"unet": ["to_q", "to_out.0", "conv1"], "text_encoder": ["q_proj", "out_proj"], "text_encoder_2": ["k_proj"]}
@@ -116,6 +117,16 @@ def test_diffusers_itself_reads_all_of_our_file(trained, tmp_path):
     assert_same(models_of(pipeline), trained("DoRA"), 1e-6)
 
 
+@pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
+def test_resuming_reads_all_of_our_file(kind, trained, tmp_path):
+    save_lora(tmp_path, lora_parts(trained(kind)), StableDiffusionXLPipeline)
+    models = models_of(sdxl_pipeline())
+    for part, model in models.items():
+        model.add_adapter(LoraConfig(r=3, lora_alpha=5, use_dora=kind == "DoRA", target_modules=LAYERS[part]), ADAPTER)
+    load_lora(tmp_path, models)
+    assert_same(models, trained(kind))
+
+
 @pytest.mark.parametrize("shape", [(-1, 1), (-1,)], ids=str)
 @pytest.mark.parametrize("kind", ["LoRA", "DoRA"])
 def test_kohyas_format(kind, shape, trained, tmp_path):
@@ -144,6 +155,19 @@ def test_values_are_not_rounded_to_the_models_dtype(trained, tmp_path):
     for part, model in models.items():
         own = adapter_state(trained("DoRA")[part])
         assert all(torch.equal(value, own[name]) for name, value in adapter_state(model).items()), part
+
+
+def test_dropout_is_the_flags_and_not_the_files(tmp_path):
+    """Rank, alpha and layers are the file's; --lora_dropout is the run's."""
+    unet = sdxl_pipeline().unet
+    unet.add_adapter(LoraConfig(r=3, lora_dropout=0.5, target_modules=["to_q"]), ADAPTER)
+    save_lora(tmp_path, lora_parts({"unet": unet}), StableDiffusionXLPipeline)
+    for rate in (0.0, 0.25):
+        args = SimpleNamespace(init_lora=str(tmp_path), lora_dropout=rate, base_model=SimpleNamespace(family=SDXL))
+        models = {"unet": sdxl_pipeline().unet}
+        load_init_lora(args, models, StableDiffusionXLPipeline)
+        layers = [module for module in models["unet"].modules() if isinstance(module, LoraLayer)]
+        assert {getattr(layer.lora_dropout[ADAPTER], "p", 0.0) for layer in layers} == {rate}
 
 
 def test_no_library_warns(trained, tmp_path, capfd):
@@ -196,6 +220,15 @@ def test_dora_of_some_layers(trained, tmp_path):
     tensors.pop(next(name for name in tensors if name.endswith("dora_scale")))
     save_file(tensors, tmp_path / "a.safetensors")
     with pytest.raises(UserError, match=r"it lacks 1 of the .* tensors that its configuration asks for"):
+        load(tmp_path)
+
+
+def test_dora_with_a_magnitude_per_input(trained, tmp_path):
+    tensors = kohya(trained("DoRA"))
+    for name in [name for name in tensors if name.endswith("dora_scale")]:
+        tensors[name] = torch.ones(1, *tensors[name.replace("dora_scale", "lora_down.weight")].shape[1:2])
+    save_file(tensors, tmp_path / "a.safetensors")
+    with pytest.raises(UserError, match=r"30 of the 30 layers .* a magnitude per input \(dora_scale of shape \[1, "):
         load(tmp_path)
 
 
