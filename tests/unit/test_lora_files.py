@@ -14,7 +14,7 @@ from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SDXL
 from lpl_finetuning.lora_files import ADAPTER, LORA_FILE, adapter_state, find_lora, put_lora, read_lora
 from lpl_finetuning.results.export import KOHYA_PREFIXES, kohya_state_dict, original_name
-from lpl_finetuning.training.models import load_init_lora, load_lora, lora_parts, save_lora
+from lpl_finetuning.training.models import add_adapters, load_init_lora, load_lora, lora_parts, save_lora
 from tests.tiny_models import sdxl_pipeline
 
 LAYERS = {"unet": ["to_q", "to_out.0", "conv1"], "text_encoder": ["q_proj", "out_proj"], "text_encoder_2": ["k_proj"]}
@@ -168,6 +168,14 @@ def test_dropout_is_the_flags_and_not_the_files(tmp_path):
         load_init_lora(args, models, StableDiffusionXLPipeline)
         layers = [module for module in models["unet"].modules() if isinstance(module, LoraLayer)]
         assert {getattr(layer.lora_dropout[ADAPTER], "p", 0.0) for layer in layers} == {rate}
+
+
+def test_a_new_adapter_is_float32_whatever_the_models_dtype():
+    args = SimpleNamespace(init_lora=None, rank=2, lora_alpha=None, lora_dropout=0.0, use_dora=True)
+    models = {"unet": sdxl_pipeline().unet.to(torch.bfloat16)}
+    add_adapters(args, models, StableDiffusionXLPipeline, ["to_q"])
+    trained = [value for value in models["unet"].parameters() if value.requires_grad]
+    assert {value.dtype for value in trained} == {torch.float32} and len(trained) % 3 == 0
 
 
 def test_no_library_warns(trained, tmp_path, capfd):
