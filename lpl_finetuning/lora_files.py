@@ -191,8 +191,8 @@ def read_lora(flag, path, family, pipeline_class, models):
         raise unreadable_lora(flag, error) from None
     lost = sorted(set(tensors) - set(names))
     require(not lost, f"{flag}: diffusers drops {len(lost)} of the {len(tensors)} matrices in {path.name} "
-            f"({first_names(lost[:2], len(lost))}), as it does where a file mixes the block names of sd-scripts with "
-            "its own; give a LoRA that has one naming")  # fmt: skip
+            f"({first_names(lost[:2], len(lost))}), as it does where a file names layers in two ways; give a LoRA "
+            "with one naming")  # fmt: skip
     known, kohya = (family.denoiser.name, *family.text_encoders), " or kohya's" if family.kohya_loras else ""
     lost = sorted(name for name, (part, _) in names.items() if part not in known)
     require(not lost, f"{flag}: {len(lost)} of the {len(tensors)} matrices in {path.name} have names of no layer of "

@@ -209,7 +209,7 @@ def test_no_library_warns(trained, tmp_path, capfd):
         ({"lora_unet_x.alpha": []}, r"1 layer without one of the two matrices \(lora_unet_x\)"),
         ({"lora_unet_x.dora_scale": [2, 1]}, "without one of the two matrices"),
         ({"lora_unet_down_blocks_1_x.lora_down.weight": [2, 2], "lora_unet_down_blocks_1_x.lora_up.weight": [2, 2]},
-         "diffusers drops .* of the .* matrices .* mixes the block names"),
+         "diffusers drops .* of the .* matrices .* names layers in two ways"),
         ({"lora_unet_x.lora_down.weight": [2, 2], "lora_unet_x.lora_up.weight": [2, 2]},
          r"of which this model takes .* \(not x.lora_A.weight, x.lora_B.weight\)"),
     ],
