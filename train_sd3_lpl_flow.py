@@ -36,6 +36,7 @@ from lpl_finetuning.flags import (
     input_path,
     is_number,
 )
+from lpl_finetuning.lora_files import check_init_lora
 from lpl_finetuning.results.hub import check_publishing
 from lpl_finetuning.start import early, run_main
 from lpl_finetuning.training.checkpoint_folders import check_resume
@@ -88,6 +89,7 @@ def parse_args(argv=None):
             f"--lora_blocks {args.lora_blocks}: expected numbers such as 0,1,12")  # fmt: skip
     check_publishing(args)
     args = args.but(base_model=check_base_model(args, SD3))
+    check_init_lora(args, SD3)
     check_resume(args)
     return args
 

@@ -31,6 +31,7 @@ from lpl_finetuning.flags import (
     encoding_settings,
     input_path,
 )
+from lpl_finetuning.lora_files import check_init_lora
 from lpl_finetuning.results.hub import check_publishing
 from lpl_finetuning.start import early, run_main
 from lpl_finetuning.training.checkpoint_folders import check_resume
@@ -81,6 +82,7 @@ def parse_args(argv=None):
             f"--timestep_bias_portion is {args.timestep_bias_portion}; it must be above 0 and at most 1")  # fmt: skip
     check_publishing(args)
     args = args.but(base_model=check_base_model(args, SDXL))
+    check_init_lora(args, SDXL)
     check_resume(args)
     return args
 

@@ -53,6 +53,7 @@ class Family:
     check: Callable  # (args, base, {part: config.json}) -> None; UserError for parts and sizes that do not fit
     optional_text_encoders: tuple[str, ...] = ()  # those that a pipeline may lack
     optional_tokenizers: tuple[str, ...] = ()
+    kohya_loras: bool = True  # whether diffusers reads LoRAs of this family in kohya's format
     pixels_per_latent: int = 8  # side of the square of pixels that one latent stands for
     schedulers: tuple[str, ...] = ()  # what the class of the scheduler must begin with; (): no rule
     foreign_schedulers: tuple[str, ...] = ()  # what that class must not begin with
@@ -195,7 +196,6 @@ def check_base_model(args, family):
         check_files(base)
         check_lora_layers(args, base)
     family.check(args, base, configs)
-    check_init_lora(args.init_lora)
     return replace(base, weights=weights_fingerprint(base))
 
 
@@ -334,6 +334,9 @@ def instead_of_folder(path, class_name):
         return "is a file; give the folder of a model in diffusers' layout"
     if is_lora_file(path):
         return "is a LoRA; give the model that it was made for, and the LoRA as --init_lora"
+    if not class_name.startswith("Autoencoder"):
+        return (f"is a single file; a folder in diffusers' layout is needed: python -m lpl_finetuning.convert {path} "
+                "FOLDER makes one of a whole model")  # fmt: skip
     return (f"is a single file; a folder in diffusers' layout is needed: load the file with {class_name}"
             ".from_single_file and save it with save_pretrained")  # fmt: skip
 
@@ -366,7 +369,8 @@ def instead_of_pipeline(folder, example):
     if (folder / "config.json").is_file():
         return "it is one part of a pipeline; give the whole pipeline's folder"
     if files:
-        return f"it holds single files ({files[0]}): load one with from_single_file and save it with save_pretrained"
+        return (f"it holds single files ({files[0]}): python -m lpl_finetuning.convert {folder / files[0]} FOLDER "
+                "makes a pipeline of one")  # fmt: skip
     if not any(folder.iterdir()):
         return "it is empty; give the folder of a whole pipeline"
     return "a whole pipeline in diffusers' layout is needed"
@@ -639,7 +643,7 @@ def weights_fingerprint(base):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# LoRA
+# Layers that get a LoRA
 
 
 def check_lora_layers(args, base):
@@ -671,48 +675,6 @@ def require_layers(part, wanted, names, flag="--lora_layers"):
     advice = "give names such as to_q,to_v" if flag == "--lora_layers" else "leave that block out, or name layers"
     advice += "" if flag == "--lora_layers" else " that all blocks have with --lora_layers"
     require(not missing, f"{flag}: the {part} has no layer called {', '.join(missing)}; {advice}")
-
-
-def lora_file(folder):
-    """The .safetensors file of a folder that is read as a LoRA: diffusers' name for it, else the first by name."""
-    files = sorted(folder.glob("*.safetensors"))
-    return next((file for file in files if file.name == "pytorch_lora_weights.safetensors"), files[0])
-
-
-LYCORIS = ("hada_w1", "lokr_w1", "oft_blocks")  # marks of other adapters than LoRA
-
-
-def check_init_lora(name):
-    """Refuse what --init_lora names if it can't be a LoRA."""
-    if name:
-        check_lora(f"--init_lora {name}", name)
-
-
-def check_lora(flag, name):
-    """Refuse a file, folder or Hub name that can't be a LoRA; `flag`: begins the message."""
-    path = Path(name)
-    if not path.exists():
-        require(name.count("/") == 1 and hub_like(name),
-                f"{flag}: there is no such file or folder, and Hub names have the form owner/name")  # fmt: skip
-        problem = hub_problem()
-        require(not problem, f"{flag}: no file or folder here, and {problem}; give a file, or connect")
-        return
-    if path.is_dir():
-        files = sorted(path.glob("*.safetensors"))
-        found = sorted(file.name for file in path.iterdir())[:3]
-        require(files, f"{flag}: no .safetensors there, only {', '.join(found) or 'nothing'}; give the folder or file "
-                "of a LoRA")  # fmt: skip
-        path = lora_file(path)
-    require(path.suffix == ".safetensors", f"{flag}: {path.suffix or 'a file without an ending'} is not read, only "
-            ".safetensors; save the LoRA in that format")  # fmt: skip
-    problem = weight_problem(path)
-    require(not problem, f"{flag}: no LoRA could be read there: {path.name} {problem}")
-    names = list(tensors_of(path)[0])
-    lycoris = next((mark for mark in LYCORIS if any(mark in name for name in names)), None)
-    require(not lycoris, f"{flag}: it is a LyCORIS adapter ({lycoris}), not a LoRA; give a LoRA")
-    require(any("lora" in name.lower() for name in names), f"{flag}: no LoRA could be read there: {path.name} holds "
-            f"{names[0] if names else 'no tensors'} and no layers of a LoRA; a whole model is "
-            "--pretrained_model_name_or_path")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,6 +1,10 @@
 """The families of models that the training scripts train: their `Family`, and what must fit together in each."""
 
-from lpl_finetuning.base_model import Family, Part, check_channels
+import os
+import sys
+from pathlib import Path
+
+from lpl_finetuning.base_model import Family, Part, check_channels, model_file, read_object
 from lpl_finetuning.errors import require
 from lpl_finetuning.flags import framing_rules
 
@@ -28,6 +32,41 @@ def check_sdxl(args, base, configs):
     require(not pooled or not size or size == pooled + 6 * each,
             f"{which} takes a pooled prompt and {(size or 0) - (pooled or 0)} numbers of micro-conditioning, SDXL has "
             f"{6 * each}; the refiner can't be trained here, give a base model's UNet")  # fmt: skip
+    check_prediction(args, base)
+
+
+def check_prediction(args, base):
+    """Ask for --prediction_type where two models contradict each other; warn where it contradicts the base model.
+
+    The denoiser's folder has a say where it is a whole pipeline or the part of one.
+    """
+    said, zero_snr = scheduler_says(base.name, base.revision) or ("epsilon", False)
+    other, other_zero_snr = (base.denoiser and scheduler_says(base.denoiser)) or (said, zero_snr)
+    which, given = base.flag("unet"), args.prediction_type
+    require(given or other == said, f"{which} is of a model of {other}, and the base model's scheduler says {said}; "
+            "give --prediction_type")  # fmt: skip
+    require(other_zero_snr == zero_snr, f"{which}: its scheduler says rescale_betas_zero_snr {other_zero_snr}, and "
+            f"the base model's {zero_snr}; give the UNet's own pipeline as --pretrained_model_name_or_path"
+    )  # fmt: skip
+    if given in (None, said) or os.environ.get("RANK", "0") != "0":
+        return
+    advice = "the model must learn another prediction, or its scheduler is wrong"
+    if args.use_lora:
+        advice = "wherever the LoRA is loaded, the scheduler must be set to it, as the model card does"
+    print(f"warning: --prediction_type {given}, and the base model's scheduler says {said}: {advice}", file=sys.stderr)
+
+
+def scheduler_says(name, revision=None):
+    """(prediction_type, rescale_betas_zero_snr) of a pipeline, or of the pipeline around a unet/; None if unknown."""
+    places = [Path(name), Path(name).parent] if Path(name).is_dir() and Path(name).name == "unet" else [name]
+    try:
+        paths = [model_file(place, "scheduler_config.json", revision, "scheduler") for place in places]
+    except Exception:  # a model on the Hub that was fetched without its scheduler, and no network: many kinds
+        return None
+    config = next((read_object(path) for path in paths if path), None)
+    if config is None:
+        return None
+    return config.get("prediction_type", "epsilon"), config.get("rescale_betas_zero_snr", False)
 
 
 SDXL = Family(
@@ -105,6 +144,7 @@ SD3 = Family(
     lora_layers=("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_k",
                  "attn.to_out.0", "attn.to_q", "attn.to_v"),
     check=check_sd3,
+    kohya_loras=False,
     schedulers=("FlowMatch",),
     special_channels={33: "inpainting"},
     example="stabilityai/stable-diffusion-3.5-medium",

@@ -12,6 +12,7 @@ from lpl_finetuning.data import encoding
 from lpl_finetuning.data.images import to_pixel_values
 from lpl_finetuning.data.scan import find_images
 from lpl_finetuning.flag_checks import check_flags
+from lpl_finetuning.lora_files import check_init_lora
 from lpl_finetuning.results import export, hub
 from lpl_finetuning.training import models, objective, optimization, plan, reporter, run, validation
 from lpl_finetuning.training.checkpoint_folders import check_resume
@@ -38,6 +39,7 @@ def parse_args(argv=None):
     args = parser.parse(argv)
     check_flags(args, PIXELS)
     args = args.but(base_model=check_base_model(args, PIXELS))
+    check_init_lora(args, PIXELS)
     check_resume(args)
     return args
 

@@ -9,13 +9,11 @@ from pathlib import Path
 from lpl_finetuning.base_model import (
     BaseModel,
     check_files,
-    check_lora,
     check_parts,
     check_pipeline,
     check_small_parts,
     check_weights,
     hub_like,
-    lora_file,
     model_file,
     read_object,
     unreadable,
@@ -25,6 +23,7 @@ from lpl_finetuning.data.images import IMAGE_EXTENSIONS
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.families import SD3, SDXL
 from lpl_finetuning.files import sha256_of
+from lpl_finetuning.lora_files import check_lora, find_lora, put_lora, read_lora
 
 FAMILIES = (SDXL, SD3)
 SAMPLERS = ("auto", "ddim", "euler", "own")
@@ -103,9 +102,10 @@ def find_source(text):
     if Path(addition, base.family.denoiser.name, "config.json").is_file():
         base = check_evaluated(replace(base, denoiser=addition))
         return ModelSource(text, base, weights=weights_fingerprint(base))
-    check_lora(flag, addition)
+    path = check_lora(flag, addition, base.family)
     base = check_evaluated(base)
-    return ModelSource(text, base, addition, weights=f"{weights_fingerprint(base)}+{lora_fingerprint(addition)}")
+    added = f"sha256:{sha256_of(path)[:16]}" if path else f"hub:{addition}"
+    return ModelSource(text, base, addition, weights=f"{weights_fingerprint(base)}+{added}")
 
 
 def is_picture_folder(path):
@@ -154,14 +154,6 @@ def check_evaluated(base):
     return base
 
 
-def lora_fingerprint(name):
-    """What tells a LoRA from others: sha256 of its file, else its name on the Hub."""
-    path = Path(name)
-    if not path.exists():
-        return f"hub:{name}"
-    return f"sha256:{sha256_of(path if path.is_file() else lora_file(path))[:16]}"
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Loading
 
@@ -197,23 +189,13 @@ def load_pipeline(source, dtype, device):
 
 
 def load_lora(pipeline, source):
-    """Put a source's LoRA into its pipeline; UserError where it does not fit."""
-    path = Path(source.lora)
-    if path.is_dir():
-        place, more = source.lora, {"weight_name": lora_file(path).name}
-    elif path.is_file():
-        place, more = str(path.parent), {"weight_name": path.name}
-    else:
-        place, more = source.lora, {}
-    problem = None
-    try:
-        pipeline.load_lora_weights(place, use_safetensors=True, **more)
-    except Exception as error:  # other layers, other sizes, no such repository: many kinds
-        problem = " ".join(str(error).split())[:300]
-    if problem is None and not any(pipeline.get_list_adapters().values()):
-        problem = "none of its layers is in the pipeline"
-    require(problem is None, f"--model {source.text}: the LoRA does not fit the base model, give one made for it: "
-            f"{problem}")  # fmt: skip
+    """Put a source's LoRA into its pipeline, in the models' own dtype; UserError where it does not fit."""
+    family, flag = source.base.family, f"--model {source.text}"
+    parts = (family.denoiser.name, *family.text_encoders)
+    models = {part: getattr(pipeline, part) for part in parts}
+    lora = read_lora(flag, find_lora(flag, source.lora, family), family, pipeline, models)
+    for part, (layers, config) in lora.items():
+        put_lora(flag, part, models[part], layers, config, models[part].dtype)
 
 
 def prediction_kind(pipeline):

@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 
 from lpl_finetuning.errors import require
 from lpl_finetuning.files import follow_umask
-from lpl_finetuning.training.models import LORA_FILE, lora_parts, nested_clip_name, save_weights
+from lpl_finetuning.lora_files import LORA_FILE
+from lpl_finetuning.training.models import lora_parts, nested_clip_name, save_weights
 
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_PREFIXES = {

@@ -9,20 +9,18 @@ import contextlib
 import diffusers
 import torch
 from peft import LoraConfig
-from peft.tuners.lora import LoraLayer
-from peft.utils import get_peft_model_state_dict, set_peft_model_state_dict
+from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
 from lpl_finetuning.base_model import read_json, require_layers
 from lpl_finetuning.errors import UserError, require
+from lpl_finetuning.lora_files import ADAPTER, LORA_FILE, adapter_state, find_lora, put_lora, read_lora
 from lpl_finetuning.training.sharding import load_full_state
 from lpl_utils import LatentSpace
 
-LORA_FILE = "pytorch_lora_weights.safetensors"
+PEFT_MAGNITUDE = ".lora_magnitude_vector"  # end of PEFT's names of DoRA's magnitudes
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # layers of text encoders that get an adapter
-ADAPTER = "default"  # PEFT's name of the adapter
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -80,61 +78,21 @@ def add_new_adapter(args, part, model, layers):
 
 
 def load_init_lora(args, models, pipeline_class):
-    """Load --init_lora into the models with diffusers' own loaders; return the names of the parts that it has."""
-    flag = f"--init_lora {args.init_lora}"
-    try:
-        tensors, *alphas, metadata = pipeline_class.lora_state_dict(  # SD3's returns no alphas
-            args.init_lora,
-            return_lora_metadata=True,
-            use_safetensors=True,
-            unet_config=getattr(models.get("unet"), "config", None),
-        )
-    except Exception as error:  # no such file or repository, no network, not a safetensors file: many kinds
-        raise UserError(f"{flag}: no LoRA could be read there ({type(error).__name__}: {error})") from None
-    found = {name.split(".")[0] for name in tensors}
-    left = sorted(found - models.keys())
+    """Put --init_lora into the models, in float32; return the names of the parts that it has."""
+    flag, family = f"--init_lora {args.init_lora}", args.base_model.family
+    lora = read_lora(flag, find_lora(flag, args.init_lora, family), family, pipeline_class, models)
+    left = sorted(lora.keys() - models.keys())
     hint = "; add --train_text_encoder" if all(is_text_encoder(part) for part in left) else ""
     require(not left, f"{flag}: it has layers for {', '.join(left)}, which this run does not train{hint}")
-    for part in found:
-        model, own = models[part], sum(name.startswith(part + ".") for name in tensors)
-        try:
-            load_lora_part(pipeline_class, part, model, tensors, alphas, metadata)
-        except (RuntimeError, ValueError) as error:
-            raise UserError(
-                f"{flag}: it does not fit this model's {part}, give one made for it: {str(error)[:300]}"
-            ) from None
-        fitting = len(adapter_state(model))
-        require(
-            fitting == own,
-            f"{flag}: it has {own} tensors for the {part}, of which this model takes {fitting}; "
-            "give one made for this model",
-        )
-        if args.lora_dropout:
-            for module in model.modules():
-                if isinstance(module, LoraLayer):
-                    module.lora_dropout[ADAPTER] = nn.Dropout(args.lora_dropout)
-    return found
-
-
-def load_lora_part(pipeline_class, part, model, tensors, alphas, metadata):
-    """Load one part of what `pipeline_class.lora_state_dict` returned into its model, as a new adapter."""
-    arguments = {"adapter_name": ADAPTER, "metadata": metadata}
-    if is_text_encoder(part):
-        arguments |= {"text_encoder": model, "prefix": part, "network_alphas": alphas[0] if alphas else None}
-        pipeline_class.load_lora_into_text_encoder(tensors, **arguments)
-    else:
-        arguments |= {part: model} | ({"network_alphas": alphas[0]} if alphas else {})
-        getattr(pipeline_class, f"load_lora_into_{part}")(tensors, **arguments)
+    for part, (layers, config) in lora.items():
+        config.lora_dropout = args.lora_dropout
+        put_lora(flag, part, models[part], layers, config, torch.float32)
+    return lora.keys()
 
 
 def lora_config(model):
     """Return the PEFT configuration of a model's adapter."""
     return model.peft_config[ADAPTER]
-
-
-def adapter_state(model):
-    """Return {name: tensor} of a model's adapter, under PEFT's names."""
-    return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
 
 
 def lora_parts(models):
@@ -154,7 +112,8 @@ def save_lora(folder, parts, pipeline_class):
     """Write `pytorch_lora_weights.safetensors` in diffusers' format, with the configurations as metadata.
 
     Layers of text encoders get nested names. The configurations name modules without "text_model.", which matches
-    nested and flat models alike.
+    nested and flat models alike. The magnitudes of DoRA in text encoders end in ".weight": transformers drops them
+    without it, and PEFT reads both forms.
 
     Args:
         parts: from `lora_parts`.
@@ -164,6 +123,8 @@ def save_lora(folder, parts, pipeline_class):
         metadata = config.to_dict()
         if is_text_encoder(part):
             layers = {nested_clip_name(name): value for name, value in layers.items()}
+            layers = {f"{name}.weight" if name.endswith(PEFT_MAGNITUDE) else name: value
+                      for name, value in layers.items()}  # fmt: skip
             for field in ("rank_pattern", "alpha_pattern"):
                 metadata[field] = {key.removeprefix("text_model."): value for key, value in metadata[field].items()}
         if not isinstance(metadata["target_modules"], str):
@@ -180,6 +141,8 @@ def load_lora(folder, models):
         if is_text_encoder(part) and not hasattr(model, "text_model"):
             prefix += "text_model."
         layers = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+        layers = {f"{name.split(PEFT_MAGNITUDE)[0]}{PEFT_MAGNITUDE}" if PEFT_MAGNITUDE in name else name: value
+                  for name, value in layers.items()}  # fmt: skip
         fits = layers.keys() == adapter_state(model).keys()
         result = set_peft_model_state_dict(model, layers, adapter_name=ADAPTER) if fits else None
         require(

@@ -44,10 +44,12 @@ def commands(start):
 def test_every_kind_of_command_is_covered():
     """A new kind of command in the README needs a test here."""
     known = ("make demo", "python3 -m venv", "pip install", "accelerate launch", "python preview_data.py",
-             "python -m lpl_finetuning.publish", "python evaluate_models.py")  # fmt: skip
+             "python -m lpl_finetuning.publish", "python -m lpl_finetuning.convert", "python evaluate_models.py"
+    )  # fmt: skip
     assert [line for line in BASH if line.strip() and not line.startswith(known)] == []
     assert len(commands("accelerate launch")) == 5
-    assert len(commands("python preview_data.py")) == len(commands("python -m lpl_finetuning.publish")) == 1
+    for start in ("python preview_data.py", "python -m lpl_finetuning.publish", "python -m lpl_finetuning.convert"):
+        assert len(commands(start)) == 1
 
 
 def test_looking_at_the_data(pictures, tmp_path):
@@ -56,6 +58,17 @@ def test_looking_at_the_data(pictures, tmp_path):
     replaced = {"my-pictures": str(pictures), "preview.png": str(tmp_path / "preview.png")}
     launch([replaced.get(word, word) for word in words])
     assert (tmp_path / "preview.png").is_file()
+
+
+def test_a_single_file_becomes_a_base_model(sdxl_folder, tmp_path):
+    """With the names replaced, and the configurations of another pipeline in the place of the Hub's."""
+    from lpl_finetuning.results.export import save_single_file
+
+    save_single_file(sdxl_folder, tmp_path / "model.safetensors")
+    [words] = commands("python -m lpl_finetuning.convert")
+    replaced = {name: str(tmp_path / name) for name in ("model.safetensors", "my-base")}
+    said = launch([replaced.get(word, word) for word in words], "--config_from", sdxl_folder)
+    assert "prediction_type epsilon" in said and (tmp_path / "my-base" / "model_index.json").is_file()
 
 
 def test_comparing_two_models(sdxl_folder, tmp_path):

@@ -16,7 +16,7 @@ from diffusers import AutoencoderKL, StableDiffusionXLPipeline, UNet2DConditionM
 from safetensors.torch import load_file
 
 import train_sdxl_lpl
-from lpl_finetuning.training.models import LORA_FILE
+from lpl_finetuning.lora_files import LORA_FILE
 from tests.sdxl import command, run
 
 COMMANDS = {

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 import train_sd3_lpl_flow
 from lpl_finetuning.data import scan as scan_module
 from lpl_finetuning.flags import data_source
-from lpl_finetuning.training.models import LORA_FILE
+from lpl_finetuning.lora_files import LORA_FILE
 from tests.sd3 import run
 
 COMMANDS = {

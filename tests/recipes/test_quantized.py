@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from lpl_finetuning.errors import UserError
-from lpl_finetuning.training.models import LORA_FILE
+from lpl_finetuning.lora_files import LORA_FILE
 from tests import sd3, sdxl
 
 CONFIGS = {

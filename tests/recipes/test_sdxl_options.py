@@ -20,9 +20,9 @@ from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.data.tables import hold_out
 from lpl_finetuning.errors import DataError, UserError
 from lpl_finetuning.flags import data_source
+from lpl_finetuning.lora_files import LORA_FILE
 from lpl_finetuning.training import objective, optimization, plan
 from lpl_finetuning.training import run as run_module
-from lpl_finetuning.training.models import LORA_FILE
 from tests import children
 from tests.runs import assert_resume_is_exact, forbid_loading, objective_of
 from tests.sdxl import command, draw, run, weights
@@ -118,6 +118,28 @@ def test_dora_trains_resumes_and_loads(flags, sdxl_folder, tmp_path):
     before, _ = draw(sdxl_folder)
     after, pipeline = draw(sdxl_folder, lora=tmp_path / "whole")
     assert np.abs(after - before).max() > 8 and pipeline.unet.peft_config["default_0"].use_dora
+
+
+@pytest.mark.parametrize("more", [[], ["--train_text_encoder"]], ids=["unet", "text"])
+def test_dora_loads_and_draws_what_training_drew(more, flags, sdxl_folder, tmp_path):
+    """Every magnitude comes back with `load_lora_weights` and with --init_lora, those of the text encoders too."""
+    flags = [*flags, "--use_lora", *more, "--max_train_steps", 4, "--output_dir"]
+    run(*flags, tmp_path / "first", "--use_dora", "--learning_rate", 0.03, "--validation_prompt", "a red apple",
+        "--num_validation_images", 1)  # fmt: skip
+    pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_folder)
+    pipeline.set_progress_bar_config(disable=True)
+
+    def picture():
+        image = pipeline("a red apple", generator=torch.Generator().manual_seed(3), num_inference_steps=25, height=64,
+                         width=64).images[0]  # fmt: skip
+        return np.asarray(image, dtype=np.int64)
+
+    before = picture()
+    pipeline.load_lora_weights(tmp_path / "first")
+    validated = np.asarray(Image.open(tmp_path / "first" / "image_0.png"), dtype=np.int64)
+    assert np.abs(picture() - validated).max() <= 1 < 4 < np.abs(before - validated).max()
+    run(*flags, tmp_path / "same", "--init_lora", tmp_path / "first", "--learning_rate", 0)
+    assert weights(tmp_path / "first") == weights(tmp_path / "same")
 
 
 def test_a_lora_is_continued(flags, tmp_path):

@@ -23,9 +23,10 @@ import train_sd3_lpl_flow
 from lpl_finetuning.data import scan as scan_module
 from lpl_finetuning.errors import UserError, errors_for_people
 from lpl_finetuning.flags import data_source
+from lpl_finetuning.lora_files import LORA_FILE
 from lpl_finetuning.training import objective
 from lpl_finetuning.training import run as run_module
-from lpl_finetuning.training.models import LORA_FILE, vae_config
+from lpl_finetuning.training.models import vae_config
 from lpl_finetuning.training.plan import plan_run
 from lpl_utils import LPLGate, estimate_z0
 from tests import children
@@ -296,13 +297,16 @@ def test_frozen_text_encoders_give_the_cached_embeddings(flags, tmp_path):
 # Results
 
 
-def test_lora_loads_and_draws_what_training_drew(flags, sd3_folder, tmp_path):
-    """With both CLIP encoders, alpha apart from rank: float32 tensors; `load_lora_weights` restores the picture."""
-    run(*flags, *TEXT, "--use_lpl", "--lora_alpha", 16, "--learning_rate", 0.03, "--max_train_steps", 6,
+@pytest.mark.parametrize("kind", [TEXT, [*TEXT, "--use_dora"], ["--use_lora", "--use_dora"]],
+                         ids=["text", "dora-text", "dora"])  # fmt: skip
+def test_lora_loads_and_draws_what_training_drew(kind, flags, sd3_folder, tmp_path):
+    """Alpha apart from rank: float32 tensors; `load_lora_weights` restores the picture, --init_lora the tensors."""
+    run(*flags, *kind, "--use_lpl", "--lora_alpha", 16, "--learning_rate", 0.03, "--max_train_steps", 6,
         "--output_dir", tmp_path, "--validation_prompt", "a red apple", "--num_validation_images", 2)  # fmt: skip
     tensors = load_file(tmp_path / LORA_FILE)
     assert {value.dtype for value in tensors.values()} == {torch.float32}
-    assert {name.split(".")[0] for name in tensors} == {"transformer", "text_encoder", "text_encoder_2"}
+    parts = {"transformer", "text_encoder", "text_encoder_2"} if "--train_text_encoder" in kind else {"transformer"}
+    assert {name.split(".")[0] for name in tensors} == parts
     pipeline = StableDiffusion3Pipeline.from_pretrained(sd3_folder)
     pipeline.set_progress_bar_config(disable=True)
 
@@ -316,6 +320,10 @@ def test_lora_loads_and_draws_what_training_drew(flags, sd3_folder, tmp_path):
     assert pipeline.transformer.peft_config["default_0"].lora_alpha == 16
     validated = np.asarray(Image.open(tmp_path / "image_1.png"), dtype=np.int64)
     assert np.abs(picture() - validated).max() <= 1 < 8 < np.abs(before - validated).max()
+    kind = [flag for flag in kind if flag != "--use_dora"]
+    run(*flags, *kind, "--init_lora", tmp_path, "--learning_rate", 0, "--max_train_steps", 1, "--output_dir",
+        tmp_path / "same")  # fmt: skip
+    assert weights(tmp_path) == weights(tmp_path / "same")
 
 
 @pytest.mark.parametrize("kind", ["sd3", "sd35-no-t5"])

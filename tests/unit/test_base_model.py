@@ -4,6 +4,7 @@ A case names its mistake and three things that the message must hold: the flag o
 """
 
 import json
+import math
 import os
 import resource
 import shutil
@@ -60,11 +61,15 @@ def put(path, content):
     path.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
-def safetensors(*names):
-    """The bytes of a safetensors file of one number each."""
-    entries = {name: {"dtype": "U8", "shape": [1], "data_offsets": [i, i + 1]} for i, name in enumerate(names)}
+def safetensors(*names, **shapes):
+    """The bytes of a safetensors file of tensors of one number each, and of layer "lora_unet_a" with these shapes."""
+    shapes = {name: [1] for name in names} | {f"lora_unet_a.{end.replace('__', '.')}": x for end, x in shapes.items()}
+    entries, size = {}, 0
+    for name, shape in shapes.items():
+        entries[name] = {"dtype": "U8", "shape": shape, "data_offsets": [size, size + math.prod(shape)]}
+        size += math.prod(shape)
     header = json.dumps(entries).encode()
-    return struct.pack("<Q", len(header)) + header + bytes(len(names))
+    return struct.pack("<Q", len(header)) + header + bytes(size)
 
 
 class Places:
@@ -155,6 +160,12 @@ def make_models(places):
     shutil.rmtree(places.model("sd3not5", SD3) / "text_encoder_3")
     (places.model("sd3noweights", SD3) / "transformer" / "diffusion_pytorch_model.safetensors").unlink()
     places.file("lokr.safetensors", safetensors("lora_unet_a.lokr_w1"))
+    layer = {"lora_down__weight": [4, 8], "lora_up__weight": [6, 4]}
+    places.file("kohya.safetensors", safetensors(**layer, alpha=[1]))
+    places.file("halflora.safetensors", safetensors(lora_down__weight=[4, 8], alpha=[1]))
+    places.file("rows.safetensors", safetensors(**layer, dora_scale=[1, 8]))
+    places.file("dora.safetensors", safetensors(**layer, dora_scale=[6, 1]))
+    places.folder("twoloras", a__safetensors=safetensors(**layer), b__safetensors=safetensors(**layer))
     places.file("notlora.safetensors", safetensors("model.diffusion_model.out.0.bias"))
     places.file("cutlora.safetensors", safetensors(lora)[:-1])
     places.file("old.ckpt", b"PK")
@@ -355,7 +366,7 @@ MODELS = f"""
 {BASE} {{refiner}} | model_index.json has no text_encoder | the refiner can't be trained | give the base model
 {BASE} {{inpaint}} | unet takes 9 channels | made for inpainting | give a plain text-to-image model
 {BASE} {{pix2pix}} | unet takes 8 channels | made for InstructPix2Pix | give a plain text-to-image model
-{BASE} {{single}} | {BASE} | is a single file | from_single_file
+{BASE} {{single}} | {BASE} | is a single file | python -m lpl_finetuning.convert
 {BASE} {{gutted}} | {BASE} | the folder text_encoder_2/ | download the model again
 {BASE} {{emptyindex}} | {BASE} | without a class name | give one of those
 {BASE} {{blankindex}} | model_index.json | not valid JSON | download the model again
@@ -385,7 +396,7 @@ MODELS = f"""
 {BASE} {{overflows}} --use_lpl --lpl_vae_dtype float16 | --lpl_vae_dtype float16 | overflows | use bfloat16 or float32
 {BASE} {{lora}} | {BASE} | it is a LoRA | the LoRA as --init_lora
 {BASE} {{onefolderdown}} | {BASE} | further down | give {{onefolderdown}}/model
-{BASE} {{civitai}} | {BASE} | single files (dreamy.safetensors) | from_single_file
+{BASE} {{civitai}} | {BASE} | single files (dreamy.safetensors) | python -m lpl_finetuning.convert
 {BASE} {{nothing}} | {BASE} | it is empty | no model_index.json
 {BASE} {{sdxl}}/unet | {BASE} | one part of a pipeline | give the whole pipeline's folder
 {BASE} ./nowhere | {BASE} ./nowhere | there is no such folder | the form owner/name
@@ -400,9 +411,15 @@ MODELS = f"""
 {UNET} {{sd3}}/transformer | {UNET} | found SD3Transformer2DModel | expected UNet2DConditionModel
 {UNET} {{widths}}/unet | {UNET} | takes text of width 768 | belong together
 {UNET} {{truncated}} | {UNET} | is cut short | download the model again
+{UNET} {{single}} | {UNET} | is a single file | python -m lpl_finetuning.convert
 {UNET} ./nowhere | {UNET} ./nowhere | there is no such folder | the form owner/name
 --use_lora --init_lora {{notlora}} | --init_lora | holds model.diffusion_model.out.0.bias | {BASE}
---use_lora --init_lora {{lokr}} | --init_lora | a LyCORIS adapter (lokr_w1) | give a LoRA
+--use_lora --init_lora {{lokr}} | --init_lora | 1 of the 1 tensors | not a LoRA's (lokr_w1: LoKr)
+--use_lora --init_lora {{lokr}} | --init_lora | is not a LoRA's | give a LoRA
+--use_lora --init_lora {{halflora}} | --init_lora | 1 layer without one of the two matrices | download the file again
+--use_lora --init_lora {{rows}} | --init_lora | 1 of the 1 layers | a magnitude per input
+--use_lora --init_lora {{dora}} --output_kohya_format | --init_lora | is a DoRA | leave --output_kohya_format out
+--use_lora --init_lora {{twoloras}} | --init_lora | 2 .safetensors files there (a.safetensors, | give the file
 --use_lora --init_lora {{cutlora}} | --init_lora | is cut short | download
 --use_lora --init_lora {{old}} | --init_lora | .ckpt is not read | save the LoRA in that format
 --use_lora --init_lora {{words}} | --init_lora | no .safetensors there, only a.txt | give the folder or file of a LoRA
@@ -445,7 +462,8 @@ MODELS_SD3 = f"""
 --precondition_outputs 2 | --precondition_outputs | is '2' | choose from 0, 1
 --snr_gamma 5 | unknown flag | --snr_gamma | rectified flow has --weighting_scheme
 --num_processes 2 | unknown flag | --num_processes | before the script's name
---use_lora --init_lora {{lokr}} | --init_lora | a LyCORIS adapter | give a LoRA
+--use_lora --init_lora {{lokr}} | --init_lora | not a LoRA's (lokr_w1: LoKr) | give a LoRA
+--use_lora --init_lora {{kohya}} | --init_lora | kohya's format, which is not read for SD3 | diffusers' format
 --config {{r_none}} | r_none.yaml | resolution has no value | remove the line
 NODATA | no data | no data | give --train_data_dir FOLDER
 --use_lora --lora_layers attn.to_q,attn.to_x | --lora_layers | the transformer has no layer called attn.to_x | such

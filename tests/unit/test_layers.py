@@ -13,7 +13,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("errors", "lpl_utils", "other_flags"),
     ("files",),
     ("base_model",),
-    ("data.colours", "data.conventions", "data.tables", "data.store"),
+    ("lora_files", "data.colours", "data.conventions", "data.tables", "data.store"),
     ("data.images",),
     ("data.samples", "data.findings"),
     ("data.folders", "data.packed"),
@@ -32,10 +32,11 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("training.validation", "training.run"),
     ("training.plan",),
     ("results.export", "results.hub", "evaluation.comparison"),
-    ("publish", *SCRIPTS),
+    ("publish", "convert", *SCRIPTS),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-TORCH_FREE = ("errors", "other_flags", "files", "base_model", "families", "start", "flags", "flag_checks",
+TORCH_FREE = ("errors", "other_flags", "files", "base_model", "lora_files", "families", "start", "flags",
+              "flag_checks",
               "evaluation.models", "evaluation.verdict", "evaluation.charts", "evaluation.picture_sets",
               "evaluation.report", "evaluation.networks", "evaluation.distances", "evaluation.spectrum",
               "evaluation.uncertainty",

@@ -1,0 +1,332 @@
+"""LoRA files: what may be in them, told from the header; reading them; putting them into models.
+
+diffusers and PEFT drop the tensors that they do not know. Here every tensor of a file ends in the adapter with its own
+values, or the file is refused with the names and the number of the tensors. Nothing here imports torch at the top.
+
+A LoRA in memory is {part: (layers, config)}: tensors in float32 under PEFT's names, and a PEFT configuration.
+"""
+
+import json
+import re
+from collections import Counter, defaultdict
+from dataclasses import fields
+from pathlib import Path
+
+from lpl_finetuning.base_model import hub_like, hub_problem, tensors_of, weight_problem
+from lpl_finetuning.errors import UserError, counted, first_names, is_or_are, require
+
+LORA_FILE = "pytorch_lora_weights.safetensors"
+ADAPTER = "default"  # PEFT's name of the adapter
+DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.weight",
+        ".lora_linear_layer.down.weight")  # fmt: skip
+UP = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight")
+DORA_SCALE = ".dora_scale"  # DoRA's magnitudes in kohya's format; some programs give one per input
+MAGNITUDE = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", DORA_SCALE)
+LORA_ENDINGS = (*DOWN, *UP, *MAGNITUDE, ".lora_B.bias", ".alpha")
+KOHYA_STARTS = ("lora_unet_", "lora_te")
+OTHER_KINDS = {  # pattern in a tensor's name -> what such a tensor is of
+    r"\.hada_[wt]": "LoHa", r"\.lokr_": "LoKr", r"\.b?oft_|\.boft": "OFT", r"\.lora_mid": "a convolution in three "
+    "matrices", r"^bundle_emb": "an embedding", r"\.diff(_b)?$": "a difference of whole weights", r"\.[wb]_norm$":
+    "a norm", r"\.modules_to_save": "whole weights", r"\.[ab][12]\.weight$": "GLoRA", r"\.on_input$": "IA3",
+}  # fmt: skip
+NEW_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT's starting points that change the base model's weights
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# From the header, without torch
+
+
+def check_init_lora(args, family):
+    """Refuse what --init_lora names if it can't be a LoRA, or one that the run's other flags do not fit."""
+    if not args.init_lora:
+        return
+    flag = f"--init_lora {args.init_lora}"
+    path = check_lora(flag, args.init_lora, family)
+    dora = path and any(name.endswith(MAGNITUDE) for name in tensors_of(path)[0])
+    require(not (dora and args.output_kohya_format),
+            f"{flag} is a DoRA, which kohya's format can't hold: leave --output_kohya_format out")  # fmt: skip
+
+
+def check_lora(flag, name, family):
+    """The path of the LoRA's file; None for a name on the Hub. UserError for what can't be a LoRA of the family.
+
+    Args:
+        flag: begins the message.
+        name: file, folder or name on the Hub.
+    """
+    path = Path(name)
+    if not path.exists():
+        require(name.count("/") == 1 and hub_like(name),
+                f"{flag}: there is no such file or folder, and Hub names have the form owner/name")  # fmt: skip
+        problem = hub_problem()
+        require(not problem, f"{flag}: no file or folder here, and {problem}; give a file, or connect")
+        return None
+    if path.is_dir():
+        path = lora_file(flag, path)
+    require(path.suffix == ".safetensors", f"{flag}: {path.suffix or 'a file without an ending'} is not read, only "
+            ".safetensors; save the LoRA in that format")  # fmt: skip
+    check_lora_file(flag, path, family)
+    return path
+
+
+def lora_file(flag, folder):
+    """The .safetensors file of a folder that is read as a LoRA: the one of diffusers' name, else the only one."""
+    files = sorted(folder.glob("*.safetensors"))
+    found = sorted(file.name for file in folder.iterdir())[:3]
+    require(files, f"{flag}: no .safetensors there, only {', '.join(found) or 'nothing'}; give the folder or file "
+            "of a LoRA")  # fmt: skip
+    usual = [file for file in files if file.name == LORA_FILE] or files
+    require(len(usual) == 1, f"{flag}: {len(files)} .safetensors files there ({first_names([x.name for x in files])}) "
+            "and none is called " + LORA_FILE + "; give the file of a LoRA")  # fmt: skip
+    return usual[0]
+
+
+def check_lora_file(flag, path, family):
+    """Refuse a file with tensors that are not a LoRA's, or that do not make whole layers; its header is read."""
+    problem = weight_problem(path)
+    require(not problem, f"{flag}: no LoRA could be read there: {path.name} {problem}")
+    header = tensors_of(path)[0]
+    foreign = [name for name in header if not name.endswith(LORA_ENDINGS)]
+    kinds = sorted({kind for mark, kind in OTHER_KINDS.items() if any(re.search(mark, n) for n in foreign)})
+    require(kinds or any("lora" in name.lower() for name in header),
+            f"{flag}: no LoRA could be read there: {path.name} holds {first_names(list(header)[:1]) or 'no tensors'} "
+            "and no layers of a LoRA; a whole model is --pretrained_model_name_or_path")  # fmt: skip
+    endings = sorted({re.search(r"[^.]+(\.weight|\.bias)?$", name)[0] for name in foreign})
+    hint = f": {', '.join(kinds)}" if kinds else ""
+    require(not foreign, f"{flag}: {len(foreign)} of the {len(header)} tensors in {path.name} "
+            f"{is_or_are(len(foreign))} not a LoRA's ({first_names(endings)}{hint}) and can't be trained here; give "
+            "a LoRA without them")  # fmt: skip
+    kohya = [name for name in header if name.startswith(KOHYA_STARTS)]
+    beside = path.with_name(LORA_FILE)
+    require(family.kohya_loras or not kohya,
+            f"{flag}: {path.name} is in kohya's format, which is not read for {family.title}; give the LoRA in "
+            f"diffusers' format{f': {beside}' if beside.is_file() else ', called ' + LORA_FILE}")  # fmt: skip
+    check_layers(flag, path, header)
+
+
+def check_layers(flag, path, header):
+    """Refuse layers that are not whole, and magnitudes of DoRA in a form that PEFT does not have."""
+    layers = defaultdict(dict)
+    for name, tensor in header.items():
+        layer, ending = split_name(name)
+        kind = next((i for i, group in enumerate((DOWN, UP)) if ending in group), ending)
+        layers[layer][kind] = tensor["shape"]
+    whole = [layer for layer, found in layers.items() if {0, 1} <= found.keys()]
+    halves = [layer for layer in layers if layer not in whole]
+    require(not halves, f"{flag}: {path.name} has {counted(len(halves), 'layer')} without one of the two matrices "
+            f"({first_names(halves)}); download the file again")  # fmt: skip
+    turned = [layer for layer in whole if DORA_SCALE in layers[layer] and not is_per_output(layers[layer])]
+    shape = layers[turned[0]][DORA_SCALE] if turned else None
+    require(not turned, f"{flag}: {len(turned)} of the {len(whole)} layers in {path.name} are DoRA with a magnitude "
+            f"per input (dora_scale of shape {shape}); only a magnitude per output can be trained here: give a LoRA, "
+            "or a DoRA of that kind")  # fmt: skip
+
+
+def split_name(name):
+    """(layer, ending) of a tensor's name, with the longest ending of `LORA_ENDINGS` that fits."""
+    ending = max((ending for ending in LORA_ENDINGS if name.endswith(ending)), key=len)
+    return name.removesuffix(ending), ending
+
+
+def is_per_output(shapes):
+    """Whether a layer's dora_scale has a number per output; shapes: {0: of the down matrix, 1: up, DORA_SCALE: …}."""
+    down, up, magnitude = shapes[0], shapes[1], shapes[DORA_SCALE]
+    if len(down) < 2 or not up or not magnitude:
+        return False
+    inputs, outputs = down[1], up[0]
+    if magnitude[0] == outputs:
+        return all(size == 1 for size in magnitude[1:])
+    return len(magnitude) == 4 and magnitude == [1, outputs, 1, 1] and outputs != inputs  # PEFT's, of convolutions
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading
+
+
+def find_lora(flag, name, family):
+    """The path of the LoRA's file that a file, folder or name on the Hub stands for, checked; it may be downloaded."""
+    path = check_lora(flag, name, family)
+    if path is None:
+        from huggingface_hub import HfApi, hf_hub_download
+
+        try:
+            files = [file for file in HfApi().list_repo_files(name) if re.fullmatch(r"[^/]+\.safetensors", file)]
+            usual = [file for file in files if file == LORA_FILE] or files
+            path = Path(hf_hub_download(name, usual[0])) if len(usual) == 1 else None
+        except Exception as error:  # no such repository, no network, no access: many kinds
+            raise unreadable_lora(flag, error) from None
+        require(path, f"{flag}: {len(files)} .safetensors files there ({first_names(files)}) and none is called "
+                f"{LORA_FILE}; download the file of a LoRA and give it")  # fmt: skip
+        check_lora_file(flag, path, family)
+    return path
+
+
+def unreadable_lora(flag, error):
+    """The UserError for a LoRA that a library can't read."""
+    return UserError(f"{flag}: no LoRA could be read there ({type(error).__name__}: {' '.join(str(error).split())})")
+
+
+def read_lora(flag, path, family, pipeline_class, models):
+    """The LoRA {part: (layers, config)} of a file that `check_lora_file` passed.
+
+    Args:
+        flag: begins the message.
+        family: the models that the LoRA must be for.
+        pipeline_class: diffusers' class of the pipeline, which knows other programs' names of layers.
+        models: {part: model}; the UNet's configuration tells the blocks that sd-scripts numbers.
+
+    Raises:
+        UserError: a tensor has no place in diffusers' names, or the file's configuration can't be followed.
+    """
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+        with safe_open(path, "pt") as file:
+            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+        apart = {name: tensors.pop(name) for name in list(tensors) if name.endswith((".alpha", *MAGNITUDE))}
+        names = peft_names(tensors, pipeline_class, getattr(models.get("unet"), "config", None))
+    except Exception as error:  # a damaged file, names that diffusers can't follow: many kinds
+        raise unreadable_lora(flag, error) from None
+    lost = sorted(set(tensors) - set(names))
+    require(not lost, f"{flag}: diffusers drops {len(lost)} of the {len(tensors)} matrices in {path.name} "
+            f"({first_names(lost[:2], len(lost))}), as it does where a file names layers in two ways; give a LoRA "
+            "with one naming")  # fmt: skip
+    known, kohya = (family.denoiser.name, *family.text_encoders), " or kohya's" if family.kohya_loras else ""
+    lost = sorted(name for name, (part, _) in names.items() if part not in known)
+    require(not lost, f"{flag}: {len(lost)} of the {len(tensors)} matrices in {path.name} have names of no layer of "
+            f"{family.title} ({first_names(lost[:2], len(lost))}); give a LoRA for {family.title} in diffusers' "
+            f"format{kohya}")  # fmt: skip
+    lora, alphas = defaultdict(dict), defaultdict(dict)
+    for name, (part, own) in names.items():
+        lora[part][own] = tensors[name].float()
+    places = {split_name(name)[0]: (part, split_name(own)[0]) for name, (part, own) in names.items()}
+    for name, value in apart.items():
+        layer, ending = split_name(name)
+        part, module = places[layer]
+        if ending == ".alpha":
+            alphas[part][module] = float(value)
+        else:
+            shape = (1, -1, 1, 1) if lora[part][f"{module}.lora_B.weight"].ndim == 4 else (-1,)
+            lora[part][f"{module}.lora_magnitude_vector"] = value.float().reshape(shape)
+    return {
+        part: (layers, lora_config_of(flag, part, layers, alphas[part], metadata)) for part, layers in lora.items()
+    }
+
+
+def peft_names(tensors, pipeline_class, unet_config):
+    """{name in the file: (part, PEFT's name)} of the tensors that diffusers has a name for.
+
+    diffusers renames the tensors and copies none, so that a tensor tells its old name under the new one.
+    """
+    from diffusers.utils import convert_state_dict_to_peft, convert_unet_state_dict_to_peft
+    from diffusers.utils.state_dict_utils import StateDictType
+
+    renamed, *_ = pipeline_class.lora_state_dict(dict(tensors), return_lora_metadata=True, unet_config=unet_config)
+    parts = defaultdict(dict)
+    for name, value in renamed.items():
+        part, _, own = name.partition(".")
+        parts[part][own] = value
+    before, names = {id(value): name for name, value in tensors.items()}, {}
+    for part, layers in parts.items():
+        if not all(name.endswith((".lora_A.weight", ".lora_B.weight", ".lora_B.bias")) for name in layers):
+            if part.startswith("text_encoder"):
+                for form in (StateDictType.DIFFUSERS_OLD, StateDictType.DIFFUSERS):
+                    layers = convert_state_dict_to_peft(layers, original_type=form)
+            else:
+                layers = convert_unet_state_dict_to_peft(layers)
+        names |= {before[id(value)]: (part, name) for name, value in layers.items() if id(value) in before}
+    return names
+
+
+def lora_config_of(flag, part, layers, alphas, metadata):
+    """The PEFT configuration of a part: the file's, else one made from the shapes and alphas of the layers.
+
+    A layer without an alpha has its rank as alpha, in diffusers' format and in kohya's.
+
+    Args:
+        layers: {PEFT's name: tensor}; alphas: {module: alpha}; metadata: {part.field: value} of the file.
+    """
+    from peft import LoraConfig
+
+    own = {name.removeprefix(f"{part}."): value for name, value in metadata.items() if name.startswith(f"{part}.")}
+    if own:
+        known = {field.name for field in fields(LoraConfig)}
+        unknown = sorted(name for name, value in own.items() if name not in known and value)
+        require(not unknown, f"{flag}: its configuration of the {part} has {first_names(unknown)}, which the "
+                "installed peft does not know: pip install -U peft")  # fmt: skip
+        config = LoraConfig(**{name: value for name, value in own.items() if name in known})
+        start = str(config.init_lora_weights).lower()
+        require(not start.startswith(NEW_BASE), f"{flag}: it was started with init_lora_weights {start}, which "
+                "changes the base model too, and can't be continued; save it as a plain LoRA")  # fmt: skip
+        config.inference_mode = False
+        config.alpha_pattern |= {pattern_of(part, module): alpha for module, alpha in alphas.items()}
+        return config
+    ranks = {name.removesuffix(".lora_A.weight"): len(value) for name, value in layers.items() if ".lora_A." in name}
+    alphas = {module: alphas.get(module, rank) for module, rank in ranks.items()}
+    rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
+    return LoraConfig(
+        r=rank,
+        lora_alpha=alpha,
+        rank_pattern={pattern_of(part, module): own for module, own in ranks.items() if own != rank},
+        alpha_pattern={pattern_of(part, module): own for module, own in alphas.items() if own != alpha},
+        target_modules=[module.removeprefix("text_model.") for module in ranks],
+        use_dora=any("lora_magnitude_vector" in name for name in layers),
+        lora_bias=any(name.endswith(".lora_B.bias") for name in layers),
+    )
+
+
+def pattern_of(part, module):
+    """The key of PEFT's patterns that means one module; in text encoders it fits nested and flat names."""
+    return module.removeprefix("text_model.") if part.startswith("text_encoder") else f"^{module}"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Into a model
+
+
+def adapter_state(model):
+    """{PEFT's name: tensor} of a model's adapter."""
+    from peft.utils import get_peft_model_state_dict
+
+    return get_peft_model_state_dict(model, adapter_name=ADAPTER, save_embedding_layers=False)
+
+
+def put_lora(flag, part, model, layers, config, dtype):
+    """Give a model an adapter with the values of a file; on the meta device only names and shapes are compared.
+
+    Args:
+        flag: begins the message; part: the model's name in the pipeline.
+        layers, config: an entry of `read_lora`.
+        dtype: of the adapter, whatever the model's.
+
+    Raises:
+        UserError: the model has other layers than the file, or not each value arrived.
+    """
+    from peft.utils import set_peft_model_state_dict
+
+    if part.startswith("text_encoder") and not hasattr(model, "text_model"):
+        layers = {name.removeprefix("text_model."): value for name, value in layers.items()}
+    fit = f"{flag}: it does not fit this model's {part}, give one made for it"
+    try:
+        model.add_adapter(config, adapter_name=ADAPTER)
+    except ValueError as error:  # none of the layers is there, or PEFT has no LoRA for it
+        raise UserError(f"{fit}: {str(error)[:300]}") from None
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.to(dtype)
+    own = adapter_state(model)
+    extra, absent = sorted(layers.keys() - own.keys()), sorted(own.keys() - layers.keys())
+    require(not extra, f"{flag}: it has {len(layers)} tensors for the {part}, of which this model takes "
+            f"{len(layers) - len(extra)} (not {first_names(extra)}); give one made for this model")  # fmt: skip
+    require(not absent, f"{flag}: it lacks {len(absent)} of the {len(own)} tensors that its configuration asks for "
+            f"({first_names(absent)}); save the LoRA again, whole")  # fmt: skip
+    wrong = [name for name in own if own[name].shape != layers[name].shape]
+    require(not wrong, f"{fit}: {len(wrong)} of its {len(own)} tensors have another shape ({first_names(wrong)})")
+    if any(value.is_meta for value in own.values()):
+        return
+    set_peft_model_state_dict(model, layers, adapter_name=ADAPTER)
+    wrong = [name for name, value in adapter_state(model).items() if not (value.cpu() == layers[name].to(dtype)).all()]
+    require(not wrong, f"{flag}: {len(wrong)} of the {len(own)} tensors for the {part} did not arrive in the model "
+            f"({first_names(wrong)}); the installed peft and diffusers do not fit each other")  # fmt: skip
