@@ -401,7 +401,7 @@ def check_part(flag, name, class_name, subfolder=None):
     subfolder: where a whole pipeline's folder has such a model, if the flag takes a pipeline too.
     """
     if Path(name).is_file():
-        lora = f"is a LoRA; give the folder of a {class_name}"
+        lora = f"is a LoRA; give a folder with a model of the class {class_name}"
         raise UserError(
             f"--{flag} {name} {lora if is_lora_file(Path(name)) else instead_of_folder(Path(name), class_name)}"
         )

@@ -458,7 +458,7 @@ MODELS_SD3 = f"""
 --weighting_scheme logitnormal | --weighting_scheme | is 'logitnormal' | did you mean logit_normal?
 --weighting_scheme mode --mode_scale 9 | --mode_scale | is 9 | between -1 and 1.752
 --logit_std 0 | --logit_std | is 0.0 | must be above 0
---max_sequence_length 0 | --max_sequence_length | is 0 | must be above 0
+--max_sequence_length 0 | --max_sequence_length | is 0 | must lie between 1 and 512
 --precondition_outputs 2 | --precondition_outputs | is '2' | choose from 0, 1
 --snr_gamma 5 | unknown flag | --snr_gamma | rectified flow has --weighting_scheme
 --num_processes 2 | unknown flag | --num_processes | before the script's name
