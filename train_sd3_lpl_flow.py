@@ -132,6 +132,7 @@ from lpl_finetuning.training.objective import (
     gate_from_flags,
     lpl_dtype,
     lpl_stages,
+    needs_decoder,
     sample_latents,
     sample_noise,
     sample_timesteps,
@@ -302,7 +303,10 @@ def lora_targets(args):
     layers = lora_layers(args, SD3)
     if not args.lora_blocks:
         return layers
-    return [f"transformer_blocks.{int(block)}.{layer}" for block in args.lora_blocks.split(",") for layer in layers]
+    targets = [f"transformer_blocks.{int(block)}.{layer}" for block in args.lora_blocks.split(",") for layer in layers]
+    last = load_part_config(args.base_model, SD3Transformer2DModel, "transformer")["num_layers"] - 1
+    no_text_output = f"transformer_blocks.{last}.attn.to_add_out"  # the last block hands on no text
+    return [target for target in targets if args.lora_layers or target != no_text_output]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -503,7 +507,7 @@ def prepare_objective(args, accelerator, plan, data):
     """(`Objective`, autoencoder or None). The autoencoder serves the loss, measuring it, and sampling pictures."""
     empty_is_zero, empty = False, data.prompt("")  # SD3's unconditional embedding is that of the empty prompt
     base, vae, measured = args.base_model, None, args.use_lpl or len(data.held_out)
-    if measured or args.validation_prompt:
+    if needs_decoder(args, measured):
         vae = load_vae(base, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
     encoder = None if data.cached else load_vae(base, torch.float32, accelerator.device)
     stages = lpl_stages(args, vae) if measured else None

@@ -118,6 +118,7 @@ from lpl_finetuning.training.objective import (
     gate_from_flags,
     lpl_dtype,
     lpl_stages,
+    needs_decoder,
     sample_latents,
     sample_noise,
     sample_timesteps,
@@ -462,7 +463,7 @@ def prepare_objective(args, accelerator, plan, data):
     if empty_is_zero and not args.train_text_encoder:
         empty = {name: torch.zeros_like(value) for name, value in empty.items()}
     base, vae, measured = args.base_model, None, args.use_lpl or len(data.held_out)
-    if measured or args.validation_prompt:
+    if needs_decoder(args, measured):
         vae = load_vae(base, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
     encoder = None if data.cached else load_vae(base, torch.float32, accelerator.device)
     stages = lpl_stages(args, vae) if measured else None

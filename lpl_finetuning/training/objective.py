@@ -60,10 +60,16 @@ def lpl_config(args):
 
 
 def lpl_stages(args, vae):
-    """The `FeatureStages` of --lpl_features on an autoencoder."""
+    """The `FeatureStages` of --lpl_features. vae: the autoencoder, which latent features do without."""
     if args.lpl_features == "latent":
-        return IdentityStages(DecoderStages(vae).upscaling)
+        return IdentityStages(args.base_model.family.pixels_per_latent)
     return DecoderStages(vae, args.lpl_num_blocks, rgb=args.lpl_features == "rgb")
+
+
+def needs_decoder(args, measured):
+    """Whether a run decodes latents. measured: whether it uses or measures the perceptual loss."""
+    features = measured and args.lpl_features != "latent"
+    return features or bool(args.validation_prompt) or args.validation_metrics
 
 
 def gate_from_flags(args, **by_default):

@@ -378,6 +378,9 @@ def test_lora_layers_and_blocks(flags, tmp_path):
     modules = {name.split(".lora_")[0] for name in load_file(tmp_path / LORA_FILE)}
     assert modules == {f"transformer.transformer_blocks.{block}.attn.{layer}" for block in (0, 2)
                        for layer in ("to_q", "to_k")}  # fmt: skip
+    run(*flags, "--use_lora", "--lora_blocks", "2", "--max_train_steps", 1, "--output_dir", tmp_path / "last")
+    last = {name.split(".lora_")[0].split(".", 3)[3] for name in load_file(tmp_path / "last" / LORA_FILE)}
+    assert last == set(train_sd3_lpl_flow.SD3.lora_layers) - {"attn.to_add_out"}, "which the last block does not have"
     run(*flags, "--use_lora", "--max_train_steps", 1, "--output_dir", tmp_path)
     layers = {name.split(".lora_")[0].split(".", 3)[3] for name in load_file(tmp_path / LORA_FILE)}
     assert layers == set(train_sd3_lpl_flow.SD3.lora_layers), "diffusers' default targets"

@@ -471,7 +471,7 @@ NODATA | no data | no data | give --train_data_dir FOLDER
 
 FLAGS = """
 --resolution 100 | --resolution | is 100 | must be a multiple of 8
---resolution -8 | --resolution | is -8 | e.g. 8
+--resolution -8 | --resolution | is -8 | e.g. 16
 --train_batch_size 0 | --train_batch_size | is 0 | must be above 0
 --max_train_steps 0 | --max_train_steps | is 0 | must be above 0
 --max_train_steps 1.5 | --max_train_steps | is '1.5' | must be a whole number

@@ -15,7 +15,7 @@ from lpl_finetuning.flag_checks import check_lpl_flags
 from lpl_finetuning.training import plan as plan_module
 from lpl_finetuning.training import reporter as reporter_module
 from lpl_finetuning.training.guard import Fault, Guard
-from lpl_finetuning.training.objective import Objective, PerceptualTerm, lpl_config
+from lpl_finetuning.training.objective import Objective, PerceptualTerm, lpl_config, needs_decoder
 from lpl_finetuning.training.optimization import Outcome, Trainee
 from lpl_finetuning.training.reporter import Metrics, Reporter
 from lpl_finetuning.training.signals import STOP_SIGNALS, StopSignals
@@ -67,6 +67,18 @@ def test_a_step_that_is_not_finite_leaves_the_automatic_weight(bad):
     weight.update(*map(torch.tensor, bad))
     assert all(torch.equal(value, before[name]) for name, value in weight.state_dict().items())
     assert weight().item() == pytest.approx(2 / 4 * 0.25 * 1 / 2)
+
+
+@pytest.mark.parametrize(("words", "measured", "needed"), [
+    ("--use_lpl", True, True), ("--use_lpl --lpl_features rgb", True, True), ("--validation_prompt apple", False, True),
+    ("--use_lpl --lpl_features latent", True, False), ("", False, False),
+    ("--use_lpl --lpl_features latent --validation_prompt apple", True, True),
+])  # fmt: skip
+def test_the_decoder_is_loaded_where_something_is_decoded(words, measured, needed):
+    args = train_sdxl_lpl.parse_args([*words.split(), "--output_dir", "never-made"])
+    if "--validation_prompt" not in words:  # the embedded recipe has some
+        args = args.but(validation_prompt=None)
+    assert needs_decoder(args, measured) is needed
 
 
 @pytest.mark.parametrize(("words", "reference"), [([], 256), (["--lpl_outlier_reference_resolution", "0"], None),
