@@ -70,8 +70,8 @@ def test_a_step_that_is_not_finite_leaves_the_automatic_weight(bad):
 
 
 @pytest.mark.parametrize(("words", "measured", "needed"), [
-    ("--use_lpl", True, True), ("--use_lpl --lpl_features rgb", True, True), ("--validation_prompt apple", False, True),
-    ("--use_lpl --lpl_features latent", True, False), ("", False, False),
+    ("--use_lpl", True, True), ("--use_lpl --lpl_features rgb", True, True), ("", False, False),
+    ("--use_lpl --lpl_features latent", True, False), ("--validation_prompt apple", False, True),
     ("--use_lpl --lpl_features latent --validation_prompt apple", True, True),
 ])  # fmt: skip
 def test_the_decoder_is_loaded_where_something_is_decoded(words, measured, needed):
