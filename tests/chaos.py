@@ -1,6 +1,6 @@
 """Kill runs at random moments, let them resume, and compare with runs that were never killed.
 
-    python -m tests.chaos --kills 200        # what `make chaos` does; tests/processes/test_chaos.py does 30
+    python -m tests.chaos --kills 200        # what `make chaos` does; tests/processes/test_chaos.py does 24
 
 Every run is a process of its own that gets a real SIGKILL. The processes are forked from one that has imported PyTorch
 and both scripts, since most of a short run would otherwise be imports; what they do from the flags on is the scripts'

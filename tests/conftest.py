@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from tests import children
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of hundreds of processes compiles the project anew
+sys.dont_write_bytecode = False
 os.environ["OMP_NUM_THREADS"] = "1"  # the last bits of a sum follow from it; and the tests fill the cores themselves
 
 # Whoever runs the tests: their token, their settings of accelerate, their caches and their proxy do not matter.

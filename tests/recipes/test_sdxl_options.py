@@ -38,7 +38,7 @@ def test_text_encoders_are_trained_saved_and_loaded(flags, sdxl_folder, tmp_path
     """The file holds three adapters in the nested form; the pipeline with it draws what the trained models draw."""
     run(*flags, *TEXT, "--lora_alpha", 16, "--learning_rate", 0.03, "--max_train_steps", 6,
         "--output_dir", tmp_path, "--validation_prompt", "a red apple", "--num_validation_images", 1,
-        "--proportion_empty_prompts", 0.3)  # fmt: skip
+        "--proportion_empty_prompts", 0.3, pictures=True)  # fmt: skip
     tensors = load_file(tmp_path / LORA_FILE)
     starts = {name.split(".encoder.")[0] for name in tensors if not name.startswith("unet.")}
     assert starts == {"text_encoder.text_model", "text_encoder_2.text_model"}
@@ -283,7 +283,7 @@ def test_lr_cycles_and_power(flags, tmp_path):
         "linear": ["--lr_scheduler", "polynomial"],
         "square": ["--lr_scheduler", "polynomial", "--lr_power", 2],
     }.items():
-        rates[name] = [row["lr"] for row in run(*flags, *more, "--output_dir", tmp_path / name)]
+        rates[name] = [row["lr"] for row in run(*flags, *more, "--output_dir", tmp_path / name, result=False)]
     assert rates["cosine"] != rates["cycles"] and rates["linear"] != rates["square"]
 
 
