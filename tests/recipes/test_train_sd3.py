@@ -413,8 +413,8 @@ def test_a_killed_run_goes_on_bit_for_bit(flags, tmp_path):
 
 
 def test_two_ranks_equal_one_with_twice_the_accumulation(flags, tmp_path):
-    flags = [*flags, *TEXT, "--use_lpl", "--max_train_steps", 3, "--train_batch_size", 2, "--validation_split", 3,
-             "--validation_steps", 3, "--timestep_sampling", "stratified"]  # fmt: skip
+    flags = [*flags, *TEXT, "--use_lpl", "--max_train_steps", 2, "--train_batch_size", 2, "--validation_split", 3,
+             "--validation_steps", 2, "--timestep_sampling", "stratified"]  # fmt: skip
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for words in (
         children.torchrun(2, *command(*flags, "--output_dir", tmp_path / "two")[1:]),
