@@ -92,9 +92,9 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # curves and refusals are those of a CPU
 
 
-LONG = ("train_sdxl", "chaos", "guard", "sdxl_options", "train_sd3", "zero", "publishing", "run_data", "readme",
-        "recipes", "scaling", "evaluate_models", "lpl", "hub", "store", "safety", "base_model", "measures",
-        "uncertainty", "images", "scan", "preview", "export")  # fmt: skip
+LONG = ("sdxl_options", "train_sdxl", "guard", "chaos", "train_sd3", "readme", "zero", "scaling", "publishing",
+        "run_data", "recipes", "evaluate_models", "measures", "third_family", "checkpoints", "base_model", "lpl",
+        "memory", "preview", "export", "store", "safety", "uncertainty", "hub", "images", "scan")  # fmt: skip
 
 
 def pytest_collection_modifyitems(config, items):
