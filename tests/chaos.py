@@ -1,10 +1,9 @@
 """Kill runs at random moments, let them resume, and compare with runs that were never killed.
 
-    python -m tests.chaos --kills 200        # what `make chaos` does; tests/processes/test_chaos.py does 30
+    python -m tests.chaos --kills 200        # what `make chaos` does; tests/processes/test_chaos.py does 20
 
-Every run is a process of its own that gets a real SIGKILL. The processes are forked from one that has imported PyTorch
-and both scripts, since most of a short run would otherwise be imports; what they do from the flags on is the scripts'
-own `main`.
+Every run is a process of its own that gets a real SIGKILL. The processes are forked from one that has imported
+PyTorch, since most of a short run would otherwise be imports.
 """
 
 import argparse
@@ -127,6 +126,12 @@ class Launcher:
             first.start()
             first.join()
 
+    def fork(self, script, flags, environment, log):
+        """A process of a run, started: multiprocessing's, or with the `exitcode`, `join` and `kill` of that."""
+        process = self.context.Process(target=work, args=(script, flags, environment, str(log)))
+        process.start()
+        return process
+
     def start(self, cell, flags, log):
         """The processes of a run, one a rank."""
         if self.port:
@@ -134,21 +139,9 @@ class Launcher:
         self.port = reserved_port()
         port = self.port.getsockname()[1]
         shared = {"WORLD_SIZE": str(cell["ranks"]), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks = [
-            self.context.Process(
-                target=work,
-                args=(
-                    SCRIPTS[cell["recipe"]],
-                    flags,
-                    shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} if cell["ranks"] > 1 else {},
-                    str(log),
-                ),
-            )
-            for rank in range(cell["ranks"])
-        ]
-        for process in ranks:
-            process.start()
-        return ranks
+        ranks = [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(cell["ranks"])]
+        return [self.fork(SCRIPTS[cell["recipe"]], flags, environment if cell["ranks"] > 1 else {}, log)
+                for environment in ranks]  # fmt: skip
 
 
 def reserved_port():
@@ -340,9 +333,9 @@ def report(outcomes):
     return lines
 
 
-def run_grid(cells, kills, folder, models, pictures, seed=0):
+def run_grid(cells, kills, folder, models, pictures, launcher, seed=0):
     """Spread `kills` kills over combinations, each with a folder of its own; returns the Outcomes."""
-    launcher, outcomes = Launcher(), []
+    outcomes = []
     with tqdm(total=kills, desc="kills", unit="kill") as bar:
         for number, cell in enumerate(cells):
             place = Path(folder, f"{number:02d}")
@@ -371,7 +364,7 @@ def main():
         tiny_models.sdxl_pipeline().save_pretrained(models["sdxl"])
         tiny_models.sd3_pipeline().save_pretrained(models["sd3"])
         pictures = tiny_models.picture_folder(folder / "pictures")
-        outcomes = run_grid(whole_grid(), args.kills, folder / "runs", models, pictures, args.seed)
+        outcomes = run_grid(whole_grid(), args.kills, folder / "runs", models, pictures, Launcher(), args.seed)
         print("\n".join(report(outcomes)))
     sys.exit(any(outcome.problems for outcome in outcomes))
 

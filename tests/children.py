@@ -132,3 +132,9 @@ def printed_by(code, *options):
     """What Python code prints in a process of its own, in the repository, as JSON."""
     words = [sys.executable, *options, "-c", code]
     return json.loads(subprocess.run(words, check=True, cwd=ROOT, stdout=subprocess.PIPE).stdout)
+
+
+def peak():
+    """The most memory that this process has had, in KiB; ru_maxrss would begin with that of its parent."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))

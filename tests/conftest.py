@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import sys
 import tempfile
 
 import pytest
@@ -9,6 +10,8 @@ import pytest
 from tests import children
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)  # or each of hundreds of processes compiles the project anew
+sys.dont_write_bytecode = False
 os.environ["OMP_NUM_THREADS"] = "1"  # the last bits of a sum follow from it; and the tests fill the cores themselves
 
 # Whoever runs the tests: their token, their settings of accelerate, their caches and their proxy do not matter.
@@ -89,9 +92,9 @@ def pytest_configure(config):
         os.environ["CUDA_VISIBLE_DEVICES"] = ""  # curves and refusals are those of a CPU
 
 
-LONG = ("train_sdxl", "chaos", "guard", "sdxl_options", "train_sd3", "zero", "publishing", "run_data", "readme",
-        "recipes", "scaling", "evaluate_models", "lpl", "hub", "store", "safety", "base_model", "measures",
-        "uncertainty", "images", "scan", "preview", "export")  # fmt: skip
+LONG = ("sdxl_options", "train_sdxl", "guard", "chaos", "train_sd3", "readme", "zero", "scaling", "publishing",
+        "run_data", "recipes", "evaluate_models", "measures", "third_family", "checkpoints", "base_model", "lpl",
+        "memory", "preview", "export", "store", "safety", "uncertainty", "hub", "images", "scan")  # fmt: skip
 
 
 def pytest_collection_modifyitems(config, items):

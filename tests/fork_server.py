@@ -5,8 +5,8 @@
 
 A start from nothing imports torch, diffusers, transformers, accelerate and peft, which takes longer than most tests.
 The server imports them once. Each start is a fork of the server, in a session of its own, with the arguments,
-environment, folder and files of the test. The server imports no module of the project and runs no thread. `Forked`
-looks like subprocess.Popen: the process is a real one, with real signals and a real exit status.
+environment, folder and files of the test. The server runs no thread. Of the project it imports what all scripts share.
+`Forked` looks like subprocess.Popen: the process is a real one, with real signals and a real exit status.
 
 What a library reads from the environment when it is imported is the server's: the number of threads, for instance.
 The variables of the Hub's client are read anew.
@@ -14,6 +14,7 @@ The variables of the Hub's client are read anew.
 
 import atexit
 import contextlib
+import gc
 import importlib
 import json
 import os
@@ -34,13 +35,18 @@ ROOT = Path(__file__).resolve().parent.parent
 # The server
 
 
-def import_what_is_light():
-    """Import what the scripts import before torch; what reads the environment at its import is left out."""
-    import numpy
-    import PIL.Image
-    import yaml
+LIGHT_IMPORTS = ("numpy", "PIL.Image", "yaml", "lpl_finetuning.flag_checks", "lpl_finetuning.families",
+                 "lpl_finetuning.start")  # fmt: skip
+SLOW_IMPORTS = ("tests.warm", "lpl_finetuning.training.plan", "lpl_finetuning.training.run",
+                "lpl_finetuning.training.validation", "lpl_finetuning.results.export")  # fmt: skip
 
-    return numpy, PIL, yaml
+
+def import_all(names):
+    """Import modules, of which none reads the environment that a test sets."""
+    for name in names:
+        importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # collections in the forks skip these objects, whose memory stays shared
 
 
 IMPORTED_TORCH = 99  # exit status of a child of the light server that has imported torch
@@ -119,10 +125,7 @@ def serve(path, light=False):
     """Answer requests on a socket until the client goes: [pid] at once, [pid, wait status] at the end of each."""
     global LIGHT
     LIGHT = light
-    if light:
-        import_what_is_light()
-    else:
-        importlib.import_module("tests.warm")
+    import_all(LIGHT_IMPORTS if light else [*LIGHT_IMPORTS, *SLOW_IMPORTS])
     assert threading.active_count() == 1, "a fork has only the thread that forks; a lock of another stays locked"
     listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     listener.bind(path)

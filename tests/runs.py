@@ -1,15 +1,19 @@
 """Running a training script in tests, and looking at what it made."""
 
+import contextlib
 import gc
 import hashlib
 import json
 import sys
 from functools import partial
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import torch
 from accelerate.state import AcceleratorState
+from matplotlib.figure import Figure
+from PIL import Image
 from safetensors.torch import load_file
 
 from lpl_finetuning.data import scan
@@ -25,13 +29,31 @@ gc.collect()
 gc.freeze()  # accelerate collects at the end of every run: not over all that the imports have made
 
 
-def run(script, *flags):
-    """A script's main, in this process: the rows of its metrics file. script: the module."""
+def run(script, *flags, pictures=False, result=True):
+    """A script's main, in this process: the rows of its metrics file.
+
+    Args:
+        script: the module.
+        pictures: sample pictures in as many steps as the script does, and paint `run.png`. Otherwise pictures take 2
+            steps, and `run.png` is composed but one pixel large.
+        result: write the trained weights.
+    """
     AcceleratorState._reset_state(True)
     args = script.parse_args([str(flag) for flag in flags])
-    script.main(args, *scan.find_images(data_source(args)))
+    with contextlib.ExitStack() as stack:
+        if not pictures:
+            stack.enter_context(mock.patch.dict(vars(script), SAMPLING_STEPS=2))
+            stack.enter_context(mock.patch.object(Figure, "savefig", write_pixel))
+        if not result:
+            stack.enter_context(mock.patch.object(script, "save_result"))
+        script.main(args, *scan.find_images(data_source(args)))
     path = Path(args.output_dir, args.logging_dir, "metrics.jsonl")
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def write_pixel(figure, path, **options):
+    """matplotlib's `savefig`, but for the painting."""
+    Image.new("RGB", (1, 1)).save(path)
 
 
 def command(script, *flags):

@@ -16,11 +16,12 @@ from lpl_finetuning.files import cache_folder, digest, format_bytes, write_whole
 from lpl_finetuning.flags import caption_rules, framing_rules, print_configuration
 from lpl_finetuning.training.checkpoint_folders import changes_since, read_manifest
 from lpl_finetuning.training.checkpoints import checkpoint_to_resume
+from lpl_finetuning.training.estimates import ShapesOfNorms, described, described_parts, remembered
 from lpl_finetuning.training.models import lora_config
 from lpl_finetuning.training.objective import lpl_config
 from lpl_finetuning.training.sharding import is_sharded, memory_of_rank, zero_stage
 from lpl_finetuning.training.validation import HELD_OUT_LEVELS
-from lpl_utils import LatentPerceptualLoss, stage_features
+from lpl_utils import LatentPerceptualLoss
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def latent_size(args):
 
 
 class MeteredStages:
-    """A network's `FeatureStages` that tell how much a meter rises from one stage to the next.
+    """A network's `FeatureStages` that tell how much a meter rises from one stage to the next, and their shapes.
 
     The walk may enter a stage several times: for the target, for the estimate and again in the backward pass.
     """
@@ -60,6 +61,7 @@ class MeteredStages:
     def __init__(self, stages, meter):
         self.stages, self.meter = stages, meter
         self.bytes, self.current, self.before = [0] * len(stages), 0, 0
+        self.shapes = [None] * len(stages)
 
     def __len__(self):
         return len(self.stages)
@@ -70,7 +72,9 @@ class MeteredStages:
     def run(self, index, x):
         """See `FeatureStages.run`."""
         self.note(index)
-        return self.stages.run(index, x)
+        features = self.stages.run(index, x)
+        self.shapes[index] = list(features.shape[1:])
+        return features
 
     def note(self, following=0):
         """Count what was kept since the last call for the stage that ran, and go on with the following one."""
@@ -78,26 +82,29 @@ class MeteredStages:
         self.current, self.before = following, self.meter.total
 
 
-def lpl_bytes(args, stages, shape):
-    """Bytes that the loss keeps for its backward pass: of all stages, or of the largest with checkpointing.
+def lpl_estimate(args, stages, shape):
+    """(bytes that the loss keeps for its backward pass, {stage's name: [C, H, W]} of the features that it compares).
+
+    The bytes are those of all stages, or of the largest with checkpointing.
 
     Args:
         stages: `FeatureStages` on the meta device; shape: (C, h, w) of the latents.
     """
     config = lpl_config(args)
     batch = min(args.train_batch_size, config.batch_size)
-    with torch.device("meta"), SavedBytes() as kept:
-        metered = MeteredStages(stages, kept)
-        pair = torch.randn(2, batch, *shape)
-        LatentPerceptualLoss(metered, config)(pair[0].requires_grad_(), pair[1])
-    metered.note()
-    return max(metered.bytes) if config.checkpointing == "stage" else sum(metered.bytes)
 
+    def measure():
+        with torch.device("meta"), ShapesOfNorms(), SavedBytes() as kept:
+            metered = MeteredStages(stages, kept)
+            pair = torch.randn(2, batch, *shape)
+            LatentPerceptualLoss(metered, config)(pair[0].requires_grad_(), pair[1])
+        metered.note()
+        return metered.bytes, metered.shapes
 
-def stage_shapes(stages, shape):
-    """{stage's name: (C, H, W)} of the features that the loss compares, for latents of `shape`, (C, h, w)."""
-    features = stage_features(stages, torch.empty(1, *shape, device="meta"))
-    return {name: tuple(x.shape[1:]) for name, x in zip(stages.names, features, strict=True)}
+    sizes, shapes = remembered(args.cache_dir, [type(stages), lpl_estimate], measure, kept="LPL", batch=batch,
+                               config=str(config), stages=described_parts(stages), latents=shape)  # fmt: skip
+    total = max(sizes) if config.checkpointing == "stage" else sum(sizes)
+    return total, dict(zip(stages.names, shapes, strict=True))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -321,8 +328,8 @@ def print_lpl_plan(args, gate, share, hint, stages, shape, say):
         + (f" ({config.norm_gradient} gradient)" if config.norm_gradient != "none" else "")
         + f", {config.loss_type}, at most {config.batch_size} samples at a time, checkpointing "
         f"{config.checkpointing}, {str(stages.dtype)[6:]}")  # fmt: skip
-    shapes = stage_shapes(stages, shape).items()
-    say("     features: " + ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes))
+    _, shapes = lpl_estimate(args, stages, shape)
+    say("     features: " + ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items()))
     if share < 0.02:
         scaled = " without --lpl_threshold_resolution" if args.lpl_threshold_resolution else ""
         say(f"warning: LPL applies to under 2 % of the samples and will hardly matter; {hint}{scaled} would give 20 %")
@@ -345,9 +352,17 @@ def saved_by_forward(denoiser, args, dtype, example_inputs):
         dtype: what autocast would run in; the weights are cast, since the meta device has no autocast.
     """
     denoiser.to(dtype)
-    with torch.device("meta"), SavedBytes() as activations:
-        denoiser(*example_inputs(denoiser, args, latent_size(args), dtype))
-    return activations.total
+    with torch.device("meta"):
+        inputs = example_inputs(denoiser, args, latent_size(args), dtype)
+
+    def measure():
+        with torch.device("meta"), ShapesOfNorms(), SavedBytes() as activations:
+            denoiser(*inputs)
+        return activations.total
+
+    code = saved_by_forward, type(denoiser), example_inputs
+    return remembered(args.cache_dir, code, measure, kept="denoiser", model=described(denoiser),
+                      inputs=described(inputs))  # fmt: skip
 
 
 def latent_shape(denoiser, args, example_inputs):
@@ -375,5 +390,6 @@ def memory_estimate(args, denoiser, network, stages, dtype, example_inputs):
         ("activations", saved_by_forward(denoiser, args, dtype, example_inputs)),
     ]
     if args.use_lpl:
-        parts += [("decoder", parameter_bytes(network.parameters())), ("LPL", lpl_bytes(args, stages, shape))]
+        decoder = 0 if args.lpl_features == "latent" else parameter_bytes(network.parameters())
+        parts += [("decoder", decoder), ("LPL", lpl_estimate(args, stages, shape)[0])]
     return parts

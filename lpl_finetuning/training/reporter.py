@@ -244,16 +244,17 @@ def when(step):
 
 def plot_run(history, path, title, stages):
     """Draw losses, the loss per stage (`stages`: names), learning rate, throughput, and held-out losses if any."""
-    import matplotlib
+    from matplotlib import colormaps
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
+    viridis = colormaps["viridis"]
     held_out = history.series("validation/diffusion_loss")[0]
     measured = history.series("validation/one_step/psnr")[0]
     rows = 2 + bool(held_out) + bool(measured)
     height = 3.5 * rows
-    figure, axes = plt.subplots(rows, 2, figsize=(12, height))
+    figure = Figure(figsize=(12, height))
+    axes = figure.subplots(rows, 2)
     figure.subplots_adjust(left=0.06, right=0.985, top=1 - 0.8 / height, bottom=0.5 / height, hspace=0.38, wspace=0.2)
     losses, layers, rate, speed = axes[-2:].flat
     for key, label in [
@@ -265,9 +266,9 @@ def plot_run(history, path, title, stages):
     losses.set_title("losses in training")
     for layer, name in enumerate(stages):
         series = history.series(f"lpl/features/layer_{layer}/loss")
-        draw_curve(layers, *series, name, plt.cm.viridis(layer / max(5, len(stages))))
+        draw_curve(layers, *series, name, viridis(layer / max(5, len(stages))))
     if history.series("lpl/features/layer_0/loss")[0]:
-        layers.set_yscale("log")
+        logarithmic(layers)
     else:
         layers.text(0.5, 0.5, "no LPL in these steps", ha="center", va="center", transform=layers.transAxes)
     layers.set_title("LPL per stage, unweighted")
@@ -279,17 +280,29 @@ def plot_run(history, path, title, stages):
     speed.set_title("samples per second")
     speed.set_ylim(bottom=0)
     if held_out:
-        plot_held_out(history, axes[0], plt.cm.viridis)
+        plot_held_out(history, axes[0], viridis)
     if measured:
         plot_measures(history, axes[1])
     for axis in axes.flat:
         axis.set_xlabel("optimizer step")
+        axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        axis.set_title(axis.get_title(), y=1)  # a place of its own, or matplotlib lays out every axis twice
         axis.grid(alpha=0.3)
         if axis.get_legend_handles_labels()[1]:
             axis.legend(fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
-    plt.close(figure)
+
+
+def logarithmic(axis):
+    """A logarithmic y axis with plain labels at 1, 2 and 5, or at powers of ten where the values span over 100."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
+
+    axis.set_yscale("log")
+    low, high = axis.get_ylim()
+    axis.yaxis.set_major_locator(LogLocator(subs=(1,) if high > 100 * low else (1, 2, 5)))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(FuncFormatter(lambda value, position: f"{value:g}"))
 
 
 def plot_held_out(history, axes, colors):

@@ -87,45 +87,46 @@ def test_comparing_two_models(sdxl_folder, tmp_path):
 
 
 @pytest.mark.parametrize("script", ["train_sdxl_lpl.py", "train_sd3_lpl_flow.py"])
-def test_the_plain_command_runs_on_the_embedded_default(script, tmp_path):
+def test_the_plain_command_runs_on_the_embedded_default(script, cache_dir, tmp_path):
     """`accelerate launch SCRIPT --use_lpl`, shortened: no model, no data, no network."""
     [words] = [words for words in commands("accelerate launch") if len(words) == 4 and script in words]
-    said = launch(words, "--output_dir", tmp_path, "--max_train_steps", 4, "--validation_steps", 4,
-                  "--num_validation_images", 1, "--validation_prompt", "apple", "--cache_dir", tmp_path / "cache",
+    said = launch(words, "--output_dir", tmp_path, "--max_train_steps", 2, "--validation_steps", 2,
+                  "--num_validation_images", 1, "--validation_prompt", "apple", "--cache_dir", cache_dir,
                   as_it_is=script == "train_sdxl_lpl.py")  # fmt: skip
     assert "No model and no data named" in said and "96, 96 different" in said
-    assert str(tmp_path / "validation" / "step-4.png") in said
+    assert str(tmp_path / "validation" / "step-2.png") in said
     assert (tmp_path / "run.png").is_file() and (tmp_path / "model_index.json").is_file()
 
 
-def test_the_sd3_lora_command(sd3_folder, pictures, tmp_path):
+def test_the_sd3_lora_command(sd3_folder, pictures, cache_dir, tmp_path):
     """With only model, pictures and size replaced."""
     [words] = [words for words in commands("accelerate launch") if "my-sd3-lora" in words]
     words = [str(pictures) if word == "my-pictures" else word for word in words]
     launch(words, "--output_dir", tmp_path / "out", "--pretrained_model_name_or_path", sd3_folder, "--resolution", 64,
-           "--max_train_steps", 2, "--validation_steps", 2, "--cache_dir", tmp_path / "cache")  # fmt: skip
+           "--max_train_steps", 2, "--validation_steps", 2, "--num_validation_images", 1,
+           "--cache_dir", cache_dir)  # fmt: skip
     assert (tmp_path / "out" / "pytorch_lora_weights.safetensors").is_file()
 
 
-def test_the_held_out_command(tmp_path):
+def test_the_held_out_command(cache_dir, tmp_path):
     """On the embedded default too, shortened: held-out losses and grids with the start in them."""
     [words] = [words for words in commands("accelerate launch") if "--validation_split" in words]
-    said = launch(words, "--output_dir", tmp_path, "--max_train_steps", 4, "--validation_steps", 4,
+    said = launch(words, "--output_dir", tmp_path, "--max_train_steps", 2, "--validation_steps", 2,
                   "--num_validation_images", 1, "--validation_prompt", "apple", "cat",
-                  "--cache_dir", tmp_path / "cache")  # fmt: skip
+                  "--cache_dir", cache_dir)  # fmt: skip
     assert "84, held out: 12" in said and "Held-out diffusion loss:" in said
     assert len(list((tmp_path / "validation" / "before").glob("*.png"))) == 2
 
 
-def test_the_lora_command_the_snippet_that_loads_it_and_publishing(sdxl_folder, pictures, tmp_path):
+def test_the_lora_command_the_snippet_that_loads_it_and_publishing(sdxl_folder, pictures, cache_dir, tmp_path):
     """The LoRA command with only model, pictures and size replaced; then the README's Python, and its upload."""
 
     [words] = [words for words in commands("accelerate launch") if "my-lora" in words]
     replaced = {"stabilityai/stable-diffusion-xl-base-1.0": str(sdxl_folder), "my-pictures": str(pictures)}
     words = [replaced.get(word, word) for word in words]
     launch(words, "--output_dir", tmp_path / "my-lora", "--pretrained_model_name_or_path", sdxl_folder,
-           "--resolution", 64, "--max_train_steps", 2, "--validation_steps", 2,
-           "--cache_dir", tmp_path / "cache")  # fmt: skip
+           "--resolution", 64, "--max_train_steps", 2, "--validation_steps", 2, "--num_validation_images", 1,
+           "--cache_dir", cache_dir)  # fmt: skip
     [snippet] = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert "load_lora_weights" in snippet
     more = {"my-lora": str(tmp_path / "my-lora"), "beach.png": str(tmp_path / "beach.png"), '"cuda"': '"cpu"'}

@@ -44,6 +44,9 @@ def lora(flags):
             "--num_validation_images", 2, "--validation_steps", 2]  # fmt: skip
 
 
+ONE_PICTURE = ["--validation_prompt", "the sun", "--num_validation_images", 1]
+
+
 def test_a_run_publishes_its_result(lora, hub, tmp_path):
     """One commit with weights, card and pictures, and nothing else; no file has the token in it."""
     folder = tmp_path / "my-lora"
@@ -73,7 +76,7 @@ def test_a_failed_upload_leaves_everything_and_the_printed_command_completes_it(
     name = f"lora-{fault.what}"
     folder = tmp_path / name
     hub.fault = fault
-    result = start(command(*lora, "--output_dir", folder), hub, tmp_path / "home")
+    result = start(command(*lora, *ONE_PICTURE, "--output_dir", folder), hub, tmp_path / "home")
     hub.fault = None
     assert result.returncode == 3, result.stderr[-2000:]
     assert "Traceback" not in result.stderr and not hub.repositories[f"me/{name}"].commits
@@ -89,7 +92,7 @@ def test_a_run_that_is_asked_to_stop_at_its_end_says_how_to_publish(lora, hub, t
     """It was told to end: what is left, the upload, may take long."""
     folder = tmp_path / "late"
     driver = [sys.executable, str(ROOT / "tests" / "signalled.py"), "train_sdxl_lpl", "save_result", "1", "SIGTERM"]
-    result = start([*driver, *map(str, lora), "--output_dir", str(folder)], hub, tmp_path / "home")
+    result = start([*driver, *map(str, [*lora, *ONE_PICTURE, "--output_dir", folder])], hub, tmp_path / "home")
     assert result.returncode == 0 and "Not published, since the run was asked to stop" in result.stdout, result.stderr
     assert not hub.repositories["me/late"].commits
     [line] = [line for line in result.stdout.splitlines() if "lpl_finetuning.publish" in line]

@@ -216,7 +216,7 @@ def test_sdxl_is_trained_killed_resumed_and_saved(sdxl_folder, pictures, cache_d
     flags = scaling_flags(sdxl_folder, pictures, cache_dir, more)
     wide = [*flags, "--gradient_accumulation_steps", 4]
     runs.run(train_sdxl_lpl, *wide, *drawn, "--checkpointing_steps", 2, "--max_train_steps", 4, "--output_dir",
-             tmp_path / "one")  # fmt: skip
+             tmp_path / "one", pictures=True)  # fmt: skip
     script = ["train_sdxl_lpl.py", *flags, "--gradient_accumulation_steps", 2, "--output_dir", tmp_path / "two"]
     log = tmp_path / "log"
     with on_ranks(2, log, *script, "--max_train_steps", 3000, "--checkpointing_steps", 1000,

@@ -50,7 +50,8 @@ def reference(sdxl_folder, pictures, cache_dir, tmp_path_factory):
     """(flags, folder of one process' run of 4 steps), with all that a rank can do wrong."""
     flags = scaling_flags(sdxl_folder, pictures, cache_dir, MORE)
     folder = tmp_path_factory.mktemp("one")
-    runs.run(train_sdxl_lpl, *flags, *END, "--gradient_accumulation_steps", 4, "--output_dir", folder)
+    runs.run(train_sdxl_lpl, *flags, *END, "--gradient_accumulation_steps", 4, "--output_dir", folder,
+             pictures=True)  # fmt: skip
     return flags, folder
 
 

@@ -43,7 +43,7 @@ def test_measures_are_logged_drawn_and_on_the_card(family, request, monkeypatch,
              "--report_to", "none", "--validation_data_dir", pictures, "--max_train_steps", 3, "--validation_steps", 1,
              "--logging_steps", 1, *MORE, *(["--max_sequence_length", 256] if family == "sd3" else [])]  # fmt: skip
     rows = script.run(*flags, "--validation_metrics", "--validation_kid_every", 2, "--validation_kid_samples", 6,
-                      "--output_dir", tmp_path / "with")  # fmt: skip
+                      "--output_dir", tmp_path / "with", pictures=True)  # fmt: skip
     measured = [row for row in rows if "validation/one_step/psnr" in row]
     assert [row["step"] for row in measured] == [0, 1, 2, 3]
     assert [row["step"] for row in rows if "validation/kid" in row] == [0, 2, 3]

@@ -81,7 +81,7 @@ def test_lora_loads_in_diffusers_and_changes_the_picture(flags, sdxl_folder, tmp
 def test_full_training_saves_a_whole_pipeline(flags, sdxl_folder, tmp_path):
     run(*flags, "--use_lpl", "--max_train_steps", 4, "--output_dir", tmp_path,
         "--validation_prompt", "a red apple", "the sun", "--num_validation_images", 2,
-        "--validation_steps", 2)  # fmt: skip
+        "--validation_steps", 2, pictures=True)  # fmt: skip
     before, _ = draw(sdxl_folder)
     after, _ = draw(tmp_path)
     assert np.abs(after - before).max() > 8
@@ -107,7 +107,7 @@ def test_the_curves_are_drawn_as_the_run_goes(flags, tmp_path, monkeypatch):
 def test_validation_uses_the_same_seeds_and_the_real_pipeline(flags, sdxl_folder, tmp_path):
     """The grid's first picture before training is what the base pipeline draws with that seed."""
     run(*flags, "--max_train_steps", 1, "--output_dir", tmp_path, "--learning_rate", 0, "--num_validation_images", 1,
-        "--validation_prompt", "a red apple")  # fmt: skip
+        "--validation_prompt", "a red apple", pictures=True)  # fmt: skip
     pipeline = StableDiffusionXLPipeline.from_pretrained(sdxl_folder)
     image = pipeline("a red apple", generator=torch.Generator().manual_seed(3), num_inference_steps=25, height=64,
                      width=64).images[0]  # fmt: skip
@@ -142,15 +142,15 @@ def start_and_kill(flags, output_dir, after):
 )
 def test_a_killed_run_goes_on_bit_for_bit(kind, flags, tmp_path):
     """SIGKILL in mid-epoch, resume: the same weights as a run that was never killed, to the last bit."""
-    flags = [*flags, *kind.split(), "--use_lpl", "--max_train_steps", 20, "--checkpointing_steps", 5]
+    flags = [*flags, *kind.split(), "--use_lpl", "--max_train_steps", 14, "--checkpointing_steps", 4]
     flags += ["--checkpoints_total_limit", 2]
     run(*flags, "--output_dir", tmp_path / "whole")
-    start_and_kill(flags, tmp_path / "killed", after=7)
-    assert not (tmp_path / "killed" / "checkpoint-20").exists()
+    start_and_kill(flags, tmp_path / "killed", after=5)
+    assert not (tmp_path / "killed" / "checkpoint-14").exists()
     run(*flags, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "latest")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
     for name in ("training_state.safetensors",):
-        states = [load_file(tmp_path / which / "checkpoint-20" / name) for which in ("whole", "killed")]
+        states = [load_file(tmp_path / which / "checkpoint-14" / name) for which in ("whole", "killed")]
         assert states[0].keys() == states[1].keys()
         assert all(torch.equal(states[0][key], states[1][key]) for key in states[0]), "optimizer, EMA, LPL's means"
     losses = [(tmp_path / which / "logs" / "metrics.jsonl").read_text().splitlines() for which in ("whole", "killed")]
@@ -515,7 +515,8 @@ def test_lpl_options_reach_the_loss(flags, tmp_path):
         "none": ["--lpl_norm_type", "none"], "latent": ["--lpl_features", "latent"], "rgb": ["--lpl_features", "rgb"],
     }.items():  # fmt: skip
         threshold = [] if name == "sigma" else ["--lpl_t_threshold", 500]
-        rows = run(*flags, "--use_lpl", *threshold, *more, "--max_train_steps", 1, "--output_dir", tmp_path / name)
+        rows = run(*flags, "--use_lpl", *threshold, *more, "--max_train_steps", 1, "--output_dir", tmp_path / name,
+                   result=False)  # fmt: skip
         seen[name] = rows[0]["lpl/loss"]
     assert len({f"{value:.5g}" for value in seen.values()}) == len(seen), seen
     same = {}
@@ -524,7 +525,7 @@ def test_lpl_options_reach_the_loss(flags, tmp_path):
         "half": ["--lpl_norm_gradient", "half"], "full": ["--lpl_norm_gradient", "full"],
     }.items():  # fmt: skip
         rows = run(*flags, "--use_lpl", "--lpl_t_threshold", 500, *more, "--lpl_weight", 1, "--max_train_steps", 1,
-                   "--output_dir", tmp_path / name)  # fmt: skip
+                   "--output_dir", tmp_path / name, result=False)  # fmt: skip
         same[name] = rows[0]["grad_norm"]
     assert same["chunks"] == pytest.approx(same["a"], rel=1e-5) and same["stage"] == pytest.approx(same["a"], rel=1e-5)
     assert len({f"{same[name]:.5g}" for name in ("a", "half", "full")}) == 3, same  # equal values, other gradients
@@ -542,7 +543,7 @@ def test_training_options_reach_the_run(flags, tmp_path):
     }  # fmt: skip
     seen = {}
     for name, more in options.items():
-        rows = run(*flags, *more, "--max_train_steps", 3, "--output_dir", tmp_path / name)
+        rows = run(*flags, *more, "--max_train_steps", 3, "--output_dir", tmp_path / name, result=False)
         seen[name] = f"{rows[2]['train_loss']:.7g}"
     assert len(set(seen.values())) == len(seen), seen
 

@@ -1,5 +1,6 @@
 """Publishing, end to end: the real client, in processes of its own, against a Hub on the loopback interface."""
 
+import functools
 import json
 import os
 import re
@@ -757,7 +758,7 @@ def test_the_licence_of_a_base_model_on_the_hub(hub, child):
 
 
 def test_the_snippets_run(tmp_path, monkeypatch):
-    """As they stand, with folders of the names that they load from the Hub."""
+    """As they stand, with folders of the names that they load from the Hub; pictures take 2 steps."""
     import torch
     from diffusers import StableDiffusionXLPipeline
     from peft import LoraConfig
@@ -772,6 +773,8 @@ def test_the_snippets_run(tmp_path, monkeypatch):
     unet = StableDiffusionXLPipeline.from_pretrained("owner/base").unet
     unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], init_lora_weights=False))
     StableDiffusionXLPipeline.save_lora_weights("alice/apples", unet_lora_layers=get_peft_model_state_dict(unet))
+    few = functools.partialmethod(StableDiffusionXLPipeline.__call__, num_inference_steps=2)
+    monkeypatch.setattr(StableDiffusionXLPipeline, "__call__", few)
     drawn = {}
     for name in ("lora", "full"):
         said = (tmp_path / name / "README.md").read_text(encoding="utf-8")

@@ -494,20 +494,16 @@ def test_a_failing_conversion_is_found_too(monkeypatch, format_name):
     assert "no such colours" in agreed(file_of(PHOTO, format_name))[1]
 
 
-def peak():
-    """The most memory that this process has had, in KiB; ru_maxrss would begin with that of its parent."""
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) for line in file if line.startswith("VmHWM:"))
-
-
 def test_a_large_image_is_refused_at_once_and_without_memory():
+    files = png(60000, 60000, 8, 2, []), png(10000, 10000, 1, 0, [])
     code = (
         "import json, time\nfrom lpl_finetuning.data import images\n"
-        "from tests.unit.test_images import peak, png\n"
+        "from tests.children import peak\n"
+        f"large, between = {files}\n"
         "before, start = peak(), time.process_time()\n"
-        "errors = [images.inspect(png(60000, 60000, 8, 2, [])).error]\n"
+        "errors = [images.inspect(large).error]\n"
         "grown, seconds = peak() - before, time.process_time() - start\n"
-        "errors.append(images.inspect(png(10000, 10000, 1, 0, [])).error)\n"
+        "errors.append(images.inspect(between).error)\n"
         "print(json.dumps([errors, grown, seconds]))\n"
     )
     (large, between), grown, seconds = printed_by(code, "-W", "error::RuntimeWarning")
@@ -709,7 +705,7 @@ def test_extreme_aspect_ratios_take_little_memory_and_time(original):
         "import json, time, numpy as np\n"
         "from PIL import Image\n"
         "from lpl_finetuning.data import images\n"
-        "from tests.unit.test_images import peak\n"
+        "from tests.children import peak\n"
         f"original = {original}\n"
         "pixels = np.repeat(np.arange(max(original), dtype=np.uint32).astype(np.uint8), min(original))\n"
         "image = Image.fromarray(pixels.reshape(original) if original[0] > 1 and original[1] == 1 else\n"
