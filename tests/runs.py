@@ -34,7 +34,7 @@ def run(script, *flags, pictures=False, result=True):
 
     Args:
         script: the module.
-        pictures: sample pictures in as many steps as the script does, and paint `run.png`. Otherwise pictures take 2
+        pictures: sample pictures in as many steps as the script does, and paint `run.png`. Otherwise pictures take 3
             steps, and `run.png` is composed but one pixel large.
         result: write the trained weights.
     """
@@ -42,7 +42,7 @@ def run(script, *flags, pictures=False, result=True):
     args = script.parse_args([str(flag) for flag in flags])
     with contextlib.ExitStack() as stack:
         if not pictures:
-            stack.enter_context(mock.patch.dict(vars(script), SAMPLING_STEPS=2))
+            stack.enter_context(mock.patch.dict(vars(script), SAMPLING_STEPS=3))
             stack.enter_context(mock.patch.object(Figure, "savefig", write_pixel))
         if not result:
             stack.enter_context(mock.patch.object(script, "save_result"))

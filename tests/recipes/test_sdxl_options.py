@@ -50,7 +50,7 @@ def test_text_encoders_are_trained_saved_and_loaded(flags, sdxl_folder, tmp_path
     pipeline.set_progress_bar_config(disable=True)
     pipeline.load_lora_weights(tmp_path)
     assert pipeline.text_encoder.peft_config["default_0"].lora_alpha == 16
-    options = dict(num_inference_steps=2, height=64, width=64)
+    options = dict(num_inference_steps=3, height=64, width=64)
     image = pipeline("a red apple", generator=torch.Generator().manual_seed(3), **options).images[0]
     validated = np.asarray(Image.open(tmp_path / "image_0.png"), dtype=np.int64)
     assert np.abs(validated - np.asarray(image, dtype=np.int64)).max() <= 1
@@ -130,7 +130,7 @@ def test_dora_loads_and_draws_what_training_drew(more, flags, sdxl_folder, tmp_p
     pipeline.set_progress_bar_config(disable=True)
 
     def picture():
-        image = pipeline("a red apple", generator=torch.Generator().manual_seed(3), num_inference_steps=2, height=64,
+        image = pipeline("a red apple", generator=torch.Generator().manual_seed(3), num_inference_steps=3, height=64,
                          width=64).images[0]  # fmt: skip
         return np.asarray(image, dtype=np.int64)
 
