@@ -32,7 +32,7 @@ import numpy as np
 from lpl_finetuning.base_model import read_object
 from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.data.tables import CaptionedImage, first_of, select
-from lpl_finetuning.errors import UserError, counted, require
+from lpl_finetuning.errors import UserError, counted, first_names, require
 from lpl_finetuning.evaluation.models import SAMPLERS, ModelSource, check_steps, find_source
 from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, check_clip, check_network
 from lpl_finetuning.evaluation.picture_sets import PictureSet, cut_pictures, short_labels, stems_of
@@ -207,6 +207,7 @@ def find_everything(args: Flags) -> tuple[list[Contender], Sequence[CaptionedIma
     real = scan(args, "--real", args.real, captions)
     of_held_out = captions if makes else NO_CAPTIONS
     held_out = scan(args, "--held_out", args.held_out, of_held_out) if args.held_out else None
+    check_held_out(args, real, held_out or ())
     if args.max_pictures and args.max_pictures < len(real):
         real = select(real, np.linspace(0, len(real) - 1, args.max_pictures).round().astype(int))
     require(len(real) >= FEW_PICTURES, f"--real {args.real}: {counted(len(real), 'picture')} are used, and no "
@@ -214,6 +215,15 @@ def find_everything(args: Flags) -> tuple[list[Contender], Sequence[CaptionedIma
     contenders = [find_contender(args, *pair, stems_of(real))
                   for pair in zip(short_labels(args.model), sources, strict=True)]  # fmt: skip
     return contenders, real, held_out
+
+
+def check_held_out(args: Flags, real: Sequence[CaptionedImage], held_out: Sequence[CaptionedImage]) -> None:
+    """Refuse held-out pictures that are among the real ones too, under whatever name."""
+    known = {image.content for image in real}
+    both = [image.name for image in held_out if image.content in known]
+    require(not both, f"--held_out {args.held_out}: {len(both)} of its {counted(len(held_out), 'picture')} are in "
+            f"--real {args.real} too ({first_names(both)}); held-out pictures are those that no model was trained on: "
+            "move them out of --real")  # fmt: skip
 
 
 def scan(args: Flags, flag: str, folder: str, options: dict) -> Sequence[CaptionedImage]:

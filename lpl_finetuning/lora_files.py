@@ -97,11 +97,21 @@ def check_lora_file(flag, path, family):
             f"{is_or_are(len(foreign))} not a LoRA's ({first_names(endings)}{hint}) and can't be trained here; give "
             "a LoRA without them")  # fmt: skip
     kohya = [name for name in header if name.startswith(KOHYA_STARTS)]
+    check_family(flag, path, header, family)
     beside = path.with_name(LORA_FILE)
     require(family.kohya_loras or not kohya,
             f"{flag}: {path.name} is in kohya's format, which is not read for {family.title}; give the LoRA in "
             f"diffusers' format{f': {beside}' if beside.is_file() else ', called ' + LORA_FILE}")  # fmt: skip
     check_layers(flag, path, header)
+
+
+def check_family(flag, path, header, family):
+    """Refuse a file in diffusers' format whose layers are those of another denoiser."""
+    other = {"unet": "transformer", "transformer": "unet"}.get(family.denoiser.name)
+    found = [name for name in header if name.startswith(f"{other}.")]
+    require(not found, f"{flag}: {path.name} is not a LoRA for {family.title}: {len(found)} of its {len(header)} "
+            f"tensors are of a {other}, and {family.title} has a {family.denoiser.name}; give the base model that the "
+            "LoRA was made for")  # fmt: skip
 
 
 def check_layers(flag, path, header):

@@ -134,7 +134,7 @@ def test_too_many_in_a_row_end_the_run_and_leave_the_last_good_checkpoint(recipe
 class Ranks:
     """As much of an accelerator as a Guard needs; others: the values that the other ranks give to its reductions."""
 
-    device, process_index = torch.device("cpu"), 0
+    device, process_index, mixed_precision = torch.device("cpu"), 0, "no"
 
     def __init__(self, *others):
         self.others, self.num_processes, self.reduced = list(others), 1 + bool(others), 0

@@ -72,6 +72,8 @@ def test_folders_that_lie_in_each_other_are_refused(folders):
         evaluate_models.parse_args(words)
     with pytest.raises(UserError, match="--held_out is the folder of --real"):
         evaluate_models.parse_args(flags(folders, "--held_out", folders / "real"))
+    with pytest.raises(UserError, match=r"3 of its 3 pictures are in --real .* too \(0.png, 1.png, 2.png\)"):
+        found(folders, "--held_out", folders / "few")  # other files with the same content
     with pytest.raises(UserError, match=r"--model has .* twice"):
         evaluate_models.parse_args(flags(folders, "--model", folders / "made"))
 
