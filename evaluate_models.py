@@ -20,6 +20,7 @@ import datetime
 import json
 import math
 import os
+import re
 import shlex
 import sys
 import time
@@ -267,9 +268,26 @@ def picture_size(args: Flags, contenders: Sequence[Contender]) -> tuple[int, int
     if not sides:
         sides = {each.name: min(each.images[0].size) for each in contenders}
     found = ", ".join(f"{name} {side} px" for name, side in sides.items())
+    for contender in contenders:
+        trained = trained_resolution(contender.source)
+        if trained and contender.images is None and sides[contender.name] != trained:
+            print(f"warning: {contender.name} was trained at {trained} px, and pictures are made at "
+                  f"{sides[contender.name]} px; --size {trained} compares what it learnt")  # fmt: skip
     require(len(set(sides.values())) == 1, f"--size is missing: the models' pictures have different sizes ({found})")
     side = next(iter(sides.values()))
     return side, side
+
+
+def trained_resolution(source: ModelSource) -> int | None:
+    """The --resolution of the run of a training script that made a model; None where it is not known."""
+    if source.pictures:
+        return None
+    folder = Path(source.lora or source.base.denoiser or source.text)
+    for parent in (folder, folder.parent):
+        with contextlib.suppress(OSError):
+            found = re.search(r"^resolution: (\d+)$", (parent / "config.yaml").read_text(), re.MULTILINE)
+            return int(found[1]) if found else None
+    return None
 
 
 def check_size(args: Flags, sources: Sequence[ModelSource]) -> None:
@@ -432,7 +450,8 @@ def compare(task: Task, made: Sequence[Made], held_out: PictureSet | None, stage
             fewest = min(map(len, (real, *theirs.values())))
             warning = enough_pictures(network.dims, fewest, network_title(network.label))
             networks.append({"name": network.name, "label": network.label, "dims": network.dims,
-                             "independent": network.independent, "floor": floor, "warning": warning})  # fmt: skip
+                             "independent": network.independent, "floor": floor, "warning": warning,
+                             "decides": "kernel" if fewest <= network.dims else "frechet"})  # fmt: skip
             for (name, guidance), own in theirs.items():
                 row = {"model": name, "guidance": guidance, "network": network.name, "memorisation": None}
                 if unseen is not None:

@@ -1,13 +1,15 @@
 """The verdict of an evaluation in sentences, and the names of all measures.
 
-A verdict on pictures rests on the Fréchet distance of the first network that is independent, and on intervals. A
-difference whose interval holds 0 is called "none". `metrics` is the content of `metrics.json`.
+A verdict on pictures rests on a distance by the first network that is independent, and on intervals: on the Fréchet
+distance, or on the kernel distance where there are no more pictures than features. A difference whose interval holds 0
+is called "none". `metrics` is the content of `metrics.json`.
 """
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 NONE = "none"
+MANY_INTERVALS = 12  # from so many on, a reader is told how many differ by chance
 
 
 @dataclass(frozen=True)
@@ -38,7 +40,9 @@ MEASURES = {
                        "pictures crowd where real ones are dense."),
     "coverage": Measure("Coverage", "higher", 3, "Share of real pictures with a generated picture nearby."),
 }  # fmt: skip
-SHORT = {"kernel": "kernel distance"} | {name: name for name in ("precision", "recall", "density", "coverage")}
+SHORT = {"frechet": "Fréchet distance", "kernel": "kernel distance"} | {
+    name: name for name in ("precision", "recall", "density", "coverage")
+}
 ONE_STEP = {
     "perceptual": Measure("Perceptual distance", "lower", 4, "Distance of a network's features at several depths, "
                           "normalised to unit length."),
@@ -118,7 +122,11 @@ def verdict_sentences(metrics: dict) -> list[str]:
         own = [row for row in metrics["differences"] if row["network"] == network["name"]]
         for pair in pairs_of(own):
             rows = [row for row in own if (row["a"], row["b"]) == pair]
-            sentences += [*_on_pictures(metrics, network, *pair, rows), *_other_measures(pair, rows)]
+            metric = network.get("decides", "frechet")
+            deciding, others = (
+                [row for row in rows if (row["metric"] == metric) == wanted] for wanted in (True, False)
+            )
+            sentences += [*_on_pictures(metrics, network, *pair, deciding), *_other_measures(pair, others)]
     sentences += [*_on_one_step(metrics, network), *_on_captions(metrics), *_on_copies(metrics)]
     return sentences + _cautions(metrics, network)
 
@@ -139,8 +147,11 @@ def at_all(places: Sequence[float | None]) -> str:
 
 
 def _on_pictures(metrics: dict, network: dict, a: str, b: str, rows: list[dict]) -> list[str]:
-    """One sentence for each outcome of the Fréchet distance of a pair."""
-    rows, sentences = [row for row in rows if row["metric"] == "frechet"], []
+    """One sentence for each outcome of the deciding distance of a pair. rows: its differences."""
+    sentences, metric = [], network.get("decides", "frechet")
+    label, decimals = network["label"], MEASURES[metric].decimals
+    if metric != "frechet":
+        label = f"{MEASURES[metric].label} ({network_title(label)})"
     for name in (a, b, None):
         same = [row for row in rows if winner(row) == name]
         if not same:
@@ -151,16 +162,17 @@ def _on_pictures(metrics: dict, network: dict, a: str, b: str, rows: list[dict])
             head = f"{name}'s pictures are closer to the real ones than {b if name == a else a}'s"
         details = []
         for row in same:
-            ours, theirs = (number(_value(metrics, network, model, row["guidance"], "frechet"), 2) for model in (b, a))
-            details.append(f"{ours} against {theirs}{at(row['guidance'])}, difference {interval_text(row, 2)}")
+            values = (_value(metrics, network, model, row["guidance"], metric) for model in (b, a))
+            ours, theirs = (number(value, decimals) for value in values)
+            details.append(f"{ours} against {theirs}{at(row['guidance'])}, difference {interval_text(row, decimals)}")
         where = "" if len(rows) == len(same) else at_all([row["guidance"] for row in same])
-        sentences.append(f"{head}{where}. {network['label']}, {b} against {a}: {'; '.join(details)}.")
+        sentences.append(f"{head}{where}. {label}, {b} against {a}: {'; '.join(details)}.")
     return sentences
 
 
 def _other_measures(pair: tuple[str, str], rows: list[dict]) -> list[str]:
-    """What the other distances of the same network say."""
-    rows, found = [row for row in rows if row["metric"] != "frechet"], {}
+    """What the other distances of the same network say. rows: their differences."""
+    found = {}
     for row in rows:
         if winner(row):
             found.setdefault((winner(row), row["guidance"]), []).append(SHORT[row["metric"]])
@@ -197,7 +209,37 @@ def _on_one_step(metrics: dict, network: dict | None) -> list[str]:
         won = sum(winner(each) == name for each in levels)
         sentences.append(f"In one step from noise, {name} estimates the pictures better, beyond the interval at {won} "
                          f"of {len(levels)} noise levels. Difference in {text}.")  # fmt: skip
+    return sentences + _other_one_step_measures(test, metric, families)
+
+
+def _other_one_step_measures(test: dict, decided: str, families: dict) -> list[str]:
+    """What the other measures of the one-step test say over all levels. decided: the measure of the verdict."""
+    sentences, found = [], {}
+    for row in test["differences"]:
+        kind, _, part = row["metric"].partition("/")
+        comparable = families[row["a"]] == families[row["b"]] and kind in ONE_STEP and kind != "perceptual"
+        if row["metric"] == decided or row.get("level") is not None or not comparable or not winner(row):
+            continue
+        label = ONE_STEP[kind].label
+        label = label if label.isupper() else label.lower()
+        found.setdefault((row["a"], row["b"]), {}).setdefault(winner(row), {}).setdefault(label, []).append(part)
+    for (a, b), winners in found.items():
+        parts = [joined([f"{label} of the {joined(parts)}" if any(parts) else label for label, parts in own.items()])
+                 + f" in favour of {name}" for name, own in winners.items()]  # fmt: skip
+        sentences.append(f"Other one-step measures that differ, {b} against {a}: {'; '.join(parts)}.")
     return sentences
+
+
+def _many_intervals(metrics: dict, network: dict) -> list[str]:
+    """A caution where some of many intervals leave out 0 by chance alone."""
+    count = sum(row["network"] == network["name"] for row in metrics["differences"])
+    by_chance = round(count / 20)
+    if count < MANY_INTERVALS:
+        return []
+    title = network_title(network["label"])
+    return [
+        f"Of the {count} differences by {title} about {by_chance} would be called better or worse by chance alone."
+    ]
 
 
 def _on_captions(metrics: dict) -> list[str]:
@@ -229,6 +271,7 @@ def _cautions(metrics: dict, network: dict | None) -> list[str]:
     sentences = []
     if network and network.get("warning"):
         sentences.append(f"Caution: {network['warning']}")
+    sentences += _many_intervals(metrics, network) if network else []
     if not metrics["settings"].get("held_out"):
         sentences.append("Caution: without --held_out nothing here tells learning from copying, if the models were "
                          "trained on these pictures.")  # fmt: skip

@@ -1,5 +1,6 @@
 """evaluate_models.py before it imports torch: flags, models and pictures that do not fit."""
 
+import dataclasses
 import re
 import sys
 
@@ -120,6 +121,20 @@ def test_the_size_is_what_the_models_make(folders, sdxl_folder, own_cache):
     assert evaluate_models.picture_size(args, contenders) == (64, 64)
     assert evaluate_models.picture_size(args, contenders[:1]) == (32, 32), "of finished pictures"
     assert evaluate_models.picture_size(args.but(size=48), contenders) == (48, 48)
+
+
+def test_a_model_of_another_training_size_is_told(folders, sdxl_folder, tmp_path, own_cache, capsys):
+    """The run's configuration lies beside the result: of the whole run, or above a checkpoint of it."""
+    args = evaluate_models.parse_args(flags(folders, "--model", sdxl_folder))
+    contenders, *_ = evaluate_models.find_everything(args)
+    lora = dataclasses.replace(
+        contenders[1], source=dataclasses.replace(contenders[1].source, lora=str(tmp_path / "x"))
+    )
+    for text, told in (("resolution: 128\n", True), ("resolution: 64\n", False), ("nothing: 1\n", False)):
+        (tmp_path / "config.yaml").write_text(f"seed: 1\n{text}")
+        evaluate_models.picture_size(args, [contenders[0], lora])
+        warned = "was trained at 128 px, and pictures are made at 64 px; --size 128 compares what it learnt"
+        assert (warned in capsys.readouterr().out) == told
 
 
 def test_pictures_are_chosen_evenly(folders, own_cache, monkeypatch):

@@ -38,6 +38,44 @@ def test_without_a_difference_no_model_wins():
     assert others == f"No other measure of the pictures tells {A} from {B}."
 
 
+def test_with_few_pictures_the_kernel_distance_decides():
+    metrics = metrics_of((A, B))
+    metrics["networks"][0]["decides"] = "kernel"
+    for row in metrics["differences"]:
+        if row["metric"] == "kernel":
+            row.update(value=0.002, low=0.0011, high=0.0029, verdict="a")
+    first, others, *_ = verdict_sentences(metrics)
+    assert first.startswith(
+        f"{A}'s pictures are closer to the real ones than {B}'s. Kernel distance (EfficientNet-Lite2)"
+    )
+    assert "difference 0.0020 (95 % interval 0.0011 to 0.0029)" in first
+    assert "Fréchet distance" in others and others.endswith(f"in favour of {B} at guidance 1 and 3.")
+
+
+def test_one_step_measures_that_differ_are_named_beside_those_that_do_not():
+    metrics = metrics_of((A, B))
+    for row in metrics["one_step"]["differences"]:
+        row["verdict"] = "a" if row["metric"] in ("lpl/mid", "lpl/up_0", "psnr") else "none"
+    sentences = verdict_sentences(metrics)
+    place = next(i for i, sentence in enumerate(sentences) if "equally well" in sentence)
+    told = sentences[place + 1]
+    assert (
+        told
+        == f"Other one-step measures that differ, {B} against {A}: LPL of the mid and up_0 and PSNR in favour of {A}."
+    )
+
+
+@pytest.mark.parametrize(("guidance", "told"), [((1.0, 3.0), True), ((1.0,), False)])
+def test_many_intervals_come_with_a_word_about_chance(guidance, told):
+    metrics = metrics_of((A, B))
+    metrics["differences"] = [row for row in metrics["differences"] if row["guidance"] in guidance]
+    count = sum(row["network"] == metrics["networks"][0]["name"] for row in metrics["differences"])
+    words = (
+        f"Of the {count} differences by EfficientNet-Lite2 about 1 would be called better or worse by chance alone."
+    )
+    assert (words in verdict_sentences(metrics)) == told == (count >= 12)
+
+
 def test_guidance_scales_that_disagree_are_told_apart():
     metrics = metrics_of((A, B))
     for row in metrics["differences"]:
