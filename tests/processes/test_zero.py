@@ -21,9 +21,7 @@ from tests import children, runs
 from tests.processes.test_scaling import FLAGS, assert_same, refused_under, rows, scaling_flags, wait_for
 from tests.runs import ROOT
 
-needs_deepspeed = pytest.mark.skipif(
-    flag_checks.importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed"
-)
+needs_deepspeed = pytest.mark.skipif(not flag_checks.is_installed("deepspeed"), reason="DeepSpeed is not installed")
 slow = pytest.mark.slow
 
 
@@ -171,7 +169,7 @@ def launched(monkeypatch):
             monkeypatch.setenv(f"ACCELERATE_{name}", value)
         flag_checks.check_launch(SimpleNamespace(**{**FLAGS, "gradient_accumulation_steps": 2, **dict(flags)}))
 
-    monkeypatch.setattr(flag_checks.importlib.util, "find_spec", lambda name: True)
+    monkeypatch.setattr(flag_checks, "is_installed", lambda name: True)
     monkeypatch.setattr(flag_checks.metadata, "version", lambda name: flag_checks.DEEPSPEED)
     return check
 
@@ -209,7 +207,7 @@ def test_deepspeed_that_is_not_there_or_too_old_is_refused(launched, monkeypatch
     monkeypatch.setattr(flag_checks.metadata, "version", lambda name: "0.17.1")
     with pytest.raises(UserError, match=r"DeepSpeed is 0.17.1.*pip install -U deepspeed"):
         launched()
-    monkeypatch.setattr(flag_checks.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(flag_checks, "is_installed", lambda name: False)
     with pytest.raises(UserError, match="not installed: pip install deepspeed"):
         launched()
 

@@ -398,9 +398,13 @@ def test_a_named_checkpoint(save, tmp_path, monkeypatch):
         checkpoint_to_resume(arguments(tmp_path, "checkpoint-300"))
     assert "newest good" not in str(caught.value)
     monkeypatch.chdir(tmp_path)
-    for which in ("checkpoint-9", "nowhere", ".", "..", str(tmp_path)):
-        with pytest.raises(UserError, match="no checkpoint there"):
-            checkpoint_to_resume(arguments(tmp_path, which))
+    for message, names in {
+        "no checkpoint there": ("checkpoint-9", "nowhere"),
+        "is no checkpoint itself": (".", "..", str(tmp_path)),
+    }.items():
+        for which in names:
+            with pytest.raises(UserError, match=message):
+                checkpoint_to_resume(arguments(tmp_path, which))
     named = save(5).rename(tmp_path / "best")
     assert checkpoint_to_resume(arguments(tmp_path / "new", named)) == named
 
