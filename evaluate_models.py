@@ -34,7 +34,7 @@ from lpl_finetuning.base_model import read_object
 from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.data.tables import CaptionedImage, first_of, select
 from lpl_finetuning.errors import UserError, counted, first_names, require
-from lpl_finetuning.evaluation.models import SAMPLERS, ModelSource, check_steps, find_source
+from lpl_finetuning.evaluation.models import SAMPLERS, EvaluatedModel, ModelSource, check_steps, find_source
 from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, check_clip, check_network
 from lpl_finetuning.evaluation.picture_sets import PictureSet, cut_pictures, short_labels, stems_of
 from lpl_finetuning.files import digest, write_whole
@@ -262,20 +262,26 @@ def picture_size(args: Flags, contenders: Sequence[Contender]) -> tuple[int, int
     for contender in contenders:
         if contender.images is not None:
             continue
-        base = contender.source.base
-        config, vae = (read_object(base.file("config.json", part)) for part in (base.family.denoiser.name, "vae"))
-        sides[contender.name] = config["sample_size"] * 2 ** (len(vae["block_out_channels"]) - 1)
+        denoiser, pixels = denoiser_and_pixels(contender.source.base)
+        sides[contender.name] = denoiser["sample_size"] * pixels
     if not sides:
         sides = {each.name: min(each.images[0].size) for each in contenders}
     found = ", ".join(f"{name} {side} px" for name, side in sides.items())
     for contender in contenders:
         trained = trained_resolution(contender.source)
         if trained and contender.images is None and sides[contender.name] != trained:
-            print(f"warning: {contender.name} was trained at {trained} px, and pictures are made at "
-                  f"{sides[contender.name]} px; --size {trained} compares what it learnt")  # fmt: skip
+            made = sides[contender.name]
+            print(f"warning: {contender.name} was trained at {trained} px, and pictures are made at {made} px; "
+                  f"--size {trained} compares what it learnt", file=sys.stderr)  # fmt: skip
     require(len(set(sides.values())) == 1, f"--size is missing: the models' pictures have different sizes ({found})")
     side = next(iter(sides.values()))
     return side, side
+
+
+def denoiser_and_pixels(base: EvaluatedModel) -> tuple[dict, int]:
+    """(configuration of the denoiser, side in px of what one latent stands for) of a pipeline."""
+    denoiser, vae = (read_object(base.file("config.json", part)) for part in (base.family.denoiser.name, "vae"))
+    return denoiser, 2 ** (len(vae["block_out_channels"]) - 1)
 
 
 def trained_resolution(source: ModelSource) -> int | None:
@@ -294,9 +300,8 @@ def check_size(args: Flags, sources: Sequence[ModelSource]) -> None:
     """Refuse a --size that a model can't make."""
     for source in sources if args.size else ():
         if source.base is not None:
-            denoiser, vae = (read_object(source.base.file("config.json", part))
-                             for part in (source.base.family.denoiser.name, "vae"))  # fmt: skip
-            unit = 2 ** (len(vae["block_out_channels"]) - 1) * denoiser.get("patch_size", 1)
+            denoiser, pixels = denoiser_and_pixels(source.base)
+            unit = pixels * denoiser.get("patch_size", 1)
             near = max(1, args.size // unit) * unit
             require(
                 args.size % unit == 0,

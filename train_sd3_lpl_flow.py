@@ -15,7 +15,6 @@ the same order.
 """
 
 # ruff: noqa: E402  (flags and data are checked before the slow imports)
-import argparse
 import functools
 import math
 from pathlib import Path
@@ -34,7 +33,7 @@ from lpl_finetuning.flags import (
     add_training_arguments,
     encoding_settings,
     input_path,
-    is_number,
+    shift_or_auto,
 )
 from lpl_finetuning.lora_files import check_init_lora
 from lpl_finetuning.results.hub import check_publishing
@@ -92,13 +91,6 @@ def parse_args(argv=None):
     check_init_lora(args, SD3)
     check_resume(args)
     return args
-
-
-def shift_or_auto(text):
-    """Type of --timestep_shift: "auto" or a number above 0."""
-    if text != "auto" and not (is_number(text) and float(text) > 0):
-        raise argparse.ArgumentTypeError("it must be auto or a number above 0")
-    return text if text == "auto" else float(text)
 
 
 RUN = early(__name__, parse_args)

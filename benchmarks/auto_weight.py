@@ -1,11 +1,11 @@
 """Simulate the first steps of the automatic weight: how far above its later value does it go, and when is it right?
 
     python benchmarks/auto_weight.py                        # the tiny SDXL in examples/, 200 runs per batch size
-    python benchmarks/auto_weight.py --runs 20 --batch_sizes 4
+    python benchmarks/auto_weight.py --runs 20 --batch_sizes 4 --ramps 16 64
 
 LPL and the diffusion loss are measured at every gated timestep (t < 200) and at every eighth of the others. The runs
-then draw timesteps and losses from what was measured, and `AutoWeight` takes them in. "plain" is the ratio of running
-means over about 100 optimizer steps, without a ramp: what the scripts did first.
+then draw timesteps and losses from what was measured, and `AutoWeight` takes them in; "ramp" is its option. "plain" is
+the ratio of running means over about 100 optimizer steps, without a ramp: what the scripts did first.
 """
 
 import argparse
@@ -73,11 +73,11 @@ def plain_weights(values, decay=0.99):
     return SHARE / (1 - SHARE) * np.stack(weights, axis=1)
 
 
-def automatic_weights(values):
-    """(runs, steps) weights of `AutoWeight`."""
+def automatic_weights(values, ramp):
+    """(runs, steps) weights of `AutoWeight`; ramp: gated samples until the weight is whole."""
     weights = np.empty(values.shape[:2])
     for run, steps in enumerate(torch.from_numpy(values)):
-        auto = AutoWeight(SHARE)
+        auto = AutoWeight(SHARE, ramp=ramp)
         for step, each in enumerate(steps):
             auto.update(*each)
             weights[run, step] = auto()
@@ -89,6 +89,7 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=200, help="per batch size (default: %(default)s)")
     parser.add_argument("--batch_sizes", type=int, nargs="+", default=[1, 4, 16])
+    parser.add_argument("--ramps", type=int, nargs="+", default=[32], help="default: that of the scripts")
     parser.add_argument("--per_level", type=int, default=16, help="pictures per timestep (default: %(default)s)")
     args = parser.parse_args(argv)
     folder = ROOT / "examples" / "fluent-emoji"
@@ -103,7 +104,9 @@ def main(argv=None):
         steps = round(400 / SHARE / batch_size)
         values = draw_runs(measured, batch_size, args.runs, steps, rng)
         after = int(200 / SHARE / batch_size)
-        for name, weights in (("plain", plain_weights(values)), ("AutoWeight", automatic_weights(values))):
+        weights_of = {"plain": plain_weights(values)}
+        weights_of |= {f"ramp {ramp}": automatic_weights(values, ramp) for ramp in args.ramps}
+        for name, weights in weights_of.items():
             largest, then = (weights / right).max(axis=1), weights[:, after] / right
             own = np.quantile(abs(weights[:, after] / weights[:, -1] - 1), 0.9)
             print(f"| {batch_size} | {name} | {np.median(largest):.2f} | {np.quantile(largest, 0.9):.2f} "

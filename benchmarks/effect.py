@@ -92,7 +92,8 @@ def run(words, log):
 
 def keep_result(name, seconds, content):
     """Write benchmarks/results/NAME.json; seconds: the stage's time, beside whatever else ran."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40"]  # "-dirty" after changes that are not committed
+    commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     facts = {
         "command": shlex.join(["python", "benchmarks/effect.py", *sys.argv[1:]]),
         "commit": commit,
@@ -106,13 +107,11 @@ def keep_result(name, seconds, content):
 
 
 def chosen_base(work, base):
-    """The pipeline from which a base's arms start: that of the latest average, or WORK/BASE/chosen if it exists."""
-    folder = work / base
-    if (folder / "chosen").is_file():
-        return folder / "chosen-pipeline"
-    found = sorted((folder / "pipelines").glob("[0-9]*"))
+    """The pipeline from which a base's arms start: that of the latest average."""
+    folder = work / base / "pipelines"
+    found = sorted(folder.glob("[0-9]*"))
     if not found:
-        raise SystemExit(f"{folder / 'pipelines'} has no pipeline: run the stage pipelines first")
+        raise SystemExit(f"{folder} has no pipeline: run the stage pipelines first")
     return found[-1]
 
 

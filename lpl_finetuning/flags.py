@@ -293,6 +293,13 @@ def weight_or_auto(text):
     return float(text)
 
 
+def shift_or_auto(text):
+    """Type of --timestep_shift: "auto" or a number above 0."""
+    if text != "auto" and not (is_number(text) and float(text) > 0):
+        raise argparse.ArgumentTypeError("it must be auto or a number above 0")
+    return text if text == "auto" else float(text)
+
+
 def is_number(text):
     """Whether a text is a number, finite or not."""
     try:

@@ -21,7 +21,8 @@ DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.
         ".lora_linear_layer.down.weight")  # fmt: skip
 UP = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight", "_lora.up.weight", ".lora_linear_layer.up.weight")
 DORA_SCALE = ".dora_scale"  # DoRA's magnitudes in kohya's format; some programs give one per input
-MAGNITUDE = (".lora_magnitude_vector", ".lora_magnitude_vector.weight", DORA_SCALE)
+PEFT_MAGNITUDE = ".lora_magnitude_vector"  # in PEFT's names
+MAGNITUDE = (PEFT_MAGNITUDE, f"{PEFT_MAGNITUDE}.weight", DORA_SCALE)
 LORA_ENDINGS = (*DOWN, *UP, *MAGNITUDE, ".lora_B.bias", ".alpha")
 KOHYA_STARTS = ("lora_unet_", "lora_te")
 OTHER_KINDS = {  # pattern in a tensor's name -> what such a tensor is of
@@ -96,22 +97,21 @@ def check_lora_file(flag, path, family):
     require(not foreign, f"{flag}: {len(foreign)} of the {len(header)} tensors in {path.name} "
             f"{is_or_are(len(foreign))} not a LoRA's ({first_names(endings)}{hint}) and can't be trained here; give "
             "a LoRA without them")  # fmt: skip
-    kohya = [name for name in header if name.startswith(KOHYA_STARTS)]
     check_family(flag, path, header, family)
-    beside = path.with_name(LORA_FILE)
-    require(family.kohya_loras or not kohya,
-            f"{flag}: {path.name} is in kohya's format, which is not read for {family.title}; give the LoRA in "
-            f"diffusers' format{f': {beside}' if beside.is_file() else ', called ' + LORA_FILE}")  # fmt: skip
     check_layers(flag, path, header)
 
 
 def check_family(flag, path, header, family):
-    """Refuse a file in diffusers' format whose layers are those of another denoiser."""
+    """Refuse a file whose layers are those of another denoiser, or in a format that is not read for the family."""
     other = {"unet": "transformer", "transformer": "unet"}.get(family.denoiser.name)
     found = [name for name in header if name.startswith(f"{other}.")]
     require(not found, f"{flag}: {path.name} is not a LoRA for {family.title}: {len(found)} of its {len(header)} "
             f"tensors are of a {other}, and {family.title} has a {family.denoiser.name}; give the base model that the "
             "LoRA was made for")  # fmt: skip
+    kohya, beside = any(name.startswith(KOHYA_STARTS) for name in header), path.with_name(LORA_FILE)
+    require(family.kohya_loras or not kohya,
+            f"{flag}: {path.name} is in kohya's format, which is not read for {family.title}; give the LoRA in "
+            f"diffusers' format{f': {beside}' if beside.is_file() else ', called ' + LORA_FILE}")  # fmt: skip
 
 
 def check_layers(flag, path, header):
@@ -219,7 +219,7 @@ def read_lora(flag, path, family, pipeline_class, models):
             alphas[part][module] = float(value)
         else:
             shape = (1, -1, 1, 1) if lora[part][f"{module}.lora_B.weight"].ndim == 4 else (-1,)
-            lora[part][f"{module}.lora_magnitude_vector"] = value.float().reshape(shape)
+            lora[part][module + PEFT_MAGNITUDE] = value.float().reshape(shape)
     return {
         part: (layers, lora_config_of(flag, part, layers, alphas[part], metadata)) for part, layers in lora.items()
     }
@@ -282,7 +282,7 @@ def lora_config_of(flag, part, layers, alphas, metadata):
         rank_pattern={pattern_of(part, module): own for module, own in ranks.items() if own != rank},
         alpha_pattern={pattern_of(part, module): own for module, own in alphas.items() if own != alpha},
         target_modules=[module.removeprefix("text_model.") for module in ranks],
-        use_dora=any("lora_magnitude_vector" in name for name in layers),
+        use_dora=any(name.endswith(PEFT_MAGNITUDE) for name in layers),
         lora_bias=any(name.endswith(".lora_B.bias") for name in layers),
     )
 

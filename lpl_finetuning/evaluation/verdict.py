@@ -233,10 +233,9 @@ def _other_one_step_measures(test: dict, decided: str, families: dict) -> list[s
 def _many_intervals(metrics: dict, network: dict) -> list[str]:
     """A caution where some of many intervals leave out 0 by chance alone."""
     count = sum(row["network"] == network["name"] for row in metrics["differences"])
-    by_chance = round(count / 20)
     if count < MANY_INTERVALS:
         return []
-    title = network_title(network["label"])
+    title, by_chance = network_title(network["label"]), round(count / 20)
     return [
         f"Of the {count} differences by {title} about {by_chance} would be called better or worse by chance alone."
     ]

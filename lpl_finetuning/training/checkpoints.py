@@ -199,6 +199,9 @@ def last_one(output_dir):
     return f" and {found[-1][1].name} is intact" if found else ""
 
 
+FULL = (errno.ENOSPC, errno.EDQUOT)  # the system's numbers of a full disk and a used-up quota
+
+
 def system_code(error):
     """The system's number of a failed write; None where `error` is not a failed write."""
     if isinstance(error, SafetensorError) and (match := re.search(r"os error (\d+)", str(error))):
@@ -211,13 +214,12 @@ def write_error(error, final):
     code = system_code(error)
     if code is None and not isinstance(error, OSError):
         return None
-    full = code in (errno.ENOSPC, errno.EDQUOT)
     advice = ". Free some space, keep fewer checkpoints with --checkpoints_total_limit, or choose another --output_dir"
     kept = f"the unfinished folder was removed{last_one(final.parent)}"
     if code == errno.EFBIG:
         return UserError(f"can't save {final} ({error}): {kept}. Files may not be that large there: choose another "
                          "--output_dir")  # fmt: skip
-    if full:
+    if code in FULL:
         return UserError(f"disk full while saving {final} ({error}): {kept}{advice}")
     return UserError(f"can't save {final} ({error}): {kept}")
 
@@ -273,8 +275,7 @@ def kept_if_unwritten(save):
         yield
     except (OSError, SafetensorError) as error:
         failed = f"the result can't be written ({error})"
-        full = system_code(error) in (errno.ENOSPC, errno.EDQUOT)
-        first = "Free some space" if full else "Put that right"
+        first = "Free some space" if system_code(error) in FULL else "Put that right"
         if save is None:
             raise UserError(f"{failed}. {first}; --resume_from_checkpoint latest does what came after the last "
                             "checkpoint once more") from error  # fmt: skip

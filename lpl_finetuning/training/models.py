@@ -15,11 +15,18 @@ from torch.distributed.fsdp import FSDPModule
 
 from lpl_finetuning.base_model import read_json, require_layers
 from lpl_finetuning.errors import UserError, require
-from lpl_finetuning.lora_files import ADAPTER, LORA_FILE, adapter_state, find_lora, put_lora, read_lora
+from lpl_finetuning.lora_files import (
+    ADAPTER,
+    LORA_FILE,
+    PEFT_MAGNITUDE,
+    adapter_state,
+    find_lora,
+    put_lora,
+    read_lora,
+)
 from lpl_finetuning.training.sharding import load_full_state
 from lpl_utils import LatentSpace
 
-PEFT_MAGNITUDE = ".lora_magnitude_vector"  # end of PEFT's names of DoRA's magnitudes
 TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # layers of text encoders that get an adapter
 
 

@@ -55,6 +55,8 @@ def test_a_model_against_finished_pictures(sdxl_folder, folders, cache_dir, tmp_
     assert differences == sorted(differences, reverse=True)
     for pair in metrics["pairs"]:
         assert all((tmp_path / path).is_file() for path in (pair["real"], *pair["pictures"].values()))
+    assert metrics["networks"][0]["decides"] == "kernel", "18 pictures, 1,280 features"
+    assert "Kernel distance (EfficientNet-Lite2)" in metrics["verdict"][0]
     assert metrics["verdict"] and all(sentence in said for sentence in metrics["verdict"])
     assert "To make: 36 pictures of 36" in said and f"Report: {tmp_path / 'report.html'}" in said
     page = (tmp_path / "report.html").read_text(encoding="utf-8")

@@ -597,6 +597,18 @@ def test_gradient_checkpointing_keeps_less(flags, tmp_path):
         assert kept[True][what] < 0.8 * kept[False][what], what
 
 
+def test_latent_features_load_no_decoder(flags, tmp_path, monkeypatch):
+    """Once the images are encoded, the autoencoder is on the meta device only, and the plan counts no decoder."""
+    flags = [*flags, "--use_lpl", "--lpl_features", "latent", "--lpl_t_threshold", 500, "--max_train_steps", 1]
+    run(*flags, "--output_dir", tmp_path / "first", result=False)
+    load, devices = train_sdxl_lpl.load_vae, []
+    monkeypatch.setattr(train_sdxl_lpl, "load_vae", lambda *args: devices.append(str(args[2])) or load(*args))
+    rows = run(*flags, "--output_dir", tmp_path / "second", result=False)
+    assert set(devices) == {"meta"} and rows[0]["lpl/loss"] > 0
+    args = train_sdxl_lpl.parse_args([*map(str, flags), "--output_dir", str(tmp_path)])
+    assert dict(memory_of(train_sdxl_lpl, args, torch.float32, torch.float32))["decoder"] == 0
+
+
 def test_the_step_reads_nothing_from_the_device(flags, tmp_path, monkeypatch):
     """No `.item()`, `.tolist()`, `bool()`, ... of a computed tensor inside a training step.
 

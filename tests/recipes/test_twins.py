@@ -10,7 +10,6 @@ from tests.runs import ROOT
 SCRIPTS = (train_sdxl_lpl, train_sd3_lpl_flow)
 # What only one of them needs, with its reason.
 OWN_FUNCTIONS = {
-    "shift_or_auto": "type of --timestep_shift, which flow alone has",
     "load_t5": "SD3's third text encoder is optional",
     "embed_t5": "the same",
     "join_embeds": "SD3 joins three encoders' outputs",

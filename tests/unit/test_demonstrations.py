@@ -2,11 +2,12 @@
 
 import re
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from benchmarks import latent_structure, outlier_maps
+from benchmarks import auto_weight, latent_structure, outlier_maps
 from lpl_utils import DecoderStages, inlier_mask, stage_features
 from tests.tiny_models import autoencoder
 
@@ -43,3 +44,17 @@ def test_scripts_draw_and_print(script, sdxl_folder, pictures, tmp_path, capsys)
                  "--output", str(tmp_path / "a" / "x.png")])  # fmt: skip
     assert Image.open(tmp_path / "a" / "x.png").width > 400
     assert len(re.findall(r"^\| sdxl \|", capsys.readouterr().out, re.M)) == 3
+
+
+def test_losses_that_do_not_vary_have_one_weight():
+    """A fifth of the timesteps is gated, with LPL 0.1; the diffusion loss is 0.5: 0.25 * 0.5 / (0.2 * 0.1)."""
+    lpl = np.array([[0.1], [0.1], [0.0], [0.0]])
+    measured = np.array([0, 199, 200, 999]), np.full((4, 1), 0.5), lpl
+    assert auto_weight.right_weight(measured) == pytest.approx(6.25)
+    values = auto_weight.draw_runs(measured, 16, 20, 100, np.random.default_rng(0))
+    for weights in (auto_weight.plain_weights(values), auto_weight.automatic_weights(values, 32)):
+        assert weights[:, -1].mean() == pytest.approx(6.25, rel=0.05)
+    ramped = auto_weight.automatic_weights(values, 10**6)[:, 9]
+    assert ramped == pytest.approx(
+        values[:, :10, 2].sum(axis=1) / 10**6 * auto_weight.automatic_weights(values, 1)[:, 9]
+    )

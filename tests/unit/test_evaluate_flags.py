@@ -134,7 +134,7 @@ def test_a_model_of_another_training_size_is_told(folders, sdxl_folder, tmp_path
         (tmp_path / "config.yaml").write_text(f"seed: 1\n{text}")
         evaluate_models.picture_size(args, [contenders[0], lora])
         warned = "was trained at 128 px, and pictures are made at 64 px; --size 128 compares what it learnt"
-        assert (warned in capsys.readouterr().out) == told
+        assert (warned in capsys.readouterr().err) == told
 
 
 def test_pictures_are_chosen_evenly(folders, own_cache, monkeypatch):

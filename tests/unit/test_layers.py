@@ -97,6 +97,15 @@ def test_the_loss_imports_torch_only():
     assert imported - sys.stdlib_module_names <= {"torch", "diffusers"}  # diffusers for type checkers
 
 
+@pytest.mark.parametrize("name", ["train_sdxl_lpl", "train_sd3_lpl_flow"])
+def test_a_script_can_be_read_from_top_to_bottom(name):
+    """600 lines, and no function longer than a screen: whoever adds to a script takes something out."""
+    text = path_of(name).read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 600
+    functions = [node for node in ast.walk(ast.parse(text)) if isinstance(node, ast.FunctionDef)]
+    assert max(node.end_lineno - node.lineno + 1 for node in functions) <= 60
+
+
 @pytest.mark.parametrize("name", TORCH_FREE)
 def test_what_runs_before_the_slow_imports_imports_no_torch(name):
     slow = {"torch", "diffusers", "transformers", "accelerate", "peft"}
