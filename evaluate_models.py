@@ -74,6 +74,8 @@ def build_parser() -> FlagParser:
     add("--held_out", type=input_path, metavar="FOLDER", help="captioned pictures that no model was trained on, for "
         "the one-step test and for telling copies")  # fmt: skip
     add("--max_pictures", type=int, help="use so many of the real pictures, evenly spaced (default: all)")
+    add("--max_captions", type=int, help="make pictures for so many of their captions, evenly spaced; distances still "
+        "compare with all of them (default: all)")  # fmt: skip
     add("--instance_prompt", help="caption of pictures without one")
     add("--caption_column", default="text", help="column of the captions in listings (default: %(default)s)")
     add("--caption_from_folder", action="store_true", help="a folder's name for pictures without a caption")
@@ -120,7 +122,7 @@ def parse_args(argv: Sequence[str] | None = None) -> Flags:
     for name in ("real", "held_out"):
         folder = getattr(args, name)
         require(folder is None or Path(folder).is_dir(), f"--{name} {folder}: there is no such folder")
-    for name in ("steps", "size", "batch_size", "max_pictures"):
+    for name in ("steps", "size", "batch_size", "max_pictures", "max_captions"):
         value = getattr(args, name)
         require(value is None or value > 0, f"--{name} is {value}; it must be above 0")
     require(0 <= args.seed < 2**63, f"--seed is {args.seed}; it must be 0 or more, and less than 2**63")
@@ -171,7 +173,7 @@ class Contender:
         name: short, unlike the others.
         source: what its text names.
         images: of a folder of pictures; None for a model that makes its own.
-        paired: whether it has a picture for every real one.
+        paired: whether it has a picture for every caption that is used.
     """
 
     name: str
@@ -209,13 +211,21 @@ def find_everything(args: Flags) -> tuple[list[Contender], Sequence[CaptionedIma
     of_held_out = captions if makes else NO_CAPTIONS
     held_out = scan(args, "--held_out", args.held_out, of_held_out) if args.held_out else None
     check_held_out(args, real, held_out or ())
-    if args.max_pictures and args.max_pictures < len(real):
-        real = select(real, np.linspace(0, len(real) - 1, args.max_pictures).round().astype(int))
+    real = select(real, evenly_spaced(len(real), args.max_pictures))
     require(len(real) >= FEW_PICTURES, f"--real {args.real}: {counted(len(real), 'picture')} are used, and no "
             f"distance means anything below {FEW_PICTURES}; 500 and more are better")  # fmt: skip
-    contenders = [find_contender(args, *pair, stems_of(real))
+    stems = stems_of(real)
+    stems = [stems[index] for index in evenly_spaced(len(real), args.max_captions)]
+    require(len(stems) >= FEW_PICTURES, f"--max_captions is {len(stems)}; no distance means anything below "
+            f"{FEW_PICTURES} pictures; 500 and more are better")  # fmt: skip
+    contenders = [find_contender(args, *pair, stems)
                   for pair in zip(short_labels(args.model), sources, strict=True)]  # fmt: skip
     return contenders, real, held_out
+
+
+def evenly_spaced(total: int, count: int | None) -> np.ndarray:
+    """Indices of so many of `total` things, the first and the last among them; all where count is None or larger."""
+    return np.linspace(0, total - 1, min(count or total, total)).round().astype(int)
 
 
 def check_held_out(args: Flags, real: Sequence[CaptionedImage], held_out: Sequence[CaptionedImage]) -> None:
@@ -237,7 +247,7 @@ def scan(args: Flags, flag: str, folder: str, options: dict) -> Sequence[Caption
 
 
 def find_contender(args: Flags, name: str, source: ModelSource, stems: list[str]) -> Contender:
-    """The `Contender` of a source. stems: names of the real pictures."""
+    """The `Contender` of a source. stems: names of the real pictures that models make a picture for."""
     if source.pictures is None:
         return Contender(name, source)
     images = scan(args, f"--model {source.text}", str(source.pictures), NO_CAPTIONS)
@@ -341,7 +351,7 @@ class Task:
         size: (height, width) of all pictures.
         device, dtype: of the models.
         real: the real pictures, cut.
-        captions: {stem: caption} of the real pictures.
+        captions: {stem: caption} that pictures are made for, of all or some of the real pictures.
         tested: images of the one-step test; empty without the test.
         networks: that judge.
         memory: numbers of earlier starts.
@@ -497,7 +507,7 @@ def rows_of_pairs(task: Task, made: Sequence[Made], theirs: dict) -> list[dict]:
             continue
         names = [each.contender.name for each in paired]
         own = [theirs.get((name, guidance), theirs.get((name, None))) for name in names]
-        order, stems = comparison.most_different(own), task.real.stems
+        order, stems = comparison.most_different(own), list(task.captions)
         files = [each.at(guidance).files for each in paired]
         for number in np.argsort(-order, kind="stable"):
             pictures = {name: relative(task, files[place][number]) for place, name in enumerate(names)}
@@ -580,7 +590,9 @@ def main(args: Flags, contenders: Sequence[Contender], real: Sequence[CaptionedI
         unseen = cut_pictures(held_out, output / "pictures" / f"held-out-{size[0]}", size) if held_out else None
     with stages("loading models"):
         networks = [load_network(name, device) for name in args.network]
-    captions = dict(zip(cut.stems, (image.caption for image in real), strict=True))
+    chosen = evenly_spaced(len(real), args.max_captions)
+    stems = cut.stems
+    captions = {stems[index]: real[int(index)].caption for index in chosen}
     tested = first_of(held_out or real, ONE_STEP_PICTURES) if args.one_step else ()
     task = Task(args, output, size, device, dtype, cut, captions, tested, networks, Memory(output / "numbers"))
     print_work(task, contenders)
@@ -609,8 +621,8 @@ def check_device(device: str) -> None:
 def print_work(task: Task, contenders: Sequence[Contender]) -> None:
     """Print what is going to be made."""
     args, makers = task.args, [each for each in contenders if each.images is None]
-    print(f"{counted(len(task.captions), 'real picture')} of {args.real}, {task.size[0]} x {task.size[1]} px; models: "
-          f"{', '.join(each.name for each in contenders)}")  # fmt: skip
+    print(f"{counted(len(task.real.files), 'real picture')} of {args.real}, {task.size[0]} x {task.size[1]} px; "
+          f"models: {', '.join(each.name for each in contenders)}")  # fmt: skip
     stems, each = list(task.captions), len(task.captions) * len(args.guidance)
     missing = sum(not picture_path(guidance_folder(maker.folder(task.output), guidance), stem).is_file()
                   for maker in makers for guidance in args.guidance for stem in stems)  # fmt: skip
@@ -641,8 +653,9 @@ def describe(task: Task, made: Sequence[Made], real: Sequence[CaptionedImage]) -
     settings = {"samples_per_caption": 1, "steps": args.steps, "guidance": args.guidance, "sampler": args.sampler,
                 "dtype": str(task.dtype).removeprefix("torch.")}  # fmt: skip
     settings = settings if makes else {"guidance": []}
-    settings |= {"size": task.size[0], "seed": args.seed, "networks": args.network, "clip_model": args.clip_model,
-                 "held_out": args.held_out, "one_step_pictures": len(task.tested) or None}  # fmt: skip
+    settings |= {"captions": len(task.captions), "size": task.size[0], "seed": args.seed, "networks": args.network,
+                 "clip_model": args.clip_model, "held_out": args.held_out,
+                 "one_step_pictures": len(task.tested) or None}  # fmt: skip
     models = [{"name": each.contender.name, "text": each.contender.source.text, "kind": each.contender.source.kind,
                "family": getattr(getattr(each.contender.source.base, "family", None), "name", None),
                "prediction": each.facts.get("prediction"), "sampler": each.facts.get("sampler"),

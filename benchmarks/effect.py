@@ -187,7 +187,7 @@ def judge(work, name, models, guidance, samples):
     """Compare models with `evaluate_models.py`; a report page and a result. models: folders, the baseline first."""
     began, output = time.time(), work / "reports" / name
     words = ["evaluate_models.py", "--real", work / "train", "--held_out", work / "held_out", "--output", output,
-             "--guidance", *guidance, "--max_pictures", samples, "--size", 64, "--batch_size", 64,
+             "--guidance", *guidance, "--max_captions", samples, "--size", 64, "--batch_size", 64,
              "--cache_dir", work / "cache"]  # fmt: skip
     for model in models:
         words += ["--model", model]

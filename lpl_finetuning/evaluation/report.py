@@ -161,6 +161,7 @@ def facts(metrics: dict) -> str:
     texts = [f"{real['pictures']:,} real pictures"]
     if settings["guidance"]:  # models that made pictures
         guidance = " and ".join(f"{value:g}" for value in settings["guidance"])
+        texts += [f"{settings['captions']:,} captions"] if settings["captions"] < real["pictures"] else []
         texts += [f"guidance {guidance}", f"{settings['steps']} steps"]
     texts += [f"{settings['size']} px"] if settings.get("size") else []
     return " · ".join(map(escape, [*texts, metrics["date"]]))
@@ -425,7 +426,7 @@ def pictures(metrics: dict, names: Sequence[str], folder: Path) -> str:
         controls += [choice("first", options, "Show", "0"), choice("second", options, "On hover", "1")]
     if len(names) > 1:
         controls.append('<button type="button" class="all" aria-pressed="false">Swap all <kbd>S</kbd></button>')
-    count = max(shown.values())
+    count, total = max(shown.values()), metrics["settings"]["captions"]
     lead = (
         "Captions of the real pictures, one sample each, the same seed for all models."
         + (
@@ -434,11 +435,7 @@ def pictures(metrics: dict, names: Sequence[str], folder: Path) -> str:
             if len(names) > 1
             else ""
         )
-        + (
-            f" The page has {count:,} of {metrics['real']['pictures']:,}."
-            if count < metrics["real"]["pictures"]
-            else ""
-        )
+        + (f" The page has {count:,} of {total:,}." if count < total else "")
     )
     body = f'<div class="controls">{"".join(controls)}</div><div class="pairs">{figures}</div>'
     return section("pictures", "Pictures", lead, body)

@@ -3,6 +3,7 @@
 import json
 import sys
 
+import numpy as np
 import pytest
 
 from tests import children
@@ -77,16 +78,22 @@ def test_a_model_against_finished_pictures(sdxl_folder, folders, cache_dir, tmp_
 
 
 def test_folders_of_pictures_alone(folders, cache_dir, tmp_path):
-    """No model is loaded and no caption needed; pictures with other names are compared unpaired."""
+    """No model is loaded and no caption needed; pictures with other names are compared unpaired.
+
+    Under --max_captions fewer pictures are compared, with all real ones.
+    """
     words = [sys.executable, "evaluate_models.py", "--real", folders / "real", "--output", tmp_path, "--cache_dir",
              cache_dir, "--network", "efficientnet-lite2", "--network", "efficientnet-lite0", "--model",
-             folders / "made", "--model", folders / "unpaired"]  # fmt: skip
+             folders / "made", "--model", folders / "unpaired", "--max_captions", 17]  # fmt: skip
     result = children.run(words, cwd=ROOT, text=True, timeout=400)
     assert result.returncode == 0, result.stderr[-3000:]
     metrics = json.loads((tmp_path / "metrics.json").read_text(encoding="utf-8"))
     assert [model["paired"] for model in metrics["models"]] == [True, False]
     assert metrics["one_step"] is None and metrics["settings"]["guidance"] == []
     assert {row["network"] for row in metrics["differences"]} == {"efficientnet-lite2", "efficientnet-lite0"}
-    assert all(list(pair["pictures"]) == ["made"] for pair in metrics["pairs"]) and len(metrics["pairs"]) == 18
+    assert all(list(pair["pictures"]) == ["made"] for pair in metrics["pairs"]) and len(metrics["pairs"]) == 17
+    assert metrics["real"]["pictures"] == 18 and metrics["settings"]["captions"] == 17
+    kept = sorted(len(np.load(file)) for file in (tmp_path / "features").glob("efficientnet-lite2-*"))
+    assert kept == [17, 18, 18], "of the real pictures, and of the unpaired ones, all"
     assert "compared unpaired, by distances and spectra only" in result.stdout
     assert not any("Lite0" in sentence for sentence in metrics["verdict"])

@@ -44,6 +44,7 @@ def flags(folders, *more, real="real", model="made"):
     (["--guidance", "3", "3"], "--guidance has 3.0 twice"),
     (["--seed", "-1"], "--seed is -1"),
     (["--max_pictures", "0"], "--max_pictures is 0"),
+    (["--max_captions", "0"], "--max_captions is 0"),
     (["--sampler", "dpm"], "--sampler"),
     (["--held_out", "nowhere"], "--held_out nowhere: there is no such folder"),
     (["--network", "efficientnet-lite2", "--network", "efficientnet-lite2"], "--network has efficientnet-lite2 twice"),
@@ -105,6 +106,8 @@ def test_too_few_pictures_are_refused(folders, own_cache):
         found(folders, real="few")
     with pytest.raises(UserError, match="8 pictures are used"):
         found(folders, "--max_pictures", 8)
+    with pytest.raises(UserError, match="--max_captions is 8"):
+        found(folders, "--max_captions", 8)
 
 
 def test_models_need_captions_and_finished_pictures_do_not(folders, sdxl_folder, own_cache):
