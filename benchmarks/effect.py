@@ -6,14 +6,20 @@
     python benchmarks/effect.py --work WORK profile --base epsilon                 # once the base is chosen
     python benchmarks/effect.py --work WORK train --base epsilon --arm none decoder-full --seed 0
     python benchmarks/effect.py --work WORK judge --base epsilon --arm none decoder-full --seed 0
+    python benchmarks/effect.py --work WORK gain --base epsilon --seed 0           # *none*, estimates scaled
+    python benchmarks/effect.py --work WORK judge --base epsilon --arm none gain --seed 0
+    python benchmarks/effect.py --work WORK autoencoder --steps 3000               # an adversarial decoder
+    python benchmarks/effect.py --work WORK train --base epsilon --arm none l1 --steps 400
+    python benchmarks/effect.py --work WORK one-step --base epsilon --arm none l1 --steps 400
+    python benchmarks/effect.py --work WORK cost --base epsilon --arm none decoder # alone on the machine
     python benchmarks/effect.py --work WORK state                                  # what is done
 
 WORK holds pictures, models and reports. `benchmarks/results/` gets one JSON file per stage with the command, the
 commit, the device and the date. Base models come from `pretrain/` with --hold_out (see `docs/effect-progress.md`);
 their folders are WORK/epsilon, WORK/v_prediction and WORK/flow.
 
-An arm is a fine-tuning of 1,000 steps through the training scripts. All arms of a base and a seed see the same
-pictures, noise and timesteps in the same order.
+An arm is a fine-tuning of 1,000 steps through the training scripts; `effect_arms.py` lists them. All arms of a base
+and a seed see the same pictures, noise and timesteps in the same order.
 """
 
 import argparse
@@ -25,55 +31,18 @@ import shlex
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.effect_arms import ALL, BASES, COMMON, FAMILY_FLAGS, SCRIPTS
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 RESULTS = ROOT / "benchmarks" / "results"
-SAMPLES, STEPS = 1536, 1000  # pictures and training steps of an arm
-BASES = {"epsilon": "sdxl", "v_prediction": "sdxl", "flow": "sd3"}
-SCRIPTS = {"sdxl": "train_sdxl_lpl.py", "sd3": "train_sd3_lpl_flow.py"}
+SAMPLES, STEPS, ABLATION_STEPS = 1536, 1000, 400  # pictures and training steps of an arm
+STAGES = ("data", "pipelines", "judge-base", "profile", "train", "gain", "judge", "one-step", "autoencoder", "cost",
+          "state")  # fmt: skip
 AUTOENCODERS = {"sdxl": ROOT / "examples" / "tiny-sdxl" / "vae", "sd3": ROOT / "examples" / "tiny-sd3" / "vae"}
-
-COMMON = "--resolution 64 --center_crop --train_batch_size 32 --learning_rate 2e-4 " \
-    "--lr_scheduler constant_with_warmup --lr_warmup_steps 20 --use_ema --ema_decay 0.999 --adam_weight_decay 0.01 " \
-    "--proportion_empty_prompts 0.1 --mixed_precision no --report_to none --checkpointing_steps 250 " \
-    "--checkpoints_total_limit 1"  # fmt: skip
-FAMILY_FLAGS = {"sdxl": "--snr_gamma 5", "sd3": ""}
-GATE = "--use_lpl --lpl_share 0.2 --lpl_sigma_threshold 3"
-DEFAULTS = {
-    "sdxl": "--use_lpl",
-    "sd3": "--use_lpl --lpl_t_threshold 200",
-}  # flow's own gate is 3, as in the other arms
-
-
-@dataclass(frozen=True)
-class Arm:
-    """A way to fine-tune.
-
-    Attributes:
-        flags: of the training script.
-        profile: whether each sample is weighted so that its mean at each noise level is that of decoder features.
-    """
-
-    flags: str
-    profile: bool = False
-
-
-ARMS = {
-    "none": Arm(""),
-    "default": Arm(""),  # flags by the family
-    "latent": Arm(f"{GATE} --lpl_features latent", profile=True),
-    "latent-full": Arm(f"{GATE} --lpl_features latent --lpl_norm_gradient full", profile=True),
-    "decoder": Arm(GATE),
-    "decoder-half": Arm(f"{GATE} --lpl_norm_gradient half"),
-    "decoder-full": Arm(f"{GATE} --lpl_norm_gradient full"),
-    "target": Arm(f"{GATE} --lpl_norm_type target"),
-    "gate-1": Arm("--use_lpl --lpl_share 0.2 --lpl_sigma_threshold 1"),
-    "rgb": Arm(f"{GATE} --lpl_features rgb"),
-}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -204,31 +173,136 @@ def judge(work, name, models, guidance, samples):
 # Arms
 
 
-def train_arm(work, base, name, seed, steps):
-    """Fine-tune; a run that was stopped goes on at its last checkpoint."""
-    began, family, folder = time.time(), BASES[base], arm_folder(work, base, name, seed, steps)
-    if (folder / "model_index.json").is_file():
-        print(f"{folder} is done")
-        return
-    arm = ARMS[name]
-    flags = DEFAULTS[family] if name == "default" else arm.flags
+def train_arm(work, base, name, seed, steps, folder=None, logging_steps=None):
+    """Fine-tune; a run that was stopped goes on at its last checkpoint. Returns the output folder.
+
+    Args:
+        folder: of the output; by default the arm's own, and then a result is written too.
+        logging_steps: steps between rows of the log; by default the script's.
+    """
+    began, family = time.time(), BASES[base]
+    own = folder or arm_folder(work, base, name, seed, steps)
+    if is_done(own):
+        print(f"{own} is done")
+        return own
+    arm = ALL[name]
     words = ["benchmarks/effect_arm.py", SCRIPTS[family]]
     if arm.profile:
         words += ["--profile", RESULTS / f"effect-profile-{base}.json"]
-    words += ["--", *COMMON.split(), *FAMILY_FLAGS[family].split(), *flags.split(),
+    words += ["--", *COMMON.split(), *FAMILY_FLAGS[family].split(), *arm.words(name, family, steps),
               "--seed", seed, "--max_train_steps", steps,
               "--pretrained_model_name_or_path", chosen_base(work, base), "--train_data_dir", work / "train",
-              "--caption_column", "text", "--cache_dir", work / "cache", "--output_dir", folder]  # fmt: skip
-    if any(folder.glob("checkpoint-*")):
+              "--caption_column", "text", "--cache_dir", work / "cache", "--output_dir", own]  # fmt: skip
+    if arm.autoencoder:
+        words += ["--pretrained_vae_model_name_or_path", work / arm.autoencoder]
+    if logging_steps:
+        words += ["--logging_steps", logging_steps]
+    if any(own.glob("checkpoint-*")):
         words += ["--resume_from_checkpoint", "latest"]
     run(words, work / "logs" / f"arm-{base}-{arm_name(name, seed, steps)}.log")
+    if folder is None:
+        keep_arm(own, base, name, seed, steps, time.time() - began)
+    return own
+
+
+def is_done(folder):
+    """Whether an arm's result is there: a whole pipeline, or a LoRA."""
+    return any((folder / name).is_file() for name in ("model_index.json", "pytorch_lora_weights.safetensors"))
+
+
+def keep_arm(folder, base, name, seed, steps, seconds):
+    """Write the result of an arm's training: last losses, and the gradient norms of its terms."""
     rows = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["diffusion_loss"] for row in rows if "diffusion_loss" in row]
-    result = {"base": base, "arm": name, "flags": flags, "seed": seed, "steps": steps,
-              "last_diffusion_losses": losses[-5:],
+    result = {"base": base, "arm": name, "flags": " ".join(ALL[name].words(name, BASES[base], steps)), "seed": seed,
+              "steps": steps, "last_diffusion_losses": losses[-5:],
               "gradient_norms": {str(row["step"]): {key: row[key] for key in row if key.startswith("gradient/")}
                                  for row in rows if any(key.startswith("gradient/") for key in row)}}  # fmt: skip
-    keep_result(f"effect-arm-{base}-{arm_name(name, seed, steps)}", time.time() - began, result)
+    keep_result(f"effect-arm-{base}-{arm_name(name, seed, steps)}", seconds, result)
+
+
+def sample_gain(work, base, seed, samples, guidance):
+    """Pictures of the arm *none*, its estimates scaled by gains that are fitted on training pictures."""
+    import torch
+
+    from benchmarks.effect_gain import fit_gains, sample_with_gains
+    from evaluate_models import evenly_spaced
+    from lpl_finetuning.data.scan import scan_folder
+    from lpl_finetuning.data.tables import select
+    from lpl_finetuning.evaluation.generation import GenerationSettings
+    from lpl_finetuning.evaluation.models import find_source, load_pipeline
+    from lpl_finetuning.evaluation.picture_sets import stems_of
+
+    began, model = time.time(), arm_folder(work, base, "none", seed)
+    source = find_source(str(model))
+    pipeline = load_pipeline(source, torch.float32, "cpu")
+    images = scan_folder(work / "train", cache_dir=work / "cache").images
+    gains = fit_gains(pipeline, select(images, evenly_spaced(len(images), 320)), 25)
+    chosen = [int(index) for index in evenly_spaced(len(images), samples)]
+    stems = stems_of(images)
+    captions = {stems[index]: images[index].caption for index in chosen}
+    settings = GenerationSettings(guidance=guidance, size=(64, 64), batch_size=64)
+    folder = arm_folder(work, base, "gain", seed)
+    sample_with_gains(pipeline, captions, gains, settings, folder, source.weights)
+    keep_result(f"effect-gain-{base}-{seed}", time.time() - began, {"base": base, "seed": seed, "gains": gains})
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Measurements without samples
+
+
+def judge_one_step(work, base, arms, seed, steps):
+    """The one-step test of arms on the held-out pictures, against the first of them, through the base's decoder."""
+    from benchmarks.effect_measures import one_step_numbers, one_step_table
+    from lpl_finetuning.data.scan import scan_folder
+
+    began, images = time.time(), scan_folder(work / "held_out", cache_dir=work / "cache").images
+    results = {}
+    for arm in arms:
+        folder = arm_folder(work, base, arm, seed, steps)
+        cache = work / "one_step" / base / f"{folder.name}.npz"
+        results[arm] = one_step_numbers(f"{chosen_base(work, base)}+{folder}", images, cache)
+        print(f"measured {arm}")
+    rows = one_step_table(results)
+    keep_result(f"effect-one-step-{arm_name(base, seed, steps)}", time.time() - began,
+                {"base": base, "seed": seed, "steps": steps, "pictures": len(images), "rows": rows})  # fmt: skip
+
+
+def make_autoencoder(work, steps):
+    """WORK/vae-adversarial: the base's decoder, trained further with the patch-adversarial term; and WORK/vae-plain,
+    trained as long without it. Then both are compared with the decoder that they began with."""
+    from benchmarks.effect_measures import compare_decoders
+    from pretrain.emoji_images import held_out, load_emoji
+
+    began, decoders = time.time(), {"base": AUTOENCODERS["sdxl"]}
+    for name, weight in (("vae-plain", 0), ("vae-adversarial", 0.5)):
+        decoders[name] = work / name
+        if not (work / name / "quality.json").is_file():
+            words = ["pretrain/train_autoencoder.py", "--init_from", AUTOENCODERS["sdxl"], "--decoder_steps", steps,
+                     "--adversarial_weight", weight, "--work_dir", work / "pictures", "--save_every", 250,
+                     "--output_dir", work / name]  # fmt: skip
+            run(words, work / "logs" / f"{name}.log")
+    images, captions = load_emoji(work / "pictures", 64)
+    hidden = held_out(captions)
+    found = compare_decoders(decoders, images[~hidden], images[hidden])
+    keep_result("effect-autoencoder", time.time() - began, {"steps": steps, "decoders": found})
+
+
+def measure_cost(work, base, arms):
+    """Time of a step of each arm, in turns; start it on an idle machine."""
+    from benchmarks.effect_measures import step_seconds
+
+    began = time.time()
+
+    def train(arm, steps, number):
+        folder = work / "cost" / base / f"{arm}-{number}-{time.time():.0f}"
+        train_arm(work, base, arm, 0, steps, folder, logging_steps=5)
+        return folder / "logs" / "metrics.jsonl"
+
+    seconds = step_seconds(train, arms)
+    ratios = {arm: value / seconds[arms[0]] for arm, value in seconds.items()}
+    keep_result(f"effect-cost-{base}", time.time() - began,
+                {"base": base, "seconds_a_sample": seconds, "ratio_to_the_first": ratios})  # fmt: skip
 
 
 def show_state(work):
@@ -237,52 +311,79 @@ def show_state(work):
         progress = work / base / "progress.csv"
         steps = progress.read_text().split("\n")[-2].split(",")[0] if progress.is_file() else 0
         pipelines = ", ".join(sorted(path.name for path in (work / base / "pipelines").glob("[0-9]*"))) or "none"
-        arms = [
-            path.name for path in sorted((work / "arms" / base).glob("*")) if (path / "model_index.json").is_file()
-        ]
+        arms = [path.name for path in sorted((work / "arms" / base).glob("*")) if is_done(path)]
         print(f"{base}: base at step {steps}; pipelines: {pipelines}; arms: {', '.join(arms) or 'none'}")
 
 
-def main(argv=None):
-    """Run a stage."""
+def parse_args(argv=None):
+    """The stage and what it works on."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    stages = ("data", "pipelines", "judge-base", "profile", "train", "judge", "state")
-    parser.add_argument("stage", choices=stages)
+    parser.add_argument("stage", choices=STAGES)
     parser.add_argument(
         "--work", type=lambda text: Path(text).resolve(), required=True, help="folder of everything large"
     )
     parser.add_argument("--base", choices=BASES, help="kind of base model")
-    parser.add_argument("--arm", nargs="+", choices=ARMS, default=["none"])
+    parser.add_argument("--arm", nargs="+", choices=ALL, default=["none"], help="the baseline first")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
-    parser.add_argument("--steps", type=int, default=STEPS, help="of an arm (default: %(default)s)")
-    parser.add_argument("--guidance", nargs="+", default=["1"])
+    parser.add_argument(
+        "--steps", type=int, help=f"of an arm (default: {STEPS}); of a decoder (default: {ABLATION_STEPS})"
+    )
+    parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
     parser.add_argument("--samples", type=int, default=SAMPLES, help="default: %(default)s")
     args = parser.parse_args(argv)
-    if args.base is None and args.stage not in ("data", "state"):
+    if args.base is None and args.stage not in ("data", "autoencoder", "state"):
         parser.error(f"{args.stage} needs --base")
+    return args
+
+
+def judge_arms(work, args, steps):
+    """Samples of arms, compared with the first of them."""
+    folders = []
+    for seed in args.seed:
+        for arm in args.arm:
+            folder = arm_folder(work, args.base, arm, seed, steps)
+            if ALL[arm].gain:
+                folder = folder / f"guidance-{args.guidance[0]:g}"
+            folders.append(folder)
+    name = arm_name(args.base, "-".join(map(str, args.seed)), steps)
+    name += "" if args.guidance == [1.0] else "-guidance-" + "-".join(f"{value:g}" for value in args.guidance)
+    judge(work, name, folders, args.guidance, args.samples)
+
+
+def main(argv=None):
+    """Run a stage."""
+    args = parse_args(argv)
+    work, base, steps = args.work, args.base, args.steps or STEPS
     if args.stage == "data":
-        make_data(args.work)
+        make_data(work)
     elif args.stage == "pipelines":
-        make_pipelines(args.work, args.base)
+        make_pipelines(work, base)
     elif args.stage == "judge-base":
-        judge(args.work, f"base-{args.base}", sorted((args.work / args.base / "pipelines").glob("[0-9]*")),
-              args.guidance, args.samples)  # fmt: skip
+        pipelines = sorted((work / base / "pipelines").glob("[0-9]*"))
+        judge(work, f"base-{base}", pipelines, args.guidance, args.samples)
     elif args.stage == "profile":
         from benchmarks.effect_arm import measure_profile
 
         began = time.time()
-        profile = measure_profile(chosen_base(args.work, args.base), args.work / "train")
-        keep_result(f"effect-profile-{args.base}", time.time() - began, profile)
+        profile = measure_profile(chosen_base(work, base), work / "train")
+        keep_result(f"effect-profile-{base}", time.time() - began, profile)
     elif args.stage == "train":
         for seed in args.seed:
             for arm in args.arm:
-                train_arm(args.work, args.base, arm, seed, args.steps)
+                train_arm(work, base, arm, seed, steps)
+    elif args.stage == "gain":
+        for seed in args.seed:
+            sample_gain(work, base, seed, args.samples, tuple(args.guidance))
     elif args.stage == "judge":
-        folders = [arm_folder(args.work, args.base, arm, seed, args.steps) for seed in args.seed for arm in args.arm]
-        name = arm_name(args.base, "-".join(map(str, args.seed)), args.steps)
-        judge(args.work, name, folders, args.guidance, args.samples)
+        judge_arms(work, args, steps)
+    elif args.stage == "one-step":
+        judge_one_step(work, base, args.arm, args.seed[0], steps)
+    elif args.stage == "autoencoder":
+        make_autoencoder(work, args.steps or ABLATION_STEPS)
+    elif args.stage == "cost":
+        measure_cost(work, base, args.arm)
     else:
-        show_state(args.work)
+        show_state(work)
 
 
 if __name__ == "__main__":

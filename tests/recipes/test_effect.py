@@ -7,10 +7,16 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from benchmarks import effect, effect_arm
+from benchmarks import effect_arm, effect_arms, effect_gain, effect_measures
+from lpl_finetuning.data.scan import scan_folder
+from lpl_finetuning.evaluation.generation import GenerationSettings, generate
+from lpl_finetuning.evaluation.models import find_source, load_pipeline
+from lpl_finetuning.evaluation.picture_sets import read_pictures
 from lpl_finetuning.training import objective, reporter
 from lpl_finetuning.training.objective import Objective
+from lpl_utils import estimate_z0
 from tests.sdxl import run, train_sdxl_lpl
+from tests.tiny_models import picture_folder
 
 
 def test_bins_end_at_the_gate():
@@ -55,9 +61,76 @@ def test_an_arm_is_the_script_and_logs_gradients(flags, tmp_path, monkeypatch):
 def test_arms_are_flags_of_the_scripts(flags, tmp_path):
     """Each arm's flags are accepted, and each differs from the others."""
     seen = set()
-    for name, arm in effect.ARMS.items():
-        words = (effect.DEFAULTS["sdxl"] if name == "default" else arm.flags) + " --lpl_scale" * arm.profile
-        args = train_sdxl_lpl.parse_args([*map(str, flags), *words.split(), "--output_dir", str(tmp_path)])
+    for name, arm in effect_arms.ALL.items():
+        words = [*effect_arms.COMMON.split(), *arm.words(name, "sdxl", 400), *["--lpl_scale"] * arm.profile]
+        args = train_sdxl_lpl.parse_args([*map(str, flags), *words, "--output_dir", str(tmp_path)])
         values = {key: value for key, value in vars(args).items() if key not in ("base_model", "given")}
-        seen.add(json.dumps(values, default=str, sort_keys=True))
-    assert len(seen) == len(effect.ARMS)
+        seen.add(json.dumps({**values, "apart": arm.gain or arm.autoencoder}, default=str, sort_keys=True))
+    assert len(seen) == len(effect_arms.ALL)
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "flow"])
+def test_a_gain_scales_the_estimate_and_nothing_else(kind):
+    rng = torch.Generator().manual_seed(0)
+    output, sample = torch.randn(2, 2, 4, 5, 5, generator=rng, dtype=torch.float64)
+    alpha, sigma = torch.tensor(0.6, dtype=torch.float64), torch.tensor(0.8, dtype=torch.float64)
+    levels = alpha.repeat(2), sigma.repeat(2)
+    before = estimate_z0(output, sample, *levels, kind)
+    after = estimate_z0(effect_gain.scaled(output, sample, alpha, sigma, kind, 1.5), sample, *levels, kind)
+    means = before.mean(dim=(2, 3), keepdim=True)
+    torch.testing.assert_close(after, means + 1.5 * (before - means))
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_gains_are_fitted_and_sampled_with(family, request, tmp_path, monkeypatch):
+    """A model that halves the spread gets gains of 2 within the gate; gains of 1 change no picture, others do."""
+    source = find_source(str(request.getfixturevalue(f"{family}_folder")))
+    pipeline = load_pipeline(source, torch.float32, "cpu")
+    images = scan_folder(picture_folder(tmp_path / "pictures", 3, size=64), cache_dir=tmp_path / "cache").images
+
+    class Halving(effect_gain.PipelineEstimate):
+        def __call__(self, noisy_latents, level, indices):
+            z0 = torch.stack([self.held_out.latents[index] for index in indices])
+            return z0 / 2 + 1
+
+    with monkeypatch.context() as patch:
+        patch.setattr(effect_gain, "PipelineEstimate", Halving)
+        gains = effect_gain.fit_gains(pipeline, images, 5, batch_size=2)
+    assert gains[0] == 1 and gains[-1] == pytest.approx(2) and set(np.round(gains, 6)) == {1, 2}
+    settings, captions = GenerationSettings(steps=5, guidance=(1.0,), size=(64, 64)), {"a": "red", "b": "blue"}
+    plain = generate(pipeline, captions, settings, tmp_path / "plain", bar=False)[1.0]
+    found = {}
+    for name, own in (("ones", [1.0] * 5), ("twos", gains)):
+        found[name] = effect_gain.sample_with_gains(pipeline, captions, own, settings, tmp_path / name, "x")[1.0]
+    pixels = {folder: read_pictures([folder / f"{stem}.png" for stem in captions])
+              for folder in (plain, *found.values())}  # fmt: skip
+    assert (pixels[plain] == pixels[found["ones"]]).all() and (pixels[plain] != pixels[found["twos"]]).any()
+    assert "scaled_step" not in str(effect_gain.generation.sampling_scheduler(pipeline, "auto", 5).step)
+
+
+def test_the_one_step_table_is_paired():
+    rng = np.random.default_rng(0)
+    keys = ("latent_mse", "psnr", "high_frequency", "gain", "perceptual/efficientnet-lite2",
+            "perceptual/efficientnet-lite0")  # fmt: skip
+    base = {key: rng.normal(size=(10, 200)) for key in keys}
+    other = {key: values - 0.1 + 1e-3 * rng.normal(size=values.shape) for key, values in base.items()}
+    first, second = effect_measures.one_step_table({"none": base, "other": other})
+    assert first == {"model": "none", **{key: pytest.approx(base[key].mean()) for key in keys}}
+    for key in keys:
+        value, low, high = second[f"{key}_change"]
+        assert low < -0.1 < high and high - low < 1e-3 and value == pytest.approx(-0.1, abs=1e-3)
+
+
+def test_arms_take_turns_when_their_time_is_measured(tmp_path):
+    turns = []
+
+    def train(arm, steps, number):
+        turns.append((arm, number))
+        speed = {"none": 8.0, "decoder": 4.0}[arm]
+        rows = [{"step": step, "samples_per_second": speed if step > steps // 2 else 1e-3} for step in range(steps)]
+        (tmp_path / "log").write_text("\n".join(map(json.dumps, rows)))
+        return tmp_path / "log"
+
+    found = effect_measures.step_seconds(train, ["none", "decoder"], steps=4, rounds=2)
+    assert found == {"none": 0.125, "decoder": 0.25}
+    assert turns == [("none", 0), ("decoder", 0), ("none", 1), ("decoder", 1)]
