@@ -18,7 +18,7 @@ LAUNCH = OMP_WAIT_POLICY=PASSIVE $(BIN)/accelerate launch --quiet --num_processe
 	--mixed_precision no --dynamo_backend no --num_cpu_threads_per_process $(THREADS)
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sd3 test test-quick chaos quality format bench clean
+.PHONY: help demo demo-sd3 test test-quick chaos quality format bench true-sizes clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
@@ -52,6 +52,10 @@ format: .venv/.requirements-dev ## put right what ruff can: imports, simple faul
 
 bench: .venv/.requirements ## measure time and memory of the loss on an SDXL-sized decoder
 	$(BIN)/python benchmarks/bench_lpl.py $(ARGS)
+
+true-sizes: .venv/.requirements ## train, resume and export SDXL and SD3.5 medium at true sizes on the CPU, with random weights
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/gpu_check.py --work runs/true-sizes --device cpu --resolution 512 \
+		--limit 7200 --results runs/true-sizes/results --only machine lifecycle-sdxl lifecycle-sd3 $(ARGS)
 
 clean: ## remove .venv/ and the tools' caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -1,0 +1,387 @@
+"""Does everything run on this machine, how fast, and in how much memory? One command, which goes on where it stopped.
+
+    python benchmarks/gpu_check.py --work WORK                          # a GPU, true sizes, random weights
+    python benchmarks/gpu_check.py --work WORK --sdxl FOLDER --sd3 FOLDER    # your own weights
+    python benchmarks/gpu_check.py --work WORK --device cpu --sizes tiny     # all stages in small, without a GPU
+    python benchmarks/gpu_check.py --work WORK --only lifecycle-sdxl speed-sdxl
+
+`make true-sizes` runs the stages lifecycle-sdxl and lifecycle-sd3 at true sizes on the CPU, at 512 px. They need 16 GB
+of memory, 20 GB of disk and about half an hour.
+
+A stage takes less than eight minutes on a GPU. Each writes `benchmarks/results/gpu-STAGE.json` (--results elsewhere)
+with the command, the machine, the date and what was measured; a stage whose file is there is not run again. A stage
+that fails is told, and the others go on. `--table` prints the tables of `docs/performance.md` from the files.
+"""
+
+import argparse
+import datetime
+import json
+import platform
+import shlex
+import statistics
+import subprocess
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+
+from benchmarks.measured_run import WARM_UP
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
+SCRIPTS = {"sdxl": "train_sdxl_lpl.py", "sd3": "train_sd3_lpl_flow.py"}
+SECONDS = 480  # limit of a run
+EVERY_STEP = ["--use_lpl", "--lpl_t_threshold", 1000]  # every sample is gated, so that every step has the loss
+SAMPLES = ["--validation_prompt", "squares of many colours", "--num_validation_images", 1]
+STEPS = 5
+
+
+class Skipped(Exception):
+    """A stage that can't be run on this machine; the message says why."""
+
+
+@dataclass(frozen=True)
+class Check:
+    """What all stages need.
+
+    Attributes:
+        work: folder of models, pictures and runs.
+        device: "cuda" or "cpu".
+        tiny: whether the tiny pipelines of `examples/` stand for the true sizes.
+        models: {name of `random_pipelines` or family: folder} of the user's own weights.
+        resolution: px; None for the recipes' own, or what the tiny pipelines make.
+        limit: seconds that a run may take.
+    """
+
+    work: Path
+    device: str
+    tiny: bool
+    models: dict[str, Path] = field(default_factory=dict)
+    resolution: int | None = None
+    limit: int = SECONDS
+
+    def model(self, name):
+        """The folder of "SDXL", "SD3.5 medium" or "SD3.5 large"; it is made if need be."""
+        family = family_of(name)
+        if family in self.models:
+            return self.models[family]
+        if self.tiny:
+            return ROOT / "examples" / f"tiny-{family}"
+        from benchmarks.random_pipelines import build_pipeline
+
+        return build_pipeline(name, self.work / "models" / name.replace(" ", "-"))
+
+    def size(self, wanted=1024):
+        """The resolution of a run, px."""
+        return self.resolution or (64 if self.tiny else wanted)
+
+    def pictures(self, resolution):
+        """A folder of four captioned pictures of this size."""
+        folder = self.work / f"pictures-{resolution}"
+        for number in range(4):
+            path = folder / f"{number}.png"
+            if not path.is_file():
+                folder.mkdir(parents=True, exist_ok=True)
+                pixels = np.random.default_rng(number).integers(0, 256, (8, 8, 3), np.uint8)
+                path.with_suffix(".txt").write_text(f"squares of many colours, number {number}")
+                Image.fromarray(pixels).resize((resolution, resolution), Image.Resampling.BICUBIC).save(path)
+        return folder
+
+    def train(self, name, model, *flags, launcher=()):
+        """Run a training script; returns what `measured_run` measured, "output" (folder) and "said" (text).
+
+        Raises:
+            RuntimeError: the run failed or took too long; has the last lines of its output.
+        """
+        family, resolution = family_of(model), self.size(flag_of(flags, "--resolution") or 1024)
+        output = self.work / "runs" / name
+        file = self.work / "runs" / f"{name}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        words = [*(launcher or [sys.executable]), "benchmarks/measured_run.py", file, SCRIPTS[family], *flags,
+                 "--resolution", resolution, "--pretrained_model_name_or_path", self.model(model),
+                 "--train_data_dir", self.pictures(resolution), "--output_dir", output, "--report_to", "none",
+                 "--cache_dir", self.work / "cache"]  # fmt: skip
+        said = run([*map(str, words)], self.limit, self.work / "runs" / f"{name}.log", self.device)
+        return json.loads(file.read_text()) | {"output": str(output), "said": said}
+
+
+def family_of(model):
+    """ "sdxl" or "sd3"."""
+    return "sdxl" if model == "SDXL" else "sd3"
+
+
+def flag_of(flags, name):
+    """The number after a flag; None without the flag."""
+    return int(flags[flags.index(name) + 1]) if name in flags else None
+
+
+def run(words, limit, log, device):
+    """The output of a command; RuntimeError with its last lines where it fails."""
+    import os
+
+    environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with open(log, "w") as file:
+        print("$", shlex.join(words), file=file, flush=True)
+        try:
+            status = subprocess.run(words, cwd=ROOT, stdout=file, stderr=file, timeout=limit, env=environment)
+            failed = f"ended with status {status.returncode}" if status.returncode else ""
+        except subprocess.TimeoutExpired:
+            failed = f"took more than {limit} s"
+    said = log.read_text(errors="replace")
+    if failed:
+        last = [line for line in said.replace("\r", "\n").splitlines()[1:] if line.strip()][-6:]
+        raise RuntimeError(f"{failed} ({log}): " + " | ".join(last))
+    return said
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages: each returns a dictionary
+
+
+def machine(check):
+    """The machine and its software."""
+    import diffusers
+
+    found = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
+    if check.device == "cuda":
+        facts = torch.cuda.get_device_properties(0)
+        found |= {"gpu": facts.name, "gpus": torch.cuda.device_count(), "memory": facts.total_memory,
+                  "capability": f"{facts.major}.{facts.minor}", "cuda": torch.version.cuda}  # fmt: skip
+    return found
+
+
+def recipe(check, path):
+    """The first steps of a recipe, every sample gated, its peak beside the plan's estimate."""
+    content = yaml.safe_load(path.read_text())
+    model = {"sd35-medium": "SD3.5 medium", "sd35-large": "SD3.5 large"}.get(
+        "-".join(path.stem.split("-")[:2]), "SDXL"
+    )
+    if check.device == "cpu" and "bnb_quantization_config_path" in content:
+        raise Skipped("diffusers quantizes on GPUs only")
+    flags = ["--config", path, "--max_train_steps", STEPS, "--checkpointing_steps", 1000, "--logging_steps", 1,
+             "--gradient_accumulation_steps", 1, *EVERY_STEP, *SAMPLES]  # fmt: skip
+    if content.get("validation_split"):
+        flags += ["--validation_split", 1]
+    if check.device == "cpu" and content.get("use_8bit_adam"):
+        flags.append("--no-use_8bit_adam")
+    if check.device == "cpu" and check.tiny:
+        flags += ["--mixed_precision", "no"]
+    return summary(check.train(f"recipe-{path.stem}", model, *flags))
+
+
+def summary(found):
+    """Numbers of a run: seconds a step, share of the loss, peak, waits a step, and the plan's line about memory."""
+    seconds = found["seconds"][WARM_UP:] or found["seconds"]
+    loss = found["loss_seconds"][WARM_UP : WARM_UP + len(seconds)] or found["loss_seconds"]
+    planned = [line for line in found["said"].splitlines() if line.startswith("Memory")]
+    waits = sum(found["waits"].values()) / max(1, found["counted_steps"])
+    return {"seconds_a_step": statistics.median(seconds) if seconds else None,
+            "share_of_loss": sum(loss) / sum(seconds) if seconds else None, "peak": found["peak"],
+            "waits_a_step": waits, "waits": found["waits"], "plan": planned[0] if planned else None}  # fmt: skip
+
+
+LORA = ["--use_lora", "--rank", 16, "--train_batch_size", 1, "--max_train_steps", 8, "--checkpointing_steps", 1000,
+        "--gradient_checkpointing"]  # fmt: skip
+
+
+def precision_flags(check):
+    """bfloat16 where it computes."""
+    return ["--mixed_precision", "no" if check.tiny and check.device == "cpu" else "bf16"]
+
+
+def speed(check, model):
+    """A step without the loss, with it, and with it in every step."""
+    found = {}
+    for name, flags in (("without", []), ("with", ["--use_lpl"]), ("every step", EVERY_STEP)):
+        own = [*LORA, *precision_flags(check), *flags]
+        found[name] = summary(check.train(f"speed-{family_of(model)}-{name.replace(' ', '-')}", model, *own))
+    return found | {"ratio": found["every step"]["seconds_a_step"] / found["without"]["seconds_a_step"]}
+
+
+def variant(check, name, *flags, cuda=True):
+    """SDXL's LoRA with the loss in every step, with more flags."""
+    if cuda and check.device != "cuda":
+        raise Skipped("needs a GPU")
+    return summary(check.train(name, "SDXL", *LORA, *EVERY_STEP, *flags))
+
+
+def channels_last(check):
+    """The decoder's loss with weights in either memory format, side by side."""
+    found = {}
+    for name, more in (("channels-last", []), ("contiguous", ["--contiguous"])):
+        file = check.work / "runs" / f"bench-{name}.json"
+        size = ["--resolution", 64, "--width", 16] if check.tiny else ["--resolution", check.size(512)]
+        dtype = "bfloat16" if check.device == "cuda" else "float32"
+        words = [sys.executable, "benchmarks/bench_lpl.py", *size, "--dtypes", dtype, "--rounds", 3, "--output", file]
+        run([*map(str, words), *more], check.limit, file.with_suffix(".log"), check.device)
+        found[name] = json.loads(file.read_text())
+    return found
+
+
+def lifecycle(check, model):
+    """Train, stop after the first step, resume, validate, export for other programs, and read the file back."""
+    from safetensors.torch import load_file
+
+    name, family = f"lifecycle-{family_of(model)}", family_of(model)
+    flags = [*LORA, *precision_flags(check), *EVERY_STEP, "--max_train_steps", 2, "--checkpointing_steps", 1,
+             "--checkpoints_total_limit", 2, *SAMPLES, "--output_kohya_format"]  # fmt: skip
+    whole = check.train(name, model, *flags)
+    output = Path(whole["output"])
+    weights = (output / "pytorch_lora_weights.safetensors").read_bytes()
+    (output / "pytorch_lora_weights.safetensors").unlink()
+    resumed = check.train(name, model, *flags, "--resume_from_checkpoint", "checkpoint-1")
+    same = (output / "pytorch_lora_weights.safetensors").read_bytes() == weights
+    if not same and check.device == "cpu":
+        raise RuntimeError("the resumed run ended with other weights")
+    import diffusers
+
+    cls = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusion3Pipeline
+    [kohya] = [path for path in output.glob("*.safetensors") if path.name != "pytorch_lora_weights.safetensors"]
+    ours, theirs = (cls.lora_state_dict(output, weight_name=path) for path in (
+        "pytorch_lora_weights.safetensors", kohya.name))  # fmt: skip
+    ours, theirs = (found[0] if isinstance(found, tuple) else found for found in (ours, theirs))
+    pictures = len(list((output / "validation").glob("*.png")))
+    return {"resumed_is_equal": same, "kohya_file": kohya.name, "kohya_tensors": len(load_file(kohya)),
+            "tensors_read_back": [len(ours), len(theirs)], "pictures": pictures,
+            "first": summary(whole), "resumed": summary(resumed)}  # fmt: skip
+
+
+def ranks(check, config, *flags):
+    """All weights of SDXL, shared by the GPUs of this machine."""
+    count = torch.cuda.device_count() if check.device == "cuda" else 0
+    if count < 2:
+        raise Skipped(f"needs two GPUs or more; {count} here")
+    launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", ROOT / "configs" / config,
+                "--num_processes", count]  # fmt: skip
+    flags = ["--train_batch_size", 1, "--gradient_checkpointing", "--mixed_precision", "bf16", *EVERY_STEP, *flags,
+             "--max_train_steps", STEPS, "--checkpointing_steps", 1000]  # fmt: skip
+    return summary(check.train(f"ranks-{Path(config).stem}", "SDXL", *flags, launcher=launcher))
+
+
+def all_stages():
+    """{name: function of a `Check`}."""
+    found = {"machine": machine}
+    for path in RECIPES:
+        found[f"recipe-{path.stem}"] = lambda check, path=path: recipe(check, path)
+    for model in ("SDXL", "SD3.5 medium"):
+        found[f"speed-{family_of(model)}"] = lambda check, model=model: speed(check, model)
+    nf4 = ["--bnb_quantization_config_path", ROOT / "configs" / "nf4.json", "--mixed_precision", "bf16"]
+    found |= {
+        "precision-fp16": lambda check: variant(check, "precision-fp16", "--mixed_precision", "fp16"),
+        "precision-nf4": lambda check: variant(check, "precision-nf4", *nf4),
+        "attention-xformers": lambda check: variant(check, "attention-xformers", "--mixed_precision", "bf16",
+                                                    "--enable_xformers_memory_efficient_attention"),
+        "compile": lambda check: variant(check, "compile", *precision_flags(check), "--torch_compile"),
+        "channels-last": channels_last,
+    }  # fmt: skip
+    for model in ("SDXL", "SD3.5 medium"):
+        found[f"lifecycle-{family_of(model)}"] = lambda check, model=model: lifecycle(check, model)
+    for config in ("fsdp2.yaml", "zero2.yaml", "zero3.yaml"):
+        found[f"ranks-{Path(config).stem}"] = lambda check, config=config: ranks(check, config)
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The command
+
+
+def run_stage(name, stage, check, results):
+    """Run a stage and write its file; returns whether it did not fail."""
+    file = results / f"gpu-{name}.json"
+    if file.is_file():
+        print(f"{name}: {file} is there")
+        return True
+    began = time.time()
+    try:
+        outcome = {"found": stage(check)}
+    except Skipped as reason:
+        outcome = {"skipped": str(reason)}
+    except Exception as error:  # whatever a GPU brings: the other stages are of use without this one
+        print(f"{name}: FAILED: {type(error).__name__}: {error}", file=sys.stderr)
+        return False
+    facts = {"command": shlex.join(["python", "benchmarks/gpu_check.py", *sys.argv[1:]]), "stage": name,
+             "commit": commit(), "device": device_name(check), "sizes": "tiny" if check.tiny else "true",
+             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+             "seconds": round(time.time() - began)}  # fmt: skip
+    results.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(facts | outcome, indent=1) + "\n")
+    print(f"{name}: {outcome.get('skipped') or 'done'} ({facts['seconds']} s)")
+    return True
+
+
+def commit():
+    """The commit of this working tree, with "-dirty" after changes; "unknown" outside git."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def device_name(check):
+    """The GPU's name, or the CPU's architecture."""
+    return torch.cuda.get_device_name() if check.device == "cuda" else f"{platform.machine()} CPU"
+
+
+def tables(results):
+    """Markdown tables of all files."""
+    rows = [json.loads(path.read_text()) for path in sorted(results.glob("gpu-*.json"))]
+    lines = ["| stage | seconds a step | share of the loss | peak | waits a step | device |",
+             "|---|---:|---:|---:|---:|---|"]  # fmt: skip
+    for row in rows:
+        for name, found in parts_of(row):
+            peak = max(found["peak"].values()) / 1e9
+            seconds, share = found["seconds_a_step"], found["share_of_loss"]
+            lines.append(f"| {name} | {seconds:.3f} | {share:.0%} | {peak:.2f} GB | {found['waits_a_step']:.1f} | "
+                         f"{row['device']}, {row['date']} |")  # fmt: skip
+        if "skipped" in row:
+            lines.append(f"| {row['stage']} | not run: {row['skipped']} |  |  |  | {row['device']}, {row['date']} |")
+    return "\n".join(lines)
+
+
+def parts_of(row):
+    """(name, `summary`) of all runs in a stage's file."""
+    found = row.get("found", {})
+    if "seconds_a_step" in found:
+        return [(row["stage"], found)]
+    return [(f"{row['stage']}, {name}", part) for name, part in found.items()
+            if isinstance(part, dict) and "seconds_a_step" in part]  # fmt: skip
+
+
+def main(argv=None):
+    """The command; status 1 if a stage failed."""
+    stages = all_stages()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=lambda text: Path(text).resolve(), required=True, help="folder of models, "
+                        "pictures and runs: up to 40 GB")  # fmt: skip
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--sizes", choices=("true", "tiny"), default="true")
+    parser.add_argument("--resolution", type=int, help="px (default: 1024, tiny 64)")
+    parser.add_argument("--sdxl", type=Path, help="folder of an SDXL pipeline in place of random weights")
+    parser.add_argument("--sd3", type=Path, help="folder of an SD3 or SD3.5 pipeline in place of random weights")
+    parser.add_argument("--only", nargs="+", choices=stages, metavar="STAGE", help=f"of {', '.join(stages)}")
+    parser.add_argument("--limit", type=int, default=SECONDS, help="seconds of a run (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
+    parser.add_argument("--table", action="store_true", help="print the tables of what was measured, and end")
+    args = parser.parse_args(argv)
+    if args.table:
+        print(tables(args.results))
+        return
+    own = {"sdxl": args.sdxl, "sd3": args.sd3}
+    models = {family: folder.resolve() for family, folder in own.items() if folder}
+    check = Check(args.work, args.device, args.sizes == "tiny", models, args.resolution, args.limit)
+    good = [run_stage(name, stages[name], check, args.results) for name in args.only or stages]
+    print(tables(args.results))
+    sys.exit(0 if all(good) else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,93 @@
+"""The check of a machine: what is measured of a run, and how stages are kept."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpu_check, measured_run, random_pipelines
+from lpl_utils import LatentPerceptualLoss
+from tests.sdxl import run, train_sdxl_lpl, weights
+
+
+def test_measuring_changes_nothing(flags, tmp_path, monkeypatch):
+    """A row per micro-step, the perceptual loss within it; the result is that of the script alone."""
+    flags = [*flags, "--use_lpl", "--lpl_t_threshold", 1000, "--max_train_steps", 3]
+    run(*flags, "--output_dir", tmp_path / "plain")
+    monkeypatch.setattr(train_sdxl_lpl, "training_step", train_sdxl_lpl.training_step)
+    monkeypatch.setattr(LatentPerceptualLoss, "forward", LatentPerceptualLoss.forward)
+    meter = measured_run.Meter()
+    meter.watch(train_sdxl_lpl)
+    run(*flags, "--output_dir", tmp_path / "measured")
+    assert weights(tmp_path / "plain") == weights(tmp_path / "measured")
+    report = meter.report()
+    assert len(report["seconds"]) == 2 and len(report["loss_seconds"]) == 3 and report["counted_steps"] == 2
+    assert all(0 < loss < step for loss, step in zip(report["loss_seconds"], report["seconds"], strict=False))
+    assert report["peak"]["resident"] > 1e8 and report["waits"] == {}
+
+
+def test_stages_are_kept_skipped_or_told(tmp_path, capsys):
+    """What is done is not done again, what fails is tried again, and what can't run here says why."""
+    check, calls = gpu_check.Check(tmp_path, "cpu", tiny=True), []
+
+    def works(check):
+        calls.append("works")
+        return {"seconds_a_step": 0.5, "share_of_loss": 0.25, "peak": {"allocated": 2e9, "reserved": 3e9},
+                "waits_a_step": 1.0}  # fmt: skip
+
+    def fails(check):
+        calls.append("fails")
+        raise RuntimeError("no kernel image")
+
+    def skips(check):
+        raise gpu_check.Skipped("needs a GPU")
+
+    for _ in range(2):
+        assert gpu_check.run_stage("works", works, check, tmp_path)
+        assert not gpu_check.run_stage("fails", fails, check, tmp_path)
+        assert gpu_check.run_stage("skips", skips, check, tmp_path)
+    assert calls == ["works", "fails", "fails"] and "FAILED: RuntimeError: no kernel image" in capsys.readouterr().err
+    kept = json.loads((tmp_path / "gpu-works.json").read_text())
+    assert kept["sizes"] == "tiny" and kept["device"].endswith("CPU") and kept["commit"]
+    page = gpu_check.tables(tmp_path)
+    assert "| works | 0.500 | 25% | 3.00 GB | 1.0 |" in page and "| skips | not run: needs a GPU |" in page
+
+
+def test_a_failed_run_is_told_by_its_last_lines(tmp_path):
+    words = [gpu_check.sys.executable, "-c", "print('one'); raise SystemExit('two')"]
+    with pytest.raises(RuntimeError, match=r"ended with status 1 \(.*log\): one \| two"):
+        gpu_check.run(words, 60, tmp_path / "log", "cpu")
+    words[-1] = "import time; time.sleep(60)"
+    with pytest.raises(RuntimeError, match="took more than 1 s"):
+        gpu_check.run(words, 1, tmp_path / "log", "cpu")
+
+
+def test_every_recipe_and_architecture_has_a_stage():
+    stages = gpu_check.all_stages()
+    assert {f"recipe-{path.stem}" for path in gpu_check.RECIPES} <= stages.keys() and len(gpu_check.RECIPES) >= 7
+    assert all(gpu_check.family_of(model) in gpu_check.SCRIPTS for model in random_pipelines.MODELS)
+
+
+def test_a_random_pipeline_is_whole(tmp_path, monkeypatch):
+    """Built small, it is found sound by the checks that a training script makes, and loads."""
+    from diffusers import StableDiffusionXLPipeline
+
+    from lpl_finetuning.evaluation.models import find_source
+
+    script, pipeline, part, denoiser, vae = random_pipelines.MODELS["SDXL"]
+    small = denoiser | {"block_out_channels": [32, 64, 64], "transformer_layers_per_block": 1,
+                        "attention_head_dim": [2, 4, 4], "cross_attention_dim": 128,
+                        "projection_class_embeddings_input_dim": 6 * 256 + 64}  # fmt: skip
+    monkeypatch.setitem(random_pipelines.MODELS, "SDXL", (
+        script, pipeline, part, small, vae | {"block_out_channels": [32] * 4}))  # fmt: skip
+    clip = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 64,
+            "projection_dim": 64}  # fmt: skip
+    monkeypatch.setattr(random_pipelines, "CLIP_L", random_pipelines.CLIP_L | clip)
+    monkeypatch.setattr(random_pipelines, "CLIP_BIG_G", random_pipelines.CLIP_BIG_G | clip)
+    folder = random_pipelines.build_pipeline("SDXL", tmp_path / "model")
+    assert find_source(str(folder)).kind == "pipeline"
+    loaded = StableDiffusionXLPipeline.from_pretrained(folder, add_watermarker=False)
+    assert next(loaded.text_encoder_2.parameters()).isfinite().all()
+    times = {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}
+    random_pipelines.build_pipeline("SDXL", folder)
+    assert times == {path: path.stat().st_mtime_ns for path in Path(folder).rglob("*")}, "it is made once"
