@@ -43,6 +43,7 @@ _LITES = {
                                 (0, 2, 4, 7, 10), False),
 }  # fmt: skip
 DEFAULT_NETWORK = "efficientnet-lite2"
+AT_ONCE_ON_CPU = 4  # pictures; the feature maps of 32 leave a CPU's caches (docs/lab-notes.md)
 NETWORKS = (*_LITES, "inception")  # all other names are folders or Hub names of transformers models
 
 
@@ -207,6 +208,10 @@ def _load_lite(name: str, device: "str | torch.device") -> FeatureNetwork:
             yield x
 
     def features(images: torch.Tensor) -> torch.Tensor:
+        few = AT_ONCE_ON_CPU if images.device.type == "cpu" else len(images)
+        return torch.cat([features_of_few(part) for part in images.split(few)])
+
+    def features_of_few(images: torch.Tensor) -> torch.Tensor:
         sized = _resized(images, (kind.size, kind.size))
         *_, x = blocks(sized, len(net._blocks) - 1)
         return F.relu6(net._bn1(net._conv_head(x))).mean(dim=(2, 3))

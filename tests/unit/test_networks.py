@@ -65,6 +65,7 @@ def test_lite_networks(name, label, independent):
     features = network(images)
     assert features.shape == (2, 1280) and features.dtype == torch.float32
     torch.testing.assert_close(network(images[1:].numpy()), features[1:], atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(network(images[[0, 1, 0, 1, 1, 0]]), features[[0, 1, 0, 1, 1, 0]], atol=1e-4, rtol=1e-3)
     sizes = [tuple(each.shape[2:]) for each in network.stages(images)]
     assert sizes == [(32, 32), (16, 16), (8, 8), (4, 4), (4, 4)]
 
