@@ -452,14 +452,15 @@ def compare(task: Task, made: Sequence[Made], held_out: PictureSet | None, stage
     networks, distances, differences, pairs = [], [], [], []
     for network in task.networks:
 
-        def features(pictures: PictureSet, network: FeatureNetwork = network) -> np.ndarray:
-            return features_of(pictures.files, network, task.output / "features", task.args.batch_size).values
+        def features(pictures: PictureSet, whose: str, network: FeatureNetwork = network) -> np.ndarray:
+            store, at_once = task.output / "features", task.args.batch_size
+            return features_of(pictures.files, network, store, at_once, whose=whose).values
 
         with stages("features"):
-            real = features(task.real)
-            theirs = {(each.contender.name, guidance): features(pictures)
+            real = features(task.real, "the real pictures")
+            theirs = {(each.contender.name, guidance): features(pictures, each.contender.name)
                       for each in made for guidance, pictures in each.sets.items()}  # fmt: skip
-            unseen = features(held_out) if held_out else None
+            unseen = features(held_out, "held-out pictures") if held_out else None
         with stages("distances"):
             floor = comparison.floor(real, task.args.seed, task.memory)
             fewest = min(map(len, (real, *theirs.values())))
@@ -578,7 +579,17 @@ class Stages:
 
 def main(args: Flags, contenders: Sequence[Contender], real: Sequence[CaptionedImage],
          held_out: Sequence[CaptionedImage] | None) -> None:  # fmt: skip
-    """The command: make pictures, compare them, write the report."""
+    """The command. After Ctrl-C it says how to go on."""
+    try:
+        evaluate(args, contenders, real, held_out)
+    except KeyboardInterrupt:
+        print("\nThe same command goes on from here: what is made or measured is kept.", file=sys.stderr)
+        raise
+
+
+def evaluate(args: Flags, contenders: Sequence[Contender], real: Sequence[CaptionedImage],
+             held_out: Sequence[CaptionedImage] | None) -> None:  # fmt: skip
+    """Make pictures, compare them, write the report."""
     stages, output = Stages(), Path(args.output)
     size = picture_size(args, contenders)
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")

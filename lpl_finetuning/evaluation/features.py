@@ -16,6 +16,7 @@ from lpl_finetuning.evaluation.networks import FeatureNetwork
 from lpl_finetuning.files import digest, sha256_of, write_whole
 
 BATCH_SIZE = 32
+BLOCK = 512  # pictures whose features share a file: what a kill can lose
 
 
 @dataclass(frozen=True)
@@ -37,10 +38,11 @@ def features_of(
     store_dir: str | Path,
     batch_size: int | None = None,
     bar: bool = True,
+    whose: str = "",
 ) -> FeatureSet:
-    """Features of all pictures: from `store_dir` if they are there, else computed and stored.
+    """Features of all pictures: from `store_dir` if they are there, else computed and stored, 512 pictures to a file.
 
-    The stored file is found by the digests of the network's weights and of every picture's bytes, so that a changed
+    A stored file is found by the digests of the network's weights and of its pictures' bytes, so that a changed
     picture is noticed; the names of pictures do not matter.
 
     Args:
@@ -49,6 +51,7 @@ def features_of(
         store_dir: folder of the stored features; it is made if need be.
         batch_size: pictures of a forward pass, 32 by default.
         bar: show a progress bar.
+        whose: the model's name, for the bar.
 
     Raises:
         DataError: no pictures, or a file that is no picture.
@@ -56,18 +59,35 @@ def features_of(
     paths = _paths(pictures)
     names = tuple(path.stem for path in paths)
     with ThreadPoolExecutor(4) as pool:
-        found = list(pool.map(sha256_of, paths))
-    key = digest(network=network.name, weights=network.fingerprint(), pictures=found)
+        digests = list(pool.map(sha256_of, paths))
+    title = f"features{' of ' * bool(whose)}{whose} ({network.name})"
+    with tqdm(total=len(paths), desc=title, unit=" pictures", disable=not bar, leave=False, delay=1) as progress:
+        found = [_block(paths[first : first + BLOCK], digests[first : first + BLOCK], network, Path(store_dir),
+                        batch_size or BATCH_SIZE, progress) for first in range(0, len(paths), BLOCK)]  # fmt: skip
+    return FeatureSet(names, np.concatenate(found))
+
+
+def _block(
+    paths: Sequence[Path],
+    digests: Sequence[str],
+    network: FeatureNetwork,
+    folder: Path,
+    batch_size: int,
+    progress: tqdm,
+) -> np.ndarray:
+    """Features of pictures that share a file."""
+    key = digest(network=network.name, weights=network.fingerprint(), pictures=digests)
     label = "".join(letter if letter.isalnum() or letter in "-_." else "-" for letter in Path(network.name).name)
-    file = Path(store_dir) / f"{label}-{key[:32]}.npy"
+    file = folder / f"{label}-{key[:32]}.npy"
     values = _stored(file, (len(paths), network.dims))
-    if values is None:
-        rows = list(_batches(paths, network, batch_size or BATCH_SIZE, bar))
-        values = np.concatenate(rows).astype(np.float32)
-        content = io.BytesIO()
-        np.save(content, values)
-        write_whole(file, content.getvalue())
-    return FeatureSet(names, values)
+    if values is not None:
+        progress.update(len(paths))
+        return values
+    values = np.concatenate(list(_batches(paths, network, batch_size, progress))).astype(np.float32)
+    content = io.BytesIO()
+    np.save(content, values)
+    write_whole(file, content.getvalue())
+    return values
 
 
 def _paths(pictures: str | Path | Sequence[str | Path]) -> list[Path]:
@@ -89,11 +109,9 @@ def _stored(file: Path, shape: tuple[int, int]) -> np.ndarray | None:
     return values if values.shape == shape and values.dtype == np.float32 else None
 
 
-def _batches(paths: Sequence[Path], network: FeatureNetwork, batch_size: int, bar: bool) -> Iterator[np.ndarray]:
+def _batches(paths: Sequence[Path], network: FeatureNetwork, batch_size: int, progress: tqdm) -> Iterator[np.ndarray]:
     """Features (B, D) batch by batch; pictures of different sizes are passed one by one."""
-    with ThreadPoolExecutor(4) as pool, tqdm(
-        total=len(paths), desc=f"features ({network.name})", unit=" pictures", disable=not bar, leave=False, delay=1
-    ) as progress:  # fmt: skip
+    with ThreadPoolExecutor(4) as pool:
         for first in range(0, len(paths), batch_size):
             images = list(pool.map(_pixels, paths[first : first + batch_size]))
             alike = len({image.shape for image in images}) == 1

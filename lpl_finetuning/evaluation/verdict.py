@@ -72,10 +72,14 @@ def judged(low: float, high: float, better: str) -> str:
 
 
 def number(value: float, decimals: int) -> str:
-    """A value with a real minus sign; "–" where there is no value."""
+    """A value with a real minus sign; "–" where there is no value.
+
+    A value that would be printed as 0 gets up to two decimals more.
+    """
     if value is None or value != value:
         return "–"
-    text = f"{value:,.{decimals}f}"
+    more = next((count for count in range(3) if float(f"{value:.{decimals + count}f}")), 0)
+    text = f"{value:,.{decimals + more}f}"
     return text.replace("-", "−") if any(digit in "123456789" for digit in text) else text.removeprefix("-")
 
 

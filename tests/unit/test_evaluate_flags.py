@@ -140,6 +140,16 @@ def test_a_model_of_another_training_size_is_told(folders, sdxl_folder, tmp_path
         assert (warned in capsys.readouterr().err) == told
 
 
+def test_ctrl_c_says_how_to_go_on(folders, own_cache, monkeypatch, capsys):
+    def interrupted(*args):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(evaluate_models, "evaluate", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_models.main(evaluate_models.parse_args(flags(folders)), *found(folders))
+    assert "The same command goes on from here" in capsys.readouterr().err
+
+
 def test_pictures_are_chosen_evenly(folders, own_cache, monkeypatch):
     monkeypatch.setattr(evaluate_models, "FEW_PICTURES", 4)
     _, real, _ = found(folders, "--max_pictures", 4)

@@ -11,6 +11,7 @@ from PIL import Image
 from transformers import CLIPConfig, CLIPModel, CLIPTokenizer, Dinov2Config, Dinov2Model
 
 from lpl_finetuning.errors import DataError, UserError
+from lpl_finetuning.evaluation import features as stored
 from lpl_finetuning.evaluation import networks as module
 from lpl_finetuning.evaluation.features import features_of
 from lpl_finetuning.evaluation.networks import check_clip, check_network, load_clip, load_network
@@ -234,6 +235,29 @@ def test_changes_are_noticed(folder, counted, tmp_path):
     network._fingerprint = None
     features_of(folder, network, store, bar=False)
     assert seen == [5, 5, 5, 5]
+
+
+def test_what_was_computed_before_a_kill_is_kept(folder, counted, tmp_path, monkeypatch):
+    """Two pictures to a file: the files of the first blocks are there, whatever happens to the last."""
+    network, seen = counted
+    monkeypatch.setattr(stored, "BLOCK", 2)
+    passed, given = network._features, []
+
+    def killed(images):
+        given.append(len(images))
+        if sum(given) > 4:
+            raise KeyboardInterrupt
+        return passed(images)
+
+    network._features = killed
+    with pytest.raises(KeyboardInterrupt):
+        features_of(folder, network, tmp_path / "store", bar=False)
+    network._features = passed
+    seen.clear()
+    whole = features_of(folder, network, tmp_path / "store", bar=False)
+    assert seen == [1] and len(list((tmp_path / "store").iterdir())) == 3
+    monkeypatch.setattr(stored, "BLOCK", 512)
+    assert np.allclose(whole.values, features_of(folder, network, tmp_path / "other", bar=False).values, atol=1e-5)
 
 
 def test_a_damaged_file_is_computed_anew(folder, counted, tmp_path):

@@ -114,7 +114,8 @@ def test_finished_pictures_have_no_guidance():
 
 
 def test_numbers_have_a_minus_sign_and_no_negative_zero():
-    assert number(-1.25, 2) == "−1.25" and number(-0.001, 2) == "0.00" and number(1234.5, 1) == "1,234.5"
+    assert number(-1.25, 2) == "−1.25" and number(-1e-6, 2) == "0.00" and number(1234.5, 1) == "1,234.5"
+    assert number(-0.0012, 2) == "−0.001" and number(0.00004, 4) == "0.00004" and number(0, 2) == "0.00"
     assert number(None, 2) == number(float("nan"), 2) == "–"
 
 
