@@ -216,7 +216,7 @@ def load_vae(base, dtype, device):
     """The frozen autoencoder in `dtype`, channels-last; on the meta device without memory or weights."""
     part = base.family.autoencoder
     cls = getattr(diffusers, part.class_name)
-    if device == "meta":
+    if torch.device(device).type == "meta":
         with torch.device("meta"):
             return cls.from_config(vae_config(base)).requires_grad_(False).to(dtype)
     vae = load_model(base, cls, part.name, dtype=dtype)
