@@ -479,20 +479,20 @@ def lpl_gate(args):
     return gate_from_flags(args, sigma_threshold=3)
 
 
-def example_inputs(denoiser, args, size, dtype):
-    """Arguments of the `Denoiser` for a batch of latents of `size`, (h, w): what the memory estimate runs."""
-    batch = args.train_batch_size
-    config, length = denoiser.transformer.config, args.max_sequence_length
+def example_batch(denoiser, args, size, dtype):
+    """A micro-batch of latents of `size`, (h, w), as the loader gives it: what the count of the memory runs."""
+    batch, length, config = args.train_batch_size, args.max_sequence_length, denoiser.transformer.config
     if args.train_text_encoder:
-        ids = torch.zeros(batch, 77, dtype=torch.long)
-        t5_embeds = torch.randn(batch, length, config.joint_attention_dim, dtype=dtype)
-        prompt = {"input_ids": ids, "input_ids_2": ids, "t5_embeds": t5_embeds}
+        prompt = {"input_ids": torch.zeros(batch, 77, dtype=torch.long)}
+        prompt["input_ids_2"] = prompt["input_ids"]
+        prompt["t5_embeds"] = torch.zeros(batch, length, config.joint_attention_dim, dtype=dtype)
     else:
         prompt = {
-            "prompt_embeds": torch.randn(batch, 77 + length, config.joint_attention_dim, dtype=dtype),
-            "pooled_prompt_embeds": torch.randn(batch, config.pooled_projection_dim, dtype=dtype),
+            "prompt_embeds": torch.zeros(batch, 77 + length, config.joint_attention_dim, dtype=dtype),
+            "pooled_prompt_embeds": torch.zeros(batch, config.pooled_projection_dim, dtype=dtype),
         }
-    return torch.randn(batch, config.in_channels, *size, dtype=dtype), torch.zeros(batch), prompt
+    numbers, latents = torch.arange(batch).numpy(), torch.zeros(batch, config.in_channels, *size)
+    return {"number": numbers, "index": numbers, "mean": latents, "std": latents} | prompt
 
 
 def prepare_objective(args, accelerator, plan, data):

@@ -439,21 +439,21 @@ def lpl_gate(args):
     return gate_from_flags(args, t_threshold=200)
 
 
-def example_inputs(denoiser, args, size, dtype):
-    """Arguments of the `Denoiser` for a batch of latents of `size`, (h, w): what the memory estimate runs."""
-    batch = args.train_batch_size
-    config = denoiser.unet.config
+def example_batch(denoiser, args, size, dtype):
+    """A micro-batch of latents of `size`, (h, w), as the loader gives it: what the count of the memory runs."""
+    batch, config = args.train_batch_size, denoiser.unet.config
     if args.train_text_encoder:
-        ids = torch.zeros(batch, 77, dtype=torch.long)
-        prompt = {"input_ids": ids, "input_ids_2": ids}
+        prompt = {"input_ids": torch.zeros(batch, 77, dtype=torch.long)}
+        prompt["input_ids_2"] = prompt["input_ids"]
     else:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         prompt = {
-            "prompt_embeds": torch.randn(batch, 77, config.cross_attention_dim, dtype=dtype),
-            "pooled_prompt_embeds": torch.randn(batch, pooled, dtype=dtype),
+            "prompt_embeds": torch.zeros(batch, 77, config.cross_attention_dim, dtype=dtype),
+            "pooled_prompt_embeds": torch.zeros(batch, pooled, dtype=dtype),
         }
-    latents = torch.randn(batch, config.in_channels, *size, dtype=dtype)
-    return latents, torch.zeros(batch, dtype=torch.long), prompt, torch.randn(batch, 6, dtype=dtype)
+    numbers, latents = torch.arange(batch).numpy(), torch.zeros(batch, config.in_channels, *size)
+    time_ids = torch.zeros(batch, 6)
+    return {"number": numbers, "index": numbers, "mean": latents, "std": latents, "time_ids": time_ids} | prompt
 
 
 def prepare_objective(args, accelerator, plan, data):

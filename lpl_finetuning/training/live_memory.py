@@ -1,264 +1,267 @@
-"""Counts the bytes of live tensors while code runs, on the meta device as a CUDA GPU would hold them.
+"""Live bytes of a computation: every storage that an operation makes is counted until it is freed.
 
-`LiveStorages` sees every operation and follows each storage from its first tensor to its last. `CudaRules` gives
-tensors on the meta device what CUDA does and the meta device does not: autocast, attention without its matrix,
-optimizers that treat all tensors at once. Nothing is computed, so the figures of SDXL take seconds on any machine.
-
-Not counted: CUDA's own context, workspaces inside a kernel, and memory lost to fragmentation.
+Computations run on the meta device, whose tensors have shapes and no memory. The meta device has neither autocast nor
+attention kernels. `CudaRules` applies those of CUDA, so that the counted tensors are the tensors of a GPU.
 """
 
 import contextlib
-import sys
 import weakref
+from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from unittest import mock
 
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves, tree_map
 
 aten = torch.ops.aten
+REST = "everything else"  # kind of the storages that have no other: activations and temporaries
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Live storages
+# The count
 
 
 @dataclass(frozen=True)
 class Peak:
-    """The moment at which most bytes were live.
+    """The largest number of live bytes of a phase.
 
     Attributes:
-        size: live bytes.
-        where: the label of the code that ran.
-        parts: {tag: bytes} of the live storages; the tag of untagged storages is "activations".
+        size: bytes.
+        where: what ran at that time.
+        kinds: {kind of storage: bytes} at that time.
     """
 
     size: int
     where: str
-    parts: dict[str, int]
+    kinds: dict
 
 
-class LiveStorages(TorchDispatchMode):
-    """Context manager: follows the storages that operations on `device` return, until nothing refers to them.
+class LiveBytes(TorchDispatchMode):
+    """Context manager: counts the bytes of live storages on a device, and the peak of each phase.
+
+    A storage counts from the operation that makes it until nothing holds it, autograd included. Storages from before
+    the context, such as weights, count after `hold`.
 
     Attributes:
-        label: what runs now; the caller sets it.
+        where: what runs now, "phase: details".
+        live: {kind: bytes} now.
+        peaks: {phase: Peak}.
     """
 
     def __init__(self, device="meta"):
         super().__init__()
-        self.device, self.label = device, ""
-        self.events = []  # (number of the storage, bytes, negative where it ends; label)
-        self.living = {}  # address of a storage: (its number, reference that reports its end)
-        self.tags, self.count, self.first = {}, 0, 0
+        self.device, self.where = torch.device(device).type, "start"
+        self.storages, self.live, self.peaks, self.total = {}, Counter(), {}, 0
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        self.add(result)
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = _short_cut(func, args)
+        if result is None:
+            if func is aten._local_scalar_dense.default and args[0].is_meta:
+                return 1.0
+            result = func(*args, **(kwargs or {}))
+        self._note(result)
         return result
 
+    def hold(self, kind, tensors):
+        """Count the storages of these tensors under a kind, whether they are known or new."""
+        for tensor in tensors:
+            self._note(tensor, kind)
+
+    def _note(self, result, kind=None):
+        """Count the storages of an operation's result: a tensor, or lists of tensors."""
+        if isinstance(result, torch.Tensor):
+            if result.device.type == self.device:
+                self._add(result.untyped_storage(), kind)
+        elif isinstance(result, list | tuple):
+            for item in result:
+                self._note(item, kind)
+
+    def _add(self, storage, kind):
+        """Count a storage. A kind given replaces the one that it had."""
+        key = storage._cdata
+        known = self.storages.get(key)
+        if known is None:
+            size = storage.nbytes()
+            self.storages[key] = [weakref.ref(storage, lambda _: self._remove(key)), size, kind or REST]
+            self.live[kind or REST] += size
+            self.total += size
+            self._compare()
+        elif kind is not None and known[2] != kind:
+            self.live[known[2]] -= known[1]
+            self.live[kind] += known[1]
+            known[2] = kind
+
+    def _remove(self, key):
+        """Forget a storage that was freed."""
+        _, size, kind = self.storages.pop(key)
+        self.live[kind] -= size
+        self.total -= size
+
+    def _compare(self):
+        """Take the live bytes into the peak of the phase."""
+        phase = self.where.partition(":")[0]
+        if phase not in self.peaks or self.total > self.peaks[phase].size:
+            self.peaks[phase] = Peak(self.total, self.where, dict(self.live))
+
     @contextlib.contextmanager
-    def labelled(self, label):
-        """Context manager: operations inside have this label."""
-        before, self.label = self.label, label
+    def at(self, where):
+        """Context manager: what runs inside is called `where`."""
+        before, self.where = self.where, where
+        self._compare()
         try:
             yield
         finally:
-            self.label = before
+            self.where = before
 
-    def begin(self):
-        """Leave what has happened up to now out of `peaks`."""
-        self.first = len(self.events)
 
-    def add(self, tensors, tag=None):
-        """Follow the storages of a tree of tensors; a tag names the part of the memory to which they belong."""
-        for tensor in tree_leaves(tensors):
-            if not isinstance(tensor, torch.Tensor) or tensor.device.type != self.device:
-                continue
-            storage = tensor.untyped_storage()
-            address = storage._cdata
-            if address not in self.living:
-                number, size = self.count, storage.nbytes()
-                self.count += 1
-                ended = partial(self._end, address, number, size)
-                self.living[address] = number, weakref.ref(storage, ended)
-                self.events.append((number, size, self.label))
-            if tag is not None:
-                self.tags[self.living[address][0]] = tag
+def _overload(name):
+    """The operation with a name like "add.Tensor"."""
+    packet, _, overload = name.partition(".")
+    return getattr(getattr(aten, packet), overload)
 
-    def _end(self, address, number, size, _):
-        del self.living[address]
-        self.events.append((number, -size, self.label))
 
-    def peaks(self):
-        """Return {label: `Peak`} of what has happened since `begin`."""
-        most, total = {}, 0
-        for index, (_, size, label) in enumerate(self.events):
-            total += size
-            if index >= self.first and total > most.get(label, (0, 0))[0]:
-                most[label] = total, index
-        return {label: Peak(size, label, self.parts_at(index)) for label, (size, index) in most.items()}
+IN_PLACE = frozenset(map(_overload, (
+    "add_.Tensor", "mul_.Tensor", "mul_.Scalar", "lerp_.Scalar", "addcmul_.default", "addcdiv_.default", "zero_.default",
+    "normal_.default", "uniform_.default", "fill_.Scalar", "copy_.default",
+)))  # fmt: skip
+ELEMENTWISE = frozenset(map(_overload, (
+    "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "sqrt.default", "gelu.default", "silu.default",
+    "gelu_backward.default", "silu_backward.default",
+)))  # fmt: skip
 
-    def live_at(self, event):
-        """Return {number of a storage: (bytes, label of its first tensor)} after an event."""
-        live = {}
-        for number, size, label in self.events[: event + 1]:
-            if size >= 0:
-                live[number] = size, label
-            else:
-                live.pop(number, None)
-        return live
 
-    def parts_at(self, event):
-        """Return {tag: live bytes} after an event."""
-        parts = {}
-        for number, (size, _) in self.live_at(event).items():
-            tag = self.tags.get(number, "activations")
-            parts[tag] = parts.get(tag, 0) + size
-        return parts
+def _short_cut(func, args):
+    """The result of an operation on the meta device, shapes only; None where the operation has no short cut.
+
+    PyTorch computes these shapes in Python, or composes the operation of a dozen others. That takes most of a count.
+    """
+    if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_meta:
+        return None
+    x = args[0]
+    if func in IN_PLACE:
+        return x
+    if func in ELEMENTWISE and x.is_floating_point():
+        other = args[1] if len(args) > 1 else None
+        if isinstance(other, torch.Tensor):
+            same = other.is_meta and other.dtype == x.dtype and other.shape == x.shape
+            return torch.empty_like(x) if same else None
+        return torch.empty_like(x)
+    if func is aten.native_layer_norm.default:
+        rows = x.shape[: x.dim() - len(args[1])] + (1,) * len(args[1])
+        return torch.empty_like(x), x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
+    if func is aten.native_layer_norm_backward.default:
+        weight, wanted = args[5], args[7]
+        likes = zip((x, weight, weight), wanted, strict=True)
+        return tuple(torch.empty_like(like) if is_wanted else None for like, is_wanted in likes)
+    if func is aten.linalg_vector_norm.default and len(args) < 3:
+        return x.new_empty(())
+    return _group_norm(func, args)
+
+
+def _group_norm(func, args):
+    """`_short_cut` for group norms."""
+    if func is aten.native_group_norm.default:
+        x, _, _, samples, _, _, groups, _ = args
+        normed = torch.empty_like(x, memory_format=torch.contiguous_format)
+        return normed, x.new_empty(samples, groups), x.new_empty(samples, groups)
+    if func is aten.native_group_norm_backward.default:
+        _, x, _, _, _, _, channels, _, _, wanted = args
+        shapes = zip((x.shape, (channels,), (channels,)), wanted, strict=True)
+        return tuple(x.new_empty(shape) if is_wanted else None for shape, is_wanted in shapes)
+    return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# What CUDA does and the meta device does not
+# CUDA's rules of autocast and attention
 
-LOWER = {  # functions that autocast runs in bfloat16 or float16
-    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "linear", "matmul",
-    "__matmul__", "__rmatmul__", "mm", "mv", "bmm", "addmm", "addmv", "addbmm", "baddbmm", "einsum", "prelu",
-    "scaled_dot_product_attention",
-}  # fmt: skip
-UPPER = {  # functions whose inputs autocast casts to float32
-    "layer_norm", "group_norm", "rms_norm", "interpolate", "pow", "__pow__", "__rpow__", "exp", "expm1", "log",
-    "log10", "log1p", "log2", "reciprocal", "rsqrt", "softplus", "norm", "dist", "cdist", "logsumexp",
-    "cosine_similarity", "mse_loss", "l1_loss", "smooth_l1_loss", "huber_loss", "kl_div", "nll_loss",
-}  # fmt: skip
-FLOAT32_RESULT = {"softmax", "log_softmax", "sum", "prod", "cumsum", "cumprod"}  # their inputs stay as they are
-READ = {"item": 1.0, "__bool__": True, "__float__": 1.0}  # what the host reads of a tensor
-FLASH_WIDTH = 256  # channels of a head that flash attention takes
-DEVICE_LISTS = ("_get_foreach_kernels_supported_devices", "_get_fused_kernels_supported_devices")
+LOWER = frozenset(
+    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d prelu addmm addmv addr matmul __matmul__ "
+    "__rmatmul__ einsum mm mv linear addbmm baddbmm bmm chain_matmul".split()
+)  # computed in autocast's dtype
+FLOAT32 = frozenset(
+    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ softplus layer_norm "
+    "rms_norm group_norm cosine_similarity nll_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss cdist renorm "
+    "logsumexp interpolate prod softmax log_softmax cumprod cumsum norm sum".split()
+)  # computed in float32
+RULED = LOWER | FLOAT32 | {"scaled_dot_product_attention"}
+
+
+@contextlib.contextmanager
+def cuda_rules():
+    """Context manager: `CudaRules`, with the copies of weights dropped where CUDA's autocast drops them."""
+    rules, clear, enabled = CudaRules(), torch.clear_autocast_cache, torch.is_autocast_enabled
+
+    def clear_both():
+        rules.copies.clear()
+        clear()
+
+    with (
+        mock.patch.object(torch, "clear_autocast_cache", clear_both),
+        mock.patch.object(torch, "is_autocast_enabled", lambda device="cpu": enabled("cpu")),
+        mock.patch.object(torch.autograd, "has_torch_function", lambda tensors: False),  # rules hold in backward too
+        rules,
+    ):
+        yield
 
 
 class CudaRules(TorchFunctionMode):
-    """Context manager: functions of tensors on the meta device take the memory that they take on a CUDA GPU.
+    """Context manager: tensors take the dtypes of CUDA's autocast, and attention keeps what CUDA's kernels keep.
 
-    Attributes:
-        attention: the function in the place of `scaled_dot_product_attention`.
+    Autocast is on where `torch.autocast("cpu", dtype)` is on. That context has no effect on meta tensors, and gradient
+    checkpointing restores it in the recomputation. Copies of float32 weights stay until the outermost context ends.
+
+    The attention kernels are FlashAttention in half precision and memory-efficient attention otherwise. Both keep
+    query, key, value, output and the logarithm of the sum of exponentials.
     """
 
-    def __init__(self, attention=None):
+    def __init__(self):
         super().__init__()
-        self.attention = attention or efficient_attention
-        self.dtype = None  # of autocast; None where autocast is off
-        self.casts = {}  # id of a float32 weight: (the weight, its cast)
+        self.copies = {}
 
-    def __torch_function__(self, function, types, args=(), kwargs=None):
-        kwargs, name = kwargs or {}, getattr(function, "__name__", "")
-        if name in READ and is_meta(args[0]):
-            return READ[name]
-        if name == "tolist" and is_meta(args[0]):
-            return [1.0] * args[0].numel()
-        if self.dtype is not None and name in LOWER:
-            args, kwargs = self._cast((args, kwargs), self.dtype)
-        elif self.dtype is not None and name in UPPER:
-            args, kwargs = self._cast((args, kwargs), torch.float32)
-        elif self.dtype is not None and name in FLOAT32_RESULT and is_meta(args[0]) and args[0].dtype == self.dtype:
-            kwargs = {"dtype": torch.float32} | {key: value for key, value in kwargs.items() if value is not None}
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, getattr(func, "__name__", "")
+        if name not in RULED:
+            return func(*args, **kwargs)
         if name == "scaled_dot_product_attention":
-            function = self.attention
-        return function(*args, **kwargs)
+            return self._attention(*args, **kwargs)
+        if torch.is_autocast_enabled():
+            dtype = torch.get_autocast_dtype("cpu") if name in LOWER else torch.float32
+            args = [self._cast(value, dtype) for value in args]
+            kwargs = {key: self._cast(value, dtype) for key, value in kwargs.items()}
+        return func(*args, **kwargs)
 
-    @contextlib.contextmanager
-    def autocast(self, dtype):
-        """Context manager: autocast to a dtype, as `torch.autocast` does on CUDA; off where the dtype is float32."""
-        before, self.dtype = self.dtype, None if dtype == torch.float32 else dtype
-        try:
-            with autocast_flag(self.dtype is not None):
-                yield
-        finally:
-            self.dtype = before
-            if before is None:
-                self.casts.clear()
-
-    def contexts_of_checkpointing(self):
-        """The contexts of a forward pass under gradient checkpointing and of its repetition in the backward pass.
-
-        PyTorch's autograd engine leaves modes for functions behind, so the repetition enters these rules again.
-        """
-        return contextlib.nullcontext(), self._again(self.dtype or torch.float32)
-
-    @contextlib.contextmanager
-    def _again(self, dtype):
-        with self, self.autocast(dtype):
-            yield
-
-    def _cast(self, tree, dtype):
-        return tree_map(partial(self._cast_one, dtype=dtype), tree)
-
-    def _cast_one(self, value, dtype):
-        if not is_meta(value) or not value.is_floating_point() or value.dtype in (dtype, torch.float64):
+    def _cast(self, value, dtype):
+        """A tensor on the meta device in a dtype; other values as they are."""
+        if isinstance(value, list | tuple) and value and isinstance(value[0], torch.Tensor):
+            return type(value)([self._cast(item, dtype) for item in value])
+        if not isinstance(value, torch.Tensor) or not value.is_meta or not value.is_floating_point():
             return value
-        weight = value.dtype == torch.float32 and value.requires_grad and value.is_leaf and value._base is None
-        if not weight:
+        if value.dtype in (dtype, torch.float64):
+            return value
+        weight = value.dtype == torch.float32 and value.requires_grad and value.is_leaf and not value._is_view()
+        if dtype == torch.float32 or not weight:
             return value.to(dtype)
-        if id(value) not in self.casts:
-            self.casts[id(value)] = value, value.to(dtype)
-        return self.casts[id(value)][1]
+        if id(value) not in self.copies:
+            self.copies[id(value)] = value.to(dtype)
+        return self.copies[id(value)]
 
-
-def is_meta(value):
-    """Whether a value is a tensor on the meta device."""
-    return isinstance(value, torch.Tensor) and value.is_meta
-
-
-def efficient_attention(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
-    """Attention that keeps query, key, value, output and the log of the sums: flash attention where it applies."""
-    if attn_mask is None and query.dtype != torch.float32 and query.shape[-1] <= FLASH_WIDTH:
-        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
-    if attn_mask is not None:
-        attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
-    kept = torch.is_grad_enabled() and (query.requires_grad or key.requires_grad or value.requires_grad)
-    return aten._scaled_dot_product_efficient_attention(
-        query, key, value, attn_mask, kept, dropout_p, is_causal, scale=scale
-    )[0]
-
-
-@contextlib.contextmanager
-def autocast_flag(enabled):
-    """Context manager: libraries that ask whether autocast is on are told so."""
-    before = torch.is_autocast_enabled("cuda")
-    torch.set_autocast_enabled("cuda", enabled)
-    try:
-        yield
-    finally:
-        torch.set_autocast_enabled("cuda", before)
-
-
-class ShortCuts(TorchDispatchMode):
-    """Context manager: kernels that the meta device lacks, or composes of many operations, give shapes only."""
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function is aten.native_group_norm.default and args[0].is_meta:
-            x, _, _, samples, _, _, groups, _ = args
-            normed = torch.empty_like(x, memory_format=torch.contiguous_format)
-            return normed, x.new_empty(samples, groups), x.new_empty(samples, groups)
-        if function is aten.native_group_norm_backward.default and args[0].is_meta:
-            _, x, _, _, _, _, channels, _, _, wanted = args
-            shapes = zip((x.shape, (channels,), (channels,)), wanted, strict=True)
-            return tuple(x.new_empty(shape) if is_wanted else None for shape, is_wanted in shapes)
-        if function is aten._fused_adamw_.default and args[0][0].is_meta:
-            return None
-        return function(*args, **(kwargs or {}))
-
-
-@contextlib.contextmanager
-def as_on_cuda(rules):
-    """Context manager: the meta device takes the place of a CUDA GPU, in the rules given and for optimizers."""
-    with contextlib.ExitStack() as stack:
-        for module in (sys.modules["torch.optim.optimizer"], sys.modules["torch.utils._foreach_utils"]):
-            for name in DEVICE_LISTS:
-                devices = [*getattr(module, name)(), "meta"]
-                stack.enter_context(mock.patch.object(module, name, lambda devices=devices: devices))
-        stack.enter_context(ShortCuts())
-        stack.enter_context(rules)
-        yield
+    def _attention(self, query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, **more):
+        """The output of attention, (B, H, S, D)."""
+        if torch.is_autocast_enabled():
+            dtype = torch.get_autocast_dtype("cpu")
+            query, key, value = (self._cast(tensor, dtype) for tensor in (query, key, value))
+        if query.device.type == "cpu":
+            return aten._scaled_dot_product_flash_attention_for_cpu(
+                query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
+            )[0]
+        flash = query.dtype != torch.float32 and attn_mask is None and query.shape[-1] <= 256
+        if flash and query.shape[-1] % 8 == 0:
+            return aten._scaled_dot_product_flash_attention(
+                query, key, value, dropout_p, is_causal, False, scale=scale
+            )[0]
+        if attn_mask is not None:
+            attn_mask = attn_mask.to(query.dtype).expand(*query.shape[:-1], key.shape[-2])
+        keeps = any(tensor.requires_grad for tensor in (query, key, value))
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, attn_mask, keeps, dropout_p, is_causal, scale=scale
+        )[0]

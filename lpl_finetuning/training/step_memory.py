@@ -1,77 +1,117 @@
-"""The memory of a training step, counted: the run's own step on the meta device, in the place of a CUDA GPU."""
+"""The memory of a training step, counted: the run's own code takes a step on the meta device.
+
+The count covers models, gradients, optimizer, average, activations and temporaries: `live_memory` counts every storage.
+It does not cover CUDA's context, workspaces of cuDNN and fragmentation.
+"""
 
 import contextlib
-from dataclasses import asdict, dataclass, replace
-from types import SimpleNamespace
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, convert_outputs_to_fp32
 
+from lpl_finetuning.base_model import read_json
 from lpl_finetuning.flags import framing_rules
-from lpl_finetuning.training.live_memory import CudaRules, LiveStorages, as_on_cuda
-from lpl_finetuning.training.optimization import Trainee, build_ema, optimizer_settings
+from lpl_finetuning.training.live_memory import LiveBytes, Peak, cuda_rules
+from lpl_finetuning.training.models import decode_latents, latent_space, load_vae
+from lpl_finetuning.training.objective import build_objective, lpl_dtype, lpl_stages, needs_decoder
+from lpl_finetuning.training.optimization import Trainee, optimizer_settings, update_ema
 from lpl_finetuning.training.reporter import Metrics
-from lpl_utils import LatentPerceptualLoss, LPLGate
+from lpl_utils import LPLGate
 
-META = torch.device("meta")
-EVERY_SAMPLE = LPLGate(t_threshold=float("inf"))
+WEIGHTS, GRADIENTS, STATE, AVERAGE = "weights", "gradients", "optimizer state", "EMA"
+FROZEN = "autoencoder"
+
+
+class RunCode(NamedTuple):
+    """The functions of a training script that a step runs.
+
+    Attributes:
+        build_denoiser: (args, dtype, device) -> the script's `Denoiser`.
+        training_step: (batch, denoiser, objective, step, metrics) -> (loss, terms).
+        example_batch: (denoiser, args, (h, w), dtype) -> a micro-batch as the loader gives it, on the CPU.
+    """
+
+    build_denoiser: Callable
+    training_step: Callable
+    example_batch: Callable
 
 
 @dataclass(frozen=True)
-class Script:
-    """The functions of a training script that a step is made of; each field has the function's name."""
+class Machine:
+    """What a count follows from besides the flags.
 
-    build_denoiser: object
-    prepare_objective: object
-    training_step: object
-    example_inputs: object
-    decode: object  # function (autoencoder, latents) -> images
+    Attributes:
+        mixed_precision: "no", "bf16" or "fp16".
+        ranks: processes.
+        encodes: whether the images of every step are encoded in the step.
+        device: "meta"; the CPU in tests, where the step runs.
+    """
+
+    mixed_precision: str
+    ranks: int = 1
+    encodes: bool = False
+    device: str = "meta"
 
 
-class MetaAccelerator:
-    """What a run asks of its accelerator, for one GPU whose place the meta device takes."""
+class CountingAccelerator:
+    """What `Trainee` and `Objective` need of accelerate's `Accelerator`, for a step that is counted."""
 
-    device, distributed_type, num_processes = META, DistributedType.NO, 1
-    is_main_process, optimizer_step_was_skipped, scaler = True, False, None
+    distributed_type, process_index, is_main_process = DistributedType.NO, 0, True
+    scaler, optimizer_step_was_skipped = None, False
 
-    def __init__(self, mixed_precision, dtype, accumulation, rules, live):
-        self.mixed_precision, self.dtype, self.gradient_accumulation_steps = mixed_precision, dtype, accumulation
-        self.rules, self.live = rules, live
+    def __init__(self, machine, dtype, counter):
+        self.device, self.num_processes = torch.device(machine.device), machine.ranks
+        self.dtype, self.counter = dtype, counter
 
     def prepare(self, denoiser, optimizer):
-        """Put autocast around the forward pass, with an output in float32, as accelerate does."""
-        forward = denoiser.forward
+        """The denoiser under autocast with float32 outputs, as accelerate prepares it, and the optimizer."""
+        forward, dtype = denoiser.forward, self.dtype
 
         def forward_in_autocast(*args, **kwargs):
-            with self.live.labelled("forward pass"):
-                with self.rules.autocast(self.dtype):
-                    result = forward(*args, **kwargs)
-                return result.float()
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+                return forward(*args, **kwargs)
 
-        denoiser.forward = forward_in_autocast
+        denoiser.forward = convert_outputs_to_fp32(forward_in_autocast)
         return denoiser, optimizer
 
     def backward(self, loss):
-        """The backward pass of a micro-step."""
-        with self.live.labelled("backward pass"):
-            (loss / self.gradient_accumulation_steps).backward()
-
-    def no_sync(self, model):
-        """Gradients are not exchanged."""
-        return contextlib.nullcontext()
+        """The backward pass; fp16's scale changes no sizes."""
+        with self.counter.at("backward: of the losses"):
+            torch.autograd.backward(loss)  # `loss.backward` would leave `CudaRules`
 
     def clip_grad_norm_(self, parameters, max_norm):
-        """Clip the gradients, as accelerate does."""
-        with self.live.labelled("clipping of gradients"):
+        """The norm of the gradients, which are clipped."""
+        with self.counter.at("optimizer step: clipping"):
             return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
+    def reduce(self, value, how):
+        """The value of this rank."""
+        return value
 
-class LabelledStages:
-    """`FeatureStages` that label what the loss runs by the stage."""
 
-    def __init__(self, stages, live):
-        self.stages, self.live = stages, live
+class NoGuard:
+    """A `Guard` that reads nothing: every step is finite."""
+
+    def watch(self, term, values, images):
+        """Take nothing."""
+
+    def read(self, grad_norm, requests=()):
+        """Finite, without faults."""
+        return True, [], requests
+
+    def record(self, faults, step, under_scaler=False):
+        """Count nothing."""
+
+
+class NamedStages:
+    """A network's `FeatureStages` that tell the counter which stage runs, for target, estimate and gradient."""
+
+    def __init__(self, stages, counter):
+        self.stages, self.counter = stages, counter
 
     def __len__(self):
         return len(self.stages)
@@ -80,104 +120,252 @@ class LabelledStages:
         return getattr(self.stages, name)
 
     def run(self, index, x):
-        """See `FeatureStages.run`. With gradient checkpointing a stage runs with a graph in the backward pass only."""
-        again = "recomputation and backward of" if torch.is_grad_enabled() else "forward and comparison of"
-        self.live.label = f"LPL: {again} {self.stages.names[index]}"
-        return self.stages.run(index, x)
+        """See `FeatureStages.run`."""
+        name, counter, again = self.stages.names[index], self.counter, torch.is_grad_enabled()
+        counter.where = f"LPL: {'recomputation' if again else 'forward'} of the {name}"
+        features = self.stages.run(index, x)
+        counter.where = f"LPL: comparison of the {name}"
+        if features.requires_grad:
+            features.register_hook(lambda gradient: setattr(counter, "where", f"LPL: backward of the {name}"))
+        return features
 
 
-def count_step(args, plan, script, mixed_precision):
-    """Return the `LiveStorages` that have followed a step of a run on one GPU.
+# ---------------------------------------------------------------------------------------------------------------------
+# Models
+
+
+class FrozenQuantized(torch.nn.Module):
+    """A frozen linear layer in 4 or 8 bits, as bitsandbytes keeps it; each pass makes a temporary weight."""
+
+    def __init__(self, linear, bits):
+        super().__init__()
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.dtype, count = linear.weight.dtype, linear.weight.numel()
+        make = {"device": linear.weight.device}
+        self.weight = torch.nn.Parameter(torch.empty(count * bits // 8, dtype=torch.uint8, **make), False)
+        scales = count // 64 + count // 64 // 256 * 4 if bits == 4 else 4 * self.out_features  # nf4: scaled twice
+        self.scales = torch.nn.Parameter(torch.empty(scales, dtype=torch.uint8, **make), False)
+        self.bias = linear.bias
+
+    def forward(self, x):
+        """The output (..., out_features), in the dtype that x has."""
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else self.dtype
+        return _Dequantized.apply(x.to(dtype), self.out_features, self.bias).to(x.dtype)
+
+
+class _Dequantized(torch.autograd.Function):
+    """A linear layer whose weight is made for the forward pass and again for the backward pass."""
+
+    @staticmethod
+    def forward(ctx, x, out_features, bias):
+        ctx.features = out_features, x.shape[-1]
+        return torch.nn.functional.linear(x, x.new_empty(ctx.features), bias)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad @ grad.new_empty(ctx.features), None, None
+
+
+def quantize(args, denoiser):
+    """Put the frozen linear layers of the denoiser into 4 or 8 bits, with PEFT's layers for them."""
+    bits = 4 if read_json(args.bnb_quantization_config_path).get("load_in_4bit") else 8
+    model = next(iter(denoiser.models().values()))
+    frozen = [(name, module) for name, module in model.named_modules()
+              if type(module) is torch.nn.Linear and not module.weight.requires_grad]  # fmt: skip
+    for name, module in frozen:
+        parent, _, own = name.rpartition(".")
+        setattr(model.get_submodule(parent), own, FrozenQuantized(module, bits))
+    with contextlib.suppress(ImportError, AttributeError):
+        from peft.tuners.lora import bnb, layer
+
+        quantized = bnb.Linear4bit if bits == 4 else bnb.Linear8bitLt
+        for module in model.modules():
+            if type(module) is layer.Linear:
+                module.__class__ = quantized
+
+
+def name_blocks(model, part, counter):
+    """Tell the counter which block of a model runs, forward or backward."""
+
+    def watch(name, module):
+        def before(module, inputs):
+            again = counter.where.startswith("backward")
+            counter.where = f"backward: recomputation of {name}" if again else f"forward: {name}"
+
+        def after(module, inputs, output):
+            first = output[0] if isinstance(output, tuple) else getattr(output, "sample", output)
+            if isinstance(first, torch.Tensor) and first.requires_grad:
+                first.register_hook(lambda gradient: setattr(counter, "where", f"backward: {name}"))
+
+        module.register_forward_pre_hook(before)
+        module.register_forward_hook(after)
+
+    for name, module in model.named_modules():
+        if 0 < len(name.split(".")) <= 2 and not isinstance(module, torch.nn.ModuleList):
+            watch(f"{part}.{name}", module)
+
+
+def hold_models(counter, denoiser, frozen):
+    """Count the weights and buffers of the models."""
+    counter.hold(WEIGHTS, [*denoiser.parameters(), *denoiser.buffers()])
+    for model in frozen:
+        if model is not None:
+            counter.hold(FROZEN, [*model.parameters(), *model.buffers()])
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The step
+
+
+def count_step(args, plan, code, machine):
+    """{phase: Peak} of a step on one device, every sample gated, all gradients and states there as in a later step.
 
     Args:
-        plan: the `Plan`; script: the `Script`; mixed_precision: "no", "fp16" or "bf16".
+        plan: the `Plan`; code: the `RunCode`; machine: the `Machine`.
     """
-    args = args.but(proportion_empty_prompts=0.0)
-    rules, live = CudaRules(), LiveStorages()
-    accelerator = MetaAccelerator(mixed_precision, plan.dtype, args.gradient_accumulation_steps, rules, live)
-    denoiser = script.build_denoiser(args, plan.dtype, "meta")
-    for model in denoiser.models().values() if args.gradient_checkpointing else ():
-        repeat_in_autocast(model, rules)
-    inputs = script.example_inputs(denoiser, args, latent_size(args), plan.dtype)
-    batch, data = example_batch(args, inputs)
-    objective, vae = script.prepare_objective(args, accelerator, plan, data)
-    if objective.perceptual is not None:
-        objective.perceptual.gate = EVERY_SAMPLE
-        loss = objective.perceptual.loss
-        objective.perceptual.loss = LatentPerceptualLoss(LabelledStages(loss.stages, live), loss.config)
-    with as_on_cuda(rules), live:
-        live.add(list(denoiser.parameters()) + list(denoiser.buffers()), "weights")
-        for network, tag in ((vae, "decoder"), (objective.encoder, "encoder")):
-            if network is not None:
-                live.add(list(network.parameters()), tag)
-        run_step(args, plan, script, accelerator, denoiser, objective, batch)
-    return live
-
-
-def run_step(args, plan, script, accelerator, denoiser, objective, batch):
-    """Run a step after others: with the optimizer's state, and with gradients where steps have several micro-steps."""
-    live, settings = accelerator.live, optimizer_settings(args, plan.batch_size)
-    kept = replace(settings, use_ema=settings.use_ema and not settings.offload_ema)
-    trainee, metrics = Trainee(kept, accelerator, denoiser, plan.total_steps, objective.guard), Metrics(META)
-    if trainee.ema is not None:
-        live.add(trainee.ema.shadow_params, "EMA")
-    fill_gradients(trainee.parameters)
-    trainee.optimizer.step()
-    trainee.optimizer.zero_grad(set_to_none=True)
-    live.add(list(trainee.optimizer.state.values()), "optimizer state")
-    if settings.gradient_accumulation_steps > 1:
-        fill_gradients(trainee.parameters)
-    live.begin()
-    step = args.lpl_start or 0
-    for _ in trainee.micro_steps():
-        loss, terms = script.training_step(batch, trainee.denoiser, objective, step, metrics)
-        trainee.backward(loss, terms)
-        del loss, terms
-        break
-    live.add([parameter.grad for parameter in trainee.parameters], "gradients")
-    live.label = "optimizer step"
-    trainee.step(1, (False, False), metrics)
-    if settings.use_ema and settings.offload_ema:
-        live.label = "average of weights"
-        ema = build_ema(replace(settings, offload_ema=False), trainee.parameters)
-        ema.step(trainee.parameters)
-
-
-def fill_gradients(parameters):
-    """Give each parameter a gradient."""
-    for parameter in parameters:
-        parameter.grad = torch.empty_like(parameter)
-
-
-def repeat_in_autocast(model, rules):
-    """Give a model with gradient checkpointing autocast in the repetition of its blocks."""
-    arguments = {"use_reentrant": False, "context_fn": rules.contexts_of_checkpointing}
-    if hasattr(model, "enable_gradient_checkpointing"):  # diffusers
-        model.enable_gradient_checkpointing(lambda *args: torch.utils.checkpoint.checkpoint(*args, **arguments))
-    else:
-        model.gradient_checkpointing_enable(arguments)
+    args = args.but(lpl_weight=1.0)
+    with cuda_rules(), LiveBytes(machine.device) as counter:
+        accelerator = CountingAccelerator(machine, plan.dtype, counter)
+        denoiser = code.build_denoiser(args, plan.dtype, machine.device)
+        if args.bnb_quantization_config_path:
+            quantize(args, denoiser)
+        objective, vae = counting_objective(args, plan, code, machine, accelerator, denoiser)
+        hold_models(counter, denoiser, (vae, objective.encoder))
+        trainee = warm_trainee(args, plan, machine, accelerator, denoiser, objective.guard)
+        for name, model in denoiser.models().items():
+            name_blocks(model, name, counter)
+        counter.peaks.clear()
+        one_step(args, plan, code, trainee, objective, counter)
+        if args.validation_prompt:
+            sample_once(args, trainee, vae, objective, code, counter)
+    return counter.peaks
 
 
 def latent_size(args):
-    """Return (h, w) of the latents of the largest bucket."""
+    """(h, w) of the latents of the largest bucket."""
     pixels = args.base_model.family.pixels_per_latent
     return tuple(side // pixels for side in framing_rules(args).largest_size())
 
 
-def example_batch(args, inputs):
-    """Return (a micro-batch on the meta device, the `RunData` that it could come from).
+def counting_batch(args, plan, code, machine, denoiser):
+    """A micro-batch of zeros on the CPU, as the loader gives it."""
+    h, w = latent_size(args)
+    batch = code.example_batch(denoiser, args, (h, w), plan.dtype)
+    if machine.encodes:
+        size = [side * args.base_model.family.pixels_per_latent for side in (h, w)]
+        del batch["mean"], batch["std"]
+        batch["pixel_values"] = torch.zeros(args.train_batch_size, 3, *size)
+    return batch
 
-    Args:
-        inputs: from the script's `example_inputs`.
-    """
-    latents, _, prompt, *_ = inputs
-    size, cached = len(latents), args.center_crop or bool(args.cache_variants)
-    numbers = np.arange(size)
-    batch = {"number": numbers, "index": numbers, "time_ids": torch.zeros(size, 6), **prompt}
-    if cached:
-        batch |= {"mean": torch.empty_like(latents, dtype=torch.float32, device=META)}
-        batch |= {"std": torch.empty_like(batch["mean"])}
+
+@dataclass(frozen=True)
+class NoData:
+    """The `RunData` of a counted step: no images."""
+
+    images: tuple = ()
+    held_out: tuple = ()
+
+
+def counting_objective(args, plan, code, machine, accelerator, denoiser):
+    """(the run's `Objective` with a gate that takes every sample, autoencoder or None)."""
+    base, vae, encoder = args.base_model, None, None
+    if needs_decoder(args, args.use_lpl):
+        vae = load_vae(base, lpl_dtype(args, machine.mixed_precision), machine.device)
+    if machine.encodes:
+        encoder = load_vae(base, torch.float32, machine.device)
+    stages = NamedStages(lpl_stages(args, vae), accelerator.counter) if args.use_lpl else None
+    batch = counting_batch(args, plan, code, machine, denoiser)
+    empty = {name: value[0] for name, value in batch.items() if name not in OWN_COLUMNS}
+    gate = LPLGate(t_threshold=math.inf)
+    objective = build_objective(
+        args, accelerator, plan, NoData(), latent_space(base), stages, encoder, empty, True, gate
+    )
+    return replace(objective, guard=NoGuard()), vae
+
+
+OWN_COLUMNS = ("number", "index", "mean", "std", "pixel_values", "time_ids")  # of a batch; the others are the prompt
+
+
+def warm_trainee(args, plan, machine, accelerator, denoiser, guard):
+    """The `Trainee` after its first step: the optimizer has its state, and the gradients of other micro-steps exist."""
+    counter = accelerator.counter
+    with counter.at("start"):
+        trainee = Trainee(optimizer_settings(args, plan.batch_size), accelerator, denoiser, plan.total_steps, guard)
+        for parameter in trainee.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+            parameter.register_post_accumulate_grad_hook(lambda it: counter.hold(GRADIENTS, [it.grad]))
+        counter.hold(GRADIENTS, [parameter.grad for parameter in trainee.parameters])
+        first_optimizer_step(trainee.optimizer)
+        counter.hold(STATE, tensors_of(trainee.optimizer.state))
+        if trainee.ema is not None:
+            counter.hold(AVERAGE, trainee.ema.shadow_params)
+        if machine.ranks == 1 and args.gradient_accumulation_steps == 1:
+            trainee.optimizer.zero_grad(set_to_none=True)
+    return trainee
+
+
+def tensors_of(value):
+    """All tensors in nested dictionaries and lists."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    items = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return [tensor for item in items for tensor in tensors_of(item)]
+
+
+def first_optimizer_step(optimizer):
+    """Make the optimizer's state."""
+    if hasattr(optimizer, "init_state"):  # bitsandbytes: its kernels take no meta tensors
+        for gindex, group in enumerate(optimizer.param_groups):
+            for pindex, parameter in enumerate(group["params"]):
+                optimizer.init_state(group, parameter, gindex, pindex)
     else:
-        batch |= {"pixel_values": torch.empty(size, 3, *framing_rules(args).largest_size(), device=META)}
-    row = {name: value[0] for name, value in prompt.items()}
-    return batch, SimpleNamespace(prompt=lambda caption: row, held_out=(), images=(), cached=cached)
+        optimizer.step()
+
+
+def optimizer_step(optimizer):
+    """A later step of the optimizer, with the temporaries that it makes on CUDA."""
+    if isinstance(optimizer, torch.optim.AdamW):
+        roots = [torch.empty_like(state["exp_avg_sq"]) for state in optimizer.state.values()]  # foreach: all at once
+        del roots
+    elif not hasattr(optimizer, "init_state"):
+        optimizer.step()
+
+
+def one_step(args, plan, code, trainee, objective, counter):
+    """The last micro-step of a step, and the step of the optimizer."""
+    batch = counting_batch(args, plan, code, Machine("no", encodes=objective.encoder is not None), trainee.bare)
+    metrics, step = Metrics(objective.device), args.lpl_start
+    trainee.terms = torch.zeros(3, device=objective.device)
+    counter.where = "forward: inputs"
+    loss, terms = code.training_step(batch, trainee.denoiser, objective, step, metrics)
+    trainee.backward(loss, terms)
+    del loss, terms
+    counter.where = "optimizer step: weights"
+    trainee.accelerator.clip_grad_norm_(trainee.parameters, args.max_grad_norm or math.inf)
+    optimizer_step(trainee.optimizer)
+    trainee.optimizer.zero_grad(set_to_none=True)
+    if trainee.ema is not None:
+        counter.where = "optimizer step: EMA"
+        update_ema(trainee.ema, trainee.parameters, args.offload_ema)
+    counter.where = "between steps"
+
+
+def sample_once(args, trainee, vae, objective, code, counter):
+    """A step of sampling and the decoding of pictures, as many at a time as validation samples."""
+    at_once = min(args.num_validation_images, max(1, (1024 // args.resolution) ** 2))
+    side = args.resolution // args.base_model.family.pixels_per_latent
+    batch = code.example_batch(trainee.bare, args.but(train_batch_size=2 * at_once), (side, side), objective.dtype)
+    prompt = {name: value.to(objective.device) for name, value in batch.items() if name not in OWN_COLUMNS}
+    more = [batch["time_ids"].to(objective.device)] if "time_ids" in batch else []
+    latents = batch["mean"].to(objective.device, objective.dtype)
+    trainee.bare.eval()
+    with torch.no_grad(), counter.at("sampling: denoiser"):
+        trainee.bare(latents, torch.zeros(2 * at_once, device=objective.device), prompt, *more)
+        counter.where = "sampling: decoder"
+        decode_latents(vae, latents[:at_once])
+    trainee.bare.train()
+
+
+def highest(peaks):
+    """The `Peak` of the phase with the most bytes."""
+    return max(peaks.values(), key=lambda peak: peak.size, default=Peak(0, "", {}))
