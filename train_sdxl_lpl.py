@@ -131,6 +131,7 @@ from lpl_finetuning.training.reporter import Reporter
 from lpl_finetuning.training.run import check_start, end, open_batches, open_output_dir, start_accelerator
 from lpl_finetuning.training.sharding import build_device, with_full_weights
 from lpl_finetuning.training.signals import StopSignals
+from lpl_finetuning.training.step_memory import RunCode, autoencoder_networks
 from lpl_finetuning.training.validation import Validation
 from lpl_utils import estimate_z0, noise_to_signal
 
@@ -488,7 +489,8 @@ def main(args, scan, held_out=()):
     vae = load_vae(args.base_model, lpl_dtype(args, accelerator.mixed_precision), "meta")
     denoiser = build_denoiser(args, plan.dtype, "meta")
     stages = lpl_stages(args, vae)
-    print_plan(args, report, accelerator, plan, denoiser, vae.decoder, stages, lpl_gate(args), example_inputs)
+    code = RunCode(build_denoiser, training_step, example_batch, autoencoder_networks)
+    print_plan(args, report, accelerator, plan, denoiser, stages, lpl_gate(args), code)
     if args.dry_run:
         return check_start(args, accelerator, check_access)
     output_dir = open_output_dir(args, accelerator, plan.resume_from, report, check_access)

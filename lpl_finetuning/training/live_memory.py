@@ -239,7 +239,7 @@ class CudaRules(TorchFunctionMode):
         if value.dtype in (dtype, torch.float64):
             return value
         weight = value.dtype == torch.float32 and value.requires_grad and value.is_leaf and not value._is_view()
-        if dtype == torch.float32 or not weight:
+        if dtype == torch.float32 or not weight or not torch.is_autocast_cache_enabled():
             return value.to(dtype)
         if id(value) not in self.copies:
             self.copies[id(value)] = value.to(dtype)

@@ -20,7 +20,7 @@ from lpl_finetuning.training.models import decode_latents, latent_space, load_va
 from lpl_finetuning.training.objective import build_objective, lpl_dtype, lpl_stages, needs_decoder
 from lpl_finetuning.training.optimization import Trainee, optimizer_settings, update_ema
 from lpl_finetuning.training.reporter import Metrics
-from lpl_utils import LPLGate
+from lpl_utils import LatentSpace, LPLGate
 
 WEIGHTS, GRADIENTS, STATE, AVERAGE = "weights", "gradients", "optimizer state", "EMA"
 FROZEN = "autoencoder"
@@ -33,11 +33,38 @@ class RunCode(NamedTuple):
         build_denoiser: (args, dtype, device) -> the script's `Denoiser`.
         training_step: (batch, denoiser, objective, step, metrics) -> (loss, terms).
         example_batch: (denoiser, args, (h, w), dtype) -> a micro-batch as the loader gives it, on the CPU.
+        networks: (args, machine) -> the frozen `Networks`.
     """
 
     build_denoiser: Callable
     training_step: Callable
     example_batch: Callable
+    networks: Callable
+
+
+class Networks(NamedTuple):
+    """The frozen networks of a step; each may be None.
+
+    Attributes:
+        decoder: decodes in the loss and for pictures; stages: `FeatureStages` of the loss.
+        encoder: encodes the images of every step.
+        space: the `LatentSpace` of the latents.
+    """
+
+    decoder: torch.nn.Module
+    stages: object
+    encoder: torch.nn.Module
+    space: LatentSpace
+
+
+def autoencoder_networks(args, machine):
+    """The `Networks` of a family with an autoencoder."""
+    base, vae, encoder = args.base_model, None, None
+    if needs_decoder(args, args.use_lpl):
+        vae = load_vae(base, lpl_dtype(args, machine.mixed_precision), machine.device)
+    if machine.encodes:
+        encoder = load_vae(base, torch.float32, machine.device)
+    return Networks(vae, lpl_stages(args, vae) if args.use_lpl else None, encoder, latent_space(base))
 
 
 @dataclass(frozen=True)
@@ -48,12 +75,15 @@ class Machine:
         mixed_precision: "no", "bf16" or "fp16".
         ranks: processes.
         encodes: whether the images of every step are encoded in the step.
+        sharded: whether FSDP or DeepSpeed shards the training state. The count is that of one device without sharding,
+            but for autocast, which keeps no copies of weights then.
         device: "meta"; the CPU in tests, where the step runs.
     """
 
     mixed_precision: str
     ranks: int = 1
     encodes: bool = False
+    sharded: bool = False
     device: str = "meta"
 
 
@@ -65,14 +95,14 @@ class CountingAccelerator:
 
     def __init__(self, machine, dtype, counter):
         self.device, self.num_processes = torch.device(machine.device), machine.ranks
-        self.dtype, self.counter = dtype, counter
+        self.dtype, self.counter, self.caches = dtype, counter, not machine.sharded
 
     def prepare(self, denoiser, optimizer):
         """The denoiser under autocast with float32 outputs, as accelerate prepares it, and the optimizer."""
-        forward, dtype = denoiser.forward, self.dtype
+        forward, dtype, caches = denoiser.forward, self.dtype, self.caches
 
         def forward_in_autocast(*args, **kwargs):
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=caches):
                 return forward(*args, **kwargs)
 
         denoiser.forward = convert_outputs_to_fp32(forward_in_autocast)
@@ -80,13 +110,14 @@ class CountingAccelerator:
 
     def backward(self, loss):
         """The backward pass; fp16's scale changes no sizes."""
-        with self.counter.at("backward: of the losses"):
-            torch.autograd.backward(loss)  # `loss.backward` would leave `CudaRules`
+        self.counter.where = "backward: of the losses"
+        torch.autograd.backward(loss)  # `loss.backward` would leave `CudaRules`
+        self.counter.where = "backward: end"
 
     def clip_grad_norm_(self, parameters, max_norm):
         """The norm of the gradients, which are clipped."""
-        with self.counter.at("optimizer step: clipping"):
-            return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
+        self.counter.where = "optimizer step: clipping"
+        return torch.nn.utils.clip_grad_norm_(parameters, max_norm)
 
     def reduce(self, value, how):
         """The value of this rank."""
@@ -247,11 +278,11 @@ def latent_size(args):
     return tuple(side // pixels for side in framing_rules(args).largest_size())
 
 
-def counting_batch(args, plan, code, machine, denoiser):
+def counting_batch(args, plan, code, encodes, denoiser):
     """A micro-batch of zeros on the CPU, as the loader gives it."""
     h, w = latent_size(args)
     batch = code.example_batch(denoiser, args, (h, w), plan.dtype)
-    if machine.encodes:
+    if encodes:
         size = [side * args.base_model.family.pixels_per_latent for side in (h, w)]
         del batch["mean"], batch["std"]
         batch["pixel_values"] = torch.zeros(args.train_batch_size, 3, *size)
@@ -267,20 +298,16 @@ class NoData:
 
 
 def counting_objective(args, plan, code, machine, accelerator, denoiser):
-    """(the run's `Objective` with a gate that takes every sample, autoencoder or None)."""
-    base, vae, encoder = args.base_model, None, None
-    if needs_decoder(args, args.use_lpl):
-        vae = load_vae(base, lpl_dtype(args, machine.mixed_precision), machine.device)
-    if machine.encodes:
-        encoder = load_vae(base, torch.float32, machine.device)
-    stages = NamedStages(lpl_stages(args, vae), accelerator.counter) if args.use_lpl else None
-    batch = counting_batch(args, plan, code, machine, denoiser)
+    """(the run's `Objective` with a gate that takes every sample, decoder or None)."""
+    networks = code.networks(args, machine)
+    stages = NamedStages(networks.stages, accelerator.counter) if args.use_lpl else None
+    batch = counting_batch(args, plan, code, machine.encodes, denoiser)
     empty = {name: value[0] for name, value in batch.items() if name not in OWN_COLUMNS}
     gate = LPLGate(t_threshold=math.inf)
     objective = build_objective(
-        args, accelerator, plan, NoData(), latent_space(base), stages, encoder, empty, True, gate
+        args, accelerator, plan, NoData(), networks.space, stages, networks.encoder, empty, True, gate
     )
-    return replace(objective, guard=NoGuard()), vae
+    return replace(objective, guard=NoGuard()), networks.decoder
 
 
 OWN_COLUMNS = ("number", "index", "mean", "std", "pixel_values", "time_ids")  # of a batch; the others are the prompt
@@ -333,15 +360,15 @@ def optimizer_step(optimizer):
 
 def one_step(args, plan, code, trainee, objective, counter):
     """The last micro-step of a step, and the step of the optimizer."""
-    batch = counting_batch(args, plan, code, Machine("no", encodes=objective.encoder is not None), trainee.bare)
+    batch = counting_batch(args, plan, code, objective.encoder is not None, trainee.bare)
     metrics, step = Metrics(objective.device), args.lpl_start
     trainee.terms = torch.zeros(3, device=objective.device)
     counter.where = "forward: inputs"
     loss, terms = code.training_step(batch, trainee.denoiser, objective, step, metrics)
     trainee.backward(loss, terms)
     del loss, terms
-    counter.where = "optimizer step: weights"
     trainee.accelerator.clip_grad_norm_(trainee.parameters, args.max_grad_norm or math.inf)
+    counter.where = "optimizer step: weights"
     optimizer_step(trainee.optimizer)
     trainee.optimizer.zero_grad(set_to_none=True)
     if trainee.ema is not None:
