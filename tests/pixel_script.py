@@ -160,8 +160,9 @@ def main(args, scan, held_out=()):
     accelerator, gate = run.start_accelerator(args), objective.gate_from_flags(args, t_threshold=500)
     settled = plan.plan_run(args, accelerator, Schedule(args), len(scan.images))
     report = plan.check_data(args, scan, held_out, [], accelerator)
-    plan.print_plan(args, report, accelerator, settled, build_denoiser(args, settled.dtype, "meta"),
-                    Edges().to("meta"), gate, RunCode(build_denoiser, training_step, example_batch, networks))  # fmt: skip
+    code = RunCode(build_denoiser, training_step, example_batch, networks)
+    denoiser = build_denoiser(args, settled.dtype, "meta")
+    plan.print_plan(args, report, accelerator, settled, denoiser, Edges().to("meta"), gate, code)
     output_dir = run.open_output_dir(args, accelerator, settled.resume_from, report, hub.check_access)
     with output_dir, StopSignals(accelerator) as signals:
         train(args, scan.images, held_out, settled, accelerator, signals, gate)

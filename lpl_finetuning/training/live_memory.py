@@ -121,8 +121,8 @@ def _overload(name):
 
 
 IN_PLACE = frozenset(map(_overload, (
-    "add_.Tensor", "mul_.Tensor", "mul_.Scalar", "lerp_.Scalar", "addcmul_.default", "addcdiv_.default", "zero_.default",
-    "normal_.default", "uniform_.default", "fill_.Scalar", "copy_.default",
+    "add_.Tensor", "mul_.Tensor", "mul_.Scalar", "lerp_.Scalar", "addcmul_.default", "addcdiv_.default",
+    "zero_.default", "normal_.default", "uniform_.default", "fill_.Scalar", "copy_.default",
 )))  # fmt: skip
 ELEMENTWISE = frozenset(map(_overload, (
     "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "sqrt.default", "gelu.default", "silu.default",
@@ -174,15 +174,19 @@ def _group_norm(func, args):
 # ---------------------------------------------------------------------------------------------------------------------
 # CUDA's rules of autocast and attention
 
-LOWER = frozenset(
-    "conv1d conv2d conv3d conv_transpose1d conv_transpose2d conv_transpose3d prelu addmm addmv addr matmul __matmul__ "
-    "__rmatmul__ einsum mm mv linear addbmm baddbmm bmm chain_matmul".split()
-)  # computed in autocast's dtype
-FLOAT32 = frozenset(
-    "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ softplus layer_norm "
-    "rms_norm group_norm cosine_similarity nll_loss kl_div l1_loss smooth_l1_loss huber_loss mse_loss cdist renorm "
-    "logsumexp interpolate prod softmax log_softmax cumprod cumsum norm sum".split()
-)  # computed in float32
+# fmt: off
+LOWER = frozenset((  # computed in autocast's dtype
+    "conv1d", "conv2d", "conv3d", "conv_transpose1d", "conv_transpose2d", "conv_transpose3d", "prelu", "addmm",
+    "addmv", "addr", "matmul", "__matmul__", "__rmatmul__", "einsum", "mm", "mv", "linear", "addbmm", "baddbmm", "bmm",
+    "chain_matmul",
+))
+FLOAT32 = frozenset((  # computed in float32
+    "acos", "asin", "cosh", "erfinv", "exp", "expm1", "log", "log10", "log2", "log1p", "reciprocal", "rsqrt", "sinh",
+    "tan", "pow", "__pow__", "softplus", "layer_norm", "rms_norm", "group_norm", "cosine_similarity", "nll_loss",
+    "kl_div", "l1_loss", "smooth_l1_loss", "huber_loss", "mse_loss", "cdist", "renorm", "logsumexp", "interpolate",
+    "prod", "softmax", "log_softmax", "cumprod", "cumsum", "norm", "sum",
+))
+# fmt: on
 RULED = LOWER | FLOAT32 | {"scaled_dot_product_attention"}
 
 

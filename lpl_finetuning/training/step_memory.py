@@ -1,10 +1,11 @@
 """The memory of a training step, counted: the run's own code takes a step on the meta device.
 
-The count covers models, gradients, optimizer, average, activations and temporaries: `live_memory` counts every storage.
-It does not cover CUDA's context, workspaces of cuDNN and fragmentation.
+The count covers models, gradients, optimizer, average, activations and temporaries: every storage that is made. It
+does not cover CUDA's context, workspaces of cuDNN and fragmentation.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -152,12 +153,21 @@ class NamedStages:
 
     def run(self, index, x):
         """See `FeatureStages.run`."""
+        return self._named(index, lambda x: self.stages.run(index, x), x)
+
+    def pieces(self, index):
+        """The pieces of a stage; one where the network has none."""
+        pieces = self.stages.pieces(index) if hasattr(self.stages, "pieces") else [lambda x: self.stages.run(index, x)]
+        return [functools.partial(self._named, index, piece) for piece in pieces]
+
+    def _named(self, index, compute, x):
+        """The features that a function computes of x, with the counter told what runs."""
         name, counter, again = self.stages.names[index], self.counter, torch.is_grad_enabled()
         counter.where = f"LPL: {'recomputation' if again else 'forward'} of the {name}"
-        features = self.stages.run(index, x)
-        counter.where = f"LPL: comparison of the {name}"
+        features = compute(x)
         if features.requires_grad:
             features.register_hook(lambda gradient: setattr(counter, "where", f"LPL: backward of the {name}"))
+        counter.where = f"LPL: comparison of the {name}"
         return features
 
 
@@ -265,6 +275,7 @@ def count_step(args, plan, code, machine):
         trainee = warm_trainee(args, plan, machine, accelerator, denoiser, objective.guard)
         for name, model in denoiser.models().items():
             name_blocks(model, name, counter)
+        counter.where = "forward: inputs"
         counter.peaks.clear()
         one_step(args, plan, code, trainee, objective, counter)
         if args.validation_prompt:
@@ -314,7 +325,7 @@ OWN_COLUMNS = ("number", "index", "mean", "std", "pixel_values", "time_ids")  # 
 
 
 def warm_trainee(args, plan, machine, accelerator, denoiser, guard):
-    """The `Trainee` after its first step: the optimizer has its state, and the gradients of other micro-steps exist."""
+    """The `Trainee` after its first step, with the optimizer's state and the gradients of other micro-steps."""
     counter = accelerator.counter
     with counter.at("start"):
         trainee = Trainee(optimizer_settings(args, plan.batch_size), accelerator, denoiser, plan.total_steps, guard)
@@ -350,11 +361,8 @@ def first_optimizer_step(optimizer):
 
 
 def optimizer_step(optimizer):
-    """A later step of the optimizer, with the temporaries that it makes on CUDA."""
-    if isinstance(optimizer, torch.optim.AdamW):
-        roots = [torch.empty_like(state["exp_avg_sq"]) for state in optimizer.state.values()]  # foreach: all at once
-        del roots
-    elif not hasattr(optimizer, "init_state"):
+    """A later step of the optimizer, with its temporaries; AdamW is fused on CUDA, and makes none."""
+    if not isinstance(optimizer, torch.optim.AdamW) and not hasattr(optimizer, "init_state"):
         optimizer.step()
 
 
@@ -363,7 +371,6 @@ def one_step(args, plan, code, trainee, objective, counter):
     batch = counting_batch(args, plan, code, objective.encoder is not None, trainee.bare)
     metrics, step = Metrics(objective.device), args.lpl_start
     trainee.terms = torch.zeros(3, device=objective.device)
-    counter.where = "forward: inputs"
     loss, terms = code.training_step(batch, trainee.denoiser, objective, step, metrics)
     trainee.backward(loss, terms)
     del loss, terms

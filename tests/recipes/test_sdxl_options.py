@@ -21,7 +21,7 @@ from lpl_finetuning.data.tables import hold_out
 from lpl_finetuning.errors import DataError, UserError
 from lpl_finetuning.flags import data_source
 from lpl_finetuning.lora_files import LORA_FILE
-from lpl_finetuning.training import objective, optimization, plan
+from lpl_finetuning.training import objective, optimization
 from lpl_finetuning.training import run as run_module
 from tests import children
 from tests.runs import assert_resume_is_exact, forbid_loading, objective_of

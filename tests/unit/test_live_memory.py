@@ -77,9 +77,7 @@ def test_autocast_copies_weights_until_the_forward_pass_ends():
         assert counter.total == held + 2 * rows
         with torch.autocast("cpu", torch.bfloat16):
             y = first(x)
-        assert counter.total == held + 2 * (2 * rows), (
-            "the input's copy for the weight's gradient; the weight's copy is free"
-        )
+        assert counter.total == held + 2 * (2 * rows), "the input's copy stays for the weight's gradient"
 
 
 def test_norms_are_in_float32_under_autocast():

@@ -93,7 +93,7 @@ def test_what_a_count_follows_from_is_in_its_name(place, sdxl_folder, tmp_path):
     path.write_text(json.dumps(json.loads(path.read_text()) | {"norm_eps": 1e-3}))
     names.append(place(model=other))
     assert len(set(names)) == len(names)
-    assert place(*"--seed 5 --learning_rate 1 --max_train_steps 9 --lpl_weight 7".split()) == names[0]
+    assert place(*["--seed", "5", "--learning_rate", "1", "--max_train_steps", "9", "--lpl_weight", "7"]) == names[0]
 
 
 def test_another_code_or_library_is_counted_anew(place, monkeypatch):
