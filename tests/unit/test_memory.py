@@ -13,7 +13,7 @@ import torch
 
 import train_sdxl_lpl
 from lpl_finetuning.training import estimates, plan
-from lpl_finetuning.training.step_memory import Machine, RunCode, autoencoder_networks
+from lpl_finetuning.training.step_memory import Machine, RunCode, autoencoder_networks, highest
 from tests.runs import ROOT, memory_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -22,32 +22,32 @@ import memory
 PAGE = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
 
 
-def row(model, way, resolution):
-    """The figures of a row of the page, in GB."""
-    [line] = [line for line in PAGE.splitlines() if line.startswith(f"| {model} | {way} | {resolution} |")]
+def row(setup):
+    """The figures of a row of the page, in GB: at the peak, and at the peak of a step without LPL."""
+    [line] = [line for line in PAGE.splitlines() if line.startswith(f"| {setup} |")]
     return [float(figure) for figure in re.findall(r"([\d.]+) GB", line)]
 
 
-@pytest.mark.parametrize(
-    ("model", "parameters"),
-    [("SDXL", 2_567_463_684), ("SD3.5 medium", 2.24e9), pytest.param("SD3.5 large", 8.06e9, marks=pytest.mark.slow)],
-)
-def test_rows_of_the_page_are_computed_anew(model, parameters):
-    """LoRA at 512 px, and by known counts of parameters for all weights: 4 + 4 + 8 bytes each under AdamW."""
-    parts = memory.estimate(model, "LoRA, rank 16", 512, lpl=True)
-    total, of_the_loss = sum(parts.values()), parts["decoder"] + parts["LPL"]
-    figures = [(total - of_the_loss) / 1e9, total / 1e9]
-    assert row(model, "LoRA, rank 16", 512)[:2] == pytest.approx(figures, abs=0.051)
-    assert row(model, "all weights", 1024)[2] == pytest.approx(16 * parameters / 1e9, rel=0.005)
-    assert row(model, "all, 8-bit Adam", 1024)[2] == pytest.approx(10 * parameters / 1e9, rel=0.005)
+@pytest.mark.slow
+@pytest.mark.parametrize("setup", memory.SETUPS)
+def test_rows_of_the_page_are_counted_anew(setup):
+    assert row(setup)[0] == pytest.approx(highest(memory.count(setup)).size / 1e9, abs=0.051)
 
 
 def test_the_table_is_whole():
-    assert PAGE.count("| SD") == len(memory.MODELS) * len(memory.WAYS) * 2
-    for model in memory.MODELS:
-        for way in memory.WAYS:
-            small, large = row(model, way, 512), row(model, way, 1024)
-            assert small[0] < small[1] < large[1] and small[2] == large[2] < small[0]
+    for setup in memory.SETUPS:
+        peak, without = row(setup)
+        assert without <= peak
+
+
+def test_the_readme_and_recipes_say_what_the_page_says():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for setup in memory.SETUPS:
+        if setup.startswith("`") and setup.endswith("`"):
+            figure = f"{row(setup)[0]:.1f} GB"
+            recipe = f"{setup[1:-1]}.yaml"
+            assert any(recipe in line and figure in line for line in readme.splitlines()), setup
+            assert figure in (ROOT / "configs" / "recipes" / recipe).read_text(encoding="utf-8"), setup
 
 
 # ---------------------------------------------------------------------------------------------------------------------
