@@ -137,11 +137,11 @@ def sizes():
     ("flags", "room", "said"),
     [
         ("", 12e9, "fits this GPU"),
-        ("", 8.5e9, "with --gradient_checkpointing it takes 7.0 GB and fits"),
+        ("", 8.5e9, "with --gradient_checkpointing it takes 7.00 GB and fits"),
         ("--gradient_checkpointing", 11.5e9, "fits without --gradient_checkpointing too, with 10.0 GB"),
         ("--gradient_checkpointing", 9e9, "fits this GPU"),
         ("--gradient_checkpointing", 6.5e9, "--lpl_num_blocks 3 --bnb_quantization_config_path configs/nf4.json"),
-        ("", 2e9, "does NOT fit this GPU (1.0 GB free for tensors), nor with --gradient_checkpointing"),
+        ("", 2e9, "does NOT fit this GPU (1.00 GB free for tensors), nor with --gradient_checkpointing"),
     ],
 )
 def test_the_plan_names_the_flag_that_makes_a_step_fit(few_flags, flags, room, said):
