@@ -171,7 +171,7 @@ def test_a_step_on_the_meta_device_counts_what_a_real_step_holds(case, encodes, 
     assert computed.keys() == real.keys()
     host = 65_536 + encodes * 4 * 2 * 3 * 128**2  # what the loader gives is on the CPU too: a batch, pictures among it
     for phase, peak in computed.items():
-        # the CPU's autoencoder is channels-last, and the comparison copies its features; the meta device has no layouts
+        # the CPU's autoencoder is channels-last, and the comparison copies its features
         close = 0.1 if phase == "LPL" else 0.01
         assert peak.size == pytest.approx(real[phase].size, abs=close * peak.size + host), phase
         for kind in ("weights", "optimizer state", "EMA", "autoencoder"):
