@@ -115,7 +115,7 @@ def arguments(name, folder):
     model, flags, _ = SETUPS[name]
     script, *configurations = MODELS[model]
     if "float16" in flags:  # the autoencoder that does not overflow
-        configurations[-1] = {key: value for key, value in SDXL_VAE.items() if key != "force_upcast"}
+        configurations[-1] = SDXL_VAE | {"force_upcast": False}
     write_configurations(Path(folder), *configurations)
     words = (
         f"--pretrained_model_name_or_path {folder} --train_data_dir {folder} --mixed_precision bf16 --dry_run {flags}"
