@@ -59,6 +59,12 @@ def run(words, log):
         raise SystemExit(f"the command ended with status {status}; its output: {log}")
 
 
+def work_folder():
+    """The folder of everything large, as it was given; results call it WORK."""
+    words = sys.argv[1:]
+    return Path(words[words.index("--work") + 1]).resolve() if "--work" in words else Path("WORK")
+
+
 def keep_result(name, seconds, content):
     """Write benchmarks/results/NAME.json; seconds: the stage's time, beside whatever else ran."""
     words = ["git", "describe", "--always", "--dirty", "--abbrev=40"]  # "-dirty" after changes that are not committed
@@ -71,7 +77,8 @@ def keep_result(name, seconds, content):
         "seconds": round(seconds),
     }
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(facts | content, indent=1) + "\n")
+    text = json.dumps(facts | content, indent=1).replace(str(work_folder()), "WORK")
+    (RESULTS / f"{name}.json").write_text(text + "\n")
     print(f"wrote {RESULTS / name}.json")
 
 
@@ -163,6 +170,9 @@ def judge(work, name, models, guidance, samples):
     run(words, work / "logs" / f"judge-{name}.log")
     found = json.loads((output / "metrics.json").read_text())
     kept = ("settings", "models", "networks", "distances", "differences", "one_step", "spectrum", "verdict")
+    if found["one_step"]:  # means over noise levels; the report has the rest
+        rows = found["one_step"]["differences"]
+        found["one_step"]["differences"] = [row for row in rows if row["level"] is None]
     keep_result(
         f"effect-{name}", time.time() - began, {"report": found["command"]} | {key: found[key] for key in kept}
     )
