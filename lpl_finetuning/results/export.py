@@ -220,7 +220,7 @@ def kohya_state_dict(parts, denoiser_config):
                 factor = alpha / config.lora_alpha * (math.sqrt(value.shape[1]) if config.use_rslora else 1)
                 value = value if factor == 1 else value * factor
                 value = to_shift_and_scale(module, value, denoiser_config) if part == "transformer" else value
-                tensors[f"{name}.alpha"] = torch.tensor(float(config.lora_alpha))
+                tensors[f"{name}.alpha"] = torch.tensor(float(config.lora_alpha))  # read by the CPU only
             tensors[f"{name}.{'lora_up' if matrix == 'lora_B' else 'lora_down'}.weight"] = value
     return fuse_thirds(tensors)
 
@@ -247,7 +247,8 @@ def fuse_thirds(tensors):
         downs, ups = leaves[".lora_down.weight"], leaves[".lora_up.weight"]
         rank, width = sum(map(len, downs.values())), len(next(iter(ups.values())))
         ups = {third: up * (rank / (len(ups) * up.shape[1])) for third, up in ups.items()}
-        blocks = [ups.get(third, torch.zeros(width, 0)) for third in range(3)]
+        empty = next(iter(ups.values())).new_zeros(width, 0)
+        blocks = [ups.get(third, empty) for third in range(3)]
         tensors[f"{layer}.lora_down.weight"] = torch.cat([downs[third] for third in sorted(downs)])
         tensors[f"{layer}.lora_up.weight"] = torch.block_diag(*blocks)
         tensors[f"{layer}.alpha"] = sum(leaves[".alpha"].values())
@@ -363,7 +364,7 @@ def original_sd3_state_dict(transformer, vae, text_encoder, text_encoder_2, text
     projection, pooled = clip_l["text_projection.weight"], mmdit["y_embedder.mlp.0.weight"]
     mmdit["y_embedder.mlp.0.weight"] = torch.cat([pooled[:, : len(projection)] @ projection.to(pooled),
                                                   pooled[:, len(projection) :]], dim=1)  # fmt: skip
-    clip_l["text_projection.weight"] = torch.eye(projection.shape[1])
+    clip_l["text_projection.weight"] = torch.eye(projection.shape[1]).to(projection)
     return {
         **{f"model.diffusion_model.{name}": value for name, value in mmdit.items()},
         **{f"first_stage_model.{name}": value for name, value in original_vae(vae).items()},
