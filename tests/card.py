@@ -1,8 +1,8 @@
 """A device that exists nowhere, with real numbers, that refuses to mix with the CPU as a GPU does.
 
-Inside `card()` a tensor on "meta", whose kernels PyTorch does not bring, is an `OnCard`: it holds a CPU tensor with the
-numbers. An operation on such a tensor and a CPU tensor of one dimension or more raises RuntimeError, as CUDA does, and
-so does reading the numbers without `.cpu()`. FakeTensorMode would refuse the same, but has no numbers to save.
+Inside `card()` a tensor on "meta:1" is an `OnCard`: it holds a CPU tensor with the numbers. An
+operation on such a tensor and a CPU tensor of one dimension or more raises RuntimeError, as CUDA does, and so does
+reading the numbers without `.cpu()`. FakeTensorMode would refuse the same, but has no numbers to save.
 """
 
 import contextlib
@@ -65,7 +65,7 @@ def compute(func, args, kwargs):
     to_card = torch.device(wanted) == CARD if wanted is not None else on_card
     if name == "aten::copy_":
         to_card = isinstance(args[0], OnCard)
-    elif to_card or on_card and wanted is not None:
+    elif to_card or (on_card and wanted is not None):
         bare_kwargs |= {"device": torch.device("cpu")} if wanted is not None else {}
     result = func(*bare_args, **bare_kwargs)
     if not to_card:

@@ -1,4 +1,4 @@
-"""Whole runs with all weights on a device that refuses to mix with the CPU: where a GPU is missing, its strictest rule.
+"""Whole runs with all weights on a device that refuses to mix with the CPU, as a GPU does.
 
 Training, validation, checkpoints, resuming and every export run on the card of `tests.card`.
 """
@@ -33,7 +33,8 @@ def test_a_whole_run_on_a_card(case, flags, sd3_folder, tmp_path):
     script, more, file = CASES[case]
     if script is train_sd3_lpl_flow:
         flags = [*flags, "--pretrained_model_name_or_path", str(sd3_folder)]
-    flags = [*flags, *more, "--use_lpl", "--validation_epochs", "50", "--validation_split", "2", "--validation_prompt", "a dog",
+    flags = [*flags, *more, "--use_lpl", "--validation_epochs", "50", "--validation_split", "2",
+             "--validation_prompt", "a dog",
              "--num_validation_images", "1", "--gradient_checkpointing", "--train_batch_size", "1",
              "--output_dir", str(tmp_path)]  # fmt: skip
     script.load_text_encoders(script.parse_args(flags), torch.float32, "cpu")  # transformers' first, outside the card
