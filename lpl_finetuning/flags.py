@@ -544,6 +544,11 @@ def add_run_arguments(parser, validation_epochs):
 # Settings from flags
 
 
+def mixed_precision(args):
+    """The precision of a run: "no", "fp16" or "bf16", from the flag or accelerate's configuration."""
+    return (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no").lower()
+
+
 def data_source(args):
     """Where images and captions come from."""
     return settings_from_flags(DataSource, args)

@@ -19,6 +19,7 @@ from lpl_finetuning.files import dispensable
 from lpl_finetuning.flag_checks import precision_source, wants
 from lpl_finetuning.flags import save_recipe
 from lpl_finetuning.training.checkpoint_folders import set_earlier_run_aside
+from lpl_finetuning.training.machine import cards_in_use, check_cards
 from lpl_finetuning.training.sharding import check_zero_devices, set_up_sharding
 from lpl_finetuning.training.signals import leave_signals_to_the_run
 
@@ -30,6 +31,7 @@ def start_accelerator(args):
     patience = timedelta(hours=12)  # ranks wait while rank 0 encodes and samples; NCCL would wait 10 minutes
     check_zero_devices()
     sharded = wants("FSDP") or wants("DEEPSPEED")
+    check_cards(args, cards_in_use())
     accelerator = Accelerator(
         cpu=ranks > 1
         and not torch.accelerator.is_available()

@@ -22,7 +22,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("flags", "evaluation.networks"),
     ("flag_checks", "families", "start"),
     ("training.checkpoint_folders", "training.estimates", "training.sharding", "training.guard", "training.signals",
-     "evaluation.models"),
+     "training.machine", "evaluation.models"),
     ("evaluation.verdict", "evaluation.charts", "evaluation.picture_sets", "evaluation.distances",
      "evaluation.spectrum"),
     ("evaluation.generation", "evaluation.onestep", "evaluation.report", "evaluation.uncertainty",
