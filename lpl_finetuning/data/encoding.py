@@ -28,6 +28,7 @@ from lpl_finetuning.data.images import to_pixel_values
 from lpl_finetuning.data.samples import CaptionRules, Framing, FramingRules
 from lpl_finetuning.data.store import TensorStore, entry_bytes
 from lpl_finetuning.data.tables import CaptionedImage
+from lpl_finetuning.errors import during
 from lpl_finetuning.files import check_free_space, digest, format_bytes
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _encode_into(
     unit = " " + (description.split() or ["items"])[-1]
     total = sum(map(len, batches))
     try:
-        with tqdm(total=total, desc=description, unit=unit, disable=not show) as bar:
+        with during(description), tqdm(total=total, desc=description, unit=unit, disable=not show) as bar:
             for batch, items in zip(batches, prepared, strict=True):
                 encoded = dict(zip(batch, encode_batch(items), strict=True))
                 pending |= encoded

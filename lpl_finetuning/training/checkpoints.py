@@ -20,7 +20,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from lpl_finetuning.errors import UserError
+from lpl_finetuning.errors import UserError, during
 from lpl_finetuning.files import follow_umask, format_bytes, sha256_of, sync_to_disk
 from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.training.checkpoint_folders import (
@@ -145,6 +145,7 @@ class Checkpoints:
         """Context manager for writing the result: where that fails, the steps are in a checkpoint at least."""
         return kept_if_unwritten(None if self.sharded else lambda: self._write(step))
 
+    @during("saving a checkpoint")
     def _write(self, step):
         whole = with_full_weights(self.trainee.bare, self.accelerator.is_main_process)
         save_checkpoint(
@@ -272,7 +273,8 @@ def kept_if_unwritten(save):
         UserError: the disk is full or can't be written to.
     """
     try:
-        yield
+        with during("writing the result"):
+            yield
     except (OSError, SafetensorError) as error:
         failed = f"the result can't be written ({error})"
         first = "Free some space" if system_code(error) in FULL else "Put that right"

@@ -17,6 +17,7 @@ from lpl_finetuning.data.samples import (
     addressed_uniform,
     stratified_uniform,
 )
+from lpl_finetuning.errors import during
 from lpl_finetuning.flags import framing_rules, settings_from_flags
 from lpl_finetuning.training.guard import Guard
 from lpl_utils import (
@@ -196,6 +197,7 @@ class Objective:
         gate = self.perceptual.gate.at(self.resolution(latents))
         return gate(timesteps, noise_to_signal(*self.schedule.levels(timesteps)))
 
+    @during("computing the perceptual loss")
     def perceptual_term(self, perceptual_loss, tensors, timesteps, images, metrics):
         """(perceptual term of a micro-step, a scalar with gradient; number of its gated samples), with bookkeeping.
 

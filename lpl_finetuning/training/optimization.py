@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
+from lpl_finetuning.errors import during
 from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.training.sharding import clip_gradients, is_sharded, local_shard, prepare
 
@@ -201,9 +202,11 @@ class Trainee:
 
     def backward(self, loss, terms):
         """The backward pass of a micro-step; adds its (3,) `terms` to the step's means."""
-        self.accelerator.backward(loss)
+        with during("computing the gradients"):
+            self.accelerator.backward(loss)
         self.terms += terms / self.settings.gradient_accumulation_steps
 
+    @during("making an optimizer step")
     def step(self, step, wishes, metrics):
         """Clip, check, step, schedule and average at the end of the accumulation: an `Outcome`.
 

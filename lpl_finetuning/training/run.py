@@ -14,7 +14,7 @@ from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
 from lpl_finetuning.data.encoding import prompt_key
 from lpl_finetuning.data.report import save_report
 from lpl_finetuning.data.samples import AddressedBatches, SampleOrder, TrainingSet, collate
-from lpl_finetuning.errors import DataError, RankError, UserError, require
+from lpl_finetuning.errors import DataError, RankError, UserError, during, require
 from lpl_finetuning.files import dispensable
 from lpl_finetuning.flag_checks import precision_source, wants
 from lpl_finetuning.flags import save_recipe
@@ -63,7 +63,7 @@ def open_batches(args, data, accelerator, first_step, last_step):
         data: the `RunData`.
     """
     iterator = batches(args, data, accelerator, first_step, last_step)
-    with contextlib.closing(iterator):
+    with contextlib.closing(iterator), during("training"):
         yield iterator
 
 

@@ -27,7 +27,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
      "evaluation.spectrum"),
     ("evaluation.generation", "evaluation.onestep", "evaluation.report", "evaluation.uncertainty",
      "evaluation.features"),
-    ("training.models", "training.reporter"),
+    ("training.models", "training.reporter", "training.out_of_memory"),
     ("training.objective", "training.optimization", "training.checkpoints"),
     ("training.measures",),
     ("training.validation", "training.run"),
