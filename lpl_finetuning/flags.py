@@ -534,7 +534,7 @@ def add_run_arguments(parser, validation_epochs):
         help="YAML file that sets any flag; the command line wins, --no-NAME over a switch that is on",
     )
     add("--dry_run", action="store_true", help="check everything, print the plan and stop")
-    add("--debug", action="store_true", help="show tracebacks")
+    add("--debug", action="store_true", help="show tracebacks, and how long the stages of the start take")
     add("--local_rank", type=int, default=-1, help="accepted for compatibility")
     add("--debug_loss", action="store_true", help="accepted for compatibility: every loss is logged anyway")
     add("--enable_npu_flash_attention", action="store_true", help="accepted for compatibility")

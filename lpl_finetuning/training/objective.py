@@ -19,6 +19,7 @@ from lpl_finetuning.data.samples import (
 )
 from lpl_finetuning.errors import during
 from lpl_finetuning.flags import framing_rules, settings_from_flags
+from lpl_finetuning.stages import stage_ended
 from lpl_finetuning.training.guard import Guard
 from lpl_utils import (
     AutoWeight,
@@ -254,6 +255,7 @@ def build_objective(args, accelerator, plan, data, space, stages, encoder, empty
         empty_prompt: the tensors of the unconditional prompt; empty_is_zero: whether they stand for zeros.
         gate: the `LPLGate`.
     """
+    stage_ended("captions and images in the caches; decoder")
     perceptual = None
     if stages is not None:
         loss = LatentPerceptualLoss(stages, lpl_config(args))

@@ -16,6 +16,7 @@ import torch
 
 from lpl_finetuning.errors import during
 from lpl_finetuning.flags import settings_from_flags
+from lpl_finetuning.stages import stage_ended
 from lpl_finetuning.training.sharding import clip_gradients, is_sharded, local_shard, prepare
 
 
@@ -178,6 +179,7 @@ class Trainee:
             total_steps: optimizer steps of the whole run.
             guard: the `Guard` that reads whether a step is finite.
         """
+        stage_ended("weights of the models")
         self.settings, self.accelerator, self.guard = settings, accelerator, guard
         self.bare = denoiser
         optimizer = build_optimizer(settings, parameter_groups(denoiser.models(), settings))
@@ -235,6 +237,7 @@ class Trainee:
             self.lr_scheduler.step()
             if self.ema is not None:
                 update_ema(self.ema, self.parameters, self.settings.offload_ema)
+        stage_ended("first step", last=True)
         return Outcome(finite, *wishes)
 
     @contextlib.contextmanager

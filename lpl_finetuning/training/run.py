@@ -18,6 +18,7 @@ from lpl_finetuning.errors import DataError, RankError, UserError, during, requi
 from lpl_finetuning.files import dispensable
 from lpl_finetuning.flag_checks import precision_source, wants
 from lpl_finetuning.flags import save_recipe
+from lpl_finetuning.stages import stage_ended
 from lpl_finetuning.training.checkpoint_folders import set_earlier_run_aside
 from lpl_finetuning.training.machine import cards_in_use, check_cards
 from lpl_finetuning.training.sharding import check_zero_devices, set_up_sharding
@@ -52,6 +53,7 @@ def start_accelerator(args):
     set_up_sharding(accelerator, args.max_grad_norm)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    stage_ended("accelerator")
     return accelerator
 
 
@@ -62,6 +64,7 @@ def open_batches(args, data, accelerator, first_step, last_step):
     Args:
         data: the `RunData`.
     """
+    stage_ended("optimizer, first validation, checkpoint")
     iterator = batches(args, data, accelerator, first_step, last_step)
     with contextlib.closing(iterator), during("training"):
         yield iterator
@@ -115,6 +118,7 @@ def open_output_dir(args, accelerator, resume_from, report, check_access):
     Raises:
         UserError: another run is writing there, or the Hub would refuse the result.
     """
+    stage_ended("plan")
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     hub_name = None
