@@ -13,7 +13,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("errors", "lpl_utils", "other_flags", "stages"),
     ("files",),
     ("base_model",),
-    ("lora_files", "data.colours", "data.conventions", "data.tables", "data.store"),
+    ("lora_files", "tensor_files", "data.colours", "data.conventions", "data.tables", "data.store"),
     ("data.images",),
     ("data.samples", "data.findings"),
     ("data.folders", "data.packed"),
