@@ -366,6 +366,8 @@ class TrainingState:
         tensors, rest = optimizer_to_tensors(self.optimizer)
         tensors = {f"optimizer/{name}": value for name, value in tensors.items()}
         if self.ema is not None:
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()  # an offloaded average may still be on its way
             pairs = zip(self.ema.shadow_params, parameters_of(self.optimizer), strict=True)
             tensors |= {f"ema/{index}": from_local_shard(*pair) for index, pair in enumerate(pairs)}
         if self.auto_weight is not None:

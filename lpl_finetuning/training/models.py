@@ -10,6 +10,7 @@ import diffusers
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
@@ -65,6 +66,21 @@ def add_adapters(args, models, pipeline_class, targets):
             if "lora_" in name:
                 parameter.requires_grad_(True)
                 parameter.data = parameter.data.float()
+        leave_inputs_to_autocast(model)
+
+
+def leave_inputs_to_autocast(model):
+    """Let a model's LoRA layers take their inputs as they are, where the result is the same to the last bit.
+
+    PEFT casts an input in half precision to the float32 of the LoRA's weights, and autocast casts it back. Dropout and
+    DoRA compute with the float32 input in between, so that they keep it. Without autocast all weights are float32.
+    """
+    config = lora_config(model)
+    if config.lora_dropout or config.use_dora:
+        return
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def add_new_adapter(args, part, model, layers):

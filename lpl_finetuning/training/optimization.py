@@ -134,12 +134,16 @@ def build_ema(settings, parameters):
 
 
 def update_ema(ema, parameters, offload):
-    """One step of the average; with `offload` computed on the parameters' device and kept on the CPU."""
+    """One step of the average; with `offload` computed on the parameters' device and kept on the CPU.
+
+    Both copies run while the host goes on: PyTorch copies from a GPU into pinned memory where it need not wait. The
+    CPU may read the average after a synchronisation only.
+    """
     if offload:
         ema.to(parameters[0].device, non_blocking=True)
     ema.step(map(local_shard, parameters))
     if offload:
-        ema.to("cpu")
+        ema.to("cpu", non_blocking=True)
 
 
 def learning_rates(optimizer):
