@@ -252,7 +252,7 @@ def check_machine(args):
 
 
 def print_plan(args, report, accelerator, plan, denoiser, network, stages, gate, example_inputs):
-    """Print what will happen: flags, data, steps, validation, models, the perceptual loss and memory.
+    """Print what will happen: flags, data, steps, validation, models, the loss, memory; returns the `memory_estimate`.
 
     Args:
         report: on the data, from `check_data`; plan: the `Plan`.
@@ -275,6 +275,7 @@ def print_plan(args, report, accelerator, plan, denoiser, network, stages, gate,
         print_lpl_plan(args, gate, share, hint, stages, shape, accelerator.print)
     parts = memory_estimate(args, denoiser, network, stages, plan.dtype, example_inputs)
     print_memory(parts, denoiser, accelerator)
+    return parts
 
 
 def print_run(args, report, accelerator, plan):
