@@ -126,6 +126,7 @@ from lpl_finetuning.training.objective import (
     to_device,
 )
 from lpl_finetuning.training.optimization import Trainee, optimizer_settings
+from lpl_finetuning.training.out_of_memory import explained_if_out_of_memory
 from lpl_finetuning.training.plan import check_data, plan_run, print_plan
 from lpl_finetuning.training.reporter import Reporter
 from lpl_finetuning.training.run import check_start, end, open_batches, open_output_dir, start_accelerator
@@ -486,15 +487,13 @@ def main(args, scan, held_out=()):
     accelerator = start_accelerator(args)
     plan = plan_run(args, accelerator, Schedule(args), len(scan.images))
     report = check_data(args, scan, held_out, load_tokenizers(args), accelerator)
-    vae = load_vae(args.base_model, lpl_dtype(args, accelerator.mixed_precision), "meta")
-    denoiser = build_denoiser(args, plan.dtype, "meta")
-    stages = lpl_stages(args, vae)
     code = RunCode(build_denoiser, training_step, example_batch, autoencoder_networks)
-    print_plan(args, report, accelerator, plan, denoiser, stages, lpl_gate(args), code)
+    peaks = print_plan(args, report, accelerator, plan, lpl_gate(args), code)
     if args.dry_run:
         return check_start(args, accelerator, check_access)
     output_dir = open_output_dir(args, accelerator, plan.resume_from, report, check_access)
-    with output_dir as hub_name, StopSignals(accelerator) as signals:
+    explained = explained_if_out_of_memory(args, accelerator, peaks)
+    with output_dir as hub_name, explained, StopSignals(accelerator) as signals:
         is_done = train(args, scan.images, held_out, plan, accelerator, signals, hub_name)
     end(accelerator)
     if is_done and hub_name and signals.requested is not None:

@@ -8,7 +8,7 @@
     python benchmarks/effect.py --work WORK judge --base epsilon --arm none decoder-full --seed 0
     python benchmarks/effect.py --work WORK gain --base epsilon --seed 0           # *none*, estimates scaled
     python benchmarks/effect.py --work WORK judge --base epsilon --arm none gain --seed 0
-    python benchmarks/effect.py --work WORK autoencoder --steps 3000               # an adversarial decoder
+    python benchmarks/effect.py --work WORK autoencoder                            # an adversarial decoder
     python benchmarks/effect.py --work WORK train --base epsilon --arm none l1 --steps 400
     python benchmarks/effect.py --work WORK one-step --base epsilon --arm none l1 --steps 400
     python benchmarks/effect.py --work WORK cost --base epsilon --arm none decoder # alone on the machine
@@ -24,9 +24,7 @@ and a seed see the same pictures, noise and timesteps in the same order.
 
 import argparse
 import csv
-import datetime
 import json
-import platform
 import shlex
 import subprocess
 import sys
@@ -36,10 +34,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.effect_arms import ALL, BASES, COMMON, FAMILY_FLAGS, SCRIPTS
+from benchmarks.records import facts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-SAMPLES, STEPS, ABLATION_STEPS = 1536, 1000, 400  # pictures and training steps of an arm
+SAMPLES, STEPS, DECODER_STEPS = 1536, 1000, 3000  # pictures and training steps of an arm; steps of a decoder
 STAGES = ("data", "pipelines", "judge-base", "profile", "train", "gain", "judge", "one-step", "autoencoder", "cost",
           "state")  # fmt: skip
 AUTOENCODERS = {"sdxl": ROOT / "examples" / "tiny-sdxl" / "vae", "sd3": ROOT / "examples" / "tiny-sd3" / "vae"}
@@ -59,19 +58,12 @@ def run(words, log):
         raise SystemExit(f"the command ended with status {status}; its output: {log}")
 
 
-def keep_result(name, seconds, content):
-    """Write benchmarks/results/NAME.json; seconds: the stage's time, beside whatever else ran."""
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=40"]  # "-dirty" after changes that are not committed
-    commit = subprocess.run(words, cwd=ROOT, capture_output=True, text=True).stdout.strip()
-    facts = {
-        "command": shlex.join(["python", "benchmarks/effect.py", *sys.argv[1:]]),
-        "commit": commit,
-        "device": f"{platform.machine()} CPU",
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "seconds": round(seconds),
-    }
+def keep_result(work, name, seconds, content):
+    """Write benchmarks/results/NAME.json; seconds: the stage's time, beside whatever else ran. The file says WORK for
+    the work folder."""
     RESULTS.mkdir(exist_ok=True)
-    (RESULTS / f"{name}.json").write_text(json.dumps(facts | content, indent=1) + "\n")
+    text = json.dumps(facts(seconds) | content, indent=1).replace(str(work), "WORK")
+    (RESULTS / f"{name}.json").write_text(text + "\n")
     print(f"wrote {RESULTS / name}.json")
 
 
@@ -163,8 +155,11 @@ def judge(work, name, models, guidance, samples):
     run(words, work / "logs" / f"judge-{name}.log")
     found = json.loads((output / "metrics.json").read_text())
     kept = ("settings", "models", "networks", "distances", "differences", "one_step", "spectrum", "verdict")
+    if found["one_step"]:  # means over noise levels; the report has the rest
+        rows = found["one_step"]["differences"]
+        found["one_step"]["differences"] = [row for row in rows if row["level"] is None]
     keep_result(
-        f"effect-{name}", time.time() - began, {"report": found["command"]} | {key: found[key] for key in kept}
+        work, f"effect-{name}", time.time() - began, {"report": found["command"]} | {key: found[key] for key in kept}
     )
     print("\n".join(found["verdict"]))
 
@@ -201,7 +196,7 @@ def train_arm(work, base, name, seed, steps, folder=None, logging_steps=None):
         words += ["--resume_from_checkpoint", "latest"]
     run(words, work / "logs" / f"arm-{base}-{arm_name(name, seed, steps)}.log")
     if folder is None:
-        keep_arm(own, base, name, seed, steps, time.time() - began)
+        keep_arm(work, own, base, name, seed, steps, time.time() - began)
     return own
 
 
@@ -210,7 +205,7 @@ def is_done(folder):
     return any((folder / name).is_file() for name in ("model_index.json", "pytorch_lora_weights.safetensors"))
 
 
-def keep_arm(folder, base, name, seed, steps, seconds):
+def keep_arm(work, folder, base, name, seed, steps, seconds):
     """Write the result of an arm's training: last losses, and the gradient norms of its terms."""
     rows = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["diffusion_loss"] for row in rows if "diffusion_loss" in row]
@@ -218,7 +213,7 @@ def keep_arm(folder, base, name, seed, steps, seconds):
               "steps": steps, "last_diffusion_losses": losses[-5:],
               "gradient_norms": {str(row["step"]): {key: row[key] for key in row if key.startswith("gradient/")}
                                  for row in rows if any(key.startswith("gradient/") for key in row)}}  # fmt: skip
-    keep_result(f"effect-arm-{base}-{arm_name(name, seed, steps)}", seconds, result)
+    keep_result(work, f"effect-arm-{base}-{arm_name(name, seed, steps)}", seconds, result)
 
 
 def sample_gain(work, base, seed, samples, guidance):
@@ -244,7 +239,7 @@ def sample_gain(work, base, seed, samples, guidance):
     settings = GenerationSettings(guidance=guidance, size=(64, 64), batch_size=64)
     folder = arm_folder(work, base, "gain", seed)
     sample_with_gains(pipeline, captions, gains, settings, folder, source.weights)
-    keep_result(f"effect-gain-{base}-{seed}", time.time() - began, {"base": base, "seed": seed, "gains": gains})
+    keep_result(work, f"effect-gain-{base}-{seed}", time.time() - began, {"base": base, "seed": seed, "gains": gains})
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +259,7 @@ def judge_one_step(work, base, arms, seed, steps):
         results[arm] = one_step_numbers(f"{chosen_base(work, base)}+{folder}", images, cache)
         print(f"measured {arm}")
     rows = one_step_table(results)
-    keep_result(f"effect-one-step-{arm_name(base, seed, steps)}", time.time() - began,
+    keep_result(work, f"effect-one-step-{arm_name(base, seed, steps)}", time.time() - began,
                 {"base": base, "seed": seed, "steps": steps, "pictures": len(images), "rows": rows})  # fmt: skip
 
 
@@ -285,7 +280,7 @@ def make_autoencoder(work, steps):
     images, captions = load_emoji(work / "pictures", 64)
     hidden = held_out(captions)
     found = compare_decoders(decoders, images[~hidden], images[hidden])
-    keep_result("effect-autoencoder", time.time() - began, {"steps": steps, "decoders": found})
+    keep_result(work, "effect-autoencoder", time.time() - began, {"steps": steps, "decoders": found})
 
 
 def measure_cost(work, base, arms):
@@ -301,7 +296,7 @@ def measure_cost(work, base, arms):
 
     seconds = step_seconds(train, arms)
     ratios = {arm: value / seconds[arms[0]] for arm, value in seconds.items()}
-    keep_result(f"effect-cost-{base}", time.time() - began,
+    keep_result(work, f"effect-cost-{base}", time.time() - began,
                 {"base": base, "seconds_a_sample": seconds, "ratio_to_the_first": ratios})  # fmt: skip
 
 
@@ -326,7 +321,7 @@ def parse_args(argv=None):
     parser.add_argument("--arm", nargs="+", choices=ALL, default=["none"], help="the baseline first")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument(
-        "--steps", type=int, help=f"of an arm (default: {STEPS}); of a decoder (default: {ABLATION_STEPS})"
+        "--steps", type=int, help=f"of an arm (default: {STEPS}) or of a decoder (default: {DECODER_STEPS})"
     )
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
     parser.add_argument("--samples", type=int, default=SAMPLES, help="default: %(default)s")
@@ -366,7 +361,7 @@ def main(argv=None):
 
         began = time.time()
         profile = measure_profile(chosen_base(work, base), work / "train")
-        keep_result(f"effect-profile-{base}", time.time() - began, profile)
+        keep_result(work, f"effect-profile-{base}", time.time() - began, profile)
     elif args.stage == "train":
         for seed in args.seed:
             for arm in args.arm:
@@ -379,7 +374,7 @@ def main(argv=None):
     elif args.stage == "one-step":
         judge_one_step(work, base, args.arm, args.seed[0], steps)
     elif args.stage == "autoencoder":
-        make_autoencoder(work, args.steps or ABLATION_STEPS)
+        make_autoencoder(work, args.steps or DECODER_STEPS)
     elif args.stage == "cost":
         measure_cost(work, base, args.arm)
     else:

@@ -19,8 +19,9 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.records import start_script
 
 GATE, BINS = 3.0, 10  # largest noise / signal of a gated sample; bins of equal width in the timestep
 PICTURES = 320  # of the profile
@@ -134,15 +135,17 @@ def main(argv=None):
     own, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     script = importlib.import_module(Path(own.script).stem)
-    from lpl_finetuning.start import find_training_images, run_main
     from lpl_finetuning.training import objective
 
     if own.profile:  # --lpl_scale multiplies each sample by what this function returns
         objective.lpl_noise_scale = level_weights(json.loads(own.profile.read_text()))
         flags = [*flags, "--lpl_scale"]
-    args = script.parse_args(flags)
-    log_gradients(script, {math.floor(part * (args.max_train_steps - 1)) for part in (0.02, 0.25, 0.5, 0.75, 1)})
-    run_main(script.main, (args, *find_training_images(args)))
+
+    def prepare(args):
+        last = args.max_train_steps - 1
+        log_gradients(script, {math.floor(part * last) for part in (0.02, 0.25, 0.5, 0.75, 1)})
+
+    start_script(script, flags, prepare)
 
 
 if __name__ == "__main__":

@@ -26,20 +26,18 @@ def one_step_numbers(text, images, cache):
     return comparison.load_arrays(cache)
 
 
-def one_step_table(results, gate_levels=slice(None)):
+def one_step_table(results):
     """One row per model: {"model", MEASURE: mean, MEASURE + "_change": [mean, low, high] against the first model}.
 
     Measures are means over noise levels and pictures; the changes are paired over pictures, with 95 % intervals.
 
-    Args:
-        results: {model: {measure: (L, N)}}.
-        gate_levels: slice of the noise levels that count.
+    results: {model: {measure: (L, N)}}.
     """
     from lpl_finetuning.evaluation.uncertainty import paired_difference
 
     kept = ("latent_mse", "psnr", "high_frequency", "gain", "perceptual/efficientnet-lite2",
             "perceptual/efficientnet-lite0")  # fmt: skip
-    means = {name: {key: values[gate_levels].mean(axis=0) for key, values in found.items()}
+    means = {name: {key: values.mean(axis=0) for key, values in found.items()}
              for name, found in results.items()}  # fmt: skip
     baseline, rows = next(iter(means.values())), []
     for name, found in means.items():

@@ -14,8 +14,8 @@ that fails is told, and the others go on. `--table` prints the tables of `docs/p
 """
 
 import argparse
-import datetime
 import json
+import os
 import platform
 import shlex
 import statistics
@@ -33,6 +33,7 @@ import yaml
 from PIL import Image
 
 from benchmarks.measured_run import WARM_UP
+from benchmarks.records import facts
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
@@ -124,8 +125,6 @@ def flag_of(flags, name):
 
 def run(words, limit, log, device):
     """The output of a command; RuntimeError with its last lines where it fails."""
-    import os
-
     environment = {**os.environ, **({"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {})}
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "w") as file:
@@ -152,9 +151,9 @@ def machine(check):
 
     found = {"torch": torch.__version__, "diffusers": diffusers.__version__, "python": platform.python_version()}
     if check.device == "cuda":
-        facts = torch.cuda.get_device_properties(0)
-        found |= {"gpu": facts.name, "gpus": torch.cuda.device_count(), "memory": facts.total_memory,
-                  "capability": f"{facts.major}.{facts.minor}", "cuda": torch.version.cuda}  # fmt: skip
+        card = torch.cuda.get_device_properties(0)
+        found |= {"gpu": card.name, "gpus": torch.cuda.device_count(), "memory": card.total_memory,
+                  "capability": f"{card.major}.{card.minor}", "cuda": torch.version.cuda}  # fmt: skip
     return found
 
 
@@ -307,28 +306,12 @@ def run_stage(name, stage, check, results):
     except Exception as error:  # whatever a GPU brings: the other stages are of use without this one
         print(f"{name}: FAILED: {type(error).__name__}: {error}", file=sys.stderr)
         return False
-    facts = {"command": shlex.join(["python", "benchmarks/gpu_check.py", *sys.argv[1:]]), "stage": name,
-             "commit": commit(), "device": device_name(check), "sizes": "tiny" if check.tiny else "true",
-             "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-             "seconds": round(time.time() - began)}  # fmt: skip
+    gpu = torch.cuda.get_device_name() if check.device == "cuda" else None
+    known = facts(time.time() - began, gpu) | {"stage": name, "sizes": "tiny" if check.tiny else "true"}
     results.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(facts | outcome, indent=1) + "\n")
-    print(f"{name}: {outcome.get('skipped') or 'done'} ({facts['seconds']} s)")
+    file.write_text(json.dumps(known | outcome, indent=1) + "\n")
+    print(f"{name}: {outcome.get('skipped') or 'done'} ({known['seconds']} s)")
     return True
-
-
-def commit():
-    """The commit of this working tree, with "-dirty" after changes; "unknown" outside git."""
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
-    try:
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def device_name(check):
-    """The GPU's name, or the CPU's architecture."""
-    return torch.cuda.get_device_name() if check.device == "cuda" else f"{platform.machine()} CPU"
 
 
 def tables(results):

@@ -19,8 +19,9 @@ import warnings
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from benchmarks.records import start_script
 
 WARM_UP = 1  # micro-steps that are not counted: kernels are chosen and memory is taken
 
@@ -101,15 +102,13 @@ class Meter:
 
     def report(self):
         """The numbers, as `FILE` has them."""
-        import resource
-
         import torch
 
         if self.clock.cuda:
             torch.cuda.set_sync_debug_mode("default")
             peak = {"allocated": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
         else:
-            peak = {"resident": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+            peak = {"resident": peak_of_process()}
         self.clock.settle()
         return {
             "seconds": [self.clock.seconds(*pair) for pair in zip(self.begins, self.begins[1:], strict=False)],
@@ -120,21 +119,22 @@ class Meter:
         }
 
 
+def peak_of_process():
+    """The most bytes of memory that this process has had; on other systems than Linux 0."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.is_file() else []
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
+
+
 def main(argv=None):
     """The command; its exit status is the script's."""
     file, script, *flags = sys.argv[1:] if argv is None else argv
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     script = importlib.import_module(Path(script).stem)
-    from lpl_finetuning.errors import errors_for_people
-    from lpl_finetuning.start import find_training_images, run_main
-
     meter = Meter()
     meter.watch(script)
-    with errors_for_people("--debug" in flags):
-        args = script.parse_args(flags)
-        run = (args, *find_training_images(args))
     try:
-        run_main(script.main, run)
+        start_script(script, flags)
     finally:
         if int(os.environ.get("RANK", 0)) == 0:
             Path(file).write_text(json.dumps(meter.report()))

@@ -27,7 +27,7 @@ CLIP_BIG_G = {"hidden_size": 1280, "num_hidden_layers": 32, "num_attention_heads
 VOCABULARY = {"vocab_size": 49408, "max_position_embeddings": 77}
 
 
-def build_pipeline(name, folder, dtype=torch.bfloat16, seed=0):
+def build_pipeline(name, folder):
     """Write the pipeline `name` (a key of `MODELS`) with random weights into a folder, unless it is there.
 
     SDXL takes 6.9 GB on disk in bfloat16, SD3.5 medium 6.7 GB, SD3.5 large 18 GB; as much memory is needed.
@@ -40,10 +40,10 @@ def build_pipeline(name, folder, dtype=torch.bfloat16, seed=0):
     _, pipeline, part, denoiser, vae = MODELS[name]
     tiny = ROOT / "examples" / ("tiny-sdxl" if part == "unet" else "tiny-sd3")
     classes = {"unet": UNet2DConditionModel, "transformer": SD3Transformer2DModel}
-    torch.manual_seed(seed)
-    write_part(made(classes[part], denoiser, dtype), folder / part)
-    write_part(made(AutoencoderKL, vae, torch.float32), folder / "vae")
-    write_text_encoders(folder, tiny, part == "unet", dtype)
+    torch.manual_seed(0)
+    made(classes[part], denoiser, torch.bfloat16).save_pretrained(folder / part)
+    made(AutoencoderKL, vae, torch.float32).save_pretrained(folder / "vae")
+    write_text_encoders(folder, tiny, part == "unet")
     shutil.copytree(tiny / "scheduler", folder / "scheduler", dirs_exist_ok=True)
     index = json.loads((tiny / "model_index.json").read_text())
     index = {key: [None, None] if key.endswith("_3") else value for key, value in index.items()}
@@ -62,12 +62,7 @@ def made(cls, config, dtype):
         torch.set_default_dtype(before)
 
 
-def write_part(model, folder):
-    """Save a part of a pipeline."""
-    model.save_pretrained(folder, safe_serialization=True)
-
-
-def write_text_encoders(folder, tiny, sdxl, dtype):
+def write_text_encoders(folder, tiny, sdxl):
     """Both CLIP text encoders, with the tokenizers of a tiny pipeline."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
@@ -76,9 +71,8 @@ def write_text_encoders(folder, tiny, sdxl, dtype):
         tokenizer = CLIPTokenizer.from_pretrained(folder / f"tokenizer{suffix}")
         ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
         cls = CLIPTextModel if sdxl and not suffix else CLIPTextModelWithProjection
-        with torch.device("cpu"):
-            model = cls(CLIPTextConfig(**sizes, **VOCABULARY, **ids)).to(dtype)
-        write_part(model, folder / f"text_encoder{suffix}")
+        model = cls(CLIPTextConfig(**sizes, **VOCABULARY, **ids)).to(torch.bfloat16)
+        model.save_pretrained(folder / f"text_encoder{suffix}")
 
 
 def main():

@@ -13,12 +13,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGE = ROOT / "docs" / "errors.md"
-RAISED = {"UserError", "DataError", "DamagedShard", "PublishError", "ArgumentTypeError", "Damaged"}
+RAISED = {"UserError", "RankError", "DataError", "DamagedShard", "PublishError", "ArgumentTypeError", "Damaged"}
 IN_TWO_PARTS = {"DataError", "DamagedShard"}  # errors of a problem and an advice
 # Functions that return a message or a part of one.
 MESSAGE_FUNCTIONS = {
     "_unknown", "instead_of_pipeline", "instead_of_folder", "unreadable", "weight_problem", "_advice",
-    "warnings_about", "_why", "hub_problem", "_hub_problem",
+    "warnings_about", "explanation", "_why", "hub_problem", "_hub_problem",
 }  # fmt: skip
 # Names that do not describe a placeholder.
 UNINFORMATIVE = {

@@ -10,13 +10,13 @@ import json
 import os
 import re
 from collections import defaultdict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from lpl_finetuning.errors import DataError, UserError, require
-from lpl_finetuning.files import digest, sha256_of
+from lpl_finetuning.files import digest, remembered_sha256
 
 # ---------------------------------------------------------------------------------------------------------------------
 # A family of models, and a base model of it
@@ -585,6 +585,42 @@ def weight_files(flag, folder, variant):
     return []
 
 
+def idle_weights(base, *parts):
+    """The weight files beside those that are loaded, in the folders of some parts: other variants, pickles."""
+    found = set()
+    for part in set(parts) & set(base.models()):
+        place, loaded = base.place(part), weights_here(base, part)
+        folder = Path(place.name, place.subfolder)
+        files = folder.iterdir() if loaded else ()
+        found |= {path for path in files if path.suffix in (".safetensors", ".bin")} - set(loaded)
+    return found
+
+
+def safetensors_of(base, part):
+    """Paths of the .safetensors files that a part is loaded from, here or in the Hub's cache; [] for none there."""
+    place = base.place(part)
+    if Path(place.name).is_dir():
+        return [path for path in weights_here(base, part) if path.suffix == ".safetensors"]
+    middle = f".{place.variant}" if place.variant else ""
+
+    def cached(name):
+        from huggingface_hub import hf_hub_download
+
+        file = f"{place.subfolder}/{name}" if place.subfolder else name
+        try:
+            return Path(hf_hub_download(place.name, file, revision=place.revision, local_files_only=True))
+        except Exception:  # not in the cache, or no cache: many kinds
+            return None
+
+    for stem in STEMS:
+        if single := cached(f"{stem}{middle}.safetensors"):
+            return [single]
+        if listing := cached(f"{stem}.safetensors.index{middle}.json"):
+            shards = [cached(name) for name in sorted(set(read_object(listing).get("weight_map", {}).values()))]
+            return [shard for shard in shards if shard]
+    return []
+
+
 def weight_problem(path):
     """What is wrong with a weight file, and what to do; None when nothing is."""
     size = path.stat().st_size
@@ -680,16 +716,16 @@ def require_layers(part, wanted, names, flag="--lora_layers"):
 # ---------------------------------------------------------------------------------------------------------------------
 # The identity of a model, for caches
 
-_FILE_HASHES: dict[tuple[str, int, int], str] = {}  # (path, size, mtime_ns) -> sha256
 _MODEL_SUFFIXES = (".safetensors", ".bin", ".json", ".txt", ".model")  # weights, configurations, tokenizers
 
 
-def model_digest(folder_or_file: str | os.PathLike, *names: str) -> str:
+def model_digest(folder_or_file: str | os.PathLike, *names: str, without: Container[Path] = ()) -> str:
     """sha256, hex, of the weights and configurations of a model, to tell one model's cache entries from another's.
 
     Args:
         folder_or_file: a model's folder, or one file.
         names: files or folders below it that count, such as "vae"; all of it when there are none.
+        without: files that do not count, as they are not loaded.
 
     In the Hugging Face cache a large file is a link to a blob that is named by its sha256: that is taken instead of
     reading the file, and so gives the same fingerprint as a plain copy of the model.
@@ -704,7 +740,7 @@ def model_digest(folder_or_file: str | os.PathLike, *names: str) -> str:
             raise DataError(f"{start} does not exist. Is {root} a model in diffusers' format?")
         files = [start] if start.is_file() else [path for path in start.rglob("*") if path.suffix in _MODEL_SUFFIXES]
         for path in files:
-            if path.is_file():
+            if path.is_file() and path not in without:
                 name = path.relative_to(root).as_posix() if path != root else ""
                 digests[name] = _blob_name(path) or _file_hash(path)
     if not digests:
@@ -723,10 +759,6 @@ def _blob_name(path: Path) -> str | None:
 
 def _file_hash(path: Path) -> str:
     try:
-        status = path.stat()
-        key = (os.path.abspath(path), status.st_size, status.st_mtime_ns)
-        if key not in _FILE_HASHES:
-            _FILE_HASHES[key] = sha256_of(path)
-        return _FILE_HASHES[key]
+        return remembered_sha256(path)
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror}.") from error

@@ -42,6 +42,21 @@ class RankError(UserError):
     """An error that only this rank sees; this rank prints it. Errors common to all ranks are printed by rank 0."""
 
 
+@contextlib.contextmanager
+def during(what):
+    """Context manager and decorator: an exception that passes gets an attribute `during`; the innermost stays.
+
+    Args:
+        what: what is being done, such as "encoding images".
+    """
+    try:
+        yield
+    except Exception as error:
+        if not hasattr(error, "during"):
+            error.during = what
+        raise
+
+
 def require(condition, message):
     """Raise UserError(message) unless the condition holds."""
     if not condition:

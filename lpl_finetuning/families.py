@@ -6,7 +6,7 @@ from pathlib import Path
 
 from lpl_finetuning.base_model import Family, Part, check_channels, model_file, read_object
 from lpl_finetuning.errors import require
-from lpl_finetuning.flags import framing_rules
+from lpl_finetuning.flags import framing_rules, mixed_precision
 
 VAE = Part("vae", "autoencoder", "AutoencoderKL", "pretrained_vae_model_name_or_path")
 
@@ -112,7 +112,17 @@ def check_sd3(args, base, configs):
     wrong = [block for block in (args.lora_blocks or "").split(",") if block.strip() and int(block) >= blocks]
     require(not wrong, f"--lora_blocks {args.lora_blocks}: the transformer has blocks 0 to {blocks - 1}: name some of "
             "them")  # fmt: skip
+    check_attention(args, config)
     check_tokens(args, config)
+
+
+def check_attention(args, config):
+    """Refuse xformers where norms in float32 give queries and keys another dtype than values: SD3.5, trained whole."""
+    split = config.get("qk_norm") and not args.use_lora and mixed_precision(args) != "no"
+    require(not (split and args.enable_xformers_memory_efficient_attention),
+            "--enable_xformers_memory_efficient_attention: queries and keys of this transformer are float32, its "
+            f"values {mixed_precision(args)}, which xformers refuses; leave it out: PyTorch's attention saves memory "
+            "too")  # fmt: skip
 
 
 def check_tokens(args, config):

@@ -1,11 +1,13 @@
 """Files and folders: written whole or not at all, digests, free space, the cache, bytes in words. No torch."""
 
 import contextlib
+import fcntl
 import hashlib
 import json
 import os
 import shutil
 import sys
+import time
 import uuid
 from pathlib import Path
 from typing import Any
@@ -87,6 +89,52 @@ def sha256_of(path):
     """sha256 of a file's bytes, hex."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+LARGE = 16 * 10**6  # bytes from which a file's hash is kept: smaller files are hashed as fast
+SETTLED = 2.0  # seconds after its last change from which a file's stamp tells the next change
+
+
+def remembered_sha256(path: Path) -> str:
+    """sha256 of a file's bytes, hex; for a large file kept in the user's cache until the file changes.
+
+    The file is known again by path, size, inode and the times of its last changes. One process hashes it, and the
+    others on the machine, such as the other ranks, wait for the result. Without a cache every process hashes.
+    """
+    if path.stat().st_size < LARGE:
+        return sha256_of(path)
+    name = os.path.abspath(path)
+    place = cache_folder() / "hashes" / f"{digest(path=name)[:32]}.json"
+    with _alone(place.with_suffix(".lock")):
+        stamp = _stamp(path)
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            kept = json.loads(place.read_text(encoding="utf-8"))
+            if kept["path"] == name and kept["stamp"] == stamp:
+                return kept["sha256"]
+        found = sha256_of(path)
+        status = path.stat()
+        settled = time.time() - max(status.st_mtime, status.st_ctime) > SETTLED
+        if settled and _stamp(path) == stamp:
+            with contextlib.suppress(OSError):  # the cache can't be written
+                write_whole(place, json.dumps({"path": name, "stamp": stamp, "sha256": found}).encode())
+        return found
+
+
+def _stamp(path: Path) -> list[int]:
+    """What changes when a file's content does: size, inode and times of the last changes, in ns."""
+    status = path.stat()
+    return [status.st_size, status.st_ino, status.st_mtime_ns, status.st_ctime_ns]
+
+
+@contextlib.contextmanager
+def _alone(lock: Path):
+    """Context manager: at most one process of the machine is inside; all are where the lock can't be written."""
+    with contextlib.ExitStack() as stack:
+        with contextlib.suppress(OSError):
+            lock.parent.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(open(lock, "a"))
+            fcntl.lockf(file, fcntl.LOCK_EX)
+        yield
 
 
 def free_name(output_dir, name):

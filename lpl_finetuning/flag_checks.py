@@ -11,7 +11,7 @@ from packaging.version import Version
 from lpl_finetuning.base_model import hub_like, read_json
 from lpl_finetuning.errors import require
 from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, INSTALL, is_installed, missing_package
-from lpl_finetuning.flags import REPOSITORY, framing_rules
+from lpl_finetuning.flags import REPOSITORY, framing_rules, mixed_precision
 
 POSITIVE = (
     "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples",
@@ -245,7 +245,7 @@ def check_deepspeed(args):
     def setting(name, default="none"):
         return os.environ.get(f"ACCELERATE_{name}".upper(), default)
 
-    require((args.mixed_precision or setting("mixed_precision")) != "fp16",
+    require(mixed_precision(args) != "fp16",
             f"{precision_source(args)} fp16 is not supported under DeepSpeed; use bf16")  # fmt: skip
     stage, file = setting("deepspeed_zero_stage", "2"), setting("deepspeed_config_file")
     require(file == "none", f"deepspeed_config_file {file} is not supported: give zero_stage in accelerate's own "
@@ -292,6 +292,10 @@ def check_quantization(args):
         return
     flag = f"--bnb_quantization_config_path {path}"
     require(Path(path).is_file(), f"{flag}: there is no such file; write a JSON file of a BitsAndBytesConfig")
+    require(not args.enable_xformers_memory_efficient_attention,
+            f"{flag} and --enable_xformers_memory_efficient_attention exclude each other: queries and keys get "
+            "different dtypes, which xformers refuses; leave xformers out: PyTorch's attention saves memory "
+            "too")  # fmt: skip
     content = read_json(path)
     example = '{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"} or {"load_in_8bit": true}'
     require(isinstance(content, dict), f"{flag}: found {type(content).__name__}; expected {example}")

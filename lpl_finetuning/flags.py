@@ -20,6 +20,7 @@ from lpl_finetuning.other_flags import advice_on
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
+SAVE_DTYPES = ("float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "prodigy", "adafactor")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 MODEL_OR_DATA = {"pretrained_model_name_or_path", "dataset_name", "train_data_dir", "instance_data_dir"}
@@ -338,6 +339,8 @@ def add_model_arguments(parser):
     )
     add("--single_file", action="store_true", help="save a whole model as one file too, model.safetensors for ComfyUI "
         "and (SDXL) A1111")  # fmt: skip
+    add("--save_dtype", choices=SAVE_DTYPES, help="dtype of what was trained in the saved LoRA or model (default: "
+        "float32, in a --single_file float16); other parts keep that of the base model")  # fmt: skip
     group = parser.add_argument_group("LoRA")
     add = group.add_argument
     add("--use_lora", action="store_true", help="train a LoRA; without it the whole denoiser is trained")
@@ -534,7 +537,7 @@ def add_run_arguments(parser, validation_epochs):
         help="YAML file that sets any flag; the command line wins, --no-NAME over a switch that is on",
     )
     add("--dry_run", action="store_true", help="check everything, print the plan and stop")
-    add("--debug", action="store_true", help="show tracebacks")
+    add("--debug", action="store_true", help="show tracebacks, and how long the stages of the start take")
     add("--local_rank", type=int, default=-1, help="accepted for compatibility")
     add("--debug_loss", action="store_true", help="accepted for compatibility: every loss is logged anyway")
     add("--enable_npu_flash_attention", action="store_true", help="accepted for compatibility")
@@ -542,6 +545,11 @@ def add_run_arguments(parser, validation_epochs):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Settings from flags
+
+
+def mixed_precision(args):
+    """The precision of a run: "no", "fp16" or "bf16", from the flag or accelerate's configuration."""
+    return (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no").lower()
 
 
 def data_source(args):

@@ -20,7 +20,7 @@ _PICTURE = "validation pictures have the pipeline's own guidance and no negative
 _STEPS = "use --checkpointing_steps, in optimizer steps"
 _PLOT = "use --validation_steps, in optimizer steps"
 _NAMES = "the trackers' project has a fixed name, and they name the run; leave it out"
-_OWN_PRECISION = "leave it out: what is trained is saved in float32, and a --single_file in float16"
+_OWN_PRECISION = "use --save_dtype"
 _HALF = "leave it out: what is trained has float32 weights under every --mixed_precision"
 _LOADER = "use --dataloader_num_workers"
 

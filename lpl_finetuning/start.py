@@ -8,6 +8,7 @@ from typing import Any
 from lpl_finetuning.data.scan import Scan, find_images
 from lpl_finetuning.errors import errors_for_people, is_or_are, quiet_libraries, require
 from lpl_finetuning.flags import Flags, data_source
+from lpl_finetuning.stages import show_stages, stage_ended
 
 
 def find_training_images(args: Flags) -> tuple[Scan, Sequence[Any]]:
@@ -39,7 +40,11 @@ def early(name: str, parse_args: Callable[[], Flags], find: Callable = find_trai
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads bring a busy CPU to a halt
     with errors_for_people("--debug" in sys.argv):
         args = parse_args()
+        if args.debug:
+            show_stages()
+        stage_ended("light imports; flags and base model checked")
         run = (args, *find(args))
+        stage_ended("pictures found")
         quiet_libraries(args.debug)
     return run
 
@@ -47,5 +52,6 @@ def early(name: str, parse_args: Callable[[], Flags], find: Callable = find_trai
 def run_main(main: Callable, run: tuple | None) -> None:
     """Call a script's `main`, with errors for people; nothing where the script is imported."""
     if run is not None:
+        stage_ended("slow imports")
         with errors_for_people(run[0].debug):
             main(*run)

@@ -18,6 +18,10 @@ from tqdm import tqdm
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
 SKIN_TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone")
+# code points of Unicode's group of smileys
+SMILEYS = [range(0x1F600, 0x1F650), range(0x1F910, 0x1F930), range(0x1F970, 0x1F97B), range(0x1F9D0, 0x1F9D1),
+           range(0x1FAE0, 0x1FAEA), range(0x2639, 0x263B)]  # fmt: skip
+DOMAINS = ("all", "people")
 
 
 def fetch_package(work_dir):
@@ -70,6 +74,18 @@ def load_emoji(work_dir, size):
         images = np.stack([np.asarray(on_white(assets / name, size)) for name in tqdm(files, desc="decoding")])
         np.save(cache, images)
     return np.load(cache), captions
+
+
+def in_domain(work_dir, captions, domain):
+    """Mask (N,) of the pictures of a domain, for the captions of `load_emoji`.
+
+    domain: "all"; or "people": smileys, and everything that starts with the code point of a person or a hand, which
+    are those that have skin tones.
+    """
+    firsts = [int(re.split("[-_.]", path.name)[0], 16) for path in sorted(fetch_package(work_dir).iterdir())]
+    people = {first for first, caption in zip(firsts, captions, strict=True) if concept(caption) != caption}
+    people.update(*SMILEYS)
+    return np.array([domain == "all" or first in people for first in firsts])
 
 
 def held_out(captions, every=20):

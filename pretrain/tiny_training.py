@@ -14,7 +14,7 @@ from tokenizers import pre_tokenizers, trainers
 from tqdm import tqdm
 from transformers import CLIPTextConfig, CLIPTokenizer, PreTrainedTokenizerFast
 
-from pretrain.emoji_images import concept, held_out, load_emoji
+from pretrain.emoji_images import DOMAINS, concept, held_out, in_domain, load_emoji
 from pretrain.resumable import autocast, load_state, save_state
 
 SIZE = 64  # px of a picture; 8 x 8 latents
@@ -40,6 +40,7 @@ def add_training_arguments(parser, steps, batch_size):
     parser.add_argument(
         "--hold_out", action="store_true", help="leave out the pictures that train_autoencoder.py holds out"
     )
+    parser.add_argument("--domain", choices=DOMAINS, default="all", help="pictures to train on")
     parser.add_argument("--guidance_scale", type=float, default=4.0, help="of the sample grids")
     parser.add_argument("--max_megabytes", type=float, default=15.0, help="of the saved pipeline, 10^6 bytes each")
     parser.add_argument("--seed", type=int, default=0)
@@ -100,12 +101,12 @@ def tokenize(pipeline, captions):
     return torch.stack(ids)
 
 
-def load_training_pictures(args, size):
-    """Images and captions of `load_emoji`; under --hold_out without the held-out pictures."""
+def load_training_pictures(args, size, domain=None):
+    """Images and captions of `load_emoji` in a domain (None: --domain); under --hold_out without the held-out ones."""
     images, captions = load_emoji(args.work_dir, size)
-    if not args.hold_out:
-        return images, captions
-    kept = ~held_out(captions)
+    kept = in_domain(args.work_dir, captions, domain or args.domain)
+    if args.hold_out:
+        kept &= ~held_out(captions)
     return images[kept], [caption for caption, keep in zip(captions, kept, strict=True) if keep]
 
 

@@ -198,7 +198,8 @@ def losses(vae, perceptual, pictures, rng, l2_weight):
         noise = torch.from_numpy(rng.standard_normal(std.shape, dtype=np.float32))
         reconstruction = vae.decode(posterior.mean + std * noise).sample
         distance = perceptual(reconstruction, pictures)
-    error = reconstruction.float() - pictures
+    reconstruction = reconstruction.float()
+    error = reconstruction - pictures
     mean, logvar = posterior.mean.float(), posterior.logvar.float()
     return {
         "reconstruction": reconstruction,

@@ -169,7 +169,8 @@ def main(argv=None):
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     _, captions = load_training_pictures(args, SIZE)
-    pipeline = build_pipeline(args, captions)
+    _, all_captions = load_training_pictures(args, SIZE, "all")
+    pipeline = build_pipeline(args, all_captions)  # so tokens are the same for each domain
     posteriors = encode_pictures(pipeline.vae.to(memory_format=torch.channels_last), args, args.crops)
     ids, probabilities = tokenize(pipeline, captions), sampling_probabilities(captions)
     alphas_cumprod = pipeline.scheduler.alphas_cumprod.clone()

@@ -161,8 +161,7 @@ def main(args, scan, held_out=()):
     settled = plan.plan_run(args, accelerator, Schedule(args), len(scan.images))
     report = plan.check_data(args, scan, held_out, [], accelerator)
     code = RunCode(build_denoiser, training_step, example_batch, networks)
-    denoiser = build_denoiser(args, settled.dtype, "meta")
-    plan.print_plan(args, report, accelerator, settled, denoiser, Edges().to("meta"), gate, code)
+    plan.print_plan(args, report, accelerator, settled, gate, code)
     output_dir = run.open_output_dir(args, accelerator, settled.resume_from, report, hub.check_access)
     with output_dir, StopSignals(accelerator) as signals:
         train(args, scan.images, held_out, settled, accelerator, signals, gate)

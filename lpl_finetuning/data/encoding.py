@@ -23,11 +23,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from lpl_finetuning.base_model import BaseModel, model_digest
+from lpl_finetuning.base_model import BaseModel, idle_weights, model_digest
 from lpl_finetuning.data.images import to_pixel_values
 from lpl_finetuning.data.samples import CaptionRules, Framing, FramingRules
 from lpl_finetuning.data.store import TensorStore, entry_bytes
 from lpl_finetuning.data.tables import CaptionedImage
+from lpl_finetuning.errors import during
 from lpl_finetuning.files import check_free_space, digest, format_bytes
 
 if TYPE_CHECKING:
@@ -113,7 +114,7 @@ def _encode_into(
     unit = " " + (description.split() or ["items"])[-1]
     total = sum(map(len, batches))
     try:
-        with tqdm(total=total, desc=description, unit=unit, disable=not show) as bar:
+        with during(description), tqdm(total=total, desc=description, unit=unit, disable=not show) as bar:
             for batch, items in zip(batches, prepared, strict=True):
                 encoded = dict(zip(batch, encode_batch(items), strict=True))
                 pending |= encoded
@@ -170,7 +171,7 @@ def model_identity(base: BaseModel, *parts: str) -> Any:
     folder = Path(base.name)
     if not folder.is_dir():
         return [base.name, base.file("model_index.json").parent.name, base.variant, *parts]
-    return model_digest(folder, *parts)
+    return model_digest(folder, *parts, without=idle_weights(base, *parts))
 
 
 def vae_identity(base: BaseModel) -> Any:
@@ -179,7 +180,8 @@ def vae_identity(base: BaseModel) -> Any:
         return "pixels"
     if not base.vae:
         return model_identity(base, base.family.autoencoder.name)
-    return model_digest(base.vae) if Path(base.vae).is_dir() else base.vae
+    idle = idle_weights(base, base.family.autoencoder.name)
+    return model_digest(base.vae, without=idle) if Path(base.vae).is_dir() else base.vae
 
 
 def captions_to_encode(

@@ -20,12 +20,12 @@ from pathlib import Path
 import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from peft.utils.other import get_pattern_key
-from safetensors.torch import save_file
 
 from lpl_finetuning.errors import require
 from lpl_finetuning.files import follow_umask
 from lpl_finetuning.lora_files import LORA_FILE
-from lpl_finetuning.training.models import lora_parts, nested_clip_name, save_weights
+from lpl_finetuning.tensor_files import write_tensors
+from lpl_finetuning.training.models import in_dtype, lora_parts, nested_clip_name, save_lora
 
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_PREFIXES = {
@@ -185,7 +185,7 @@ def replace_all(name, parts):
 def write_safetensors(path, tensors, metadata):
     """Write a safetensors file that is complete or not there, even if the process is killed."""
     temporary = Path(f"{path}.tmp")
-    save_file({name: value.detach().cpu().contiguous() for name, value in tensors.items()}, temporary, metadata)
+    write_tensors(temporary, tensors, metadata)
     follow_umask(temporary)
     os.replace(temporary, path)
 
@@ -220,7 +220,7 @@ def kohya_state_dict(parts, denoiser_config):
                 factor = alpha / config.lora_alpha * (math.sqrt(value.shape[1]) if config.use_rslora else 1)
                 value = value if factor == 1 else value * factor
                 value = to_shift_and_scale(module, value, denoiser_config) if part == "transformer" else value
-                tensors[f"{name}.alpha"] = torch.tensor(float(config.lora_alpha))
+                tensors[f"{name}.alpha"] = torch.tensor(float(config.lora_alpha))  # read by the CPU only
             tensors[f"{name}.{'lora_up' if matrix == 'lora_B' else 'lora_down'}.weight"] = value
     return fuse_thirds(tensors)
 
@@ -247,7 +247,8 @@ def fuse_thirds(tensors):
         downs, ups = leaves[".lora_down.weight"], leaves[".lora_up.weight"]
         rank, width = sum(map(len, downs.values())), len(next(iter(ups.values())))
         ups = {third: up * (rank / (len(ups) * up.shape[1])) for third, up in ups.items()}
-        blocks = [ups.get(third, torch.zeros(width, 0)) for third in range(3)]
+        empty = next(iter(ups.values())).new_zeros(width, 0)
+        blocks = [ups.get(third, empty) for third in range(3)]
         tensors[f"{layer}.lora_down.weight"] = torch.cat([downs[third] for third in sorted(downs)])
         tensors[f"{layer}.lora_up.weight"] = torch.block_diag(*blocks)
         tensors[f"{layer}.alpha"] = sum(leaves[".alpha"].values())
@@ -263,7 +264,7 @@ def kohya_version(denoiser_config):
     return "networks.lora_sd3", "3-5-medium" if denoiser_config.dual_attention_layers else "3-5-large"
 
 
-def save_kohya(folder, parts, denoiser_config, trigger=None):
+def save_kohya(folder, parts, denoiser_config, trigger=None, dtype=torch.float32):
     """Write `pytorch_lora_weights_kohya.safetensors`, a LoRA for ComfyUI, sd-scripts and (SDXL only) A1111.
 
     Programs that read a whole SD3 take heads of width 64 for granted. For a LoRA they do not, so that the LoRA of a
@@ -272,8 +273,10 @@ def save_kohya(folder, parts, denoiser_config, trigger=None):
     Args:
         denoiser_config: configuration of the UNet or the transformer.
         trigger: words that call what was learnt, for the file's metadata.
+        dtype: of the matrices; alphas are float32.
     """
-    tensors = kohya_state_dict(parts, denoiser_config)
+    tensors = {name: value if name.endswith(".alpha") else value.to(dtype)
+               for name, value in kohya_state_dict(parts, denoiser_config).items()}  # fmt: skip
     ranks = {value.shape[0] for name, value in tensors.items() if "lora_down" in name}
     alphas = {value.item() for name, value in tensors.items() if name.endswith(".alpha")}
     module, version = kohya_version(denoiser_config)
@@ -363,7 +366,7 @@ def original_sd3_state_dict(transformer, vae, text_encoder, text_encoder_2, text
     projection, pooled = clip_l["text_projection.weight"], mmdit["y_embedder.mlp.0.weight"]
     mmdit["y_embedder.mlp.0.weight"] = torch.cat([pooled[:, : len(projection)] @ projection.to(pooled),
                                                   pooled[:, len(projection) :]], dim=1)  # fmt: skip
-    clip_l["text_projection.weight"] = torch.eye(projection.shape[1])
+    clip_l["text_projection.weight"] = torch.eye(projection.shape[1]).to(projection)
     return {
         **{f"model.diffusion_model.{name}": value for name, value in mmdit.items()},
         **{f"first_stage_model.{name}": value for name, value in original_vae(vae).items()},
@@ -412,25 +415,38 @@ def save_single_file(pipeline, path, dtype=torch.float16):
     write_safetensors(path, tensors, {"format": "pt"})
 
 
+def cast(layers, dtype):
+    """{name: tensor} in a dtype."""
+    return {name: value.to(dtype) for name, value in layers.items()}
+
+
 def save_result(args, denoiser, pipeline_class, result_pipeline):
     """Write the result into --output_dir: a LoRA or a whole pipeline, and their other formats.
+
+    What was trained is saved in --save_dtype, by default float32; the other parts of a pipeline in the dtype of the
+    base model. A single file has one dtype, by default float16.
 
     Args:
         denoiser: the script's `Denoiser` with full weights.
         pipeline_class: diffusers' class of the pipeline.
         result_pipeline: function that returns the whole pipeline.
     """
-    folder = Path(args.output_dir)
+    folder, dtype = Path(args.output_dir), getattr(torch, args.save_dtype or "float32")
+    part, model = next(iter(denoiser.models().items()))
     if args.use_lora:
-        save_weights(folder, denoiser, pipeline_class, use_lora=True)
+        parts = lora_parts(denoiser.models())
+        save_lora(
+            folder, {name: (cast(layers, dtype), config) for name, (layers, config) in parts.items()}, pipeline_class
+        )
         follow_umask(folder / LORA_FILE)
         if args.output_kohya_format:
-            config = next(iter(denoiser.models().values())).config
-            save_kohya(folder, lora_parts(denoiser.models()), config, args.trigger_word or args.instance_prompt)
+            save_kohya(folder, parts, model.config, args.trigger_word or args.instance_prompt, dtype)
         return
     pipeline = result_pipeline()
+    if args.single_file:
+        save_single_file(pipeline, folder / "model.safetensors", getattr(torch, args.save_dtype or "float16"))
+    if dtype != torch.float32:
+        pipeline.register_modules(**{part: in_dtype(model, dtype)})
     pipeline.save_pretrained(folder)
     for part in pipeline.components:
         follow_umask(folder / part)
-    if args.single_file:
-        save_single_file(pipeline, folder / "model.safetensors")

@@ -74,6 +74,7 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         "optimizer": "8-bit AdamW" if args.use_8bit_adam else args.optimizer,
         "precision": {"no": "float32", None: None}.get(args.mixed_precision, args.mixed_precision),
         "trained": lora.get("kind", "all weights") + (" with the text encoders" * args.train_text_encoder),
+        "saved in": args.save_dtype or "float32",
         "rank": lora.get("rank"),
         "alpha": lora.get("alpha"),
         "continued from": args.init_lora,

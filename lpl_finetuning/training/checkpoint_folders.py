@@ -52,14 +52,19 @@ def files_in(folder):
     return paths
 
 
-def write_manifest(folder, step):
-    """Flush a finished folder to the disk and list its files in manifest.json, the last file written."""
+def write_manifest(folder, step, known=None):
+    """Flush a finished folder to the disk and list its files in manifest.json, the last file written.
+
+    Args:
+        known: {path relative to `folder`: sha256} of files that were hashed while they were written.
+    """
     paths = files_in(folder)
     with ThreadPoolExecutor(HASH_THREADS) as pool:  # hashes files from memory while the disk is written
-        hashes = {name: pool.submit(sha256_of, path) for name, path in paths.items()}
+        hashes = {name: pool.submit(sha256_of, path) for name, path in paths.items() if name not in (known or {})}
         for path in Path(folder).rglob("*"):
             sync_to_disk(path)
-    files = {name: {"sha256": hashes[name].result(), "size": path.stat().st_size} for name, path in paths.items()}
+    hashes = (known or {}) | {name: found.result() for name, found in hashes.items()}
+    files = {name: {"sha256": hashes[name], "size": path.stat().st_size} for name, path in paths.items()}
     manifest = {"format": MANIFEST_FORMAT, "step": step, "files": files}
     path = Path(folder) / MANIFEST
     path.write_text(json.dumps(manifest, indent=1), encoding="utf-8")

@@ -18,11 +18,12 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
-from lpl_finetuning.errors import UserError
+from lpl_finetuning.errors import UserError, during
 from lpl_finetuning.files import follow_umask, format_bytes, sha256_of, sync_to_disk
 from lpl_finetuning.flags import settings_from_flags
+from lpl_finetuning.tensor_files import write_tensors
 from lpl_finetuning.training.checkpoint_folders import (
     MANIFEST,
     Damaged,
@@ -145,6 +146,7 @@ class Checkpoints:
         """Context manager for writing the result: where that fails, the steps are in a checkpoint at least."""
         return kept_if_unwritten(None if self.sharded else lambda: self._write(step))
 
+    @during("saving a checkpoint")
     def _write(self, step):
         whole = with_full_weights(self.trainee.bare, self.accelerator.is_main_process)
         save_checkpoint(
@@ -229,7 +231,8 @@ def save_checkpoint(output_dir, step, state, save_model, limit=None, is_main=Tru
 
     Args:
         state: the `TrainingState`.
-        save_model: function that writes the trained weights into a folder, in their usual layout.
+        save_model: function that writes the trained weights into a folder, in their usual layout; it may return
+            {file: sha256} of what it hashed while writing.
         is_main: whether this rank writes; the other ranks only give their parts of sharded tensors.
 
     Raises:
@@ -245,10 +248,9 @@ def save_checkpoint(output_dir, step, state, save_model, limit=None, is_main=Tru
         tidy(output_dir)
         check_room(output_dir, bytes_needed(output_dir, state))
         temporary.mkdir()
-        save_model(temporary)
-        state.save(temporary, step, collected)
+        hashes = (save_model(temporary) or {}) | state.save(temporary, step, collected)
         follow_umask(temporary)
-        write_manifest(temporary, step)
+        write_manifest(temporary, step, hashes)
         put_in_place(temporary, final)
     except BaseException as error:  # Ctrl-C too must leave no half-written checkpoint
         with contextlib.suppress(OSError):
@@ -272,7 +274,8 @@ def kept_if_unwritten(save):
         UserError: the disk is full or can't be written to.
     """
     try:
-        yield
+        with during("writing the result"):
+            yield
     except (OSError, SafetensorError) as error:
         failed = f"the result can't be written ({error})"
         first = "Free some space" if system_code(error) in FULL else "Put that right"
@@ -320,31 +323,20 @@ def parameters_of(optimizer):
 def optimizer_to_tensors(optimizer):
     """An optimizer's state as ({path: tensor}, the rest for JSON); bitsandbytes nests entries in dictionaries."""
     state = optimizer.state_dict()
-    tensors, rest, storages = {}, {"param_groups": state["param_groups"], "values": {}}, set()
+    tensors, rest = {}, {"param_groups": state["param_groups"], "values": {}}
 
     def flatten(path, value):
         if isinstance(value, dict):
             for name, entry in value.items():
                 flatten(f"{path}/{name}", entry)
-        elif is_sharded_tensor(value):
+        elif isinstance(value, torch.Tensor) or is_sharded_tensor(value):
             tensors[path] = value
-        elif isinstance(value, torch.Tensor):
-            tensors[path] = unshared(value, storages)
         else:
             rest["values"][path] = value
 
     for index, entries in state["state"].items():
         flatten(str(index), entries)
     return tensors, rest
-
-
-def unshared(tensor, storages):
-    """A contiguous tensor whose memory no earlier tensor shares: safetensors refuses shared memory."""
-    storage = tensor.untyped_storage().data_ptr()
-    if storage in storages:
-        return tensor.clone()
-    storages.add(storage)
-    return tensor.contiguous()
 
 
 def load_optimizer(optimizer, tensors, rest):
@@ -374,6 +366,8 @@ class TrainingState:
         tensors, rest = optimizer_to_tensors(self.optimizer)
         tensors = {f"optimizer/{name}": value for name, value in tensors.items()}
         if self.ema is not None:
+            if torch.accelerator.is_available():
+                torch.accelerator.synchronize()  # an offloaded average may still be on its way
             pairs = zip(self.ema.shadow_params, parameters_of(self.optimizer), strict=True)
             tensors |= {f"ema/{index}": from_local_shard(*pair) for index, pair in enumerate(pairs)}
         if self.auto_weight is not None:
@@ -381,7 +375,10 @@ class TrainingState:
         return full_tensors(tensors, keep), rest
 
     def save(self, folder, step, collected):
-        """Write training_state.safetensors and .json into a folder. collected: what `collect` returned."""
+        """Write training_state.safetensors and .json into a folder; returns {file: sha256} of the former.
+
+        collected: what `collect` returned.
+        """
         tensors, rest = collected
         schedule = {name: value for name, value in self.lr_scheduler.state_dict().items() if is_plain(value)}
         info = {
@@ -392,8 +389,10 @@ class TrainingState:
             "ema_step": self.ema.optimization_step if self.ema is not None else None,
             "identity": self.identity,
         }
-        save_file(tensors, Path(folder) / "training_state.safetensors")
+        name = "training_state.safetensors"
+        hashes = {name: write_tensors(Path(folder) / name, tensors)}
         (Path(folder) / "training_state.json").write_text(json.dumps(info, indent=1))
+        return hashes
 
     def load(self, folder):
         """Restore the state from a checkpoint's folder; returns its step."""

@@ -5,6 +5,7 @@ attention kernels. `CudaRules` applies those of CUDA, so that the counted tensor
 """
 
 import contextlib
+import sys
 import weakref
 from collections import Counter
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
+ADDITION = aten.add.Tensor
 REST = "everything else"  # kind of the storages that have no other: activations and temporaries
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -54,11 +56,16 @@ class LiveBytes(TorchDispatchMode):
         self.storages, self.live, self.peaks, self.total = {}, Counter(), {}, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        if func is ADDITION and _accumulates(*args[:2]):
+            return args[0] if args[0].is_meta else args[0].add_(args[1])
         result = _short_cut(func, args)
         if result is None:
             if func is aten._local_scalar_dense.default and args[0].is_meta:
                 return 1.0
-            result = func(*args, **(kwargs or {}))
+            if func is aten._to_copy.default and args[0].is_meta and str(kwargs.get("device", "meta")) == "cpu":
+                return torch.empty((), dtype=kwargs.get("dtype") or args[0].dtype).expand(args[0].shape)
+            result = func(*args, **kwargs)
         self._note(result)
         return result
 
@@ -114,6 +121,19 @@ class LiveBytes(TorchDispatchMode):
             self.where = before
 
 
+def _accumulates(old, new):
+    """Whether an addition is autograd's sum of two gradients, of which nothing else holds the first.
+
+    Autograd adds such gradients in place, but never under a dispatch mode. The numbers are what PyTorch counts for a
+    tensor that autograd alone holds, with the holders of this call.
+    """
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not isinstance(new, torch.Tensor):
+        return False
+    storage = old.untyped_storage()
+    alone = old._use_count() == 4 and sys.getrefcount(old) <= 4 and torch._C._storage_Use_Count(storage._cdata) == 2
+    return alone and old.nbytes == storage.nbytes() and old.shape == new.shape and old.dtype == new.dtype
+
+
 def _overload(name):
     """The operation with a name like "add.Tensor"."""
     packet, _, overload = name.partition(".")
@@ -155,7 +175,14 @@ def _short_cut(func, args):
         return tuple(torch.empty_like(like) if is_wanted else None for like, is_wanted in likes)
     if func is aten.linalg_vector_norm.default and len(args) < 3:
         return x.new_empty(())
+    if func is aten.convolution.default and (is_channels_last(x) or is_channels_last(args[1])):
+        return torch.empty_like(func(*args), memory_format=torch.channels_last)  # cuDNN's rule; meta ignores weights
     return _group_norm(func, args)
+
+
+def is_channels_last(x):
+    """Whether a tensor is stored with its channels last, and not in the usual order too."""
+    return x.dim() == 4 and not x.is_contiguous() and x.is_contiguous(memory_format=torch.channels_last)
 
 
 def _group_norm(func, args):

@@ -8,12 +8,14 @@ import contextlib
 
 import diffusers
 import torch
+from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
 from peft import LoraConfig
+from peft.tuners.lora import LoraLayer
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
-from lpl_finetuning.base_model import read_json, require_layers
+from lpl_finetuning.base_model import read_json, require_layers, safetensors_of
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.lora_files import (
     ADAPTER,
@@ -24,6 +26,7 @@ from lpl_finetuning.lora_files import (
     put_lora,
     read_lora,
 )
+from lpl_finetuning.tensor_files import dtype_of_weights, write_tensors
 from lpl_finetuning.training.sharding import load_full_state
 from lpl_utils import LatentSpace
 
@@ -63,6 +66,21 @@ def add_adapters(args, models, pipeline_class, targets):
             if "lora_" in name:
                 parameter.requires_grad_(True)
                 parameter.data = parameter.data.float()
+        leave_inputs_to_autocast(model)
+
+
+def leave_inputs_to_autocast(model):
+    """Let a model's LoRA layers take their inputs as they are, where the result is the same to the last bit.
+
+    PEFT casts an input in half precision to the float32 of the LoRA's weights, and autocast casts it back. Dropout and
+    DoRA compute with the float32 input in between, so that they keep it. Without autocast all weights are float32.
+    """
+    config = lora_config(model)
+    if config.lora_dropout or config.use_dora:
+        return
+    for module in model.modules():
+        if isinstance(module, LoraLayer):
+            module.cast_input_dtype_enabled = False
 
 
 def add_new_adapter(args, part, model, layers):
@@ -202,12 +220,15 @@ def safetensors_only(base):
 
 
 def load_pipeline(base, pipeline_class, **parts):
-    """The whole base pipeline in float32, with these parts in the place of its own."""
+    """The whole base pipeline with these parts in the place of its own; the others in the dtype of their files."""
+    dtypes = {part: dtype_of_weights(safetensors_of(base, part)) or torch.float32
+              for part in base.models() if part not in parts}  # fmt: skip
     if base.vae:
         part = base.family.autoencoder
-        parts[part.name] = load_model(base, getattr(diffusers, part.class_name), part.name, dtype=torch.float32)
+        cls, dtype = getattr(diffusers, part.class_name), dtypes.pop(part.name)
+        parts[part.name] = load_model(base, cls, part.name, dtype=dtype)
     return pipeline_class.from_pretrained(
-        base.name, revision=base.revision, variant=base.variant, dtype=torch.float32,
+        base.name, revision=base.revision, variant=base.variant, dtype=dtypes | {"default": torch.float32},
         use_safetensors=safetensors_only(base), **dict.fromkeys(base.absent_parts()), **parts,
     )  # fmt: skip
 
@@ -218,7 +239,8 @@ def load_vae(base, dtype, device):
     cls = getattr(diffusers, part.class_name)
     if torch.device(device).type == "meta":
         with torch.device("meta"):
-            return cls.from_config(vae_config(base)).requires_grad_(False).to(dtype)
+            vae = cls.from_config(vae_config(base)).requires_grad_(False)
+        return vae.to(dtype=dtype, memory_format=torch.channels_last)
     vae = load_model(base, cls, part.name, dtype=dtype)
     return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 
@@ -301,12 +323,28 @@ def decode_latents(vae, latents):
 
 
 def save_weights(folder, denoiser, pipeline_class, use_lora):
-    """Write the trained weights as diffusers does: `unet/` or `transformer/`, or a LoRA file."""
+    """Write the trained weights as diffusers does: `unet/` or `transformer/`, or a LoRA file.
+
+    Returns:
+        {path relative to `folder`: sha256} of a model's file, which is hashed while it is written.
+    """
     if use_lora:
         save_lora(folder, lora_parts(denoiser.models()), pipeline_class)
-    else:
-        name, model = next(iter(denoiser.models().items()))
-        model.save_pretrained(folder / name)
+        return {}
+    name, model = next(iter(denoiser.models().items()))
+    model.save_config(folder / name)
+    file = f"{name}/{SAFETENSORS_WEIGHTS_NAME}"
+    return {file: write_tensors(folder / file, model.state_dict(), {"format": "pt"})}
+
+
+def in_dtype(model, dtype):
+    """A copy of a diffusers model on the CPU, in a dtype; its own weights stay as they are."""
+    with torch.device("meta"):
+        copy = type(model).from_config(model.config)
+    tensors = {name: value.to("cpu", dtype if value.is_floating_point() else None)
+               for name, value in model.state_dict().items()}  # fmt: skip
+    copy.load_state_dict(tensors, assign=True)
+    return copy
 
 
 def load_weights(folder, denoiser, use_lora):

@@ -17,7 +17,9 @@ from lpl_finetuning.data.samples import (
     addressed_uniform,
     stratified_uniform,
 )
+from lpl_finetuning.errors import during
 from lpl_finetuning.flags import framing_rules, settings_from_flags
+from lpl_finetuning.stages import stage_ended
 from lpl_finetuning.training.guard import Guard
 from lpl_utils import (
     AutoWeight,
@@ -196,6 +198,7 @@ class Objective:
         gate = self.perceptual.gate.at(self.resolution(latents))
         return gate(timesteps, noise_to_signal(*self.schedule.levels(timesteps)))
 
+    @during("computing the perceptual loss")
     def perceptual_term(self, perceptual_loss, tensors, timesteps, images, metrics):
         """(perceptual term of a micro-step, a scalar with gradient; number of its gated samples), with bookkeeping.
 
@@ -252,6 +255,7 @@ def build_objective(args, accelerator, plan, data, space, stages, encoder, empty
         empty_prompt: the tensors of the unconditional prompt; empty_is_zero: whether they stand for zeros.
         gate: the `LPLGate`.
     """
+    stage_ended("captions and images in the caches; decoder")
     perceptual = None
     if stages is not None:
         loss = LatentPerceptualLoss(stages, lpl_config(args))

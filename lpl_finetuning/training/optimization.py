@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 
+from lpl_finetuning.errors import during
 from lpl_finetuning.flags import settings_from_flags
+from lpl_finetuning.stages import stage_ended
 from lpl_finetuning.training.sharding import clip_gradients, is_sharded, local_shard, prepare
 
 
@@ -146,12 +148,16 @@ def build_ema(settings, parameters):
 
 
 def update_ema(ema, parameters, offload):
-    """One step of the average; with `offload` computed on the parameters' device and kept on the CPU."""
+    """One step of the average; with `offload` computed on the parameters' device and kept on the CPU.
+
+    Both copies run while the host goes on: PyTorch copies from a GPU into pinned memory where it need not wait. The
+    CPU may read the average after a synchronisation only.
+    """
     if offload:
         ema.to(parameters[0].device, non_blocking=True)
     ema.step(map(local_shard, parameters))
     if offload:
-        ema.to("cpu")
+        ema.to("cpu", non_blocking=True)
 
 
 def learning_rates(optimizer):
@@ -191,6 +197,7 @@ class Trainee:
             total_steps: optimizer steps of the whole run.
             guard: the `Guard` that reads whether a step is finite.
         """
+        stage_ended("weights of the models")
         self.settings, self.accelerator, self.guard = settings, accelerator, guard
         self.bare = denoiser
         optimizer = build_optimizer(settings, parameter_groups(denoiser.models(), settings))
@@ -215,9 +222,11 @@ class Trainee:
 
     def backward(self, loss, terms):
         """The backward pass of a micro-step; adds its (3,) `terms` to the step's means."""
-        self.accelerator.backward(loss)
+        with during("computing the gradients"):
+            self.accelerator.backward(loss)
         self.terms += terms / self.settings.gradient_accumulation_steps
 
+    @during("making an optimizer step")
     def step(self, step, wishes, metrics):
         """Clip, check, step, schedule and average at the end of the accumulation: an `Outcome`.
 
@@ -246,6 +255,7 @@ class Trainee:
             self.lr_scheduler.step()
             if self.ema is not None:
                 update_ema(self.ema, self.parameters, self.settings.offload_ema)
+        stage_ended("first step", last=True)
         return Outcome(finite, *wishes)
 
     @contextlib.contextmanager

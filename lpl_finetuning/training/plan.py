@@ -20,7 +20,7 @@ from lpl_finetuning.training.live_memory import Peak
 from lpl_finetuning.training.models import lora_config
 from lpl_finetuning.training.objective import lpl_config
 from lpl_finetuning.training.sharding import is_sharded, memory_of_rank, zero_stage
-from lpl_finetuning.training.step_memory import Machine, highest, latent_size
+from lpl_finetuning.training.step_memory import Machine, highest, kept_bytes, latent_size
 from lpl_finetuning.training.validation import HELD_OUT_LEVELS
 from lpl_utils import stage_features
 
@@ -138,27 +138,29 @@ def check_machine(args):
             "out")  # fmt: skip
 
 
-def print_plan(args, report, accelerator, plan, denoiser, stages, gate, code):
+def print_plan(args, report, accelerator, plan, gate, code):
     """Print what will happen: flags, data, steps, validation, models, the perceptual loss and memory.
 
     Args:
-        report: on the data, from `check_data`; plan: the `Plan`.
-        denoiser: on the meta device.
-        stages: the `FeatureStages` that the loss compares, on the meta device.
-        gate: the `LPLGate`; code: the `RunCode`.
+        report: on the data, from `check_data`; plan: the `Plan`; gate: the `LPLGate`; code: the `RunCode`.
+
+    Returns:
+        {phase: Peak} of a step on one device: see `print_memory`.
 
     Raises:
         UserError: this machine can't do what the flags ask for.
     """
     check_machine(args)
     print_run(args, report, accelerator, plan)
+    denoiser = code.build_denoiser(args, plan.dtype, "meta")
     print_models(args, denoiser.models(), f"{plan.schedule.describe()}, {str(plan.dtype)[6:]}", accelerator.print)
     if args.use_lpl:
         share = plan.schedule.gated_share(gate)
         hint = plan.schedule.threshold_for(0.2, by_timestep=gate.t_threshold is not None)
         shape = code.example_batch(denoiser, args, latent_size(args), plan.dtype)["mean"].shape[1:]
+        stages = code.networks(args, Machine(accelerator.mixed_precision)).stages
         print_lpl_plan(args, gate, share, hint, stages, shape, accelerator.print)
-    print_memory(args, accelerator, plan, denoiser, code, not report["cached"])
+    return print_memory(args, accelerator, plan, denoiser, code, not report["cached"])
 
 
 def print_run(args, report, accelerator, plan):
@@ -236,29 +238,38 @@ def print_memory(args, accelerator, plan, denoiser, code, encodes):
 
     Args:
         denoiser: on the meta device; code: the `RunCode`; encodes: whether images are encoded in every step.
+
+    Returns:
+        {phase: Peak}; where nothing was counted {"": Peak} of what is always there.
     """
     sharded = is_sharded(accelerator)
     machine = Machine(accelerator.mixed_precision, 1 if sharded else accelerator.num_processes, encodes, sharded)
 
-    def peaks_of(changed, count=True):
-        peaks = counted_peaks(changed, plan, code, machine, count)
+    def shared(peaks):
         if peaks is None or not sharded:
             return peaks
         [model] = denoiser.models().values()
         return {phase: share_of_rank(peak, model, accelerator) for phase, peak in peaks.items()}
 
     small = sum(parameter.numel() for parameter in denoiser.parameters()) < SMALL
-    peaks = peaks_of(args, count=args.dry_run or small)
+    with accelerator.main_process_first():  # the other ranks read its count
+        peaks = shared(counted_peaks(args, plan, code, machine, count=args.dry_run or small))
     if peaks is None:
         accelerator.print(
             "Memory: not counted for these flags yet; --dry_run counts it once, in about half a minute\n"
         )
-        return
+        kinds = kept_bytes(args, denoiser)
+        return shared({"": Peak(sum(kinds.values()), "", kinds)})
     accelerator.print("\n".join(memory_lines(peaks)))
     room = card_bytes()
-    if room is not None and args.dry_run:
-        accelerator.print("\n".join(fit_lines(args, room, lambda changed: highest(peaks_of(changed)).size)))
+    if room is not None and args.dry_run and accelerator.is_main_process:
+
+        def size_of(changed):
+            return highest(shared(counted_peaks(changed, plan, code, machine))).size
+
+        print("\n".join(fit_lines(args, room, size_of)))
     accelerator.print("")
+    return peaks
 
 
 def share_of_rank(peak, model, accelerator):

@@ -14,11 +14,13 @@ from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwar
 from lpl_finetuning.data.encoding import prompt_key
 from lpl_finetuning.data.report import save_report
 from lpl_finetuning.data.samples import AddressedBatches, SampleOrder, TrainingSet, collate
-from lpl_finetuning.errors import DataError, RankError, UserError, require
+from lpl_finetuning.errors import DataError, RankError, UserError, during, require
 from lpl_finetuning.files import dispensable
 from lpl_finetuning.flag_checks import precision_source, wants
 from lpl_finetuning.flags import save_recipe
+from lpl_finetuning.stages import stage_ended
 from lpl_finetuning.training.checkpoint_folders import set_earlier_run_aside
+from lpl_finetuning.training.machine import cards_in_use, check_cards
 from lpl_finetuning.training.sharding import check_zero_devices, set_up_sharding
 from lpl_finetuning.training.signals import leave_signals_to_the_run
 
@@ -30,6 +32,7 @@ def start_accelerator(args):
     patience = timedelta(hours=12)  # ranks wait while rank 0 encodes and samples; NCCL would wait 10 minutes
     check_zero_devices()
     sharded = wants("FSDP") or wants("DEEPSPEED")
+    check_cards(args, cards_in_use())
     accelerator = Accelerator(
         cpu=ranks > 1
         and not torch.accelerator.is_available()
@@ -54,6 +57,7 @@ def start_accelerator(args):
     set_up_sharding(accelerator, args.max_grad_norm)
     if args.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
+    stage_ended("accelerator")
     return accelerator
 
 
@@ -64,8 +68,9 @@ def open_batches(args, data, accelerator, first_step, last_step):
     Args:
         data: the `RunData`.
     """
+    stage_ended("optimizer, first validation, checkpoint")
     iterator = batches(args, data, accelerator, first_step, last_step)
-    with contextlib.closing(iterator):
+    with contextlib.closing(iterator), during("training"):
         yield iterator
 
 
@@ -117,6 +122,7 @@ def open_output_dir(args, accelerator, resume_from, report, check_access):
     Raises:
         UserError: another run is writing there, or the Hub would refuse the result.
     """
+    stage_ended("plan")
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     hub_name = None

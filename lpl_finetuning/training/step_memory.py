@@ -254,6 +254,24 @@ def hold_models(counter, denoiser, frozen):
             counter.hold(FROZEN, [*model.parameters(), *model.buffers()])
 
 
+def kept_bytes(args, denoiser):
+    """{kind: bytes} of what a device holds throughout a run, without a count.
+
+    Args:
+        denoiser: on the meta device; is quantized here where the flags say so.
+    """
+    if args.bnb_quantization_config_path:
+        quantize(args, denoiser)
+    trained = sum(parameter.nbytes for parameter in denoiser.parameters() if parameter.requires_grad)
+    state = 0.5 if args.use_8bit_adam else {"adamw": 2, "prodigy": 4, "adafactor": 0}[args.optimizer]
+    return {
+        WEIGHTS: sum(tensor.nbytes for tensor in (*denoiser.parameters(), *denoiser.buffers())),
+        GRADIENTS: trained,
+        STATE: int(state * trained),
+        AVERAGE: trained if args.use_ema and not args.offload_ema else 0,
+    }
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # The step
 

@@ -12,6 +12,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lpl_finetuning.data.samples import addressed_normal
+from lpl_finetuning.errors import during
 from lpl_finetuning.files import dispensable
 from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.training.measures import Measures, MeasureSettings, held_out_batch
@@ -100,6 +101,7 @@ class Validation:
     # -----------------------------------------------------------------------------------------------------------------
     # Sample pictures
 
+    @during("drawing the validation pictures")
     @torch.no_grad()
     def sample(self):
         """[(prompt, [PIL images])], with the same seeds each time; None where a signal broke it off."""
@@ -166,13 +168,14 @@ class Validation:
         )
         if not measures.kid_due(self.number(step)) and not (measures.network and step == self.reporter.total_steps):
             return found
-        with torch.no_grad(), eval_mode(denoiser):
+        with during("drawing pictures for KID"), torch.no_grad(), eval_mode(denoiser):
             kid = measures.kid(
                 self.sampling_pipeline(denoiser), self.inference_steps, self.prompt_arguments, self.decode,
                 accelerator, stop=lambda: accelerator.num_processes == 1 and self.broken_off(),
             )  # fmt: skip
         return found if kid is None else found | {"validation/kid": kid}
 
+    @during("measuring the held-out images")
     @torch.no_grad()
     def _over_held_out(self, what, names, values_of_batch):
         """{log key: mean} over the held-out images and ranks, with the means over the levels; {} if broken off.

@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from benchmarks import effect_arm, effect_arms, effect_gain, effect_measures
+from benchmarks import effect, effect_arm, effect_arms, effect_gain, effect_measures
 from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.evaluation.generation import GenerationSettings, generate
 from lpl_finetuning.evaluation.models import find_source, load_pipeline
@@ -15,8 +15,18 @@ from lpl_finetuning.evaluation.picture_sets import read_pictures
 from lpl_finetuning.training import objective, reporter
 from lpl_finetuning.training.objective import Objective
 from lpl_utils import estimate_z0
+from tests.runs import ROOT
 from tests.sdxl import run, train_sdxl_lpl
 from tests.tiny_models import picture_folder
+
+
+def test_results_name_no_folder_of_a_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr(effect, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr("sys.argv", [str(ROOT / "benchmarks/effect.py"), "--work", str(tmp_path / "work"), "judge"])
+    effect.keep_result(tmp_path / "work", "x", 1.4, {"model": f"{tmp_path}/work/arms/none-0"})
+    found = json.loads((tmp_path / "results/x.json").read_text())
+    assert found["command"] == "python benchmarks/effect.py --work WORK judge" and found["seconds"] == 1
+    assert found["model"] == "WORK/arms/none-0" and found["commit"] and found["date"]
 
 
 def test_bins_end_at_the_gate():

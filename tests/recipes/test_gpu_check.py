@@ -62,6 +62,15 @@ def test_a_failed_run_is_told_by_its_last_lines(tmp_path):
         gpu_check.run(words, 1, tmp_path / "log", "cpu")
 
 
+@pytest.mark.slow
+def test_stages_run_on_the_tiny_pipelines(tmp_path):
+    """Two trainings of the real scripts: stopped, resumed, exported, read back."""
+    check = gpu_check.Check(tmp_path, "cpu", tiny=True)
+    found = gpu_check.all_stages()["lifecycle-sdxl"](check)
+    assert found["resumed_is_equal"] and found["tensors_read_back"][0] == found["tensors_read_back"][1] > 0
+    assert found["first"]["share_of_loss"] > 0 and found["pictures"] > 0
+
+
 def test_every_recipe_and_architecture_has_a_stage():
     stages = gpu_check.all_stages()
     assert {f"recipe-{path.stem}" for path in gpu_check.RECIPES} <= stages.keys() and len(gpu_check.RECIPES) >= 7

@@ -19,11 +19,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from diffusers.training_utils import EMAModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from lpl_finetuning.base_model import BaseModel
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SDXL
+from lpl_finetuning.tensor_files import write_tensors
 from lpl_finetuning.training import checkpoints
 from lpl_finetuning.training.checkpoint_folders import (
     MANIFEST,
@@ -100,7 +101,7 @@ def writer(model):
     def save_model(folder):
         (folder / "unet").mkdir()
         (folder / "unet" / "config.json").write_text('{"width": 8}')
-        save_file(model.state_dict(), folder / WEIGHTS)
+        return {WEIGHTS: write_tensors(folder / WEIGHTS, model.state_dict())}
 
     return save_model
 
@@ -713,15 +714,16 @@ class Killer:
     def install(self, patch):
         for name in ("replace", "rename", "fsync", "unlink", "rmdir", "mkdir"):
             patch.setattr(os, name, self.wrap(name, getattr(os, name)))
-        save_tensors, write_text = save_file, Path.write_text
+        save_tensors, write_text = write_tensors, Path.write_text
 
-        def save_in_halves(tensors, path):
-            self.tick("save_file")
-            save_tensors(tensors, path)
+        def save_in_halves(path, tensors):
+            self.tick("write_tensors")
+            sha256 = save_tensors(path, tensors)
             whole = Path(path).read_bytes()
             os.truncate(path, len(whole) // 2)
             self.tick("half a tensor file")
             Path(path).write_bytes(whole)
+            return sha256
 
         def write_in_halves(path, text, **kwargs):
             self.tick("write_text")
@@ -729,8 +731,8 @@ class Killer:
             self.tick("half a text")
             return write_text(path, text, **kwargs)
 
-        patch.setattr(checkpoints, "save_file", save_in_halves)
-        patch.setitem(globals(), "save_file", save_in_halves)
+        patch.setattr(checkpoints, "write_tensors", save_in_halves)
+        patch.setitem(globals(), "write_tensors", save_in_halves)
         patch.setattr(Path, "write_text", write_in_halves)
 
 
@@ -798,7 +800,7 @@ def test_killed_at_every_write_of_a_save(there, step, limit, save, tmp_path):
         assert not [name for name in names(folder) if name.startswith(".")]
 
     calls = kill_at_every_call(lambda: save(step, limit, folder), folder, before, check)
-    assert {"replace", "fsync", "mkdir", "save_file", "half a tensor file", "half a text"} <= set(calls)
+    assert {"replace", "fsync", "mkdir", "write_tensors", "half a tensor file", "half a text"} <= set(calls)
     assert ("unlink" in calls) == (step in there or (limit is not None and bool(there)))
     if step in there:
         assert ".old-" in seen, "the window between the two renames was hit"

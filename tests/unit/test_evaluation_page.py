@@ -12,7 +12,7 @@ from PIL import Image
 
 from lpl_finetuning.evaluation import report
 from lpl_finetuning.evaluation.charts import Line, line_chart, nice_ticks
-from lpl_finetuning.evaluation.report import duration, write_report
+from lpl_finetuning.evaluation.report import duration, facts, write_report
 from lpl_finetuning.evaluation.verdict import verdict_sentences
 from tests import children
 from tests.synthetic_metrics import draw_pictures, metrics_of
@@ -71,6 +71,13 @@ def test_the_page_is_whole_and_loads_nothing_from_elsewhere(page):
     assert "url(" not in text and "@import" not in text and "http" not in re.sub(r"data:[^\"]*", "", text)
     identities = [attributes["id"] for _, attributes in elements.found if "id" in attributes]
     assert len(set(identities)) == len(identities)
+
+
+def test_fewer_captions_than_pictures_are_told():
+    metrics = metrics_of(NAMES)
+    assert "captions" not in facts(metrics)
+    metrics["settings"]["captions"] = 48
+    assert facts(metrics).startswith("96 real pictures · 48 captions · guidance")
 
 
 def test_names_and_captions_are_texts(page):

@@ -340,13 +340,13 @@ def test_what_a_single_file_cannot_hold_is_refused(tmp_path):
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path, monkeypatch):
-    def interrupted(tensors, path, metadata):
+    def interrupted(path, tensors, metadata):
         path.write_bytes(b"half")
         raise KeyboardInterrupt
 
     path = tmp_path / "model.safetensors"
     export.write_safetensors(path, {"a": torch.ones(3)}, {})
-    monkeypatch.setattr(export, "save_file", interrupted)
+    monkeypatch.setattr(export, "write_tensors", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export.write_safetensors(path, {"a": torch.zeros(3)}, {})
     assert load_file(path)["a"].tolist() == [1, 1, 1]

@@ -10,10 +10,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow", "preview_data", "evaluate_models")
 FLOORS = (  # from the ground up: a file imports from floors below its own only
-    ("errors", "lpl_utils", "other_flags"),
+    ("errors", "lpl_utils", "other_flags", "stages"),
     ("files",),
     ("base_model",),
-    ("lora_files", "data.colours", "data.conventions", "data.tables", "data.store"),
+    ("lora_files", "tensor_files", "data.colours", "data.conventions", "data.tables", "data.store"),
     ("data.images",),
     ("data.samples", "data.findings"),
     ("data.folders", "data.packed"),
@@ -22,7 +22,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("flags", "evaluation.networks"),
     ("flag_checks", "families", "start"),
     ("training.checkpoint_folders", "training.sharding", "training.guard", "training.signals",
-     "training.live_memory", "evaluation.models"),
+     "training.live_memory", "training.machine", "evaluation.models"),
     ("evaluation.verdict", "evaluation.charts", "evaluation.picture_sets", "evaluation.distances",
      "evaluation.spectrum"),
     ("evaluation.generation", "evaluation.onestep", "evaluation.report", "evaluation.uncertainty",
@@ -30,13 +30,13 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("training.models", "training.reporter"),
     ("training.objective", "training.optimization", "training.checkpoints"),
     ("training.measures", "training.step_memory"),
-    ("training.validation", "training.run", "training.estimates"),
+    ("training.validation", "training.run", "training.estimates", "training.out_of_memory"),
     ("training.plan",),
     ("results.export", "results.hub", "evaluation.comparison"),
     ("publish", "convert", *SCRIPTS),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-TORCH_FREE = ("errors", "other_flags", "files", "base_model", "lora_files", "families", "start", "flags",
+TORCH_FREE = ("errors", "other_flags", "stages", "files", "base_model", "lora_files", "families", "start", "flags",
               "flag_checks",
               "evaluation.models", "evaluation.verdict", "evaluation.charts", "evaluation.picture_sets",
               "evaluation.report", "evaluation.networks", "evaluation.distances", "evaluation.spectrum",

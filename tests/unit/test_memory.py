@@ -140,7 +140,7 @@ def sizes():
         ("", 8.5e9, "with --gradient_checkpointing it takes 7.00 GB and fits"),
         ("--gradient_checkpointing", 11.5e9, "fits without --gradient_checkpointing too, with 10.00 GB"),
         ("--gradient_checkpointing", 9e9, "fits this GPU"),
-        ("--gradient_checkpointing", 6.5e9, "--lpl_num_blocks 3 --bnb_quantization_config_path configs/nf4.json"),
+        ("--gradient_checkpointing", 5.5e9, "--lpl_num_blocks 3 --bnb_quantization_config_path configs/nf4.json"),
         ("", 2e9, "does NOT fit this GPU (1.00 GB free for tensors), nor with --gradient_checkpointing"),
     ],
 )

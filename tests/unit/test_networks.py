@@ -71,6 +71,12 @@ def test_lite_networks(name, label, independent):
     assert sizes == [(32, 32), (16, 16), (8, 8), (4, 4), (4, 4)]
 
 
+def test_a_cpu_gets_few_pictures_at_a_time():
+    network, seen = load_network("efficientnet-lite2"), []
+    network.module._conv_stem.register_forward_hook(lambda layer, args, output: seen.append(len(output)))
+    assert network(pictures(9, 64, 64)).shape == (9, 1280) and seen == [4, 4, 1]
+
+
 def test_lite_features_are_those_before_the_classes():
     """The package's own forward, with its last layer replaced by nothing, at the size of the network's pictures."""
     network = load_network("efficientnet-lite2")

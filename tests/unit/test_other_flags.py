@@ -38,7 +38,7 @@ def test_every_advice_names_flags_that_there_are_and_is_of_an_unknown_flag():
 @pytest.mark.parametrize(("script", "flag", "message"), [
     ("sdxl", "cache_latents", "kept where the crops are fixed; random crops are encoded in every step"),
     ("sdxl", "cache_text_encoder_outputs", "where --train_text_encoder trains their encoders"),
-    ("sdxl", "save_precision", "what is trained is saved in float32"),
+    ("sdxl", "save_precision", "use --save_dtype"),
     ("sdxl", "min_snr_gamma", "use --snr_gamma"),
     ("sd3", "min_snr_gamma", "rectified flow has --weighting_scheme instead"),
     ("sdxl", "v_parameterization", "use --prediction_type v_prediction"),

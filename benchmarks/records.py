@@ -1,0 +1,53 @@
+"""What the experiments share: the facts that every result file has of its making, and starting a training script."""
+
+import datetime
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def facts(seconds, device=None):
+    """{"command", "commit", "device", "date", "seconds"} of a run that took so long.
+
+    device: the GPU's name; None for the CPU.
+    """
+    script = Path(sys.argv[0])
+    name = script.resolve().relative_to(ROOT) if script.resolve().is_relative_to(ROOT) else script.name
+    return {
+        "command": shlex.join(["python", str(name), *sys.argv[1:]]),
+        "commit": commit(),
+        "device": device or f"{platform.machine()} CPU",
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "seconds": round(seconds),
+    }
+
+
+def commit():
+    """The commit of this working tree, with "-dirty" after changes that are not committed; "unknown" outside git."""
+    words = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    try:
+        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
+
+
+def start_script(script, flags, prepare=lambda args: None):
+    """Check a training script's flags and pictures, then run it, as its command does.
+
+    Args:
+        script: the imported module.
+        flags: words.
+        prepare: function of the checked flags, called before the run.
+    """
+    from lpl_finetuning.errors import errors_for_people
+    from lpl_finetuning.start import find_training_images, run_main
+
+    with errors_for_people("--debug" in flags):
+        args = script.parse_args(flags)
+        run = (args, *find_training_images(args))
+    prepare(args)
+    run_main(script.main, run)
