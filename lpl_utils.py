@@ -704,7 +704,7 @@ class LatentPerceptualLoss(torch.nn.Module):
         reuse = self.config.checkpointing == "stage" and len(self._pieces(index)) > 1  # a decoder's last features
         gradient = (xh if reuse else torch.empty_like(xh)) if needs_gradient else None
         factor = loss.new_full(loss.shape, weight * self._gradient_scale(image_size) / x.shape[1])
-        for block in _blocks(x, 1 if by_channels else 2):
+        for block in blocks_of(x, 1 if by_channels else 2):
             target = x[block].to(dtype, memory_format=torch.contiguous_format)
             estimate = xh[block].to(dtype, copy=True, memory_format=torch.contiguous_format)
             inlier = None if mask is None else mask[block]
@@ -724,7 +724,7 @@ class LatentPerceptualLoss(torch.nn.Module):
     def _mask(self, x, kernels, dtype):
         """Returns the layer's inliers, bool (b, C, H, W)."""
         mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        for block in _blocks(x, 1):
+        for block in blocks_of(x, 1):
             features = x[block].to(dtype, memory_format=torch.contiguous_format)
             mask[block] = inlier_mask(features, kernels, self.config.outlier_quantile)
         return mask
@@ -780,7 +780,7 @@ def _without_autocast(device_type):
     return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
 
 
-def _blocks(features, dim):
+def blocks_of(features, dim):
     """Yields indices that cut (B, C, H, W) features along `dim` into blocks of about 2^21 elements (2^23 on a GPU)."""
     size = 2**21 if features.device.type == "cpu" else 2**23
     length = features.shape[dim]

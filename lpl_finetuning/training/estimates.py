@@ -30,19 +30,20 @@ FLAGS = (  # that a count follows from
 )  # fmt: skip
 
 
-def counted_peaks(args, plan, code, machine, count=True):
+def counted_peaks(args, plan, code, machine, count=True, denoiser=None):
     """{phase: Peak} of a step: kept by an earlier start, or counted and kept; None where neither.
 
     Args:
         plan: the `Plan`; code: the `RunCode`; machine: the `Machine`.
         count: whether to count where nothing is kept.
+        denoiser: see `count_step`.
     """
     path = place_of_count(args, plan, code, machine)
     with contextlib.suppress(OSError, ValueError, TypeError):
         return {phase: Peak(**peak) for phase, peak in json.loads(path.read_text()).items()}
     if not count:
         return None
-    peaks = step_memory.count_step(args, plan, code, machine)
+    peaks = step_memory.count_step(args, plan, code, machine, denoiser)
     with contextlib.suppress(OSError):  # the cache can't be written
         content = json.dumps({phase: asdict(peak) for phase, peak in peaks.items()})
         write_whole(path, content.encode())

@@ -16,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 aten = torch.ops.aten
-ADDITION = aten.add.Tensor
+ADDITION, SILU_BACKWARD = aten.add.Tensor, aten.silu_backward.grad_input
 REST = "everything else"  # kind of the storages that have no other: activations and temporaries
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is ADDITION and _accumulates(*args[:2]):
             return args[0] if args[0].is_meta else args[0].add_(args[1])
-        result = _short_cut(func, args)
+        result = kwargs.get("grad_input") if func is SILU_BACKWARD else _short_cut(func, args)
         if result is None:
             if func is aten._local_scalar_dense.default and args[0].is_meta:
                 return 1.0
@@ -144,6 +144,7 @@ IN_PLACE = frozenset(map(_overload, (
     "add_.Tensor", "mul_.Tensor", "mul_.Scalar", "lerp_.Scalar", "addcmul_.default", "addcdiv_.default",
     "zero_.default", "normal_.default", "uniform_.default", "fill_.Scalar", "copy_.default",
 )))  # fmt: skip
+PRODUCTS = (aten.mm.default, aten.addmm.default)
 ELEMENTWISE = frozenset(map(_overload, (
     "add.Tensor", "sub.Tensor", "mul.Tensor", "div.Tensor", "sqrt.default", "gelu.default", "silu.default",
     "gelu_backward.default", "silu_backward.default",
@@ -164,8 +165,13 @@ def _short_cut(func, args):
         other = args[1] if len(args) > 1 else None
         if isinstance(other, torch.Tensor):
             same = other.is_meta and other.dtype == x.dtype and other.shape == x.shape
-            return torch.empty_like(x) if same else None
-        return torch.empty_like(x)
+            return _like(x) if same else None
+        return _like(x)
+    if func is aten.zeros_like.default and len(args) == 1:
+        return _like(x)
+    if func in PRODUCTS:
+        left, right = args[-2:]
+        return left.new_empty((left.shape[0], right.shape[1]))
     if func is aten.native_layer_norm.default:
         rows = x.shape[: x.dim() - len(args[1])] + (1,) * len(args[1])
         return torch.empty_like(x), x.new_empty(rows, dtype=torch.float32), x.new_empty(rows, dtype=torch.float32)
@@ -178,6 +184,11 @@ def _short_cut(func, args):
     if func is aten.convolution.default and (is_channels_last(x) or is_channels_last(args[1])):
         return torch.empty_like(func(*args), memory_format=torch.channels_last)  # cuDNN's rule; meta ignores weights
     return _group_norm(func, args)
+
+
+def _like(x):
+    """`torch.empty_like`, which is slow on the meta device."""
+    return x.new_empty(x.shape) if x.is_contiguous() else torch.empty_like(x)
 
 
 def is_channels_last(x):

@@ -237,7 +237,8 @@ def print_memory(args, accelerator, plan, denoiser, code, encodes):
     A count of a large model takes many seconds, so an ordinary start reads the count of a dry run or counts nothing.
 
     Args:
-        denoiser: on the meta device; code: the `RunCode`; encodes: whether images are encoded in every step.
+        denoiser: on the meta device, for the count; code: the `RunCode`.
+        encodes: whether images are encoded in every step.
 
     Returns:
         {phase: Peak}; where nothing was counted {"": Peak} of what is always there.
@@ -251,9 +252,9 @@ def print_memory(args, accelerator, plan, denoiser, code, encodes):
         [model] = denoiser.models().values()
         return {phase: share_of_rank(peak, model, accelerator) for phase, peak in peaks.items()}
 
-    small = sum(parameter.numel() for parameter in denoiser.parameters()) < SMALL
+    count = args.dry_run or sum(parameter.numel() for parameter in denoiser.parameters()) < SMALL
     with accelerator.main_process_first():  # the other ranks read its count
-        peaks = shared(counted_peaks(args, plan, code, machine, count=args.dry_run or small))
+        peaks = shared(counted_peaks(args, plan, code, machine, count, None if sharded else denoiser))
     if peaks is None:
         accelerator.print(
             "Memory: not counted for these flags yet; --dry_run counts it once, in about half a minute\n"

@@ -6,16 +6,20 @@ does not cover CUDA's context, workspaces of cuDNN and fragmentation.
 
 import contextlib
 import functools
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+from unittest import mock
 
 import torch
 from accelerate.utils import DistributedType, convert_outputs_to_fp32
 
+import lpl_utils
 from lpl_finetuning.base_model import read_json
 from lpl_finetuning.flags import framing_rules
+from lpl_finetuning.stages import no_stages
 from lpl_finetuning.training.live_memory import LiveBytes, Peak, cuda_rules
 from lpl_finetuning.training.models import decode_latents, latent_space, load_vae
 from lpl_finetuning.training.objective import build_objective, lpl_dtype, lpl_stages, needs_decoder
@@ -246,6 +250,17 @@ def name_blocks(model, part, counter):
             watch(f"{part}.{name}", module)
 
 
+def name_encoding(encoder, counter):
+    """Tell the counter when images are encoded: a phase of its own."""
+    encode = encoder.encode
+
+    def encode_named(images):
+        with counter.at("encoding: images"):
+            return encode(images)
+
+    encoder.encode = encode_named
+
+
 def hold_models(counter, denoiser, frozen):
     """Count the weights and buffers of the models."""
     counter.hold(WEIGHTS, [*denoiser.parameters(), *denoiser.buffers()])
@@ -276,16 +291,29 @@ def kept_bytes(args, denoiser):
 # The step
 
 
-def count_step(args, plan, code, machine):
+@contextlib.contextmanager
+def few_blocks():
+    """Context manager: the comparison of the perceptual loss takes two blocks of each feature map.
+
+    Blocks are of one size, and what a block makes is freed before the next one.
+    """
+    every = lpl_utils.blocks_of
+    with mock.patch.object(lpl_utils, "blocks_of", lambda *args: itertools.islice(every(*args), 2)):
+        yield
+
+
+def count_step(args, plan, code, machine, denoiser=None):
     """{phase: Peak} of a step on one device, every sample gated, all gradients and states there as in a later step.
 
     Args:
         plan: the `Plan`; code: the `RunCode`; machine: the `Machine`.
+        denoiser: on the machine's device, as the flags build it; the count changes it. Default: a new one.
     """
     args = args.but(lpl_weight=1.0)
-    with cuda_rules(), LiveBytes(machine.device) as counter:
+    few = few_blocks() if machine.device == "meta" else contextlib.nullcontext()
+    denoiser = denoiser or code.build_denoiser(args, plan.dtype, machine.device)
+    with no_stages(), few, cuda_rules(), LiveBytes(machine.device) as counter:
         accelerator = CountingAccelerator(machine, plan.dtype, counter)
-        denoiser = code.build_denoiser(args, plan.dtype, machine.device)
         if args.bnb_quantization_config_path:
             quantize(args, denoiser)
         objective, vae = counting_objective(args, plan, code, machine, accelerator, denoiser)
@@ -336,6 +364,8 @@ def counting_objective(args, plan, code, machine, accelerator, denoiser):
     objective = build_objective(
         args, accelerator, plan, NoData(), networks.space, stages, networks.encoder, empty, True, gate
     )
+    if networks.encoder is not None:
+        name_encoding(networks.encoder, accelerator.counter)
     return replace(objective, guard=NoGuard()), networks.decoder
 
 
@@ -374,6 +404,10 @@ def first_optimizer_step(optimizer):
         for gindex, group in enumerate(optimizer.param_groups):
             for pindex, parameter in enumerate(group["params"]):
                 optimizer.init_state(group, parameter, gindex, pindex)
+    elif isinstance(optimizer, torch.optim.AdamW) and optimizer.param_groups[0]["params"][0].is_meta:
+        for group in optimizer.param_groups:  # a step's temporaries are none of a later step: see `optimizer_step`
+            for parameter in group["params"]:
+                optimizer.state[parameter] = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
     else:
         optimizer.step()
 
