@@ -66,27 +66,34 @@ MODELS = {  # name: (script, pipeline class, denoiser's folder and configuration
     "SD3.5 medium": (train_sd3_lpl_flow, "StableDiffusion3Pipeline", "transformer", SD35_MEDIUM, SD3_VAE),
     "SD3.5 large": (train_sd3_lpl_flow, "StableDiffusion3Pipeline", "transformer", SD35_LARGE, SD3_VAE),
 }
-LORA = "--use_lora --rank 16"
-STEP = "--resolution 1024 --use_lpl --center_crop --train_batch_size 1 --gradient_checkpointing"
-FOUR = "--gradient_accumulation_steps 4"
-ATTENTION = "--lora_layers attn.to_k,attn.to_q,attn.to_v,attn.to_out.0"
-SETUPS = {  # name: (model, flags, precision); 4 bits and the fixed autoencoder are set in `arguments`
-    "`sdxl-lora-16gb`": ("SDXL", f"{STEP} {LORA} {FOUR}", "bf16"),
-    "`sdxl-lora-16gb-fp16`": ("SDXL", f"{STEP} {LORA} {FOUR} --lpl_vae_dtype float16", "fp16"),
-    "`sdxl-lora-16gb`, fp16 and --lpl_num_blocks 3": ("SDXL", f"{STEP} {LORA} {FOUR} --lpl_num_blocks 3", "fp16"),
-    "`sdxl-lora-8gb`, 4 bits": ("SDXL", f"{STEP} {LORA} {FOUR}", "bf16"),
-    "`sd35-medium-lora`": ("SD3.5 medium", f"{STEP} {LORA} {FOUR} --max_sequence_length 256", "bf16"),
-    "`sd35-large-lora-24gb`": ("SD3.5 large", f"{STEP} {LORA} {FOUR} --max_sequence_length 256 {ATTENTION}", "bf16"),
-    "SDXL, all weights": ("SDXL", STEP, "bf16"),
-    "`sdxl-full-80gb`": (
-        "SDXL",
-        "--resolution 1024 --use_lpl --center_crop --train_batch_size 4 --gradient_checkpointing --use_ema "
-        "--gradient_accumulation_steps 8",
-        "bf16",
-    ),
-    "SD3.5 medium, all weights": ("SD3.5 medium", STEP, "bf16"),
-    "SD3.5 large, all weights": ("SD3.5 large", STEP, "bf16"),
-}
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12,
+          "projection_dim": 768}  # fmt: skip
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32,
+          "projection_dim": 1280}  # fmt: skip
+STEP = "--resolution 1024 --use_lpl --center_crop --train_batch_size 1 --gradient_checkpointing --mixed_precision bf16"
+SETUPS = {  # name: (model, recipe, flags)
+    "`sdxl-lora-16gb`": ("SDXL", "sdxl-lora-16gb", ""),
+    "`sdxl-lora-16gb`, --lpl_num_blocks 3": ("SDXL", "sdxl-lora-16gb", "--lpl_num_blocks 3"),
+    "`sdxl-lora-16gb`, --no-gradient_checkpointing": ("SDXL", "sdxl-lora-16gb", "--no-gradient_checkpointing"),
+    "`sdxl-lora-16gb`, fp16": ("SDXL", "sdxl-lora-16gb", ""),
+    "`sdxl-lora-16gb`, fp16, --lpl_num_blocks 3": (
+        "SDXL", "sdxl-lora-16gb", "--lpl_num_blocks 3"),
+    "`sdxl-lora-16gb-fp16`": ("SDXL", "sdxl-lora-16gb-fp16", ""),
+    "`sdxl-subject-lora`": ("SDXL", "sdxl-subject-lora", ""),
+    "`sdxl-style-lora`": ("SDXL", "sdxl-style-lora", ""),
+    "`sdxl-lora-8gb`": ("SDXL", "sdxl-lora-8gb", ""),
+    "`sd35-medium-lora`": ("SD3.5 medium", "sd35-medium-lora", ""),
+    "`sd35-medium-lora`, --no-gradient_checkpointing": (
+        "SD3.5 medium", "sd35-medium-lora", "--no-gradient_checkpointing"),
+    "`sd35-large-lora-24gb`": ("SD3.5 large", "sd35-large-lora-24gb", ""),
+    "`sd35-large-lora-24gb`, 4 bits": ("SD3.5 large", "sd35-large-lora-24gb", ""),
+    "SDXL, all weights": ("SDXL", None, STEP),
+    "`sdxl-full-80gb`": ("SDXL", "sdxl-full-80gb", ""),
+    "SD3.5 medium, all weights": ("SD3.5 medium", None, STEP),
+    "SD3.5 large, all weights": ("SD3.5 large", None, STEP),
+}  # fmt: skip
+RECIPES = ROOT / "configs" / "recipes"
+REPLACED = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "bnb_quantization_config_path")
 
 
 def write_configurations(folder, pipeline_class, denoiser, denoiser_config, vae_config):
@@ -98,6 +105,8 @@ def write_configurations(folder, pipeline_class, denoiser, denoiser_config, vae_
     scheduler = "FlowMatchEulerDiscreteScheduler" if denoiser == "transformer" else "EulerDiscreteScheduler"
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": scheduler}))
     (folder / denoiser / "config.json").write_text(json.dumps(denoiser_config))
+    for part, config in (("text_encoder", CLIP_L), ("text_encoder_2", CLIP_G)):
+        (folder / part / "config.json").write_text(json.dumps(config | {"vocab_size": 49408}))
     (folder / "vae" / "config.json").write_text(json.dumps(vae_config))
     index = {"_class_name": pipeline_class} | {part: ["diffusers", part] for part in parts}
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -111,33 +120,38 @@ SHARDINGS = {"": 0, ", ZeRO-2": 2, ", ZeRO-3": 3}
 
 
 def arguments(name, folder):
-    """(script, flags) of a setup, for the configurations in a folder."""
-    model, flags, _ = SETUPS[name]
+    """(script, flags) of a setup, for the configurations in a folder. Flags of a recipe are read from its file."""
+    model, recipe, flags = SETUPS[name]
     script, *configurations = MODELS[model]
-    if "float16" in flags:  # the autoencoder that does not overflow
+    text = (RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8") if recipe else ""
+    if "pretrained_vae_model_name_or_path" in text:  # the autoencoder that does not overflow
         configurations[-1] = SDXL_VAE | {"force_upcast": False}
     write_configurations(Path(folder), *configurations)
+    kept = "\n".join(line for line in text.splitlines() if not line.startswith(REPLACED))
+    kept = kept.replace("mixed_precision: fp16", "mixed_precision: bf16")
+    (Path(folder) / "recipe.yaml").write_text(kept or "use_lpl: true", encoding="utf-8")
     words = (
-        f"--pretrained_model_name_or_path {folder} --train_data_dir {folder} --mixed_precision bf16 --dry_run {flags}"
+        f"--config {folder}/recipe.yaml --pretrained_model_name_or_path {folder} --train_data_dir {folder} "
+        f"--validation_prompt x --dry_run {flags}"
     )
     args = script.parse_args(words.split())
-    # set here, since the command line refuses it when PyTorch is the CPU build
-    return script, args.but(bnb_quantization_config_path=str(NF4)) if "4 bits" in name else args
+    quantized = "\nbnb_quantization_config_path" in text or "4 bits" in name
+    precision = "fp16" if "fp16" in name else "bf16"  # set here: the CPU build of PyTorch refuses both flags
+    return script, args.but(mixed_precision=precision, bnb_quantization_config_path=str(NF4) if quantized else None)
 
 
 def count(name):
     """{phase: Peak} of a setup on one GPU."""
     with tempfile.TemporaryDirectory() as folder:
         script, args = arguments(name, folder)
-        precision = SETUPS[name][2]
         plan = SimpleNamespace(
             schedule=script.Schedule(args),
-            dtype={"fp16": torch.float16, "bf16": torch.bfloat16}[precision],
+            dtype={"fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision],
             batch_size=args.train_batch_size,
             total_steps=1,
         )
         code = RunCode(script.build_denoiser, script.training_step, script.example_batch, autoencoder_networks)
-        return count_step(args, plan, code, Machine(precision))
+        return count_step(args, plan, code, Machine(args.mixed_precision))
 
 
 def ranks_of(name, peaks):
