@@ -22,7 +22,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "effect.md"
 JUDGE, OTHER = "efficientnet-lite2", "efficientnet-lite0"
 BAR = 0.06  # by which the mean Fréchet distance must be lower
-TITLES = {"epsilon": "SDXL, epsilon-prediction", "v_prediction": "SDXL, v-prediction", "flow": "SD3, flow matching"}
+TITLES = {"epsilon": "SDXL, epsilon-prediction", "epsilon-all": "SDXL, epsilon-prediction, all pictures",
+          "v_prediction": "SDXL, v-prediction", "flow": "SD3, flow matching"}  # fmt: skip
 
 
 def read(name, results=RESULTS):
@@ -177,7 +178,11 @@ def decoder_table(results=RESULTS):
 
 def all_tables(results=RESULTS):
     """{mark: Markdown}."""
-    tables = {"ablations": ablation_table(results=results), "decoders": decoder_table(results)}
+    tables = {
+        "base epsilon-all": base_table("epsilon-all", results),
+        "ablations": ablation_table(results=results),
+        "decoders": decoder_table(results),
+    }
     for kind, table in (("base", base_table), ("arms", arm_table), ("seeds", seeds_table)):
         for base in BASES:
             tables[f"{kind} {base}"] = table(base, results)
