@@ -77,7 +77,9 @@ class Batches:
         return make()
 
     def make_ahead(self):
-        """Make the next micro-batch now. What goes wrong with it is raised when it is asked for."""
+        """Make the next micro-batch now, once. What goes wrong with it is raised when it is asked for."""
+        if self._ahead is not None:
+            return
         try:
             batch = self._make()
         except (StopIteration, DataError, RankError) as error:
