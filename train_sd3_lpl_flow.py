@@ -126,7 +126,6 @@ from lpl_finetuning.training.objective import (
     lpl_stages,
     needs_decoder,
     sample_latents,
-    sample_noise,
     sample_timesteps,
     seed_lora_dropout,
     to_device,
@@ -424,7 +423,7 @@ def training_step(batch, denoiser, objective, step, metrics):
     """
     numbers = batch["number"]
     latents = sample_latents(batch, objective)
-    noise = sample_noise(numbers, latents.shape[1:], objective)
+    noise = to_device(batch["noise"], objective.device)
     timesteps = sample_timesteps(numbers, latents, objective)
     conditions = conditioning(batch, objective, objective.settings.proportion_empty_prompts)
     seed_lora_dropout(numbers, objective)
@@ -558,11 +557,11 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
     done = checkpoints.resume(plan.resume_from, plan.total_steps)
     if done == 0:
         validation.run(0)
-    with open_batches(args, data, accelerator, done, plan.total_steps) as micro_batches:
+    with open_batches(args, data, accelerator, objective, done, plan.total_steps) as micro_batches:
         for step in reporter.steps():
             signals.step_began()
-            for _ in trainee.micro_steps():
-                loss, terms = training_step(next(micro_batches), trainee.denoiser, objective, step, reporter.metrics)
+            for batch in trainee.micro_steps(micro_batches):
+                loss, terms = training_step(batch, trainee.denoiser, objective, step, reporter.metrics)
                 trainee.backward(loss, terms)
             done, wishes = step + 1, (signals.requested is not None, checkpoints.late())
             outcome = trainee.step(done, wishes, reporter.metrics)

@@ -35,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.effect_arms import ALL, BASES, COMMON, FAMILY_FLAGS, SCRIPTS
 from benchmarks.records import facts
+from pretrain.emoji_images import DOMAINS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -90,16 +91,16 @@ def arm_folder(work, base, arm, seed, steps=STEPS):
 # Pictures and base models
 
 
-def make_data(work):
-    """WORK/train (3,202) and WORK/held_out (189): pictures of 64 px, named by number, with captions."""
+def make_data(work, domain):
+    """WORK/train and WORK/held_out: a domain's pictures of 64 px, named by number, with captions."""
     from PIL import Image
 
-    from pretrain.emoji_images import held_out, load_emoji
+    from pretrain.emoji_images import held_out, in_domain, load_emoji
 
     images, captions = load_emoji(work / "pictures", 64)
-    mask, counts = held_out(captions), {}
-    for name in ("train", "held_out"):
-        folder, part = work / name, [index for index, held in enumerate(mask) if held == (name == "held_out")]
+    inside, hidden, counts = in_domain(work / "pictures", captions, domain), held_out(captions), {}
+    for name, mask in (("train", inside & ~hidden), ("held_out", inside & hidden)):
+        folder, part = work / name, [index for index, chosen in enumerate(mask) if chosen]
         counts[name] = len(part)
         if (folder / "metadata.csv").is_file():
             continue
@@ -317,6 +318,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--work", type=lambda text: Path(text).resolve(), required=True, help="folder of everything large"
     )
+    parser.add_argument("--domain", choices=DOMAINS, default="people", help="of the stage data (default: %(default)s)")
     parser.add_argument("--base", choices=BASES, help="kind of base model")
     parser.add_argument("--arm", nargs="+", choices=ALL, default=["none"], help="the baseline first")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
@@ -350,7 +352,7 @@ def main(argv=None):
     args = parse_args(argv)
     work, base, steps = args.work, args.base, args.steps or STEPS
     if args.stage == "data":
-        make_data(work)
+        make_data(work, args.domain)
     elif args.stage == "pipelines":
         make_pipelines(work, base)
     elif args.stage == "judge-base":

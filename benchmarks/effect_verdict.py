@@ -16,12 +16,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.effect_arms import BASES, TWINS
+from benchmarks.records import put_tables, source
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "effect.md"
 JUDGE, OTHER = "efficientnet-lite2", "efficientnet-lite0"
 BAR = 0.06  # by which the mean Fréchet distance must be lower
-TITLES = {"epsilon": "SDXL, epsilon-prediction", "v_prediction": "SDXL, v-prediction", "flow": "SD3, flow matching"}
+TITLES = {"epsilon": "SDXL, epsilon-prediction", "epsilon-all": "SDXL, epsilon-prediction, all pictures",
+          "v_prediction": "SDXL, v-prediction", "flow": "SD3, flow matching"}  # fmt: skip
 
 
 def read(name, results=RESULTS):
@@ -174,28 +176,17 @@ def decoder_table(results=RESULTS):
     return "\n".join([*lines, "", source(found)])
 
 
-def source(found):
-    """The line that says where a table is from."""
-    return f"`{found['command']}`, commit {found['commit'][:7]}, {found['device']}, {found['date']}."
-
-
 def all_tables(results=RESULTS):
     """{mark: Markdown}."""
-    tables = {"ablations": ablation_table(results=results), "decoders": decoder_table(results)}
+    tables = {
+        "base epsilon-all": base_table("epsilon-all", results),
+        "ablations": ablation_table(results=results),
+        "decoders": decoder_table(results),
+    }
     for kind, table in (("base", base_table), ("arms", arm_table), ("seeds", seeds_table)):
         for base in BASES:
             tables[f"{kind} {base}"] = table(base, results)
     return tables
-
-
-def put_tables(text, tables):
-    """The page with the tables between their marks; a table that is empty says so."""
-    for mark, table in tables.items():
-        start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
-        if start in text:
-            before, rest = text.split(start)
-            text = f"{before}{start}\n{table or '*Not measured yet.*'}\n{end}{rest.split(end)[1]}"
-    return text
 
 
 def main():

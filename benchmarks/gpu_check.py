@@ -10,7 +10,8 @@ of memory, 20 GB of disk and about half an hour.
 
 A stage takes less than eight minutes on a GPU. Each writes `benchmarks/results/gpu-STAGE.json` (--results elsewhere)
 with the command, the machine, the date and what was measured; a stage whose file is there is not run again. A stage
-that fails is told, and the others go on. `--table` prints the tables of `docs/performance.md` from the files.
+that fails is told, and the others go on. Then the tables of `docs/performance.md` are written from the files, unless
+--results names another folder; `--table` does only that.
 """
 
 import argparse
@@ -33,9 +34,10 @@ import yaml
 from PIL import Image
 
 from benchmarks.measured_run import WARM_UP
-from benchmarks.records import facts
+from benchmarks.records import facts, put_tables
 
 ROOT = Path(__file__).resolve().parent.parent
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
 RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 SCRIPTS = {"sdxl": "train_sdxl_lpl.py", "sd3": "train_sd3_lpl_flow.py"}
 SECONDS = 480  # limit of a run
@@ -315,19 +317,40 @@ def run_stage(name, stage, check, results):
 
 
 def tables(results):
-    """Markdown tables of all files."""
+    """{mark: Markdown} of `docs/performance.md`: of runs on GPUs, and of runs at true sizes on CPUs."""
     rows = [json.loads(path.read_text()) for path in sorted(results.glob("gpu-*.json"))]
-    lines = ["| stage | seconds a step | share of the loss | peak | waits a step | device |",
-             "|---|---:|---:|---:|---:|---|"]  # fmt: skip
+    rows = [row for row in rows if row["stage"] != "machine"]
+    on_cpu = [row["device"].endswith("CPU") for row in rows]
+    return {
+        "gpu": table([row for row, cpu in zip(rows, on_cpu, strict=True) if not cpu]),
+        "cpu": table([row for row, cpu in zip(rows, on_cpu, strict=True) if cpu]),
+    }
+
+
+def table(rows):
+    """Markdown of the stages' files; "" without one."""
+    if not rows:
+        return ""
+    lines = ["| stage | sizes | seconds a step | share of the loss | peak | waits | plan | commit, device, date |",
+             "|---|---|---:|---:|---:|---:|---|---|"]  # fmt: skip
     for row in rows:
+        made = f"{row['commit'][:7]}, {row['device']}, {row['date']}"
         for name, found in parts_of(row):
             peak = max(found["peak"].values()) / 1e9
             seconds, share = found["seconds_a_step"], found["share_of_loss"]
-            lines.append(f"| {name} | {seconds:.3f} | {share:.0%} | {peak:.2f} GB | {found['waits_a_step']:.1f} | "
-                         f"{row['device']}, {row['date']} |")  # fmt: skip
+            lines.append(f"| {name} | {row['sizes']} | {seconds:.3f} | {share:.0%} | {peak:.2f} GB | "
+                         f"{found['waits_a_step']:.1f} | {found['plan'] or ''} | {made} |")  # fmt: skip
         if "skipped" in row:
-            lines.append(f"| {row['stage']} | not run: {row['skipped']} |  |  |  | {row['device']}, {row['date']} |")
+            lines.append(f"| {row['stage']} | {row['sizes']} | not run: {row['skipped']} |  |  |  |  | {made} |")
     return "\n".join(lines)
+
+
+def write_page(results):
+    """Print the tables; write them into the page, if they are the repository's own results."""
+    found = tables(results)
+    print("\n\n".join(filter(None, found.values())))
+    if results.resolve() == RESULTS:
+        PAGE.write_text(put_tables(PAGE.read_text(encoding="utf-8"), found), encoding="utf-8")
 
 
 def parts_of(row):
@@ -352,17 +375,16 @@ def main(argv=None):
     parser.add_argument("--sd3", type=Path, help="folder of an SD3 or SD3.5 pipeline in place of random weights")
     parser.add_argument("--only", nargs="+", choices=stages, metavar="STAGE", help=f"of {', '.join(stages)}")
     parser.add_argument("--limit", type=int, default=SECONDS, help="seconds of a run (default: %(default)s)")
-    parser.add_argument("--results", type=Path, default=ROOT / "benchmarks" / "results")
-    parser.add_argument("--table", action="store_true", help="print the tables of what was measured, and end")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--table", action="store_true", help="write the tables of what was measured, and end")
     args = parser.parse_args(argv)
     if args.table:
-        print(tables(args.results))
-        return
+        return write_page(args.results)
     own = {"sdxl": args.sdxl, "sd3": args.sd3}
     models = {family: folder.resolve() for family, folder in own.items() if folder}
     check = Check(args.work, args.device, args.sizes == "tiny", models, args.resolution, args.limit)
     good = [run_stage(name, stages[name], check, args.results) for name in args.only or stages]
-    print(tables(args.results))
+    write_page(args.results)
     sys.exit(0 if all(good) else 1)
 
 

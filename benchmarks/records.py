@@ -35,6 +35,21 @@ def commit():
         return "unknown"
 
 
+def source(found):
+    """The line that says where a table is from. found: what `facts` gave."""
+    return f"`{found['command']}`, commit {found['commit'][:7]}, {found['device']}, {found['date']}."
+
+
+def put_tables(text, tables):
+    """The page with the tables between their marks; a table that is empty says so."""
+    for mark, table in tables.items():
+        start, end = f"<!-- {mark} -->", f"<!-- end of {mark} -->"
+        if start in text:
+            before, rest = text.split(start)
+            text = f"{before}{start}\n{table or '*Not measured yet.*'}\n{end}{rest.split(end)[1]}"
+    return text
+
+
 def start_script(script, flags, prepare=lambda args: None):
     """Check a training script's flags and pictures, then run it, as its command does.
 

@@ -130,7 +130,7 @@ def perceptual_loss(model_pred, noisy_latents, latents, timesteps, goal):
 
 def training_step(batch, denoiser, goal, step, metrics):
     latents = objective.sample_latents(batch, goal)
-    noise = objective.sample_noise(batch["number"], latents.shape[1:], goal)
+    noise = batch["noise"]
     timesteps = objective.sample_timesteps(batch["number"], latents, goal)
     errors, *tensors = denoise(denoiser, latents, noise, timesteps, goal)
     goal.guard.watch("diffusion loss", errors, batch["index"])
@@ -185,10 +185,10 @@ def train(args, images, held_out, settled, accelerator, signals, gate):
     validate = validation.Validation(args, accelerator, trainee, goal, data, said, signals, (None, None, 0),
                                      (lambda batch, goal, dropout: (), held_out_step, denoise))  # fmt: skip
     done = checkpoints.resume(settled.resume_from, settled.total_steps)
-    with run.open_batches(args, data, accelerator, done, settled.total_steps) as micro_batches:
+    with run.open_batches(args, data, accelerator, goal, done, settled.total_steps) as micro_batches:
         for step in said.steps():
-            for _ in trainee.micro_steps():
-                trainee.backward(*training_step(next(micro_batches), trainee.denoiser, goal, step, said.metrics))
+            for batch in trainee.micro_steps(micro_batches):
+                trainee.backward(*training_step(batch, trainee.denoiser, goal, step, said.metrics))
             done = step + 1
             outcome = trainee.step(done, (signals.requested is not None, checkpoints.late()), said.metrics)
             goal.update_lpl_weight(step, trainee.terms, accelerator)

@@ -233,14 +233,19 @@ def load_pipeline(base, pipeline_class, **parts):
     )  # fmt: skip
 
 
+def cast(model, dtype):
+    """The model in another dtype. The `to` of diffusers warns of modules to be kept in float32, even of none."""
+    return torch.nn.Module.to(model, dtype)
+
+
 def load_vae(base, dtype, device):
     """The frozen autoencoder in `dtype`, channels-last; on the meta device without memory or weights."""
     part = base.family.autoencoder
     cls = getattr(diffusers, part.class_name)
     if torch.device(device).type == "meta":
         with torch.device("meta"):
-            vae = cls.from_config(vae_config(base)).requires_grad_(False)
-        return vae.to(dtype=dtype, memory_format=torch.channels_last)
+            vae = cast(cls.from_config(vae_config(base)).requires_grad_(False), dtype)
+        return torch.nn.Module.to(vae, memory_format=torch.channels_last)
     vae = load_model(base, cls, part.name, dtype=dtype)
     return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 
@@ -263,7 +268,7 @@ def load_denoiser(args, cls, dtype, device):
     if device == "meta":
         config = load_part_config(base, cls, part)
         with torch.device("meta"):
-            return cls.from_config(config).to(weights)
+            return cast(cls.from_config(config), weights)
     return load_model(base, cls, part, dtype=weights, **quantization(args, dtype))
 
 

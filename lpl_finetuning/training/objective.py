@@ -34,12 +34,15 @@ from lpl_utils import (
 )
 
 
+def pinned(tensor, device):
+    """A CPU tensor in memory from which it can be copied to the device while the host goes on."""
+    return tensor.pin_memory() if torch.device(device).type == "cuda" and not tensor.is_pinned() else tensor
+
+
 def to_device(tensor, device, dtype=None):
     """A CPU tensor on the device; by way of pinned memory on CUDA, so that the host does not wait."""
     tensor = tensor.to(dtype=dtype)  # before it is pinned: a copy that converts goes by unpinned memory
-    if torch.device(device).type == "cuda" and not tensor.is_pinned():
-        tensor = tensor.pin_memory()
-    return tensor.to(device, non_blocking=True)
+    return pinned(tensor, device).to(device, non_blocking=True)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -284,6 +287,24 @@ def build_objective(args, accelerator, plan, data, space, stages, encoder, empty
 # Samples
 
 
+def with_noise(batch, objective):
+    """The batch of the loader, with the noise of its samples on the CPU: "posterior_noise" and "noise" (B, C, h, w).
+
+    Under --noise_offset the noise has a part that is constant over each channel.
+    """
+    settings, numbers = objective.settings, batch["number"]
+    if "mean" in batch:
+        shape = batch["mean"].shape[1:]
+    else:
+        height, width = (size // objective.pixels for size in batch["pixel_values"].shape[-2:])
+        shape = objective.encoder.config.latent_channels, height, width
+    noise = addressed_normal(settings.seed, numbers, shape, "noise")
+    if settings.noise_offset:
+        noise += settings.noise_offset * addressed_normal(settings.seed, numbers, (shape[0], 1, 1), "noise_offset")
+    drawn = {"noise": noise, "posterior_noise": addressed_normal(settings.seed, numbers, shape, "posterior")}
+    return batch | {name: pinned(value, objective.device) for name, value in drawn.items()}
+
+
 def sample_latents(batch, objective):
     """z_0 (B, C, h, w) as the denoiser sees it, float32: a sample of the autoencoder's posterior."""
     if "pixel_values" in batch:
@@ -291,8 +312,7 @@ def sample_latents(batch, objective):
             mean, std = encode_in_chunks(batch["pixel_values"], objective)
     else:
         mean, std = (to_device(batch[name], objective.device) for name in ("mean", "std"))
-    eps = addressed_normal(objective.settings.seed, batch["number"], mean.shape[1:], "posterior")
-    return objective.space.to_model(mean + std * to_device(eps, objective.device))
+    return objective.space.to_model(mean + std * to_device(batch["posterior_noise"], objective.device))
 
 
 def encode_in_chunks(pixels, objective):
@@ -306,15 +326,6 @@ def encode_in_chunks(pixels, objective):
         posterior = objective.encoder.encode(to_device(chunk, objective.device)).latent_dist
         found.append((posterior.mean, posterior.std))
     return tuple(torch.cat(parts) for parts in zip(*found, strict=True))
-
-
-def sample_noise(numbers, shape, objective):
-    """eps (B, *shape) of the samples with these numbers, on the device; under --noise_offset with a constant part."""
-    settings = objective.settings
-    noise = addressed_normal(settings.seed, numbers, shape, "noise")
-    if settings.noise_offset:
-        noise += settings.noise_offset * addressed_normal(settings.seed, numbers, (shape[0], 1, 1), "noise_offset")
-    return to_device(noise, objective.device)
 
 
 def sample_timesteps(numbers, latents, objective):

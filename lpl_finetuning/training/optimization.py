@@ -2,8 +2,8 @@
 
 `Trainee` is the model under training with everything that changes it. The training scripts' loop reads
 
-    for _ in trainee.micro_steps():
-        loss, terms = training_step(next(micro_batches), trainee.denoiser, objective, step, metrics)
+    for batch in trainee.micro_steps(micro_batches):
+        loss, terms = training_step(batch, trainee.denoiser, objective, step, metrics)
         trainee.backward(loss, terms)
     outcome = trainee.step(step + 1, wishes)
 """
@@ -207,18 +207,23 @@ class Trainee:
         self.ema = build_ema(settings, self.parameters)
         self.terms = None
 
-    def micro_steps(self):
-        """Generator of one item per micro-step, inside the context in which its backward pass belongs.
+    def micro_steps(self, batches):
+        """Generator of the batch of each micro-step, inside the context in which its backward pass belongs.
 
         Ranks exchange gradients in the last micro-step only. Where gradients are sharded the ranks exchange them in
-        each, since FSDP would keep whole gradients until then.
+        each, since FSDP would keep whole gradients until then. The next batch is made after the backward pass was
+        queued: a GPU is still computing it.
+
+        Args:
+            batches: the `Batches` of the run.
         """
         self.terms = torch.zeros(3, device=self.accelerator.device)
         for index in range(self.settings.gradient_accumulation_steps):
             last = index + 1 == self.settings.gradient_accumulation_steps
             each_time = last or is_sharded(self.accelerator)
             with contextlib.nullcontext() if each_time else self.accelerator.no_sync(self.denoiser):
-                yield index
+                yield next(batches)
+            batches.make_ahead()
 
     def backward(self, loss, terms):
         """The backward pass of a micro-step; adds its (3,) `terms` to the step's means."""

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import functools
 import os
 import platform
 from datetime import timedelta
@@ -21,6 +22,7 @@ from lpl_finetuning.flags import save_recipe
 from lpl_finetuning.stages import stage_ended
 from lpl_finetuning.training.checkpoint_folders import set_earlier_run_aside
 from lpl_finetuning.training.machine import cards_in_use, check_cards
+from lpl_finetuning.training.objective import with_noise
 from lpl_finetuning.training.sharding import check_zero_devices, set_up_sharding
 from lpl_finetuning.training.signals import leave_signals_to_the_run
 
@@ -61,9 +63,45 @@ def start_accelerator(args):
     return accelerator
 
 
+class Batches:
+    """Iterator of this rank's micro-batches with their noise; the next one can be made while the device computes."""
+
+    def __init__(self, loaded, objective):
+        """
+        Args:
+            loaded: iterator of the loader's batches.
+        """
+        self._loaded, self._objective, self._ahead = loaded, objective, None
+
+    def __iter__(self):
+        return self
+
+    def __next__(self):
+        make, self._ahead = self._ahead or self._make, None
+        return make()
+
+    def make_ahead(self):
+        """Make the next micro-batch now, once. What goes wrong with it is raised when it is asked for."""
+        if self._ahead is not None:
+            return
+        try:
+            batch = self._make()
+        except (StopIteration, DataError, RankError) as error:
+            self._ahead = functools.partial(_raise, error)
+        else:
+            self._ahead = lambda: batch
+
+    def _make(self):
+        return with_noise(next(self._loaded), self._objective)
+
+
+def _raise(error):
+    raise error
+
+
 @contextlib.contextmanager
-def open_batches(args, data, accelerator, first_step, last_step):
-    """Context manager: the iterator of this rank's micro-batches from `first_step` on; the loader ends with it.
+def open_batches(args, data, accelerator, objective, first_step, last_step):
+    """Context manager: the `Batches` of this rank from `first_step` on; the loader ends with it.
 
     Args:
         data: the `RunData`.
@@ -71,7 +109,7 @@ def open_batches(args, data, accelerator, first_step, last_step):
     stage_ended("optimizer, first validation, checkpoint")
     iterator = batches(args, data, accelerator, first_step, last_step)
     with contextlib.closing(iterator), during("training"):
-        yield iterator
+        yield Batches(iterator, objective)
 
 
 def batches(args, data, accelerator, first_step, last_step):

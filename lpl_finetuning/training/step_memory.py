@@ -22,7 +22,7 @@ from lpl_finetuning.flags import framing_rules
 from lpl_finetuning.stages import no_stages
 from lpl_finetuning.training.live_memory import LiveBytes, Peak, cuda_rules
 from lpl_finetuning.training.models import decode_latents, latent_space, load_vae
-from lpl_finetuning.training.objective import build_objective, lpl_dtype, lpl_stages, needs_decoder
+from lpl_finetuning.training.objective import build_objective, lpl_dtype, lpl_stages, needs_decoder, with_noise
 from lpl_finetuning.training.optimization import Trainee, optimizer_settings, update_ema
 from lpl_finetuning.training.reporter import Metrics
 from lpl_utils import LatentSpace, LPLGate
@@ -421,6 +421,7 @@ def optimizer_step(optimizer):
 def one_step(args, plan, code, trainee, objective, counter):
     """The last micro-step of a step, and the step of the optimizer."""
     batch = counting_batch(args, plan, code, objective.encoder is not None, trainee.bare)
+    batch = with_noise(batch, objective)
     metrics, step = Metrics(objective.device), args.lpl_start
     trainee.terms = torch.zeros(3, device=objective.device)
     loss, terms = code.training_step(batch, trainee.denoiser, objective, step, metrics)

@@ -15,6 +15,7 @@ from lpl_finetuning.evaluation.picture_sets import read_pictures
 from lpl_finetuning.training import objective, reporter
 from lpl_finetuning.training.objective import Objective
 from lpl_utils import estimate_z0
+from pretrain.emoji_images import in_domain
 from tests.runs import ROOT
 from tests.sdxl import run, train_sdxl_lpl
 from tests.tiny_models import picture_folder
@@ -27,6 +28,21 @@ def test_results_name_no_folder_of_a_machine(tmp_path, monkeypatch):
     found = json.loads((tmp_path / "results/x.json").read_text())
     assert found["command"] == "python benchmarks/effect.py --work WORK judge" and found["seconds"] == 1
     assert found["model"] == "WORK/arms/none-0" and found["commit"] and found["date"]
+
+
+def test_the_narrow_domain_has_smileys_people_and_hands(tmp_path):
+    names = {"1f469-1f3fd.webp": "woman medium skin tone", "1f469.webp": "woman", "1f44b.webp": "waving hand",
+             "1f469-200d-1f467.webp": "family woman girl", "1f44b-1f3ff.webp": "waving hand dark skin tone",
+             "1f600.webp": "grinning face", "1f34e.webp": "red apple", "1f436.webp": "dog face",
+             "1f3f4_e0067_e0062.webp": "flag England"}  # fmt: skip
+    (tmp_path / "package" / "assets").mkdir(parents=True)
+    for name in names:
+        (tmp_path / "package" / "assets" / name).touch()
+    captions = [names[name] for name in sorted(names)]
+    chosen = in_domain(tmp_path, captions, "people")
+    outside = {caption for caption, inside in zip(captions, chosen, strict=True) if not inside}
+    assert outside == {"red apple", "dog face", "flag England"}
+    assert in_domain(tmp_path, captions, "all").all()
 
 
 def test_bins_end_at_the_gate():

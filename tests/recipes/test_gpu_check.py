@@ -33,7 +33,7 @@ def test_stages_are_kept_skipped_or_told(tmp_path, capsys):
     def works(check):
         calls.append("works")
         return {"seconds_a_step": 0.5, "share_of_loss": 0.25, "peak": {"allocated": 2e9, "reserved": 3e9},
-                "waits_a_step": 1.0}  # fmt: skip
+                "waits_a_step": 1.0, "plan": "Memory 2.0 GB"}  # fmt: skip
 
     def fails(check):
         calls.append("fails")
@@ -50,7 +50,13 @@ def test_stages_are_kept_skipped_or_told(tmp_path, capsys):
     kept = json.loads((tmp_path / "gpu-works.json").read_text())
     assert kept["sizes"] == "tiny" and kept["device"].endswith("CPU") and kept["commit"]
     page = gpu_check.tables(tmp_path)
-    assert "| works | 0.500 | 25% | 3.00 GB | 1.0 |" in page and "| skips | not run: needs a GPU |" in page
+    assert "| works | tiny | 0.500 | 25% | 3.00 GB | 1.0 | Memory 2.0 GB |" in page["cpu"] and not page["gpu"]
+    assert "| skips | tiny | not run: needs a GPU |" in page["cpu"]
+
+
+def test_the_page_is_what_the_results_say():
+    text = gpu_check.PAGE.read_text(encoding="utf-8")
+    assert text == gpu_check.put_tables(text, gpu_check.tables(gpu_check.RESULTS)), "run gpu_check.py --table"
 
 
 def test_a_failed_run_is_told_by_its_last_lines(tmp_path):

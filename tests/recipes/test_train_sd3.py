@@ -256,8 +256,9 @@ def test_latents_are_shifted_and_scaled(flags, sd3_folder):
     assert config["shift_factor"] and config["scaling_factor"] != 1
     space = config["scaling_factor"], config["shift_factor"]
     mean = torch.randn(2, 16, 8, 8)
-    batch = {"mean": mean, "std": torch.zeros_like(mean), "number": [0, 1]}
-    latents = objective.sample_latents(batch, objective_of(args, space=space))
+    goal = objective_of(args, space=space)
+    batch = objective.with_noise({"mean": mean, "std": torch.zeros_like(mean), "number": [0, 1]}, goal)
+    latents = objective.sample_latents(batch, goal)
     assert torch.allclose(latents / config["scaling_factor"] + config["shift_factor"], mean, atol=1e-6)
 
 

@@ -5,6 +5,7 @@ import json
 import pytest
 
 from benchmarks import effect_verdict
+from benchmarks.records import put_tables
 from tests.runs import ROOT
 
 
@@ -47,14 +48,14 @@ def test_tables_have_what_the_files_have(tmp_path):
     assert second.startswith("| gain | 99.00 | -1.0% |") and third.startswith("| none | 100.00 | +0.0% |")
     assert effect_verdict.verdict_row("epsilon", tmp_path) is None, "seed 0 only chooses"
     page = "a\n<!-- arms epsilon -->\nold\n<!-- end of arms epsilon -->\nb"
-    assert effect_verdict.put_tables(page, {"arms epsilon": table}) == page.replace("old", table)
-    assert "*Not measured yet.*" in effect_verdict.put_tables(page, {"arms epsilon": ""})
+    assert put_tables(page, {"arms epsilon": table}) == page.replace("old", table)
+    assert "*Not measured yet.*" in put_tables(page, {"arms epsilon": ""})
 
 
 def test_the_page_is_what_the_results_say():
     page = ROOT / "docs" / "effect.md"
     text = page.read_text(encoding="utf-8")
-    assert text == effect_verdict.put_tables(text, effect_verdict.all_tables()), "run benchmarks/effect_verdict.py"
+    assert text == put_tables(text, effect_verdict.all_tables()), "run benchmarks/effect_verdict.py"
     kept = effect_verdict.read("effect")
     rows = [row for row in map(effect_verdict.verdict_row, effect_verdict.BASES) if row]
     assert (kept or {"verdict": []})["verdict"] == rows

@@ -341,16 +341,18 @@ def test_reconstructions_are_of_the_latents_that_are_trained_on(sheet_of, vae_fo
     args, sheet = sheet_of("--resolution", 128, "--preview_images", 4, "--vae", place, "--seed", 7)
     samples, _ = training_set(args)
     settings = SimpleNamespace(
-        settings=args,
+        settings=SimpleNamespace(seed=args.seed, noise_offset=0.0),
         device=torch.device("cpu"),
         dtype=torch.float32,
         encoder=vae,
         space=SimpleNamespace(to_model=lambda z: z),
+        pixels=8,
     )
     for n in range(4):
         pixels = samples[n]["pixel_values"]
         with torch.no_grad():
-            latents = objective.sample_latents({"pixel_values": pixels[None], "number": np.array([n])}, settings)
+            batch = objective.with_noise({"pixel_values": pixels[None], "number": np.array([n])}, settings)
+            latents = objective.sample_latents(batch, settings)
             decoded = vae.decode(latents).sample[0]
         decoded, pixels = from_pixel_values(decoded), from_pixel_values(pixels)
         [(top, left)], [(top_2, left_2)] = places(sheet, pixels), places(sheet, decoded)
