@@ -1,4 +1,4 @@
-"""The count of a step's memory, kept in the cache folder: a large model takes half a minute to count."""
+"""The count of a step's memory, kept in the cache folder: a large model takes ten seconds and more to count."""
 
 import contextlib
 import inspect

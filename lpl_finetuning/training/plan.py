@@ -257,7 +257,7 @@ def print_memory(args, accelerator, plan, denoiser, code, encodes):
         peaks = shared(counted_peaks(args, plan, code, machine, count, None if sharded else denoiser))
     if peaks is None:
         accelerator.print(
-            "Memory: not counted for these flags yet; --dry_run counts it once, in about half a minute\n"
+            "Memory: not counted for these flags yet; --dry_run counts it once, in about ten seconds\n"
         )
         kinds = kept_bytes(args, denoiser)
         return shared({"": Peak(sum(kinds.values()), "", kinds)})
