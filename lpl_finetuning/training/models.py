@@ -242,7 +242,7 @@ def load_vae(base, dtype, device):
     """The frozen autoencoder in `dtype`, channels-last; on the meta device without memory or weights."""
     part = base.family.autoencoder
     cls = getattr(diffusers, part.class_name)
-    if torch.device(device).type == "meta":
+    if str(device) == "meta":
         with torch.device("meta"):
             vae = cast(cls.from_config(vae_config(base)).requires_grad_(False), dtype)
         return torch.nn.Module.to(vae, memory_format=torch.channels_last)
