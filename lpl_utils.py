@@ -18,6 +18,7 @@ Forward process: z_t = alpha * z_0 + sigma * eps.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -39,6 +40,8 @@ NORM_GRADIENTS = ("none", "half", "full")
 LOSS_TYPES = ("mse", "l1")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 CHECKPOINTING = ("none", "stage")
+DIVISIONS = (torch.Tensor.div, torch.Tensor.__truediv__, torch.true_divide)
+NORM_BLOCK = 2**24  # elements of a group norm whose gradient is computed at a time
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -250,6 +253,13 @@ class DecoderStages:
             for block in self.decoder.up_blocks[self.num_blocks :]:
                 x = block(x)
             return self.finish(x)
+
+    def pieces(self, index):
+        """Returns functions that compute stage `index` one after the other: `run` in smaller steps."""
+        block = self.decoder.up_blocks[index - 1] if 0 < index <= self.num_blocks else None
+        if type(block).__name__ != "UpDecoderBlock2D":
+            return [functools.partial(self.run, index)]
+        return [*(functools.partial(resnet, temb=None) for resnet in block.resnets), *(block.upsamplers or ())]
 
     def finish(self, x):
         """Returns the picture (B, 3, H, W) from the last up block's output: norm, activation, last convolution."""
@@ -606,9 +616,7 @@ class LatentPerceptualLoss(torch.nn.Module):
         for index in range(len(self.stages)):
             with torch.no_grad():  # the target first: its temporaries come while the estimate keeps less
                 x = self._stage(index, x)
-            source = xh
-            output = self._run(index, source, keep_graph=needs_gradient and self.config.checkpointing == "none")
-            xh = output.detach()
+            xh, sources, output = self._estimate(index, xh, needs_gradient)
             height = self._as_map(index, x).shape[2]
             first_height = first_height or height
             weight = min(1.0, first_height / height) if self.config.pow_law else 1.0
@@ -617,8 +625,8 @@ class LatentPerceptualLoss(torch.nn.Module):
             losses.append(loss)
             shares.append(share)
             if needs_gradient:
-                tape.append((source, output if self.config.checkpointing == "none" else None, gradient))
-        del x, xh, source, output, gradient  # the backward pass is where memory peaks
+                tape.append((sources, output, gradient))
+        del x, xh, sources, output, gradient  # the backward pass is where memory peaks
         per_layer = torch.stack(losses)
         per_sample = sum(weight * loss for weight, loss in zip(weights, per_layer, strict=True))
         gradient = self._backward(tape) / self._gradient_scale(image_size) if needs_gradient else None
@@ -628,13 +636,32 @@ class LatentPerceptualLoss(torch.nn.Module):
         """Returns the output of stage `index`; x: `z_model` for stage 0, else the previous output."""
         return self.stages.run(index, first_input(self.stages, x) if index == 0 else x)
 
-    def _run(self, index, source, keep_graph):
-        """Returns a stage's output on the estimate's side; with keep_graph, `source` is the leaf of its graph."""
-        if not keep_graph:
-            with torch.no_grad():
-                return self._stage(index, source)
+    def _estimate(self, index, source, needs_gradient):
+        """Returns a stage's output on the estimate's side, and what its backward pass needs.
+
+        Returns:
+            (output without graph; inputs of the stage's pieces; output with graph, or None with checkpointing)
+        """
+        if needs_gradient and self.config.checkpointing == "none":
+            output = self._with_graph(index, functools.partial(self._stage, index), source)
+            return output.detach(), [source], output
+        sources, x = [], source
+        with torch.no_grad():
+            for piece in self._pieces(index):
+                sources.append(x)
+                x = piece(x)
+        return x, sources if needs_gradient else None, None
+
+    def _pieces(self, index):
+        """Returns the functions that compute a stage: more than one for the last stage, where memory peaks."""
+        if index and index == len(self.stages) - 1 and hasattr(self.stages, "pieces"):
+            return self.stages.pieces(index)
+        return [functools.partial(self._stage, index)]
+
+    def _with_graph(self, index, piece, source):
+        """Returns the output of a stage or a piece of it; `source` is the leaf of its graph."""
         with torch.enable_grad(), InputGradientOnly():
-            output = self._stage(index, source.requires_grad_())
+            output = piece(source.requires_grad_())
         if not output.requires_grad:
             raise ValueError(
                 f"stage {self.stages.names[index]!r} cuts the gradient: run it without torch.no_grad or detach"
@@ -674,9 +701,10 @@ class LatentPerceptualLoss(torch.nn.Module):
             mask = self._mask(x, kernels, dtype)
         count = None if by_channels else inlier_count(x, mask, dtype)
         loss, inliers = x.new_zeros(len(x), dtype=dtype), x.new_zeros((), dtype=dtype)
-        gradient = torch.empty_like(xh) if needs_gradient else None
+        reuse = self.config.checkpointing == "stage" and len(self._pieces(index)) > 1  # a decoder's last features
+        gradient = (xh if reuse else torch.empty_like(xh)) if needs_gradient else None
         factor = loss.new_full(loss.shape, weight * self._gradient_scale(image_size) / x.shape[1])
-        for block in _blocks(x, 1 if by_channels else 2):
+        for block in blocks_of(x, 1 if by_channels else 2):
             target = x[block].to(dtype, memory_format=torch.contiguous_format)
             estimate = xh[block].to(dtype, copy=True, memory_format=torch.contiguous_format)
             inlier = None if mask is None else mask[block]
@@ -696,7 +724,7 @@ class LatentPerceptualLoss(torch.nn.Module):
     def _mask(self, x, kernels, dtype):
         """Returns the layer's inliers, bool (b, C, H, W)."""
         mask = torch.empty(x.shape, dtype=torch.bool, device=x.device)
-        for block in _blocks(x, 1):
+        for block in blocks_of(x, 1):
             features = x[block].to(dtype, memory_format=torch.contiguous_format)
             mask[block] = inlier_mask(features, kernels, self.config.outlier_quantile)
         return mask
@@ -705,11 +733,18 @@ class LatentPerceptualLoss(torch.nn.Module):
         """Returns d losses / d estimate from the layers' gradients: the backward pass, the last stage first."""
         gradient = 0
         while tape:
-            source, output, layer_gradient = tape.pop()
-            if output is None:
-                output = self._run(len(tape), source, keep_graph=True)
-            gradient = layer_gradient.add_(gradient)
-            (gradient,) = torch.autograd.grad(output, source, gradient)
+            sources, output, layer_gradient = tape.pop()
+            index, held = len(tape), [layer_gradient.add_(gradient)]
+            pieces = self._pieces(index) if output is None else [None]
+            del layer_gradient, gradient
+            while sources:
+                source, piece = sources.pop(), pieces.pop()
+                if output is None:
+                    output = self._with_graph(index, piece, source)
+                end, output = _Held.apply(output, held), None
+                held.extend(torch.autograd.grad(end, source))
+                del source, end  # the end holds the list
+            (gradient,) = held
         return gradient
 
 
@@ -745,14 +780,32 @@ def _without_autocast(device_type):
     return torch.autocast(device_type, enabled=False) if available else contextlib.nullcontext()
 
 
-def _blocks(features, dim):
-    """Yields indices that cut (B, C, H, W) features along `dim` into blocks of about 2^21 elements (2^25 on a GPU)."""
-    size = 2**21 if features.device.type == "cpu" else 2**25
+def blocks_of(features, dim):
+    """Yields indices that cut (B, C, H, W) features along `dim` into blocks of about 2^21 elements (2^23 on a GPU)."""
+    size = 2**21 if features.device.type == "cpu" else 2**23
     length = features.shape[dim]
     step = max(1, size * length // max(1, features.numel()))
     for start in range(0, length, step):
         piece = slice(start, min(start + step, length))
         yield (slice(None), piece) if dim == 1 else (slice(None), slice(None), piece)
+
+
+class _Held(torch.autograd.Function):
+    """A scalar at the end of a graph, whose backward pass starts with a gradient that nothing else holds.
+
+    A tensor given to `torch.autograd.grad` lives until it returns, and so does the output. Both are as large as a
+    feature map. Here the output is free before the backward pass, and the gradient as soon as it is used.
+    """
+
+    @staticmethod
+    def forward(ctx, output, held):
+        """held: list with the gradient of the output, which the backward pass takes out."""
+        ctx.held = held
+        return output.new_zeros(())
+
+    @staticmethod
+    def backward(ctx, grad):
+        return ctx.held.pop(), None
 
 
 class _WithGradient(torch.autograd.Function):
@@ -877,10 +930,15 @@ class AutoWeight(torch.nn.Module):
 
 
 class _FrozenConv2d(torch.autograd.Function):
-    """Convolution with constant weights. Autograd would keep the input, for a weight gradient that is not needed."""
+    """Convolution with constant weights. Autograd would keep the input, for a weight gradient that is not needed.
+
+    Where the input comes from a `_FrozenGroupNorm`, that function's backward pass is the only holder of the gradient
+    that is made here. It is told so, and may write its own result into it.
+    """
 
     @staticmethod
     def forward(ctx, x, weight, bias, stride, padding, dilation, groups):
+        ctx.to_norm = isinstance(x.grad_fn, _FrozenGroupNorm._backward_cls)
         ctx.save_for_backward(weight)
         ctx.shape, ctx.arguments = x.shape, (stride, padding, dilation, groups)
         return F.conv2d(x, weight, bias, stride, padding, dilation, groups)
@@ -890,7 +948,9 @@ class _FrozenConv2d(torch.autograd.Function):
         (weight,) = ctx.saved_tensors
         stride, padding, dilation, groups = ctx.arguments
         if stride in (1, (1, 1)):  # PyTorch's general function fills a stand-in for the input and ignores it
-            return F.conv_transpose2d(grad, weight, None, stride, padding, 0, groups, dilation), *[None] * 6
+            result = F.conv_transpose2d(grad, weight, None, stride, padding, 0, groups, dilation)
+            result.held_by_norm = ctx.to_norm
+            return result, *[None] * 6
         return torch.nn.grad.conv2d_input(ctx.shape, weight, grad, *ctx.arguments), *[None] * 6
 
 
@@ -924,19 +984,36 @@ class _FrozenGroupNorm(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias = (None if t is None else t.detach() for t in ctx.saved_tensors)
-        with torch.enable_grad():
-            normed = F.group_norm(x.requires_grad_(), ctx.groups, weight, bias, ctx.eps)
-        if ctx.silu:
-            grad = torch.ops.aten.silu_backward(grad, normed.detach())
-        return torch.autograd.grad(normed, x, grad)[0], *[None] * 5
+        step = max(1, ctx.groups * NORM_BLOCK // max(1, x.numel()))
+        if step >= ctx.groups:
+            return _group_norm_gradient(x, grad, ctx.groups, weight, bias, ctx.eps, ctx.silu), *[None] * 5
+        sole = getattr(grad, "held_by_norm", False) and grad.dtype == x.dtype
+        result, width = grad if sole else torch.empty_like(x), x.shape[1] // ctx.groups
+        for start in range(0, ctx.groups, step):
+            groups = min(step, ctx.groups - start)
+            part = slice(start * width, (start + groups) * width)
+            own = (None if t is None else t[part] for t in (weight, bias))
+            result[:, part] = _group_norm_gradient(x[:, part], grad[:, part], groups, *own, ctx.eps, ctx.silu)
+        return result, *[None] * 5
+
+
+def _group_norm_gradient(x, grad, groups, weight, bias, eps, silu):
+    """Returns the gradient of x from that of its group norm, with SiLU behind it or not."""
+    with torch.enable_grad():
+        normed = F.group_norm(x.requires_grad_(), groups, weight, bias, eps)
+    if silu:
+        values = normed.detach()
+        grad = torch.ops.aten.silu_backward.grad_input(grad, values, grad_input=values)  # in the place of the values
+    return torch.autograd.grad(normed, x, grad)[0]
 
 
 class InputGradientOnly(TorchFunctionMode):
     """Context manager: inside, a network's layers are differentiated with respect to their input alone.
 
     It replaces convolutions, linear layers and group norms (with the SiLU behind them) by functions with the same
-    values and the same input gradients that keep no more than they need. Layers whose weights are computed inside the
-    network keep PyTorch's functions, since the gradient may run through those weights. The network stays as it is.
+    values and the same input gradients that keep no more than they need. It leaves out divisions by 1. Layers whose
+    weights are computed inside the network keep PyTorch's functions, since the gradient may run through those weights.
+    The network stays as it is.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -961,6 +1038,8 @@ class InputGradientOnly(TorchFunctionMode):
                 frozen, version = getattr(normed, "_frozen_norm", (None, None))
                 if frozen is not None and normed._version == version:
                     return _FrozenGroupNorm.apply(*frozen, normed.detach())
+            if function in DIVISIONS and len(args) == 2 and type(args[1]) is float and args[1] == 1 and not kwargs:
+                return args[0]  # diffusers divides the output of each residual block by its scale, which is 1
         return function(*args, **kwargs)
 
 

@@ -131,6 +131,7 @@ from lpl_finetuning.training.reporter import Reporter
 from lpl_finetuning.training.run import check_start, end, open_batches, open_output_dir, start_accelerator
 from lpl_finetuning.training.sharding import build_device, with_full_weights
 from lpl_finetuning.training.signals import StopSignals
+from lpl_finetuning.training.step_memory import RunCode, autoencoder_networks
 from lpl_finetuning.training.validation import Validation
 from lpl_utils import estimate_z0, noise_to_signal
 
@@ -439,21 +440,21 @@ def lpl_gate(args):
     return gate_from_flags(args, t_threshold=200)
 
 
-def example_inputs(denoiser, args, size, dtype):
-    """Arguments of the `Denoiser` for a batch of latents of `size`, (h, w): what the memory estimate runs."""
-    batch = args.train_batch_size
-    config = denoiser.unet.config
+def example_batch(denoiser, args, size, dtype):
+    """A micro-batch of latents of `size`, (h, w), as the loader gives it: what the count of the memory runs."""
+    batch, config = args.train_batch_size, denoiser.unet.config
     if args.train_text_encoder:
-        ids = torch.zeros(batch, 77, dtype=torch.long)
-        prompt = {"input_ids": ids, "input_ids_2": ids}
+        prompt = {"input_ids": torch.zeros(batch, 77, dtype=torch.long)}
+        prompt["input_ids_2"] = prompt["input_ids"]
     else:
         pooled = config.projection_class_embeddings_input_dim - 6 * config.addition_time_embed_dim
         prompt = {
-            "prompt_embeds": torch.randn(batch, 77, config.cross_attention_dim, dtype=dtype),
-            "pooled_prompt_embeds": torch.randn(batch, pooled, dtype=dtype),
+            "prompt_embeds": torch.zeros(batch, 77, config.cross_attention_dim, dtype=dtype),
+            "pooled_prompt_embeds": torch.zeros(batch, pooled, dtype=dtype),
         }
-    latents = torch.randn(batch, config.in_channels, *size, dtype=dtype)
-    return latents, torch.zeros(batch, dtype=torch.long), prompt, torch.randn(batch, 6, dtype=dtype)
+    numbers, latents = torch.arange(batch).numpy(), torch.zeros(batch, config.in_channels, *size)
+    time_ids = torch.zeros(batch, 6)
+    return {"number": numbers, "index": numbers, "mean": latents, "std": latents, "time_ids": time_ids} | prompt
 
 
 def prepare_objective(args, accelerator, plan, data):
@@ -485,14 +486,12 @@ def main(args, scan, held_out=()):
     accelerator = start_accelerator(args)
     plan = plan_run(args, accelerator, Schedule(args), len(scan.images))
     report = check_data(args, scan, held_out, load_tokenizers(args), accelerator)
-    vae = load_vae(args.base_model, lpl_dtype(args, accelerator.mixed_precision), "meta")
-    denoiser = build_denoiser(args, plan.dtype, "meta")
-    stages = lpl_stages(args, vae)
-    parts = print_plan(args, report, accelerator, plan, denoiser, vae.decoder, stages, lpl_gate(args), example_inputs)
+    code = RunCode(build_denoiser, training_step, example_batch, autoencoder_networks)
+    peaks = print_plan(args, report, accelerator, plan, lpl_gate(args), code)
     if args.dry_run:
         return check_start(args, accelerator, check_access)
     output_dir = open_output_dir(args, accelerator, plan.resume_from, report, check_access)
-    explained = explained_if_out_of_memory(args, accelerator, parts)
+    explained = explained_if_out_of_memory(args, accelerator, peaks)
     with output_dir as hub_name, explained, StopSignals(accelerator) as signals:
         is_done = train(args, scan.images, held_out, plan, accelerator, signals, hub_name)
     end(accelerator)

@@ -1,8 +1,9 @@
 """Compute the GPU memory of fine-tuning for the real architectures: python benchmarks/memory.py
 
 Models are built on the meta device from configurations, so no weights and no GPU are needed. The figures are those of
-the scripts' `--dry_run`. The script writes the tables into docs/memory.md and docs/scaling.md, and with `--json PATH`
-the figures as JSON.
+the scripts' `--dry_run`: the bytes of live tensors at the peak of a step. The script writes the tables into
+docs/memory.md and docs/scaling.md. A setup takes ten seconds and more; `--json PATH` keeps figures, and reads those that it
+kept from the same run before.
 """
 
 # ruff: noqa: E402
@@ -11,7 +12,9 @@ import argparse
 import json
 import sys
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -21,10 +24,9 @@ import torch
 import train_sd3_lpl_flow
 import train_sdxl_lpl
 from lpl_finetuning.files import format_bytes
-from lpl_finetuning.training.models import load_vae
-from lpl_finetuning.training.objective import lpl_stages
-from lpl_finetuning.training.plan import memory_estimate
+from lpl_finetuning.training.live_memory import Peak
 from lpl_finetuning.training.sharding import memory_of_rank
+from lpl_finetuning.training.step_memory import Machine, RunCode, autoencoder_networks, count_step, highest
 
 PAGE, SCALING_PAGE = ROOT / "docs" / "memory.md", ROOT / "docs" / "scaling.md"
 NF4 = ROOT / "configs" / "nf4.json"
@@ -64,11 +66,34 @@ MODELS = {  # name: (script, pipeline class, denoiser's folder and configuration
     "SD3.5 medium": (train_sd3_lpl_flow, "StableDiffusion3Pipeline", "transformer", SD35_MEDIUM, SD3_VAE),
     "SD3.5 large": (train_sd3_lpl_flow, "StableDiffusion3Pipeline", "transformer", SD35_LARGE, SD3_VAE),
 }
-LORA = ["--use_lora", "--rank", "16"]
-WAYS = {
-    "LoRA, rank 16": LORA, "LoRA, rank 16, fp16": LORA, "LoRA, rank 16, 4 bits": LORA, "all weights": [],
-    "all, 8-bit Adam": ["--use_8bit_adam"],
+CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 12, "num_hidden_layers": 12,
+          "projection_dim": 768}  # fmt: skip
+CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32,
+          "projection_dim": 1280}  # fmt: skip
+STEP = "--resolution 1024 --use_lpl --center_crop --train_batch_size 1 --gradient_checkpointing --mixed_precision bf16"
+SETUPS = {  # name: (model, recipe, flags)
+    "`sdxl-lora-16gb`": ("SDXL", "sdxl-lora-16gb", ""),
+    "`sdxl-lora-16gb`, --lpl_num_blocks 3": ("SDXL", "sdxl-lora-16gb", "--lpl_num_blocks 3"),
+    "`sdxl-lora-16gb`, --no-gradient_checkpointing": ("SDXL", "sdxl-lora-16gb", "--no-gradient_checkpointing"),
+    "`sdxl-lora-16gb`, fp16": ("SDXL", "sdxl-lora-16gb", ""),
+    "`sdxl-lora-16gb`, fp16, --lpl_num_blocks 3": (
+        "SDXL", "sdxl-lora-16gb", "--lpl_num_blocks 3"),
+    "`sdxl-lora-16gb-fp16`": ("SDXL", "sdxl-lora-16gb-fp16", ""),
+    "`sdxl-subject-lora`": ("SDXL", "sdxl-subject-lora", ""),
+    "`sdxl-style-lora`": ("SDXL", "sdxl-style-lora", ""),
+    "`sdxl-lora-8gb`": ("SDXL", "sdxl-lora-8gb", ""),
+    "`sd35-medium-lora`": ("SD3.5 medium", "sd35-medium-lora", ""),
+    "`sd35-medium-lora`, --no-gradient_checkpointing": (
+        "SD3.5 medium", "sd35-medium-lora", "--no-gradient_checkpointing"),
+    "`sd35-large-lora-24gb`": ("SD3.5 large", "sd35-large-lora-24gb", ""),
+    "`sd35-large-lora-24gb`, 4 bits": ("SD3.5 large", "sd35-large-lora-24gb", ""),
+    "SDXL, all weights": ("SDXL", None, STEP),
+    "`sdxl-full-80gb`": ("SDXL", "sdxl-full-80gb", ""),
+    "SD3.5 medium, all weights": ("SD3.5 medium", None, STEP),
+    "SD3.5 large, all weights": ("SD3.5 large", None, STEP),
 }  # fmt: skip
+RECIPES = ROOT / "configs" / "recipes"
+REPLACED = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "bnb_quantization_config_path")
 
 
 def write_configurations(folder, pipeline_class, denoiser, denoiser_config, vae_config):
@@ -80,6 +105,8 @@ def write_configurations(folder, pipeline_class, denoiser, denoiser_config, vae_
     scheduler = "FlowMatchEulerDiscreteScheduler" if denoiser == "transformer" else "EulerDiscreteScheduler"
     (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": scheduler}))
     (folder / denoiser / "config.json").write_text(json.dumps(denoiser_config))
+    for part, config in (("text_encoder", CLIP_L), ("text_encoder_2", CLIP_G)):
+        (folder / part / "config.json").write_text(json.dumps(config | {"vocab_size": 49408}))
     (folder / "vae" / "config.json").write_text(json.dumps(vae_config))
     index = {"_class_name": pipeline_class} | {part: ["diffusers", part] for part in parts}
     (folder / "model_index.json").write_text(json.dumps(index))
@@ -92,44 +119,66 @@ RANKS = (1, 2, 4, 8, 16)
 SHARDINGS = {"": 0, ", ZeRO-2": 2, ", ZeRO-3": 3}
 
 
-def estimate(model, way, resolution, lpl, ranks=1, stage=0):
-    """{what: bytes} on one GPU of a run in bfloat16 with gradient checkpointing and one image per device.
-
-    way: a key of WAYS; the name may contain fp16 or 4 bits.
-    ranks: number of GPUs that share the model, by FSDP2 or by DeepSpeed.
-    stage: ZeRO stage of DeepSpeed; 0 is FSDP2.
-    """
+def arguments(name, folder):
+    """(script, flags) of a setup, for the configurations in a folder. Flags of a recipe are read from its file."""
+    model, recipe, flags = SETUPS[name]
     script, *configurations = MODELS[model]
+    text = (RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8") if recipe else ""
+    if "pretrained_vae_model_name_or_path" in text:  # the autoencoder that does not overflow
+        configurations[-1] = SDXL_VAE | {"force_upcast": False}
+    write_configurations(Path(folder), *configurations)
+    kept = "\n".join(line for line in text.splitlines() if not line.startswith(REPLACED))
+    kept = kept.replace("mixed_precision: fp16", "mixed_precision: bf16")
+    (Path(folder) / "recipe.yaml").write_text(kept or "use_lpl: true", encoding="utf-8")
+    words = (
+        f"--config {folder}/recipe.yaml --pretrained_model_name_or_path {folder} --train_data_dir {folder} "
+        f"--validation_prompt x --dry_run {flags}"
+    )
+    args = script.parse_args(words.split())
+    quantized = "\nbnb_quantization_config_path" in text or "4 bits" in name
+    precision = "fp16" if "fp16" in name else "bf16"  # set here: the CPU build of PyTorch refuses both flags
+    return script, args.but(mixed_precision=precision, bnb_quantization_config_path=str(NF4) if quantized else None)
+
+
+def count(name):
+    """{phase: Peak} of a setup on one GPU."""
     with tempfile.TemporaryDirectory() as folder:
-        write_configurations(Path(folder), *configurations)
-        args = script.parse_args([
-            "--pretrained_model_name_or_path", folder, "--train_data_dir", folder, "--resolution", str(resolution),
-            "--train_batch_size", "1", "--gradient_checkpointing", "--mixed_precision", "bf16", "--dry_run",
-            *WAYS[way], *(["--use_lpl"] if lpl else []),
-        ])  # fmt: skip
-        if "4 bits" in way:  # set here, since the command line refuses it when PyTorch is the CPU build
-            args = args.but(bnb_quantization_config_path=str(NF4))
-        dtypes = (torch.float16, torch.float32) if "fp16" in way else (torch.bfloat16, torch.bfloat16)
-        denoiser = script.build_denoiser(args, dtypes[0], "meta")
-        vae = load_vae(args.base_model, dtypes[1], "meta")  # under fp16 the loss' decoder is in float32
-        stages = lpl_stages(args, vae)
-        parts = memory_estimate(args, denoiser, vae.decoder, stages, dtypes[0], script.example_inputs)
-        if ranks > 1:
-            parts = memory_of_rank(parts, next(iter(denoiser.models().values())), ranks, stage)
-        return dict(parts)
+        script, args = arguments(name, folder)
+        plan = SimpleNamespace(
+            schedule=script.Schedule(args),
+            dtype={"fp16": torch.float16, "bf16": torch.bfloat16}[args.mixed_precision],
+            batch_size=args.train_batch_size,
+            total_steps=1,
+        )
+        code = RunCode(script.build_denoiser, script.training_step, script.example_batch, autoencoder_networks)
+        return count_step(args, plan, code, Machine(args.mixed_precision))
 
 
-def table(rows):
-    """The table of docs/memory.md, Markdown."""
+def ranks_of(name, peaks):
+    """{(row, GPUs): bytes} of a setup whose training state is shared."""
+    with tempfile.TemporaryDirectory() as folder:
+        script, args = arguments(name, folder)
+        [model] = script.build_denoiser(args, torch.bfloat16, "meta").models().values()
+    found = {}
+    for suffix, stage in SHARDINGS.items():
+        for ranks in RANKS:
+            sizes = [sum(peak.kinds.values()) if ranks == 1
+                     else sum(size for _, size in memory_of_rank(list(peak.kinds.items()), model, ranks, stage))
+                     for peak in peaks.values()]  # fmt: skip
+            found[SETUPS[name][0] + suffix, ranks] = max(sizes)
+    return found
+
+
+def table(counts):
+    """The table of docs/memory.md, Markdown. counts: {setup: {phase: Peak}}."""
     lines = [
-        "| model | trained | px | without LPL | with LPL | of which weights, gradients, optimizer |",
-        "|---|---|---:|---:|---:|---:|",
+        "| setup, 1024 px | at the peak | peak of a step without LPL | where the peak is |",
+        "|---|---:|---:|---|",
     ]
-    for (model, way, resolution), (without, with_lpl) in rows.items():
-        fixed = sum(without[part] for part in ("weights", "gradients", "optimizer state"))
-        total = [sum(parts.values()) for parts in (without, with_lpl)]
-        figures = " | ".join(f"{size / 1e9:.1f} GB" for size in (*total, fixed))
-        lines.append(f"| {model} | {way} | {resolution} | {figures} |")
+    for name, peaks in counts.items():
+        top = highest(peaks)
+        others = max(peak.size for phase, peak in peaks.items() if phase != "LPL")
+        lines.append(f"| {name} | {top.size / 1e9:.1f} GB | {others / 1e9:.1f} GB | {top.where} |")
     return "\n".join(lines)
 
 
@@ -149,35 +198,36 @@ def put_table(page, text):
     page.write_text(f"{old.split(START)[0]}{START}\n{text}\n{END}{old.split(END)[1]}", encoding="utf-8")
 
 
+def kept_counts(path):
+    """{setup: {phase: Peak}} of a file of figures; {} without such a file."""
+    if not path or not Path(path).is_file():
+        return {}
+    content = json.loads(Path(path).read_text())
+    return {name: {phase: Peak(**peak) for phase, peak in peaks.items()} for name, peaks in content.items()}
+
+
 def main():
-    """Compute the tables, print them and write them into the pages."""
+    """Count the setups, print them and write the tables into the pages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--json", help="file for the figures")
+    parser.add_argument("--only", nargs="+", help="setups to count; the pages are then left alone")
     args = parser.parse_args()
-    rows = {}
-    for model in MODELS:
-        for way in WAYS:
-            for resolution in (512, 1024):
-                rows[model, way, resolution] = [estimate(model, way, resolution, lpl) for lpl in (False, True)]
-                print(
-                    model,
-                    way,
-                    resolution,
-                    *[format_bytes(sum(parts.values())) for parts in rows[model, way, resolution]],
-                )
-    put_table(PAGE, table(rows))
+    counts = kept_counts(args.json)
+    for name in args.only or SETUPS:
+        if name not in counts:
+            counts[name] = count(name)
+        print(name, format_bytes(highest(counts[name]).size), highest(counts[name]).where, flush=True)
+        if args.json:
+            content = {name: {phase: asdict(peak) for phase, peak in peaks.items()} for name, peaks in counts.items()}
+            Path(args.json).write_text(json.dumps(content, indent=1))
+    if args.only:
+        return
+    put_table(PAGE, table({name: counts[name] for name in SETUPS}))
     totals = {}
-    for model in MODELS:
-        for name, stage in SHARDINGS.items():
-            for ranks in RANKS:
-                parts = estimate(model, "all weights", 1024, True, ranks, stage)
-                totals[model + name, ranks] = sum(parts.values())
-    print(scaling_table(totals))
+    for name in SETUPS:
+        if name.endswith(", all weights"):
+            totals |= ranks_of(name, counts[name])
     put_table(SCALING_PAGE, scaling_table(totals))
-    if args.json:
-        Path(args.json).write_text(
-            json.dumps({" / ".join(map(str, key)): value for key, value in rows.items()}, indent=1)
-        )
 
 
 if __name__ == "__main__":

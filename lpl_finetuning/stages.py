@@ -1,5 +1,6 @@
 """How long the stages of a start take, printed under --debug."""
 
+import contextlib
 import sys
 import time
 
@@ -10,6 +11,16 @@ SHOWN = []  # not empty: the stages are printed
 def show_stages():
     """Print the stages from here on."""
     SHOWN.append(True)
+
+
+@contextlib.contextmanager
+def no_stages():
+    """Context manager: stages that end inside are not printed, and their time belongs to the next stage."""
+    kept, LAST[:] = LAST[:], []
+    try:
+        yield
+    finally:
+        LAST[:] = kept
 
 
 def stage_ended(name, last=False):

@@ -18,6 +18,7 @@ from lpl_finetuning.training import models, objective, optimization, plan, repor
 from lpl_finetuning.training.checkpoint_folders import check_resume
 from lpl_finetuning.training.checkpoints import Checkpoints
 from lpl_finetuning.training.signals import StopSignals
+from lpl_finetuning.training.step_memory import Networks, RunCode
 from lpl_utils import LatentSpace, estimate_z0, noise_to_signal
 
 PIXELS = Family(
@@ -146,16 +147,21 @@ def held_out_step(conditions, latents, noise, timesteps, with_lpl, denoiser, goa
     return errors, perceptual_loss(*tensors, latents, timesteps, goal).per_sample if with_lpl else None
 
 
-def example_inputs(denoiser, args, size, dtype):
-    return torch.randn(args.train_batch_size, 3, *size, dtype=dtype), torch.zeros(args.train_batch_size).long(), {}
+def example_batch(denoiser, args, size, dtype):
+    numbers, pixels = torch.arange(args.train_batch_size).numpy(), torch.zeros(args.train_batch_size, 3, *size)
+    return {"number": numbers, "index": numbers, "mean": pixels, "std": pixels}
+
+
+def networks(args, machine):
+    return Networks(None, Edges().to(machine.device), None, LatentSpace())
 
 
 def main(args, scan, held_out=()):
     accelerator, gate = run.start_accelerator(args), objective.gate_from_flags(args, t_threshold=500)
     settled = plan.plan_run(args, accelerator, Schedule(args), len(scan.images))
     report = plan.check_data(args, scan, held_out, [], accelerator)
-    plan.print_plan(args, report, accelerator, settled, build_denoiser(args, settled.dtype, "meta"), Edges(),
-                    Edges().to("meta"), gate, example_inputs)  # fmt: skip
+    code = RunCode(build_denoiser, training_step, example_batch, networks)
+    plan.print_plan(args, report, accelerator, settled, gate, code)
     output_dir = run.open_output_dir(args, accelerator, settled.resume_from, report, hub.check_access)
     with output_dir, StopSignals(accelerator) as signals:
         train(args, scan.images, held_out, settled, accelerator, signals, gate)

@@ -7,6 +7,7 @@ import json
 import sys
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from unittest import mock
 
 import numpy as np
@@ -18,9 +19,9 @@ from safetensors.torch import load_file
 
 from lpl_finetuning.data import scan
 from lpl_finetuning.flags import data_source, settings_from_flags
-from lpl_finetuning.training.models import load_vae
-from lpl_finetuning.training.objective import Objective, SampleSettings, lpl_stages
-from lpl_finetuning.training.plan import memory_estimate
+from lpl_finetuning.training.estimates import counted_peaks
+from lpl_finetuning.training.objective import Objective, SampleSettings
+from lpl_finetuning.training.step_memory import Machine, RunCode, autoencoder_networks
 from lpl_utils import LatentSpace
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -119,10 +120,13 @@ def forbid_loading(monkeypatch, script, names=("build_denoiser", "load_vae", "lo
         monkeypatch.setattr(script, name, only_on_meta(name, getattr(script, name)))
 
 
-def memory_of(script, args, dtype, vae_dtype):
-    """[(what, bytes)] of the plan's estimate for one device."""
-    denoiser, vae = script.build_denoiser(args, dtype, "meta"), load_vae(args.base_model, vae_dtype, "meta")
-    return memory_estimate(args, denoiser, vae.decoder, lpl_stages(args, vae), dtype, script.example_inputs)
+def memory_of(script, args, dtype, mixed_precision="no"):
+    """{phase: Peak} of a step on one device; kept in --cache_dir."""
+    plan = SimpleNamespace(
+        schedule=script.Schedule(args), dtype=dtype, batch_size=args.train_batch_size, total_steps=9
+    )
+    code = RunCode(script.build_denoiser, script.training_step, script.example_batch, autoencoder_networks)
+    return counted_peaks(args, plan, code, Machine(mixed_precision))
 
 
 def of(script, pipeline_class):

@@ -242,9 +242,10 @@ def load_vae(base, dtype, device):
     """The frozen autoencoder in `dtype`, channels-last; on the meta device without memory or weights."""
     part = base.family.autoencoder
     cls = getattr(diffusers, part.class_name)
-    if device == "meta":
+    if str(device) == "meta":
         with torch.device("meta"):
-            return cast(cls.from_config(vae_config(base)).requires_grad_(False), dtype)
+            vae = cast(cls.from_config(vae_config(base)).requires_grad_(False), dtype)
+        return torch.nn.Module.to(vae, memory_format=torch.channels_last)
     vae = load_model(base, cls, part.name, dtype=dtype)
     return vae.requires_grad_(False).eval().to(device, memory_format=torch.channels_last)
 

@@ -1,7 +1,6 @@
 """Out of memory: one sentence that says what was being done, which flags help, and which checkpoint is left.
 
-`parts` is the plan's estimate of the memory of one device, [(what, bytes)]: weights, gradients, optimizer state, EMA,
-activations, decoder, LPL. A part that is missing counts as 0.
+`peaks` is the plan's count of a step, {phase: Peak}. What a flag saves is estimated from it; nothing is counted anew.
 """
 
 import contextlib
@@ -12,10 +11,14 @@ import torch
 from lpl_finetuning.errors import RankError
 from lpl_finetuning.files import format_bytes
 from lpl_finetuning.training.checkpoint_folders import list_checkpoints, run_identity
+from lpl_finetuning.training.live_memory import REST, Peak
+from lpl_finetuning.training.objective import lpl_config
+from lpl_finetuning.training.step_memory import AVERAGE, GRADIENTS, STATE, WEIGHTS, highest
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
 ASKED_FOR = re.compile(r"tried to allocate ([\d.]+ ?\w*)", re.IGNORECASE)
 MOST_FLAGS = 5  # that a message names
+KEPT, LPL = "kept by the forward pass", "LPL"  # shares of what a step holds besides what is always there
 LOADING = "loading the models"  # what is done where nothing else is named
 
 
@@ -27,10 +30,13 @@ def is_out_of_memory(error):
 
 
 @contextlib.contextmanager
-def explained_if_out_of_memory(args, accelerator, parts):
+def explained_if_out_of_memory(args, accelerator, peaks):
     """Context manager: turns an out-of-memory error into a RankError, and its consequence on the other ranks too.
 
     `errors.during` says what was being done.
+
+    Args:
+        peaks: what `print_plan` returned.
     """
     try:
         yield
@@ -40,7 +46,7 @@ def explained_if_out_of_memory(args, accelerator, parts):
                             f"why ({str(error).splitlines()[0]})") from error  # fmt: skip
         if not is_out_of_memory(error):
             raise
-        message = explanation(args, accelerator, dict(parts or ()), error)
+        message = explanation(args, accelerator, in_use(peaks, accelerator.device), error)
         raise RankError(message) from error
 
 
@@ -50,14 +56,23 @@ def is_lost_rank(error):
     return isinstance(error, RuntimeError) and any(words in str(error) for words in gone)
 
 
-def explanation(args, accelerator, parts, error):
-    """The sentence about an out-of-memory error. parts: {what: bytes}."""
+def in_use(peaks, device):
+    """The plan's peaks; where no step was counted, with a phase of what PyTorch held on the GPU at most."""
+    if "" not in peaks or device.type != "cuda":
+        return peaks
+    fixed, held = peaks[""], torch.cuda.max_memory_allocated(device)
+    rest = {REST: max(0, held - fixed.size)}
+    return {"backward": Peak(max(held, fixed.size), "", fixed.kinds | rest)}
+
+
+def explanation(args, accelerator, peaks, error):
+    """The sentence about an out-of-memory error. peaks: {phase: Peak}."""
     doing, found = getattr(error, "during", LOADING), list_checkpoints(args.output_dir)
     asked = ASKED_FOR.search(str(error))
     which = f"rank {accelerator.process_index}: " if accelerator.num_processes > 1 else ""
     place = "the machine" if accelerator.device.type == "cpu" else "the GPU"
     fixed = run_identity(args) if found else {}  # what a checkpoint can't be resumed without
-    flags = [(size, flag) for size, flag in remedies(args, accelerator, parts, doing)
+    flags = [(size, flag) for size, flag in remedies(args, accelerator, peaks, doing)
              if not any(name in fixed for name in re.findall(r"--(\w+)", flag))]  # fmt: skip
     flags = [f"{flag}{f' (about {format_bytes(size)})' if size else ''}"
              for size, flag in sorted(flags, key=lambda entry: -entry[0])[:MOST_FLAGS]]  # fmt: skip
@@ -69,47 +84,66 @@ def explanation(args, accelerator, parts, error):
     return f"{which}{place} ran out of memory while {doing}{asked}; {advice}; {kept}"
 
 
-def remedies(args, accelerator, parts, doing):
-    """[(bytes that it would save, flag)] of the flags that are not set and help while `doing`; rough estimates."""
+def remedies(args, accelerator, peaks, doing):
+    """[(bytes by which the highest peak falls, flag)] of the flags that are not set and help while `doing`."""
     if doing.startswith("encoding"):
         return [(0, "close other programs that use this memory"), (0, f"--resolution below {args.resolution}")]
-    flags = always_saving(args, accelerator, parts)
+    flags = always_saving(args, accelerator)
     if doing.startswith("drawing"):
         at_once = min(args.num_validation_images, (1024 // args.resolution) ** 2)
-        flags += [(0, "--num_validation_images 1")] if at_once > 1 else []
+        flags += [("--num_validation_images 1", {})] if at_once > 1 else []
     elif doing.startswith("measuring"):
-        flags += [(0, f"--train_batch_size {args.train_batch_size // 2}")] if args.train_batch_size > 1 else []
+        flags += [(f"--train_batch_size {args.train_batch_size // 2}", {})] if args.train_batch_size > 1 else []
     elif doing != LOADING:
-        flags += saving_in_a_step(args, accelerator, parts)
-    return [*flags, (0, f"--resolution below {args.resolution}")]
+        flags += saving_in_a_step(args, accelerator)
+    flags.append((f"--resolution below {args.resolution}", {}))
+    return [(saved_bytes(peaks, shares), flag) for flag, shares in flags]
 
 
-def always_saving(args, accelerator, parts):
-    """[(bytes, flag)] of the flags that lower what is in memory all the time."""
-    state, ema, weights = (parts.get(name, 0) for name in ("optimizer state", "EMA", "weights"))
+def saved_bytes(peaks, shares):
+    """Bytes by which the highest peak falls.
+
+    Args:
+        shares: {kind: share of its bytes that is saved}. REST is told apart: what the forward pass keeps (KEPT), and
+            what the perceptual loss adds to that (LPL).
+    """
+    kept = peaks["forward"].kinds.get(REST, 0) if "forward" in peaks else 0
+
+    def size_with(phase, peak):
+        kinds = dict(peak.kinds)
+        rest = kinds.pop(REST, 0)
+        kinds |= {KEPT: min(kept, rest), LPL: max(0, rest - kept)} if phase == "LPL" else {}
+        kinds |= {KEPT: rest} if phase in ("forward", "backward") else {}
+        return peak.size - sum(share * kinds.get(kind, 0) for kind, share in shares.items())
+
+    return int(highest(peaks).size - max((size_with(*entry) for entry in peaks.items()), default=0))
+
+
+def always_saving(args, accelerator):
+    """[(flag, shares)] of the flags that lower what is in memory all the time; shares: see `saved_bytes`."""
     on_gpu = accelerator.device.type != "cpu"
-    return [(int(size), flag) for works, size, flag in (
-        (not args.use_lora, parts.get("gradients", 0) + state + ema + weights / 2, "--use_lora"),
-        (on_gpu and args.use_lora and not args.bnb_quantization_config_path, 0.6 * weights,
-         "--bnb_quantization_config_path configs/nf4.json"),
-        (on_gpu and args.optimizer == "adamw" and not args.use_8bit_adam, 0.75 * state, "--use_8bit_adam"),
-        (on_gpu and args.use_ema and not args.offload_ema, ema, "--offload_ema"),
+    return [(flag, shares) for works, flag, shares in (
+        (not args.use_lora, "--use_lora", {GRADIENTS: 1, STATE: 1, AVERAGE: 1, WEIGHTS: 0.5}),
+        (on_gpu and args.use_lora and not args.bnb_quantization_config_path,
+         "--bnb_quantization_config_path configs/nf4.json", {WEIGHTS: 0.6}),
+        (on_gpu and args.optimizer == "adamw" and not args.use_8bit_adam, "--use_8bit_adam", {STATE: 0.75}),
+        (on_gpu and args.use_ema and not args.offload_ema, "--offload_ema", {AVERAGE: 1}),
     ) if works]  # fmt: skip
 
 
-def saving_in_a_step(args, accelerator, parts):
-    """[(bytes, flag)] of the flags that lower what a training step needs."""
-    kept, lpl, batch = parts.get("activations", 0), parts.get("LPL", 0), args.train_batch_size
-    by_stage = (args.lpl_checkpointing or ("stage" if args.gradient_checkpointing else "none")) == "stage"
-    decoded = args.use_lpl and args.lpl_features != "latent"
+def saving_in_a_step(args, accelerator):
+    """[(flag, shares)] of the flags that lower what a training step needs; shares: see `saved_bytes`."""
+    batch, decoded = args.train_batch_size, args.use_lpl and args.lpl_features != "latent"
+    config = lpl_config(args)
     whole = accelerator.device.type != "cpu" and accelerator.mixed_precision == "no"
+    at_once = min(batch, config.batch_size)
     twice = 2 * args.gradient_accumulation_steps
     halved = f"--train_batch_size {batch // 2} with --gradient_accumulation_steps {twice}"
-    return [(int(size), flag) for works, size, flag in (
-        (not args.gradient_checkpointing, 0.8 * kept, "--gradient_checkpointing"),
-        (batch > 1, (kept + lpl) / 2, halved),
-        (whole, kept / 2, "--mixed_precision bf16"),
-        (decoded and not by_stage, 0.6 * lpl, "--lpl_checkpointing stage"),
-        (decoded and batch > 1 and args.lpl_batch_size != 1, lpl / 2, "--lpl_batch_size 1"),
-        (decoded and args.lpl_num_blocks > 1, lpl / 3, f"--lpl_num_blocks {args.lpl_num_blocks - 1}"),
+    return [(flag, shares) for works, flag, shares in (
+        (not args.gradient_checkpointing, "--gradient_checkpointing", {KEPT: 0.8}),
+        (batch > 1, halved, {KEPT: 0.5, LPL: 0.5 if at_once > 1 else 0}),
+        (whole, "--mixed_precision bf16", {KEPT: 0.5, LPL: 0.5}),
+        (decoded and config.checkpointing != "stage", "--lpl_checkpointing stage", {LPL: 0.6}),
+        (decoded and at_once > 1, "--lpl_batch_size 1", {LPL: 1 - 1 / at_once}),
+        (decoded and args.lpl_num_blocks > 1, f"--lpl_num_blocks {args.lpl_num_blocks - 1}", {LPL: 0.33}),
     ) if works]  # fmt: skip

@@ -8,20 +8,25 @@ from pathlib import Path
 
 import torch
 
-from lpl_finetuning.base_model import read_json
 from lpl_finetuning.data.encoding import in_chunks
 from lpl_finetuning.data.report import build_report, refuse_remarks, report_lines
 from lpl_finetuning.errors import require
 from lpl_finetuning.files import cache_folder, digest, format_bytes, write_whole
-from lpl_finetuning.flags import caption_rules, framing_rules, print_configuration
+from lpl_finetuning.flags import REPOSITORY, caption_rules, framing_rules, print_configuration
 from lpl_finetuning.training.checkpoint_folders import changes_since, read_manifest
 from lpl_finetuning.training.checkpoints import checkpoint_to_resume
-from lpl_finetuning.training.estimates import ShapesOfNorms, described, described_parts, remembered
+from lpl_finetuning.training.estimates import counted_peaks
+from lpl_finetuning.training.live_memory import Peak
 from lpl_finetuning.training.models import lora_config
 from lpl_finetuning.training.objective import lpl_config
 from lpl_finetuning.training.sharding import is_sharded, memory_of_rank, zero_stage
+from lpl_finetuning.training.step_memory import Machine, highest, kept_bytes, latent_size
 from lpl_finetuning.training.validation import HELD_OUT_LEVELS
-from lpl_utils import LatentPerceptualLoss
+from lpl_utils import stage_features
+
+RESERVE = 1_000_000_000  # bytes of a GPU that CUDA itself, workspaces and fragmentation take; a guess
+SMALL = 50_000_000  # parameters up to which a step is counted at every start: a second or two
+NF4 = str(REPOSITORY / "configs" / "nf4.json")
 
 
 @dataclass(frozen=True)
@@ -44,125 +49,6 @@ def plan_run(args, accelerator, schedule, images):
     total_steps = args.max_train_steps or -(-args.num_train_epochs * images // batch_size)
     first_step = read_manifest(resume_from)["step"] if resume_from is not None else 0
     return Plan(schedule, dtype, batch_size, total_steps, resume_from, first_step)
-
-
-def latent_size(args):
-    """(h, w) of the latents of the largest bucket."""
-    pixels = args.base_model.family.pixels_per_latent
-    return tuple(side // pixels for side in framing_rules(args).largest_size())
-
-
-class MeteredStages:
-    """A network's `FeatureStages` that tell how much a meter rises from one stage to the next, and their shapes.
-
-    The walk may enter a stage several times: for the target, for the estimate and again in the backward pass.
-    """
-
-    def __init__(self, stages, meter):
-        self.stages, self.meter = stages, meter
-        self.bytes, self.current, self.before = [0] * len(stages), 0, 0
-        self.shapes = [None] * len(stages)
-
-    def __len__(self):
-        return len(self.stages)
-
-    def __getattr__(self, name):
-        return getattr(self.stages, name)
-
-    def run(self, index, x):
-        """See `FeatureStages.run`."""
-        self.note(index)
-        features = self.stages.run(index, x)
-        self.shapes[index] = list(features.shape[1:])
-        return features
-
-    def note(self, following=0):
-        """Count what was kept since the last call for the stage that ran, and go on with the following one."""
-        self.bytes[self.current] += self.meter.total - self.before
-        self.current, self.before = following, self.meter.total
-
-
-def lpl_estimate(args, stages, shape):
-    """(bytes that the loss keeps for its backward pass, {stage's name: [C, H, W]} of the features that it compares).
-
-    The bytes are those of all stages, or of the largest with checkpointing.
-
-    Args:
-        stages: `FeatureStages` on the meta device; shape: (C, h, w) of the latents.
-    """
-    config = lpl_config(args)
-    batch = min(args.train_batch_size, config.batch_size)
-
-    def measure():
-        with torch.device("meta"), ShapesOfNorms(), SavedBytes() as kept:
-            metered = MeteredStages(stages, kept)
-            pair = torch.randn(2, batch, *shape)
-            LatentPerceptualLoss(metered, config)(pair[0].requires_grad_(), pair[1])
-        metered.note()
-        return metered.bytes, metered.shapes
-
-    sizes, shapes = remembered(args.cache_dir, [type(stages), lpl_estimate], measure, kept="LPL", batch=batch,
-                               config=str(config), stages=described_parts(stages), latents=shape)  # fmt: skip
-    total = max(sizes) if config.checkpointing == "stage" else sum(sizes)
-    return total, dict(zip(stages.names, shapes, strict=True))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Estimates before training
-
-
-class SavedBytes:
-    """Context manager that counts the bytes autograd keeps for the backward pass; free of cost on meta tensors.
-
-    Leaves (parameters, inputs) are not counted: they are in memory anyway.
-    """
-
-    def __enter__(self):
-        self.storages = {}
-        self.hooks = torch.autograd.graph.saved_tensors_hooks(self._pack, lambda tensor: tensor)
-        self.hooks.__enter__()
-        return self
-
-    def __exit__(self, *exception):
-        self.hooks.__exit__(*exception)
-
-    def _pack(self, tensor):
-        if not (tensor.is_leaf and tensor.requires_grad):
-            storage = tensor.untyped_storage()
-            self.storages[storage._cdata] = (
-                storage,
-                storage.nbytes(),
-            )  # the storage itself: its id must not be reused
-        return tensor
-
-    @property
-    def total(self):
-        """Bytes."""
-        return sum(size for _, size in self.storages.values())
-
-
-def parameter_bytes(parameters):
-    """Bytes of a collection of parameters."""
-    return sum(parameter.numel() * parameter.element_size() for parameter in parameters)
-
-
-def weight_bytes(args, models):
-    """Bytes of all weights; a quantized denoiser has its frozen linear layers in 4 or 8 bits."""
-    total = sum(parameter_bytes(model.parameters()) for model in models.values())
-    if not args.bnb_quantization_config_path:
-        return total
-    share = 0.5 if read_json(args.bnb_quantization_config_path).get("load_in_4bit") else 1
-    denoiser = next(iter(models.values()))
-    linear = [module.weight for module in denoiser.modules() if isinstance(module, torch.nn.Linear)]
-    frozen = [weight for weight in linear if not weight.requires_grad]
-    return int(total - sum(weight.numel() * (weight.element_size() - share) for weight in frozen))
-
-
-def optimizer_state_bytes(args, weights, count):
-    """Estimated bytes of the optimizer's state for `count` parameters of `weights` bytes."""
-    if args.use_8bit_adam:
-        return 2 * count
-    return {"adamw": 2 * weights, "prodigy": 4 * weights, "adafactor": 0}[args.optimizer]
 
 
 def warnings_about(args, total_steps, first_step):
@@ -233,6 +119,7 @@ def check_data(args, scan, held_out, tokenizers, accelerator):
     with accelerator.main_process_first():
         counts = truncated_captions(tokenizers, captions, cache_folder(args.cache_dir) / "scans")
     report["truncated"] = counts
+    report["cached"] = framing_rules(args).framing(scan.images).can_be_cached(scan.images)
     if any(counts.values()):
         which = ", ".join(f"{count} of them by {name}" for name, count in counts.items() if count)
         report["remarks"].append(f"Captions are longer than the tokenizers take, and cut off: {which}.")
@@ -251,31 +138,29 @@ def check_machine(args):
             "out")  # fmt: skip
 
 
-def print_plan(args, report, accelerator, plan, denoiser, network, stages, gate, example_inputs):
-    """Print what will happen: flags, data, steps, validation, models, the loss, memory; returns the `memory_estimate`.
+def print_plan(args, report, accelerator, plan, gate, code):
+    """Print what will happen: flags, data, steps, validation, models, the perceptual loss and memory.
 
     Args:
-        report: on the data, from `check_data`; plan: the `Plan`.
-        denoiser: on the meta device; its dtype changes.
-        network: the module that the stages run; stages: the `FeatureStages` that the loss compares; on the meta
-            device.
-        gate: the `LPLGate`.
-        example_inputs: function (denoiser, args, (h, w), dtype) -> arguments of the denoiser for one batch.
+        report: on the data, from `check_data`; plan: the `Plan`; gate: the `LPLGate`; code: the `RunCode`.
+
+    Returns:
+        {phase: Peak} of a step on one device: see `print_memory`.
 
     Raises:
         UserError: this machine can't do what the flags ask for.
     """
     check_machine(args)
     print_run(args, report, accelerator, plan)
+    denoiser = code.build_denoiser(args, plan.dtype, "meta")
     print_models(args, denoiser.models(), f"{plan.schedule.describe()}, {str(plan.dtype)[6:]}", accelerator.print)
     if args.use_lpl:
         share = plan.schedule.gated_share(gate)
         hint = plan.schedule.threshold_for(0.2, by_timestep=gate.t_threshold is not None)
-        shape = latent_shape(denoiser, args, example_inputs)
+        shape = code.example_batch(denoiser, args, latent_size(args), plan.dtype)["mean"].shape[1:]
+        stages = code.networks(args, Machine(accelerator.mixed_precision)).stages
         print_lpl_plan(args, gate, share, hint, stages, shape, accelerator.print)
-    parts = memory_estimate(args, denoiser, network, stages, plan.dtype, example_inputs)
-    print_memory(parts, denoiser, accelerator)
-    return parts
+    return print_memory(args, accelerator, plan, denoiser, code, not report["cached"])
 
 
 def print_run(args, report, accelerator, plan):
@@ -320,7 +205,11 @@ def print_models(args, models, how, say):
 
 
 def print_lpl_plan(args, gate, share, hint, stages, shape, say):
-    """Print the gate, weight and stages of the loss. share: of gated samples; hint: the flag that would gate 20 %."""
+    """Print the gate, weight and stages of the loss.
+
+    Args:
+        share: of gated samples; hint: the flag that would gate 20 %; shape: (C, h, w) of the latents.
+    """
     config = lpl_config(args)
     rule = f"t < {gate.limit:g}" if gate.t_threshold is not None else f"sigma / alpha <= {gate.limit:g}"
     say(f"LPL: where {rule}, {100 * share:.1f} % of samples; weight {args.lpl_weight}"
@@ -329,68 +218,133 @@ def print_lpl_plan(args, gate, share, hint, stages, shape, say):
         + (f" ({config.norm_gradient} gradient)" if config.norm_gradient != "none" else "")
         + f", {config.loss_type}, at most {config.batch_size} samples at a time, checkpointing "
         f"{config.checkpointing}, {str(stages.dtype)[6:]}")  # fmt: skip
-    _, shapes = lpl_estimate(args, stages, shape)
-    say("     features: " + ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in shapes.items()))
+    with torch.device("meta"), torch.no_grad():
+        shapes = [features.shape[1:] for features in stage_features(stages, torch.zeros(1, *shape))]
+    named = zip(stages.names, shapes, strict=True)
+    say("     features: " + ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in named))
     if share < 0.02:
         scaled = " without --lpl_threshold_resolution" if args.lpl_threshold_resolution else ""
         say(f"warning: LPL applies to under 2 % of the samples and will hardly matter; {hint}{scaled} would give 20 %")
 
 
-def print_memory(parts, denoiser, accelerator):
-    """Print the memory estimate for one GPU. parts: [(what, bytes)]."""
-    say = accelerator.print
-    if is_sharded(accelerator):
+# ---------------------------------------------------------------------------------------------------------------------
+# The memory
+
+
+def print_memory(args, accelerator, plan, denoiser, code, encodes):
+    """Print the memory of a step on one device, by phases; on a dry run also whether it fits the card that is here.
+
+    A count of a large model takes many seconds, so an ordinary start reads the count of a dry run or counts nothing.
+
+    Args:
+        denoiser: on the meta device, for the count; code: the `RunCode`.
+        encodes: whether images are encoded in every step.
+
+    Returns:
+        {phase: Peak}; where nothing was counted {"": Peak} of what is always there.
+    """
+    sharded = is_sharded(accelerator)
+    machine = Machine(accelerator.mixed_precision, 1 if sharded else accelerator.num_processes, encodes, sharded)
+
+    def shared(peaks):
+        if peaks is None or not sharded:
+            return peaks
         [model] = denoiser.models().values()
-        parts = memory_of_rank(parts, model, accelerator.num_processes, zero_stage(accelerator))
-    listed = ", ".join(f"{what} {format_bytes(size)}" for what, size in parts if size)
-    say(f"Memory, estimated: {format_bytes(sum(size for _, size in parts))}: {listed}\n")
+        return {phase: share_of_rank(peak, model, accelerator) for phase, peak in peaks.items()}
+
+    count = args.dry_run or sum(parameter.numel() for parameter in denoiser.parameters()) < SMALL
+    with accelerator.main_process_first():  # the other ranks read its count
+        peaks = shared(counted_peaks(args, plan, code, machine, count, None if sharded else denoiser))
+    if peaks is None:
+        accelerator.print(
+            "Memory: not counted for these flags yet; --dry_run counts it once, in about ten seconds\n"
+        )
+        kinds = kept_bytes(args, denoiser)
+        return shared({"": Peak(sum(kinds.values()), "", kinds)})
+    accelerator.print("\n".join(memory_lines(peaks)))
+    room = card_bytes()
+    if room is not None and args.dry_run and accelerator.is_main_process:
+
+        def size_of(changed):
+            return highest(shared(counted_peaks(changed, plan, code, machine))).size
+
+        print("\n".join(fit_lines(args, room, size_of)))
+    accelerator.print("")
+    return peaks
 
 
-def saved_by_forward(denoiser, args, dtype, example_inputs):
-    """Bytes that autograd keeps of a forward pass of the `Denoiser` on the meta device.
-
-    Args:
-        dtype: what autocast would run in; the weights are cast, since the meta device has no autocast.
-    """
-    denoiser.to(dtype)
-    with torch.device("meta"):
-        inputs = example_inputs(denoiser, args, latent_size(args), dtype)
-
-    def measure():
-        with torch.device("meta"), ShapesOfNorms(), SavedBytes() as activations:
-            denoiser(*inputs)
-        return activations.total
-
-    code = saved_by_forward, type(denoiser), example_inputs
-    return remembered(args.cache_dir, code, measure, kept="denoiser", model=described(denoiser),
-                      inputs=described(inputs))  # fmt: skip
+def share_of_rank(peak, model, accelerator):
+    """A `Peak` without sharding, as it is on a rank that shares the training state."""
+    parts = memory_of_rank(list(peak.kinds.items()), model, accelerator.num_processes, zero_stage(accelerator))
+    return Peak(round(sum(size for _, size in parts)), peak.where, dict(parts))
 
 
-def latent_shape(denoiser, args, example_inputs):
-    """(C, h, w) of the latents of the largest bucket: the first of the denoiser's inputs."""
-    with torch.device("meta"):
-        return tuple(example_inputs(denoiser, args, latent_size(args), torch.float32)[0].shape[1:])
-
-
-def memory_estimate(args, denoiser, network, stages, dtype, example_inputs):
-    """[(what, bytes)] that training needs on one device, every sample taken as gated; from shapes, nothing is run.
-
-    Args:
-        denoiser, network, stages, example_inputs: see `print_plan`.
-        dtype: that the denoiser computes in.
-    """
-    shape = latent_shape(denoiser, args, example_inputs)
-    weights = weight_bytes(args, denoiser.models())
-    trained = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
-    size, count = parameter_bytes(trained), sum(parameter.numel() for parameter in trained)
-    parts = [
-        ("weights", weights),
-        ("gradients", size),
-        ("optimizer state", optimizer_state_bytes(args, size, count)),
-        ("EMA", size if args.use_ema and not args.offload_ema else 0),
-        ("activations", saved_by_forward(denoiser, args, dtype, example_inputs)),
+def memory_lines(peaks):
+    """The lines of the plan on the memory. peaks: {phase: Peak}."""
+    top = highest(peaks)
+    kinds = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in top.kinds.items() if size)
+    phases = ", ".join(f"{phase} {format_bytes(peak.size)}" for phase, peak in peaks.items())
+    return [
+        f"Memory, computed: {format_bytes(top.size)} of tensors at the peak, in {top.where}",
+        f"        then: {kinds}",
+        f"        peaks: {phases}",
+        f"        CUDA itself and fragmentation need more, about {format_bytes(RESERVE)} (not measured)",
     ]
-    if args.use_lpl:
-        decoder = 0 if args.lpl_features == "latent" else parameter_bytes(network.parameters())
-        parts += [("decoder", decoder), ("LPL", lpl_estimate(args, stages, shape)[0])]
-    return parts
+
+
+def card_bytes():
+    """Bytes of memory of the GPU that this process uses; None without one."""
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory if torch.cuda.is_available() \
+        else None  # fmt: skip
+
+
+def remedies(args):
+    """[(flag, {flag: value})] that lower the memory of these flags, the least costly first."""
+    found = []
+    if not args.gradient_checkpointing:
+        found.append(("--gradient_checkpointing", {"gradient_checkpointing": True}))
+    if args.use_lpl and args.lpl_batch_size != 1:
+        found.append(("--lpl_batch_size 1", {"lpl_batch_size": 1}))
+    if args.train_batch_size > 1:
+        more = args.gradient_accumulation_steps * args.train_batch_size
+        found.append((f"--train_batch_size 1 --gradient_accumulation_steps {more}",
+                      {"train_batch_size": 1, "gradient_accumulation_steps": more}))  # fmt: skip
+    if args.use_ema and not args.offload_ema:
+        found.append(("--offload_ema", {"offload_ema": True}))
+    if not args.use_lora and args.optimizer == "adamw" and not args.use_8bit_adam:
+        found.append(("--use_8bit_adam", {"use_8bit_adam": True}))
+    if args.use_lpl and args.lpl_features == "decoder" and args.lpl_num_blocks > 3:
+        found.append(("--lpl_num_blocks 3", {"lpl_num_blocks": 3}))
+    if args.use_lora and not args.bnb_quantization_config_path:
+        found.append(("--bnb_quantization_config_path configs/nf4.json", {"bnb_quantization_config_path": NF4}))
+    if not args.use_lora:
+        found.append(("--use_lora", {"use_lora": True}))
+    return found
+
+
+def fit_lines(args, room, size_of):
+    """Whether the step fits a card, and which flags make it fit.
+
+    Args:
+        room: bytes of the card; size_of: function from flags to bytes at the peak.
+    """
+    room -= RESERVE
+    if size_of(args) <= room:
+        if args.gradient_checkpointing:
+            without = size_of(args.but(gradient_checkpointing=False))
+            if without <= room:
+                return [f"        fits without --gradient_checkpointing too, with {format_bytes(without)}: faster"]
+        return ["        fits this GPU"]
+    flags, changes, size = [], {}, None
+    for flag, change in remedies(args):
+        size = size_of(args.but(**change))
+        if size <= room:
+            return [f"        does NOT fit this GPU ({format_bytes(room)} free for tensors); with {flag} it takes "
+                    f"{format_bytes(size)} and fits"]  # fmt: skip
+        flags, changes = [*flags, flag], changes | change
+        if len(flags) > 1:
+            size = size_of(args.but(**changes))
+            if size <= room:
+                return [f"        does NOT fit this GPU ({format_bytes(room)} free for tensors); with "
+                        f"{' '.join(flags)} it takes {format_bytes(size)} and fits"]  # fmt: skip
+    return [f"        does NOT fit this GPU ({format_bytes(room)} free for tensors), nor with {' '.join(flags)}"]

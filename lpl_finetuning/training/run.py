@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
 
 from lpl_finetuning.data.encoding import prompt_key
 from lpl_finetuning.data.report import save_report
@@ -43,7 +43,11 @@ def start_accelerator(args):
         mixed_precision=args.mixed_precision,
         log_with=None if args.report_to == "none" else args.report_to,
         project_config=ProjectConfiguration(project_dir=args.output_dir, logging_dir=logging_dir),
-        kwargs_handlers=[InitProcessGroupKwargs(timeout=patience)],
+        kwargs_handlers=[
+            InitProcessGroupKwargs(timeout=patience),
+            # gradients are views of DDP's buckets, not copies; buffers are constant: SD3.5's are up to 900 MB
+            DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+        ],
     )
     require(
         accelerator.num_processes == ranks,

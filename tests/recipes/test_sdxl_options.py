@@ -21,7 +21,7 @@ from lpl_finetuning.data.tables import hold_out
 from lpl_finetuning.errors import DataError, UserError
 from lpl_finetuning.flags import data_source
 from lpl_finetuning.lora_files import LORA_FILE
-from lpl_finetuning.training import objective, optimization, plan
+from lpl_finetuning.training import objective, optimization
 from lpl_finetuning.training import run as run_module
 from tests import children
 from tests.runs import assert_resume_is_exact, forbid_loading, objective_of
@@ -650,12 +650,3 @@ def test_a_warm_up_that_outlasts_the_run_is_told(flags, tmp_path, capsys, schedu
         "warning: the learning rate is still warming up when the run ends: "
         f"--lr_warmup_steps {warned} of 3 steps; lower it"
     ])  # fmt: skip
-
-
-def test_memory_of_optimizers():
-    class Args:
-        optimizer, use_8bit_adam = "adamw", False
-
-    assert plan.optimizer_state_bytes(Args, 400, 100) == 800
-    Args.use_8bit_adam = True
-    assert plan.optimizer_state_bytes(Args, 400, 100) == 200

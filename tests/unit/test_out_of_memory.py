@@ -8,18 +8,26 @@ import torch
 import train_sdxl_lpl
 from lpl_finetuning.errors import RankError, during
 from lpl_finetuning.training import out_of_memory
+from lpl_finetuning.training.live_memory import Peak
 
 GB = 10**9
-PARTS = [("weights", 10 * GB), ("gradients", 9 * GB), ("optimizer state", 20 * GB), ("EMA", 8 * GB),
-         ("activations", 40 * GB), ("LPL", 6 * GB)]  # fmt: skip
+FIXED = {"weights": 10 * GB, "gradients": 9 * GB, "optimizer state": 20 * GB, "EMA": 8 * GB}
+
+
+def peak(rest):
+    """A `Peak` with so many bytes of activations and temporaries."""
+    return Peak(sum(FIXED.values()) + rest, "", FIXED | {"everything else": rest})
+
+
+PEAKS = {"forward": peak(40 * GB), "LPL": peak(46 * GB), "backward": peak(42 * GB), "optimizer step": peak(0)}
 GPU, CPU = (SimpleNamespace(device=torch.device(kind), num_processes=1, process_index=0, mixed_precision="bf16")
             for kind in ("cuda", "cpu"))  # fmt: skip
 
 
-def said(error, flags, *more, accelerator=GPU, doing="training", parts=PARTS):
+def said(error, flags, *more, accelerator=GPU, doing="training", peaks=PEAKS):
     """The message about an error in a run with some flags."""
     args = train_sdxl_lpl.parse_args([*flags, *map(str, more)])
-    explained = out_of_memory.explained_if_out_of_memory(args, accelerator, parts)
+    explained = out_of_memory.explained_if_out_of_memory(args, accelerator, peaks)
     with pytest.raises(RankError) as caught, explained, during(doing):
         raise error
     return str(caught.value)
@@ -40,7 +48,7 @@ def test_errors_of_all_kinds(error):
 def test_other_errors_pass(flags):
     args = train_sdxl_lpl.parse_args(flags)
     with pytest.raises(RuntimeError, match="same device"), \
-            out_of_memory.explained_if_out_of_memory(args, GPU, PARTS):  # fmt: skip
+            out_of_memory.explained_if_out_of_memory(args, GPU, PEAKS):  # fmt: skip
         raise RuntimeError("Expected all tensors to be on the same device")
 
 
@@ -73,7 +81,7 @@ def test_what_was_being_done_decides(flags, tmp_path):
     assert "while encoding images; what helps here, most first: close other programs" in encoded
     measured = said_while("measuring the held-out images")
     assert "--train_batch_size 2" in measured
-    bare = said_while("training", accelerator=CPU, parts=None)
+    bare = said_while("training", accelerator=CPU, peaks={})
     assert bare.startswith("the machine ran out of memory while training; what helps here, most first: --use_lora,")
     assert "bit" not in bare and "bf16" not in bare
 
@@ -82,3 +90,20 @@ def test_the_innermost_name_stays():
     with pytest.raises(ValueError) as caught, during("training"), during("making an optimizer step"):
         raise ValueError
     assert caught.value.during == "making an optimizer step"
+
+
+def test_a_flag_saves_what_the_highest_phase_falls():
+    """LPL's 6 GB stand above the backward pass by 4 GB; the flags of LPL save no more than that."""
+    assert out_of_memory.saved_bytes(PEAKS, {out_of_memory.LPL: 1}) == 4 * GB
+    assert out_of_memory.saved_bytes(PEAKS, {out_of_memory.LPL: 0.5}) == 3 * GB
+    assert out_of_memory.saved_bytes(PEAKS, {"EMA": 1}) == 8 * GB
+    assert out_of_memory.saved_bytes({}, {"EMA": 1}) == 0
+
+
+def test_without_a_count_the_gpu_says_what_it_held(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 60 * GB)
+    there = {"": Peak(47 * GB, "", FIXED)}
+    found = out_of_memory.in_use(there, torch.device("cuda"))
+    assert found["backward"].kinds["everything else"] == 13 * GB and found["backward"].size == 60 * GB
+    assert out_of_memory.in_use(there, torch.device("cpu")) == there
+    assert out_of_memory.in_use(PEAKS, torch.device("cuda")) == PEAKS

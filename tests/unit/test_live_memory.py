@@ -1,0 +1,198 @@
+"""The count of live bytes: against closed forms, and against the tensors of a step that really runs."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+import train_sd3_lpl_flow
+import train_sdxl_lpl
+from lpl_finetuning.training.live_memory import FLOAT32, LOWER, LiveBytes, cuda_rules
+from lpl_finetuning.training.step_memory import (
+    Machine,
+    RunCode,
+    autoencoder_networks,
+    count_step,
+    counting_batch,
+    highest,
+    tensors_of,
+)
+
+SCRIPTS = {"sdxl": train_sdxl_lpl, "sd3": train_sd3_lpl_flow}
+
+
+def meta(*shape, dtype=torch.float32, grad=False):
+    """A tensor on the meta device."""
+    return torch.zeros(*shape, dtype=dtype, device="meta", requires_grad=grad)
+
+
+def test_storages_count_until_they_are_freed():
+    with LiveBytes() as counter:
+        a = meta(10)
+        b = a.view(2, 5).t()  # the same storage
+        c = a + 1
+        assert counter.total == 80 and counter.peaks["start"].size == 80
+        del a
+        assert counter.total == 80
+        del b
+        assert counter.total == 40
+        with counter.at("later: here"):
+            d = [c * 2, c * 3]
+        assert counter.peaks["later"].size == 120 and counter.peaks["later"].where == "later: here"
+        counter.hold("weights", d)
+        assert counter.live["weights"] == 80
+        del c, d
+        assert counter.total == 0 and counter.live["weights"] == 0
+
+
+def test_copies_to_the_host_and_back():
+    with LiveBytes() as counter:
+        a = meta(10, 3).to("cpu")
+        assert a.shape == (10, 3) and counter.total == 0
+        a = a.to("meta")
+        assert counter.total == 120
+
+
+def test_storages_of_before_count_when_held():
+    weight = meta(100)
+    with LiveBytes() as counter:
+        counter.hold("weights", [weight, weight[:3]])
+        assert counter.total == 400
+
+
+def test_a_linear_layer_and_its_gradients():
+    """Forward: x and y. Backward: the gradients of y and x, and of the weight and bias."""
+    layer = torch.nn.Linear(30, 50, device="meta")
+    with LiveBytes() as counter:
+        counter.hold("weights", layer.parameters())
+        x = meta(7, 30, grad=True)
+        y = layer(x)
+        weights = 4 * (30 * 50 + 50)
+        assert counter.total == weights + 4 * 7 * (30 + 50)
+        torch.autograd.backward(y, torch.ones_like(y))
+        assert counter.total == 2 * weights + 4 * (2 * 7 * 30 + 7 * 50)
+
+
+def test_autocast_copies_weights_until_the_forward_pass_ends():
+    """Copies of float32 weights and of the input; afterwards those stay that autograd holds."""
+    first, second = (torch.nn.Linear(64, 64, bias=False, device="meta") for _ in range(2))
+    frozen = torch.nn.Linear(64, 64, bias=False, device="meta").requires_grad_(False)
+    x, square, rows = meta(8, 64), 64 * 64, 8 * 64
+    with cuda_rules(), LiveBytes() as counter:
+        counter.hold("weights", [x])
+        counter.hold("weights", [layer.weight for layer in (first, second, frozen)])
+        held = counter.total
+        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+            first(x)
+            y = second(first(x))
+            assert y.dtype == torch.bfloat16
+            assert counter.total == held + 2 * (2 * square + rows), "two copies, and the output"
+            frozen(x)
+            assert counter.total == held + 2 * (2 * square + rows), "a frozen weight's copy is not kept"
+        assert counter.total == held + 2 * rows
+        with torch.autocast("cpu", torch.bfloat16):
+            y = first(x)
+        assert counter.total == held + 2 * (2 * rows), "the input's copy stays for the weight's gradient"
+
+
+def test_norms_are_in_float32_under_autocast():
+    norm = torch.nn.GroupNorm(2, 16, device="meta", dtype=torch.bfloat16)
+    with cuda_rules(), LiveBytes(), torch.autocast("cpu", torch.bfloat16):
+        assert norm(meta(2, 16, 4, 4, dtype=torch.bfloat16)).dtype == torch.float32
+        assert (meta(4, dtype=torch.bfloat16) ** 2).dtype == torch.float32
+        assert torch.nn.functional.silu(meta(4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+        assert (meta(3, 4) @ meta(4, 5)).dtype == torch.bfloat16
+    assert norm(meta(2, 16, 4, 4, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_the_rules_are_those_of_pytorch():
+    """PyTorch names the operations of CUDA's autocast in a header that it installs."""
+    header = next(iter(torch.__path__)) + "/include/ATen/autocast_mode.h"
+    with open(header, encoding="utf-8") as file:
+        text = file.read()
+    for macro, names in (("AT_FORALL_LOWER_PRECISION_FP(", LOWER), ("AT_FORALL_FP32(", FLOAT32)):
+        rules = text.split(f"#define {macro}")[1].split("#define AT_FORALL")[0]
+        own = {"__matmul__", "__rmatmul__", "__pow__", "interpolate", "prod", "softmax", "log_softmax", "cumprod",
+               "cumsum", "norm", "sum"}  # fmt: skip
+        missing = [name for name in names - own if f"_({name})" not in rules and f"_({name}," not in rules]
+        assert not missing
+
+
+@pytest.mark.parametrize(("dtype", "rows"), [(torch.bfloat16, 100), (torch.float32, 128)])
+def test_attention_keeps_query_key_value_output_and_sums(dtype, rows):
+    """No matrix of S x S. FlashAttention's sums have S rows, those of memory-efficient attention a multiple of 32."""
+    batch, heads, length, size = 2, 3, 100, 64
+    tensor = batch * heads * length * size * dtype.itemsize
+    with cuda_rules(), LiveBytes() as counter:
+        q, k, v = (meta(batch, heads, length, size, dtype=dtype, grad=True) for _ in range(3))
+        out = torch.nn.functional.scaled_dot_product_attention(q, k, v)
+        sums = 4 * batch * heads * rows
+        assert 4 * tensor + sums <= counter.total < 4 * tensor + sums + 64, "and the seeds of the dropout"
+        torch.autograd.backward(out, torch.ones_like(out))
+        assert 7 * tensor <= counter.total < 7 * tensor + sums + 64, "and three gradients"
+
+
+def test_checkpointing_keeps_the_input_alone():
+    """The layer's inner tensors are there in the recomputation only."""
+    layers = torch.nn.Sequential(*[torch.nn.Linear(64, 64, device="meta") for _ in range(4)]).requires_grad_(False)
+    x = meta(100, 64, grad=True)
+    block = 4 * 100 * 64
+    with cuda_rules(), LiveBytes() as counter:
+        counter.hold("weights", [x, *layers.parameters()])
+        held = counter.total
+        y = checkpoint(lambda x: layers(x).sin().sin().sin(), x, use_reentrant=False)
+        assert counter.total == held + block
+        with counter.at("backward"):
+            torch.autograd.backward(y, torch.ones_like(y))
+        assert counter.peaks["backward"].size >= held + 4 * block
+
+
+FLAGS = {
+    "sdxl lora": ("sdxl", "--use_lora --use_lpl"),
+    "sdxl lora, stages": ("sdxl", "--use_lora --use_lpl --gradient_checkpointing --lpl_norm_type shared"),
+    "sdxl full, EMA": ("sdxl", "--use_lpl --use_ema --gradient_accumulation_steps 2"),
+    "sdxl text encoders": ("sdxl", "--use_lora --train_text_encoder --gradient_checkpointing"),
+    "sd3 lora": ("sd3", "--use_lora --use_lpl"),
+    "sd3 full, adafactor": ("sd3", "--optimizer adafactor --gradient_checkpointing"),
+    "sd3 prodigy": ("sd3", "--use_lora --optimizer prodigy --use_lpl --lpl_batch_size 1"),
+}
+
+
+def count(script, flags, folder, pictures, machine):
+    """{phase: Peak} of a step of a tiny model; bytes of a micro-batch on the CPU."""
+    words = f"{flags} --mixed_precision no --resolution 128 --train_batch_size 2 --validation_prompt x".split()
+    args = script.parse_args(
+        [*words, "--pretrained_model_name_or_path", str(folder), "--train_data_dir", str(pictures)]
+    )
+    plan = SimpleNamespace(
+        schedule=script.Schedule(args), dtype=torch.float32, batch_size=2, total_steps=5, first_step=0
+    )
+    code = RunCode(script.build_denoiser, script.training_step, script.example_batch, autoencoder_networks)
+    denoiser = script.build_denoiser(args, torch.float32, "meta")
+    batch = counting_batch(args, plan, code, machine.encodes, denoiser)
+    held = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in tensors_of(batch)}
+    return count_step(args, plan, code, machine), sum(held.values())
+
+
+@pytest.mark.parametrize("encodes", [False, True])
+@pytest.mark.parametrize("case", [
+    pytest.param(case, marks=pytest.mark.slow) if case in ("sdxl text encoders", "sd3 prodigy") else case
+    for case in FLAGS
+])  # fmt: skip
+def test_a_step_on_the_meta_device_counts_what_a_real_step_holds(case, encodes, request, pictures):
+    """The same step with real tensors on the CPU, phase by phase."""
+    name, flags = FLAGS[case]
+    if encodes and case != "sdxl lora":
+        pytest.skip("once is enough")
+    folder = request.getfixturevalue(f"{name}_folder")
+    (computed, host), (real, _) = (
+        count(SCRIPTS[name], flags, folder, pictures, Machine("no", encodes=encodes, device=device))
+        for device in ("meta", "cpu")
+    )
+    assert computed.keys() == real.keys()
+    for phase, peak in computed.items():  # on the CPU the loader's batch counts, and the one of the empty prompt
+        assert peak.size == pytest.approx(real[phase].size, abs=0.01 * peak.size + 2 * host), phase
+        for kind in ("weights", "optimizer state", "EMA", "autoencoder"):
+            assert peak.kinds.get(kind, 0) == pytest.approx(real[phase].kinds.get(kind, 0), rel=0.01), kind
+    assert highest(computed).size == max(peak.size for peak in computed.values())
