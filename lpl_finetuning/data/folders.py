@@ -37,7 +37,7 @@ from lpl_finetuning.data.findings import (
     refuse_long,
     require_column,
 )
-from lpl_finetuning.data.images import IMAGE_EXTENSIONS
+from lpl_finetuning.data.formats import IMAGE_EXTENSIONS
 from lpl_finetuning.data.tables import ROWS_AT_ONCE, in_threads, read_bytes, stamp_of
 from lpl_finetuning.errors import FIRST_NAMES, DataError, because, brief, counted, first_names, is_or_are, shown
 

@@ -30,7 +30,7 @@ from lpl_finetuning.data.findings import (
     refuse_long,
     require_column,
 )
-from lpl_finetuning.data.images import IMAGE_EXTENSIONS
+from lpl_finetuning.data.formats import IMAGE_EXTENSIONS
 from lpl_finetuning.data.tables import ROWS_AT_ONCE, stamp_of
 from lpl_finetuning.errors import FIRST_NAMES, DataError, because, counted, first_names, is_or_are, shown
 from lpl_finetuning.files import digest

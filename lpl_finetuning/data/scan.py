@@ -22,7 +22,8 @@ from typing import Any
 from lpl_finetuning.base_model import offline_without_hub
 from lpl_finetuning.data.findings import Findings, Named, ScanRequest, listed, require_column
 from lpl_finetuning.data.folders import add_captioned_pictures, add_listings, find_files, remarks_on_others
-from lpl_finetuning.data.images import IMAGE_EXTENSIONS, ImageFacts, inspect
+from lpl_finetuning.data.formats import SHOWN_EXTENSIONS, missing_reader
+from lpl_finetuning.data.images import ImageFacts, inspect
 from lpl_finetuning.data.packed import add_rows, add_shards, load_dataset, undecoded_images
 from lpl_finetuning.data.tables import (
     CaptionedImage,
