@@ -388,5 +388,7 @@ def check_data_flags(args):
             "--cache_variants are random crops: leave it or --center_crop out")  # fmt: skip
     require(args.train_data_dir or not args.caption_from_folder, "--caption_from_folder needs a --train_data_dir")
     require(args.train_data_dir or not args.caption_per_line, "--caption_per_line needs a --train_data_dir")
+    require(args.train_data_dir or args.validation_data_dir or not args.follow_links,
+            "--follow_links needs a --train_data_dir")  # fmt: skip
     require(not (args.instance_prompt and args.caption_from_folder),
             "--instance_prompt and --caption_from_folder exclude each other: give one")  # fmt: skip

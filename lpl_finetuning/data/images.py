@@ -141,25 +141,34 @@ def _with_header(data: bytes) -> tuple[Image.Image, bytes, tuple[str, ...]]:
         return _png_with_header(data), data, faults
     try:
         return _with_reader(data), data, ()
-    except UnidentifiedImageError as error:
+    except DataError:
+        raise
+    except Exception as error:  # damaged EXIF of an AVIF raises nearly any type
+        bare = _without_avif_exif(data)
+        if bare != data:
+            with contextlib.suppress(Exception):
+                return _with_reader(bare), bare, ("broken EXIF",)
+        if not isinstance(error, UnidentifiedImageError):
+            raise
         if data[:4] in (b"II*\0", b"MM\0*"):
             raise ValueError("a damaged TIFF, or one of a kind that Pillow can't read; save it as PNG") from error
-        bare = _without_avif_exif(data)
-        if bare == data:
-            raise ValueError(why_unknown(data)) from error  # Pillow's message names the buffer in memory
-        return _with_reader(bare), bare, ("broken EXIF",)
+        raise ValueError(why_unknown(data)) from error  # Pillow's message names the buffer in memory
 
 
 def _with_reader(data: bytes) -> Image.Image:
     """The image with the header read, by the plugin that it needs or by one of Pillow's own readers."""
     plugin = plugin_of(data)
-    if plugin is not None and is_installed(plugin):
-        register(plugin)
     try:
+        if plugin is not None and is_installed(plugin):
+            register(plugin)
         return Image.open(BytesIO(data))
     except Image.DecompressionBombError:  # Pillow's message lacks the sides
         _refuse_too_many_pixels(*_size_in_header(data))
         raise
+    except Exception as error:  # a plugin may raise any type
+        if plugin is None:
+            raise
+        raise ValueError(why_unknown(data)) from error
 
 
 def _png_with_header(data: bytes) -> Image.Image:
@@ -415,7 +424,7 @@ _TURNED = (5, 6, 7, 8)  # orientations that swap height and width
 
 
 def _upright(image: Image.Image, orientation: int) -> Image.Image:
-    """A decoded image, turned upright. `ImageOps.exif_transpose` would also write EXIF anew, and fail where it can't."""
+    """A decoded image, turned upright. `ImageOps.exif_transpose` also writes EXIF anew, which may fail."""
     return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
 
 

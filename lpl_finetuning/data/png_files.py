@@ -97,7 +97,7 @@ def _refused_texts(data: bytes, texts: list[Chunk]) -> list[Chunk]:
 
 def _packed_text(content: bytes, name: bytes) -> bytes | None:
     """The compressed part of a chunk of text; None for a text that is not compressed."""
-    head, _, rest = content.partition(b"\0")
+    rest = content.partition(b"\0")[2]
     if name == b"zTXt":
         return rest[1:]
     if name == b"iTXt" and rest[:1] == b"\1":
