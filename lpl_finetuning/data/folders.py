@@ -366,7 +366,7 @@ def _near_file(
     if len(found) == 1:
         stamp, reason = _listed_stamp(found[0], root, place, links)
         if stamp is not None:
-            taken.append(f"{path} ({found[0]})")
+            taken.append(f"{brief(path)} ({found[0]})")
             return found[0], stamp, ""
     reason = f"{reason} in {findings.request.place}"
     if len(found) > 1:
@@ -406,6 +406,11 @@ def _listed_name(cell: Any, column: str, parent: str, root: str, place: str) -> 
         root: the folder, absolute and without links.
         place: the listing and the line.
     """
+    if isinstance(cell, dict) and cell.keys() & {"bytes", "path"}:
+        raise DataError(
+            f"{place}: {column!r} holds an image and not the name of a file: this is no listing but a data set.",
+            "Move it into a folder of its own, under another name, and give that folder as --dataset_name.",
+        )
     if not isinstance(cell, str) or not cell.strip():
         raise DataError(f"{place}: {column!r} must be the name of a file, not {brief(cell)}.")
     if "\0" in cell or not is_utf8(cell):

@@ -281,8 +281,8 @@ def _add_members(findings: Findings) -> None:
         findings.remark(
             {"count": len(unread), "first": unread[:FIRST_NAMES]},
             "picture",
-            f"is not read without a plugin of Pillow: {command}",
-            f"are not read without plugins of Pillow: {command}",
+            f"is not read without a plugin of Pillow ({command})",
+            f"are not read without a plugin of Pillow ({command})",
         )
     if bare:
         raise DataError(

@@ -275,7 +275,7 @@ def scan_dataset(
     place = f"--dataset_name {dataset_name}"
     if not len(dataset):
         raise DataError(f"{place}: the split {split!r} is empty.")
-    with advise_on_columns(dataset_name):
+    with advise_on_columns(dataset_name, dataset.column_names):
         require_column(image_column, dataset.column_names, place, "--image_column")
         if default_caption is None:
             require_column(caption_column, dataset.column_names, place, "--caption_column")
@@ -396,12 +396,11 @@ def read_facts(request: ScanRequest, item: tuple) -> tuple[ImageFacts | None, bo
 def _facts_of(data: bytes, content: str | None) -> tuple[ImageFacts | None, bool]:
     """(facts, whether they last); no facts where the bytes have the digest of an earlier scan, whose facts hold.
 
-    That a plugin is missing does not last: it may be installed before the next scan.
+    That a plugin is missing does not last, and is stored without a digest: the next scan may find the plugin.
     """
-    lasting = not missing_reader(data)
-    if lasting and content and hashlib.sha256(data).hexdigest() == content:
-        return None, True
-    return inspect(data), lasting
+    if missing_reader(data):
+        return replace(inspect(data), content=""), False
+    return (None if content and hashlib.sha256(data).hexdigest() == content else inspect(data)), True
 
 
 def _judge_bad(findings: Findings) -> None:

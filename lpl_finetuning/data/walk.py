@@ -342,7 +342,7 @@ def _remarks_on_pictures(findings: Findings) -> list[str]:
     """A remark on pictures that only a listing makes usable, and others on those that can't be read."""
     plugins = sorted(PLUGIN_EXTENSIONS)
     rows = findings.db.execute(f"SELECT DISTINCT ending {_UNLISTED} AND ending IN {(*plugins,)}").fetchall()
-    needed = f"not read without a plugin of Pillow: {install_advice([ending for (ending,) in rows])}" if rows else ""
+    needed = f"not read without a plugin of Pillow ({install_advice([ending for (ending,) in rows])})" if rows else ""
     remarks = []
     for endings, told in (
         (plugins, needed),

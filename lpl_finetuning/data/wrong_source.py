@@ -5,7 +5,7 @@ The right flag is said before anything is read. Importing this file imports neit
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lpl_finetuning.data.formats import taken_extensions
@@ -72,14 +72,25 @@ def _is_folder_of_images(folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def advise_on_columns(name: str) -> Iterator[None]:
-    """Context manager: a DataError about the columns of a local folder that holds images or shards names the flag."""
+def advise_on_columns(name: str, columns: Sequence[str]) -> Iterator[None]:
+    """Context manager: a DataError about the columns of a local folder names the right flag, where that is clear.
+
+    Args:
+        name: `--dataset_name`.
+        columns: of the data set that was made of it.
+    """
     try:
         yield
     except DataError as error:
-        if not Path(name).is_dir() or not _holds_images_or_shards(Path(name)):
+        if not Path(name).is_dir():
             raise
-        advice = f"A folder of images or of WebDataset shards is given as --train_data_dir {name}. {error.advice}"
+        if "file_name" in columns:
+            advice = f"A table of file names is a listing: call it {LISTING_NAMES[1]} or {LISTING_NAMES[0]}, and give "
+            advice += f"the folder with the images as --train_data_dir. {error.advice}"
+        elif _holds_images_or_shards(Path(name)):
+            advice = f"A folder of images or of WebDataset shards is given as --train_data_dir {name}. {error.advice}"
+        else:
+            raise
         raise DataError(error.problem, advice) from error
 
 
