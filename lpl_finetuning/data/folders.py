@@ -77,9 +77,12 @@ def _match_caption_files(findings: Findings) -> None:
     )
     if not findings.has("lone"):
         return
-    db.execute(f"INSERT INTO nearly SELECT DISTINCT p.path, l.stem FROM lone l JOIN pictures p ON p.path = l.stem "
-               f"WHERE p.path IN (SELECT path {bare})")  # fmt: skip
-    db.execute("DELETE FROM lone WHERE stem IN (SELECT stem FROM nearly)")
+    db.execute(
+        "INSERT INTO nearly SELECT DISTINCT stem, stem FROM lone WHERE stem IN (SELECT path FROM pictures) AND NOT "
+        "EXISTS (SELECT 1 FROM pictures p JOIN sidecars s ON s.stem = p.stem WHERE p.path = lone.stem)"
+    )
+    taken_out = "DELETE FROM lone WHERE stem IN (SELECT stem FROM nearly)"
+    db.execute(taken_out)
     found = matches(
         db.execute(f"SELECT p.path, p.stem {bare} AND p.path NOT IN (SELECT path FROM nearly)"),
         db.execute("SELECT path, stem FROM lone WHERE stem NOT IN (SELECT path FROM pictures)").fetchall(),
@@ -93,7 +96,7 @@ def _match_caption_files(findings: Findings) -> None:
             )
     findings.refuse_mistakes()
     db.executemany("INSERT INTO nearly VALUES (?, ?)", found.taken.items())
-    db.executemany("DELETE FROM lone WHERE stem = ?", [(stem,) for stem in set(found.taken.values())])
+    db.execute(taken_out)
     query = "SELECT s.path FROM nearly n JOIN sidecars s ON s.stem = n.stem AND NOT s.second WHERE n.path = ?"
     pairs = [(name, *db.execute(query, (name,)).fetchone()) for name in sorted(found.taken)[:FIRST_NAMES]]
     findings.remark(

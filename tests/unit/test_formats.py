@@ -219,7 +219,10 @@ def test_real_plugins_where_they_are_installed():
     pytest.importorskip("pillow_heif").register_heif_opener()
     pytest.importorskip("pillow_jxl")
     smooth = np.asarray(Image.fromarray(NOISE).resize((96, 64), Image.Resampling.BICUBIC))
-    turned, plain = file_of("HEIF", smooth, quality=100, exif=turned_by_6()), file_of("HEIF", smooth, quality=100)
+    turned, plain = (
+        file_of("HEIF", smooth, quality=100, exif=turned_by_6().tobytes()),
+        file_of("HEIF", smooth, quality=100),
+    )
     assert inspect(turned).size == (96, 64) and np.array_equal(pixels(turned), np.rot90(pixels(plain), -1))
     jxl = file_of("JXL", smooth, lossless=True)
     assert np.array_equal(pixels(jxl), smooth) and inspect(jxl).profile == ""

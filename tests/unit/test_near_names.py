@@ -3,6 +3,7 @@
 Metamorphic where possible: a set whose names nearly match gives what the set with the right names gives.
 """
 
+import contextlib
 import json
 import os
 import unicodedata
@@ -10,10 +11,12 @@ from pathlib import Path
 
 import pytest
 
-from lpl_finetuning.data import near_names
+from lpl_finetuning.data import folders, near_names
+from lpl_finetuning.data.findings import Findings, ScanRequest
 from lpl_finetuning.data.near_names import NearFiles, bare_key, matches, near_key
 from lpl_finetuning.data.samples import CaptionRules
 from lpl_finetuning.data.scan import DataSource, find_images, scan_dataset, scan_folder
+from lpl_finetuning.data.tables import Facts
 from lpl_finetuning.errors import DataError
 from tests.picture_folders import captioned, captions, image_bytes, listing, picture, refusal, tar
 
@@ -151,6 +154,31 @@ def test_names_are_compared_once_each(monkeypatch):
     files = NearFiles(path for path, _ in pictures)
     assert [files.find(path.lower()) for path, _ in pictures] == [[path] for path, _ in pictures]
     assert len(calls) == 4000
+
+
+def test_the_work_of_matching_grows_with_the_names(tmp_path):
+    """Instructions of SQLite, not seconds: four times the names are at most five times the work."""
+
+    def work(count, caption):
+        request = ScanRequest("--train_data_dir", "set", "image", "text", None, False, False, root=tmp_path)
+        with contextlib.closing(Facts(tmp_path / f"{count}{caption[:1]}.sqlite")) as facts:
+            findings, steps = Findings(request, facts, []), []
+            names = [f"d{n % 7}/P{n}" for n in range(count)]
+            facts.insert("INSERT INTO pictures VALUES (?, ?, '')", ((f"{name}.png", name) for name in names))
+            stems = [caption.format(name) for name in names]
+            facts.insert("INSERT INTO sidecars VALUES (?, 0, ?, 1, 0)", ((stem, f"{stem}.txt") for stem in stems))
+            findings.db.execute("CREATE INDEX pictures_stem ON pictures (stem)")
+            findings.db.set_progress_handler(lambda: steps.append(1), 100)
+            folders._match_caption_files(findings)
+            list(folders._with_captions(findings))
+            folders._remark_on_second_captions(findings)
+            folders._remark_on_lone_captions(findings, set())
+            taken = findings.db.execute("SELECT count(*) FROM nearly").fetchone()[0]
+            assert taken == (0 if caption in ("{}", "x/{}") else count)
+            return len(steps)
+
+    for caption in ("{}", "{}.png", "{}.jpg", "{} ", "x/{}"):
+        assert work(1600, caption) < 5 * work(400, caption), caption
 
 
 # ---------------------------------------------------------------------------------------------------------------------
