@@ -67,12 +67,13 @@ def _csv_rows(listing: Path) -> Iterator[tuple[str, dict]]:
             # Without skipinitialspace, a quote after a comma and a blank would begin no quoted field.
             reader = csv.DictReader(chain([header], text), strict=True, skipinitialspace=True, delimiter=separator)
             try:
-                reader.fieldnames = _csv_columns(reader.fieldnames or [], f"{listing}:{before + 1}")
+                reader.fieldnames = _csv_columns(reader.fieldnames or [], _line(listing, before + 1))
                 for row in reader:
-                    yield (place := f"{listing}:{before + reader.line_num}"), _checked_row(row, place, separator)
+                    place = _line(listing, before + reader.line_num)
+                    yield place, _checked_row(row, place, separator)
             except csv.Error as error:
                 # line_num counts the rows before this row: csv notices an open quote only at the end of the file.
-                place = f"{listing}:{before + reader.line_num + 1}"
+                place = _line(listing, before + reader.line_num + 1)
                 raise DataError(f"{place}: not CSV ({error}). Is a quote left open?") from error
     except UnicodeDecodeError:
         # The error counts from the start of the last block, so the file is searched again for the place.
@@ -80,6 +81,10 @@ def _csv_rows(listing: Path) -> Iterator[tuple[str, dict]]:
         raise
     except OSError as error:
         raise DataError(f"{shown(str(listing))}: can't be read: {because(error)}.") from error
+
+
+def _line(listing: Path, number: int) -> str:
+    return f"{listing}:{number}"
 
 
 def _csv_header(text: TextIOWrapper) -> tuple[str, str, int]:

@@ -178,7 +178,7 @@ def test_the_work_of_matching_grows_with_the_names(tmp_path):
             return len(steps)
 
     for caption in ("{}", "{}.png", "{}.jpg", "{} ", "x/{}"):
-        assert work(1600, caption) < 5 * work(400, caption), caption
+        assert work(800, caption) < 5 * work(200, caption), caption
 
 
 # ---------------------------------------------------------------------------------------------------------------------
