@@ -87,7 +87,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     require(sum(map(bool, sources)) == 1, "name one source of images: a FOLDER, --train_data_dir or --dataset_name")
     args = args.but(train_data_dir=args.folder or args.train_data_dir)
     for flag, folder in (("", args.train_data_dir), ("--validation_data_dir ", args.validation_data_dir)):
-        require(folder is None or Path(folder).is_dir(), f"{flag}{folder}: there is no such folder")
+        require(folder is None or Path(folder).exists(), f"{flag}{folder}: there is no such folder")
     _check_ranges(args)
     exclude(args, "validation_split", "validation_data_dir")
     check_data_flags(args)

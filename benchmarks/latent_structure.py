@@ -17,7 +17,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from lpl_finetuning.data.images import IMAGE_EXTENSIONS, open_image, prepare_image, to_pixel_values
+from lpl_finetuning.data.formats import IMAGE_EXTENSIONS
+from lpl_finetuning.data.images import open_image, prepare_image, to_pixel_values
 from lpl_finetuning.errors import require
 from lpl_finetuning.evaluation.onestep import high_power
 from lpl_utils import LatentSpace

@@ -2,7 +2,7 @@
 
 Models are built on the meta device from configurations, so no weights and no GPU are needed. The figures are those of
 the scripts' `--dry_run`: the bytes of live tensors at the peak of a step. The script writes the tables into
-docs/memory.md and docs/scaling.md. A setup takes ten seconds and more; `--json PATH` keeps figures, and reads those that it
+docs/memory.md and docs/scaling.md. A setup takes ten seconds and more; `--json PATH` keeps figures, and reads what it
 kept from the same run before.
 """
 

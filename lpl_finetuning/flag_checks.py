@@ -9,6 +9,7 @@ from pathlib import Path
 from packaging.version import Version
 
 from lpl_finetuning.base_model import hub_like, read_json
+from lpl_finetuning.data.wrong_source import refuse_no_folder
 from lpl_finetuning.errors import require
 from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, INSTALL, is_installed, missing_package
 from lpl_finetuning.flags import REPOSITORY, framing_rules, mixed_precision
@@ -171,8 +172,7 @@ def check_data_folder(name, folder):
         return
     kind = "a data set on the Hub is --dataset_name" if name == "train_data_dir" else "check the spelling"
     require(Path(folder).exists(), f"--{name} {folder}: there is no such folder; {kind}")
-    require(Path(folder).is_dir(), f"--{name} {folder} is a file; name the folder that holds it, unpacked if it is "
-            "an archive other than tar")  # fmt: skip
+    refuse_no_folder(f"--{name}", str(folder))
 
 
 def check_dataset_name(args):
@@ -388,5 +388,7 @@ def check_data_flags(args):
             "--cache_variants are random crops: leave it or --center_crop out")  # fmt: skip
     require(args.train_data_dir or not args.caption_from_folder, "--caption_from_folder needs a --train_data_dir")
     require(args.train_data_dir or not args.caption_per_line, "--caption_per_line needs a --train_data_dir")
+    require(args.train_data_dir or args.validation_data_dir or not args.follow_links,
+            "--follow_links needs a --train_data_dir")  # fmt: skip
     require(not (args.instance_prompt and args.caption_from_folder),
             "--instance_prompt and --caption_from_folder exclude each other: give one")  # fmt: skip

@@ -376,6 +376,7 @@ def add_data_arguments(parser, resolution):
     add("--caption_from_folder", action="store_true", help="the folder's name is the caption of images without one")
     add("--caption_per_line", action="store_true", help="each line of a .txt file is a caption of its own; one is "
         "drawn in each epoch")  # fmt: skip
+    add("--follow_links", action="store_true", help="use pictures outside the folder that links in it lead to")
     add("--trigger_word", default="", help="stands before every caption that does not begin with it as a whole word")
     add("--shuffle_tags", action="store_true", help="shuffle what stands between the commas of a caption")
     add("--keep_tags", type=int, default=0, help="keep the first N tags in front (default: %(default)s)")

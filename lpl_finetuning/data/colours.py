@@ -3,7 +3,7 @@
 Sections:
 
 1. the colours of a file: the profile to convert from, or why there is none;
-2. where files keep this: PNG chunks, boxes of AVIF and JPEG 2000, headers of BMP, EXIF;
+2. where files keep this: PNG chunks, boxes of AVIF, HEIC and JPEG 2000, headers of BMP, EXIF;
 3. profiles built from primaries and a curve, for files that name these instead of a profile;
 4. the conversion, by LittleCMS through Pillow.
 
@@ -111,7 +111,7 @@ def _profile_of(image: Image.Image, data: bytes) -> bytes:
     if "icc_profile" in image.info:
         return _whole(image.info["icc_profile"])
     found = None
-    if image.format in ("AVIF", "JPEG2000"):
+    if image.format in ("AVIF", "HEIF", "JPEG2000"):
         found = _boxed_profile(data)
     elif image.format == "GIF":
         found = _gif_profile(data)
@@ -183,17 +183,6 @@ def png_chunks(data: bytes) -> dict[bytes, bytes]:
     return chunks
 
 
-def without_png_profile(data: bytes) -> bytes:
-    """A PNG without its iCCP chunk."""
-    place = 8
-    while place + 8 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, place)
-        if name == b"iCCP":
-            return data[:place] + data[place + length + 12 :]
-        place += length + 12
-    return data
-
-
 def _png_profile(image: Image.Image, chunks: dict[bytes, bytes]) -> bytes:
     """The profile of a PNG. The order of precedence is that of the PNG specification, third edition, section 4.3."""
     has_profile = b"iCCP" in chunks
@@ -231,7 +220,7 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]
 
 
 def _boxed_profile(data: bytes) -> bytes | None:
-    """The profile of the first colour box that says something, of AVIF (the main item's) or JPEG 2000."""
+    """The profile of the first colour box that says something, of AVIF and HEIC (the main item's) or JPEG 2000."""
     places: list[tuple[int, int]] = []
     for name, start, end in _boxes(data, 0, len(data)):
         if name == b"jp2h":
@@ -251,7 +240,7 @@ def _boxed_profile(data: bytes) -> bytes | None:
 
 
 def _main_colours(data: bytes, start: int, end: int) -> list[tuple[int, int]]:
-    """(start, end) of the colour boxes that belong to the main item in the `meta` box of an AVIF."""
+    """(start, end) of the colour boxes that belong to the main item in the `meta` box of an AVIF or HEIC."""
     boxes = {name: (first, last) for name, first, last in _boxes(data, start, end)}
     if b"iprp" not in boxes:
         return []

@@ -16,6 +16,7 @@ _MADE_FOLDERS = {  # folders that programs make beside pictures, in lower case -
     "$recycle.bin": "deleted files of Windows ($RECYCLE.BIN)",
     "lost+found": "lost files of a file system (lost+found)",
     "__macosx": "files that macOS adds to archives (__MACOSX)",
+    "system volume information": "files of Windows (System Volume Information)",
 }
 _THUMBNAIL = re.compile(r"SYNO(FILE|PHOTO)_THUMB", re.IGNORECASE)
 _ONE_TRAINER = re.compile(r".+-(mask|cond)label", re.IGNORECASE | re.DOTALL)
@@ -44,6 +45,11 @@ class Helper(NamedTuple):
 
     what: str
     partners: tuple[str, ...] | None
+
+
+def is_of_the_system(folder: str) -> bool:
+    """Whether a folder of that name belongs to a system or NAS, such as lost+found: nobody keeps pictures there."""
+    return folder.lower() in _MADE_FOLDERS
 
 
 def helper_of(path: str) -> Helper | None:

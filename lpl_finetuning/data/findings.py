@@ -28,8 +28,9 @@ MOST_LISTED = 10  # mistakes in one message
 MAX_CAPTION = 100_000  # characters; a longer text is no caption
 BYTE_ORDER_MARK = "\ufeff"  # at the start of a text no part of the text, however often
 _BLANKS = "".join(chr(code) for code in range(0x3001) if chr(code).isspace()) + BYTE_ORDER_MARK
+BLANK = "<|blank|>"  # a caption that is left blank on purpose: the prompt is empty
 USUAL_NAMES = {  # of columns, in small letters
-    "--caption_column": ("text", "caption", "captions", "prompt", "prompts", "description", "tags", "label"),
+    "--caption_column": ("text", "caption", "captions", "prompt", "prompts", "description", "tags"),
     "--image_column": ("image", "img", "picture", "photo", "jpg", "png", "webp", "file", "filename", "image_path"),
 }
 Named = dict[str, Any]  # {"count": number of names, "first": [the first few names]}
@@ -53,6 +54,7 @@ class ScanRequest:
         show: show a progress bar.
         caption_from_folder: the name of the folder is the caption of images without one.
         caption_per_line: each line of a caption file is a caption of its own.
+        follow_links: use files that links lead to outside the folder.
         root: the folder; None for a data set.
         images: the data set with its image column alone, undecoded; None for a folder.
     """
@@ -66,6 +68,7 @@ class ScanRequest:
     show: bool
     caption_from_folder: bool = False
     caption_per_line: bool = False
+    follow_links: bool = False
     root: Path | None = None
     images: Any = None
 
@@ -89,6 +92,8 @@ _TABLES = (
     "pictures (path TEXT PRIMARY KEY, stem TEXT, stamp TEXT)",
     "sidecars (stem TEXT, kind INTEGER, path TEXT, size INTEGER, second INTEGER, PRIMARY KEY (stem, kind, path))",
     "others (ending TEXT, path TEXT)",
+    "lone (stem TEXT, kind INTEGER, path TEXT)",
+    "nearly (path TEXT PRIMARY KEY, stem TEXT)",
     "shards (path TEXT PRIMARY KEY, stamp TEXT)",
     "entries (name TEXT, captions TEXT, path TEXT, offset INTEGER, length INTEGER, stamp TEXT, place TEXT)",
 )
@@ -100,8 +105,10 @@ class Findings:
 
     The database of the facts gets temporary tables. `pictures`, `sidecars` (caption files), `shards` and `others`
     (files that are not read) hold the files below the folder. Among the sidecars of one stem, all but the first by
-    `kind` are `second`. `entries` has a row for each image of the table to be made, with captions, before the image
-    is checked. One file may have several entries. The `stamp` of an entry is that of the file that holds the image.
+    `kind` are `second`. `lone` holds the sidecars that have the stem of no picture. `nearly` holds the pictures whose
+    caption file is named otherwise, such as `a.png.txt`, with the stem of that file. `entries` has a row for each
+    image of the table to be made, with captions, before the image is checked. One file may have several entries. The
+    `stamp` of an entry is that of the file that holds the image.
 
     Attributes:
         request: what is scanned.
@@ -112,6 +119,7 @@ class Findings:
         defaulted: number of captions that are the default caption.
         helpers: images with the default caption that look like helper files, by the convention of their names.
         repeats: folders whose names begin with a number of repeats, where the name is a caption.
+        listings: paths of the listings.
         mistakes: the first `MOST_LISTED` mistakes in captions and lines.
         num_mistakes: number of all mistakes.
         advice: the different advice on all mistakes, in order.
@@ -125,6 +133,7 @@ class Findings:
     defaulted: int = 0
     helpers: dict[str, Named] = field(default_factory=dict)
     repeats: dict[str, None] = field(default_factory=dict)
+    listings: list[str] = field(default_factory=list)
     mistakes: list[DataError] = field(default_factory=list)
     num_mistakes: int = 0
     advice: list[str] = field(default_factory=list)
@@ -290,9 +299,10 @@ def _joined(
             )
         if not is_utf8(text):
             raise DataError(f"{place}: {what} holds half a character ({brief(text)}).", "Write the character again.")
-    kept = [bare for text in texts if (bare := text.strip(_BLANKS))]
+    kept = ["" if bare == BLANK else bare for text in texts if (bare := text.strip(_BLANKS))]
     if (not kept or len(kept) < len(texts)) and default is None and not empty_allowed:
-        raise DataError(f"{place}: {what} is empty.", f"Write a caption, or remove the {unit}.")
+        advice = f"Write a caption, or remove the {unit}; {BLANK} is a caption left blank on purpose."
+        raise DataError(f"{place}: {what} is empty.", advice)
     return SEPARATOR.join(kept) if kept or default is None else None
 
 

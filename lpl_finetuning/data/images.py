@@ -25,14 +25,14 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
-from lpl_finetuning.data.colours import AS_THEY_ARE, Colours, colours_of, png_chunks, to_srgb, without_png_profile
+from lpl_finetuning.data import png_files
+from lpl_finetuning.data.colours import AS_THEY_ARE, Colours, colours_of, png_chunks, to_srgb
+from lpl_finetuning.data.formats import is_installed, plugin_of, register, why_unknown
 from lpl_finetuning.errors import DataError
 
 if TYPE_CHECKING:
     import torch
 
-
-IMAGE_EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 INTERPOLATIONS = {  # diffusers' names; newer versions of Pillow have more
     "nearest": Image.Resampling.NEAREST,
@@ -48,8 +48,13 @@ _MAX_RESIZED = 2**25  # px (128 MiB); of a larger resized image only the cropped
 _MARGIN = 4  # px; more than the support of the widest filter, Lanczos, of an enlarged image
 _SAME = 1e-9  # smaller differences of log aspect ratios are rounding errors
 
-# Pillow warns at half of the size that it refuses, without a file name. This file checks the limit itself.
+# Pillow warns without a file name: at half of the size that it refuses, which this file checks itself, and of damaged
+# metadata, on which the report remarks.
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+warnings.filterwarnings(
+    "ignore", "(Corrupt EXIF data|Tag offset too large|Tag data larger than file|Metadata Warning)"
+)
+warnings.filterwarnings("ignore", "image file could not be identified because")  # the error says it
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,6 +72,7 @@ class _Opened(NamedTuple):
         white: the value of white in greyscale of more than 8 bits.
         inverted: whether white is stored as 0, in greyscale of more than 8 bits.
         revision: see `ImageFacts`.
+        faults: notes of `ImageFacts` on what was left out to read the pixels.
     """
 
     image: Image.Image
@@ -75,6 +81,7 @@ class _Opened(NamedTuple):
     white: float
     inverted: bool
     revision: int
+    faults: tuple[str, ...] = ()
 
 
 def open_image(data: bytes, place: str) -> Image.Image:
@@ -94,8 +101,8 @@ def open_image(data: bytes, place: str) -> Image.Image:
     try:
         opened = _opened(data)
         with opened.image as image:
-            ImageOps.exif_transpose(image, in_place=True)  # also decodes the image
-            return _to_rgb(image, opened)
+            image.load()
+            return _to_rgb(_upright(image, _orientation(image)[0]), opened)
     except DataError as error:
         raise DataError(f"{place}: {error.problem}", error.advice) from error
     except Exception as error:  # Pillow's decoders raise nearly any type on damaged files
@@ -113,7 +120,7 @@ def _opened(data: bytes) -> _Opened:
     """
     if not data:
         raise DataError("the file is empty (0 bytes).", "Replace or remove it.")
-    image = _with_header(data)
+    image, data, faults = _with_header(data)
     _refuse_too_many_pixels(*image.size)
     if image.format == "EPS":  # Pillow would run Ghostscript on a program from an unknown source
         raise ValueError("EPS is a drawing; save it as PNG")
@@ -124,23 +131,68 @@ def _opened(data: bytes) -> _Opened:
     inverted = _is_deep(image) and tags.get(_PHOTOMETRIC) == 0
     image, masked_anew = _with_true_transparency(image, data) if image.format == "PNG" else (image, False)
     read_anew = masked_anew or inverted or white == 4095.0
-    return _Opened(image, rawmode, colours, white, inverted, int(bool(colours.profile) or read_anew))
+    return _Opened(image, rawmode, colours, white, inverted, int(bool(colours.profile) or read_anew), faults)
 
 
-def _with_header(data: bytes) -> Image.Image:
+def _with_header(data: bytes) -> tuple[Image.Image, bytes, tuple[str, ...]]:
+    """(image, the bytes that it was read from, faults): bytes without what Pillow refuses beside sound pixels."""
+    if data.startswith(png_files.SIGNATURE):
+        data, faults = png_files.mended(data)
+        return _png_with_header(data), data, faults
     try:
+        return _with_reader(data), data, ()
+    except DataError:
+        raise
+    except Exception as error:  # damaged EXIF of an AVIF raises nearly any type
+        bare = _without_avif_exif(data)
+        if bare != data:
+            with contextlib.suppress(Exception):
+                return _with_reader(bare), bare, ("broken EXIF",)
+        if not isinstance(error, UnidentifiedImageError):
+            raise
+        if data[:4] in (b"II*\0", b"MM\0*"):
+            raise ValueError("a damaged TIFF, or one of a kind that Pillow can't read; save it as PNG") from error
+        raise ValueError(why_unknown(data)) from error  # Pillow's message names the buffer in memory
+
+
+def _with_reader(data: bytes) -> Image.Image:
+    """The image with the header read, by the plugin that it needs or by one of Pillow's own readers."""
+    plugin = plugin_of(data)
+    try:
+        if plugin is not None and is_installed(plugin):
+            register(plugin)
         return Image.open(BytesIO(data))
     except Image.DecompressionBombError:  # Pillow's message lacks the sides
         _refuse_too_many_pixels(*_size_in_header(data))
         raise
-    except UnidentifiedImageError as error:  # Pillow refuses a PNG with a broken profile; the pixels may be sound
-        if data[:4] in (b"II*\0", b"MM\0*"):
-            raise ValueError("a damaged TIFF, or one of a kind that Pillow can't read; save it as PNG") from error
-        if not data.startswith(b"\x89PNG") or b"iCCP" not in png_chunks(data):
+    except Exception as error:  # a plugin may raise any type
+        if plugin is None:
             raise
-        image = Image.open(BytesIO(without_png_profile(data)))
-        image.info["icc_profile"] = None
+        raise ValueError(why_unknown(data)) from error
+
+
+def _png_with_header(data: bytes) -> Image.Image:
+    """A PNG with the header read, also where Pillow refuses the colour profile: the pixels may be sound."""
+    try:
+        return _with_reader(data)
+    except (UnidentifiedImageError, ValueError) as error:
+        if isinstance(error, DataError) or b"iCCP" not in png_chunks(data):
+            raise
+        image = _with_reader(png_files.without_profile(data))
+        image.info["icc_profile"] = png_files.large_profile(data)
         return image
+
+
+_EXIF_IN_BOXES = re.compile(rb"\0\0(II\*\0|MM\0\*)")  # behind the offset, or the mark, at the start of EXIF in a box
+_NO_EXIF = b"II*\0\x08\0\0\0\0\0\0\0\0\0"  # EXIF without entries
+
+
+def _without_avif_exif(data: bytes) -> bytes:
+    """An AVIF with empty EXIF of the same length: Pillow refuses the image for the sake of damaged EXIF."""
+    match = _EXIF_IN_BOXES.search(data) if data[4:8] == b"ftyp" and plugin_of(data) is None else None
+    if match is None or match.start(1) + len(_NO_EXIF) > len(data):
+        return data
+    return data[: match.start(1)] + _NO_EXIF + data[match.start(1) + len(_NO_EXIF) :]
 
 
 def _refuse_too_many_pixels(width: int, height: int) -> None:
@@ -166,7 +218,7 @@ def _reason(error: Exception) -> str:
     if isinstance(error, DataError):
         return error.problem.rstrip(".")
     if isinstance(error, UnidentifiedImageError):  # Pillow's message names the buffer in memory
-        return "not in an image format that Pillow knows"
+        return "damaged, or of a kind that Pillow can't read"
     return str(error).rstrip(".") or type(error).__name__
 
 
@@ -291,7 +343,9 @@ class ImageFacts:
             - "16-bit": greyscale (also 32-bit floats) or colours, reduced to 8 bits;
             - "CMYK", "palette", "grayscale": converted to RGB;
             - "transparent": some pixels are transparent and become white;
-            - "rotated": turned or mirrored according to the EXIF orientation.
+            - "rotated": turned or mirrored according to the EXIF orientation;
+            - "broken EXIF": left out, so the image may lie on its side;
+            - "large text", "wrong checksum": parts of a PNG beside the pixels, left out.
         error: why the image can't be used, without place, advice and full stop; "" for a usable image.
         profile: name of the colour profile that the pixels are converted from; "" where they are used as they are.
         colour_remark: a key of `data.colours.COLOUR_REMARKS`, or "".
@@ -332,28 +386,71 @@ def inspect(data: bytes) -> ImageFacts:
 def _examine(image: Image.Image, opened: _Opened, quick: bool) -> tuple[tuple[int, int], tuple[str, ...]]:
     """(size, notes) of an image whose header was read. Raises what `open_image` would raise."""
     mode, rawmode = image.mode, opened.rawmode
-    orientation = image.getexif().get(ExifTags.Base.Orientation, 1)  # decoding a TIFF clears the orientation
     reduced = quick and image.format in ("JPEG", "MPO")
-    size = image.size[::-1] if orientation not in (5, 6, 7, 8) else image.size
+    size, in_header = image.size, _orientation(image) if image.format == "TIFF" else None
     if reduced:
         image.draft("L", (1, 1))
-    image.load()
+    image.load()  # turns a TIFF upright, and clears its orientation
+    orientation, broken = in_header or _orientation(image)
+    size = size if reduced else image.size
+    size = size if in_header is None and orientation in _TURNED else size[::-1]
     deep = _is_deep(image)
     # One pixel is enough to try the conversion; only the conversion of deep greyscale depends on all values. The
     # profile of an image that was decoded without colour fits no longer; `colours_of` has tried it.
     _to_rgb(image if deep else image.crop((0, 0, 1, 1)), opened, AS_THEY_ARE if reduced else None)
-    transparent = _is_transparent(image)
-    ImageOps.exif_transpose(image, in_place=True)
     facts = {
         "animated": _is_animated(image),  # reads further in the file, so it comes after decoding
         "16-bit": deep or (";16" in rawmode and not rawmode.startswith("BGR")),  # BGR;16 has 5 + 6 + 5 bits
         "CMYK": mode == "CMYK",
         "palette": mode in ("P", "PA"),
-        "transparent": transparent,
-        "rotated": orientation in range(2, 9),
+        "transparent": _is_transparent(image),
+        "rotated": orientation in _UPRIGHT,
         "grayscale": deep or mode in ("1", "L", "LA", "La"),
+        "broken EXIF": broken,
     }
-    return size if reduced else image.size[::-1], tuple(name for name, holds in facts.items() if holds)
+    return size, (*(name for name, holds in facts.items() if holds), *opened.faults)
+
+
+_UPRIGHT = {  # EXIF orientation -> what turns the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_TURNED = (5, 6, 7, 8)  # orientations that swap height and width
+
+
+def _upright(image: Image.Image, orientation: int) -> Image.Image:
+    """A decoded image, turned upright. `ImageOps.exif_transpose` also writes EXIF anew, which may fail."""
+    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
+
+
+def _orientation(image: Image.Image) -> tuple[int, bool]:
+    """(EXIF orientation, whether the EXIF data are damaged); orientation 1 where there is none.
+
+    The decoder of JPEG XL turns the image itself, but for a JPEG inside: the standard gives EXIF no say.
+    """
+    if image.format == "JXL" and not getattr(image, "jpeg", False):
+        return 1, False
+    try:
+        exif = image.getexif()
+        found = exif.get(ExifTags.Base.Orientation, 1)
+    except Exception:  # damaged EXIF raises nearly any type
+        return 1, True
+    return found if isinstance(found, int) else 1, not exif and _has_content(image.info.get("exif"))
+
+
+def _has_content(raw: bytes | None) -> bool:
+    """Whether EXIF data, in which Pillow has found nothing, are not empty but damaged."""
+    raw = (raw or b"").removeprefix(b"Exif\0\0")
+    if not raw.strip(b"\0") or raw[:4] not in (b"II*\0", b"MM\0*"):
+        return bool(raw.strip(b"\0"))
+    order = "little" if raw[:2] == b"II" else "big"
+    start = int.from_bytes(raw[4:8], order)
+    return len(raw) < start + 2 or raw[start : start + 2] != b"\0\0"
 
 
 def _rawmode(image: Image.Image) -> str:

@@ -30,7 +30,8 @@ from lpl_finetuning.data.findings import (
     refuse_long,
     require_column,
 )
-from lpl_finetuning.data.images import IMAGE_EXTENSIONS
+from lpl_finetuning.data.formats import IMAGE_EXTENSIONS, PLUGIN_EXTENSIONS, install_advice, taken_extensions
+from lpl_finetuning.data.near_names import CAPTION_EXTENSIONS
 from lpl_finetuning.data.tables import ROWS_AT_ONCE, stamp_of
 from lpl_finetuning.errors import FIRST_NAMES, DataError, because, counted, first_names, is_or_are, shown
 from lpl_finetuning.files import digest
@@ -41,6 +42,7 @@ from lpl_finetuning.files import digest
 
 _MAX_JSON = 2**24  # bytes of a `.json` member
 _CAPTION_KINDS = ("txt", "caption", "json")  # the first kind that is found beside an image is read
+_IMAGES = {*IMAGE_EXTENSIONS, *PLUGIN_EXTENSIONS}  # listed with or without the plugin, which may come later
 _KIND = re.compile(r"(?:.*/|)[^.]+[.]([^/]*)", re.DOTALL)  # what follows the first dot of the base name
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset's own members
 _HERE = re.compile(r"(\./+)*")  # `tar -C folder .` writes ./a.png
@@ -93,9 +95,10 @@ def shard_images(path: Path, remarks: list[str]) -> Iterator[ShardImage]:
             images, texts = _sample(path, members, odd)
             if texts and not images:
                 alone.append(stem)
-            kind = next((kind for kind in _CAPTION_KINDS if kind in texts), None)
-            name, text = texts.get(kind, ("", None))
-            for offset, length, image in images:
+            for offset, length, image, image_kind in images:
+                own = [f"{image_kind}{extension}" for extension in CAPTION_EXTENSIONS]  # as in a.png.txt
+                kind = next((kind for kind in (*_CAPTION_KINDS, *own) if kind in texts), None)
+                name, text = texts.get(kind, ("", None))
                 yield ShardImage(offset, length, image, name, text, int(kind == "json"))
     if odd:
         has = "has more than one dot in its name, so it is no image to webdataset, and is not used"
@@ -112,21 +115,27 @@ def _remark_on_members(path: Path, names: list[str], one: str, many: str) -> str
 
 
 def _sample(path: Path, members: Iterable[_Member], odd: list[str]) -> tuple[list[tuple], dict[str, tuple[str, str]]]:
-    """([(offset, length, name) of each image], {kind: (name, text) of each caption}) of members of one group."""
+    """([(offset, length, name, kind) of each image], {kind: (name, text) of each caption}) of members of one group."""
     images, texts, kinds = [], {}, set()
     for name, _, kind, info, tar in members:
         place = f"{shown(str(path))}: {shown(name)}"
         if kind in kinds:
             raise DataError(f"{place}: there are two members of this kind with one name.", "Rename one.")
         kinds.add(kind)
-        if f".{kind}" in IMAGE_EXTENSIONS:
-            images.append((info.offset_data, info.size, _printable(name)))
-        elif kind in _CAPTION_KINDS:
+        if f".{kind}" in _IMAGES:
+            images.append((info.offset_data, info.size, _printable(name), kind))
+        elif kind in _CAPTION_KINDS or _is_whole_name(kind):
             refuse_long(info.size, place, *([_MAX_JSON] if kind == "json" else []))
             texts[kind] = (_printable(name), decode_text(tar.extractfile(info).read(), place))
-        elif f".{kind.rpartition('.')[2]}" in IMAGE_EXTENSIONS:
+        elif f".{kind.rpartition('.')[2]}" in _IMAGES:
             odd.append(name)
     return images, texts
+
+
+def _is_whole_name(kind: str) -> bool:
+    """Whether a kind is that of a caption with the whole name of its image: "png.txt"."""
+    image, _, caption = kind.rpartition(".")
+    return f".{image}" in _IMAGES and f".{caption}" in CAPTION_EXTENSIONS
 
 
 def _members(path: Path) -> Iterator[_Member]:
@@ -218,7 +227,8 @@ def _list_shards(findings: Findings) -> None:
 
 def _add_members(findings: Findings) -> None:
     """Add an entry for each image in the table `members`."""
-    request, bare, total = findings.request, [], 0
+    request, bare, total, unread = findings.request, [], 0, []
+    needing = PLUGIN_EXTENSIONS.keys() - taken_extensions()
     rows = findings.db.execute(
         "SELECT m.path, offset, length, name, caption_name, text, is_json, s.stamp FROM members m "
         "JOIN shards s ON s.path = m.path ORDER BY m.path, offset"
@@ -235,6 +245,9 @@ def _add_members(findings: Findings) -> None:
     def entries() -> Iterator[tuple]:
         nonlocal total
         for path, offset, length, member, caption_name, text, is_json, stamp in rows:
+            if os.path.splitext(member)[1].lower() in needing:
+                unread.append(f"{path}/{member}")
+                continue
             total += 1
             default, name = request.default(path), f"{path}/{member}"
             place, what = f"{request.root / path}: {shown(caption_name or member)}", "the caption"
@@ -263,6 +276,14 @@ def _add_members(findings: Findings) -> None:
                 yield name, captions, path, offset, length, stamp, place
 
     findings.add_entries(entries())
+    if unread:
+        command = install_advice([os.path.splitext(name)[1].lower() for name in unread])
+        findings.remark(
+            {"count": len(unread), "first": unread[:FIRST_NAMES]},
+            "picture",
+            f"is not read without a plugin of Pillow ({command})",
+            f"are not read without a plugin of Pillow ({command})",
+        )
     if bare:
         raise DataError(
             f"{request.flag}: {len(bare)} of {total} images in the shards of {request.place} have no caption: "

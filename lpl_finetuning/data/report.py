@@ -216,11 +216,29 @@ def _in_both(images: Sequence[CaptionedImage], held_out: Sequence[CaptionedImage
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+# By the note of `ImageFacts`: (predicate for one image, for several images).
+NOTE_REMARKS = {
+    "broken EXIF": (
+        "holds EXIF data that can't be read, and is used without them: look whether it lies on its side",
+        "hold EXIF data that can't be read, and are used without them: look whether they lie on their side",
+    ),
+    "large text": (
+        "holds more text than Pillow reads (such as a workflow of ComfyUI), and is used without the text",
+        "hold more text than Pillow reads (such as workflows of ComfyUI), and are used without the text",
+    ),
+    "wrong checksum": (
+        "has a wrong checksum in a part beside the pixels, and is used without that part",
+        "have wrong checksums in parts beside the pixels, and are used without those parts",
+    ),
+}
+
+
 def _remarks(report: dict[str, Any]) -> list[str]:
     nothing = {"count": 0, "first": []}
     remarks = [
         *_remark(report["notes"].get("animated", nothing), "has several frames or pages; the first is used",
                  "have several frames or pages; the first is used"),
+        *(line for key, texts in NOTE_REMARKS.items() for line in _remark(report["notes"].get(key, nothing), *texts)),
         *(line for key, found in report["colour_remarks"].items() for line in _remark(found, *COLOUR_REMARKS[key])),
         *_remark_on_copies(report["duplicates"]),
         *_remark(report["in_both"], "to validate with is trained on too", "to validate with are trained on too"),

@@ -21,8 +21,9 @@ from typing import Any
 
 from lpl_finetuning.base_model import offline_without_hub
 from lpl_finetuning.data.findings import Findings, Named, ScanRequest, listed, require_column
-from lpl_finetuning.data.folders import add_captioned_pictures, add_listings, find_files, remarks_on_others
-from lpl_finetuning.data.images import IMAGE_EXTENSIONS, ImageFacts, inspect
+from lpl_finetuning.data.folders import add_captioned_pictures, add_listings
+from lpl_finetuning.data.formats import IMAGE_EXTENSIONS, missing_reader
+from lpl_finetuning.data.images import ImageFacts, inspect
 from lpl_finetuning.data.packed import add_rows, add_shards, load_dataset, undecoded_images
 from lpl_finetuning.data.tables import (
     CaptionedImage,
@@ -35,7 +36,9 @@ from lpl_finetuning.data.tables import (
     store_table,
     with_facts,
 )
-from lpl_finetuning.errors import FIRST_NAMES, DataError, because, counted, shown
+from lpl_finetuning.data.walk import dataset_files, find_files, remarks_on_others
+from lpl_finetuning.data.wrong_source import advise_on_columns, refuse_no_data_set, refuse_no_folder
+from lpl_finetuning.errors import FIRST_NAMES, DataError, because, counted, first_names, shown
 
 # ---------------------------------------------------------------------------------------------------------------------
 # 1. The images of a run
@@ -90,6 +93,7 @@ class DataSource:
     instance_prompt: str | None = None
     caption_from_folder: bool = False
     caption_per_line: bool = False
+    follow_links: bool = False
     on_bad_image: str = "error"
     cache_dir: str | None = None
     max_train_samples: int | None = None
@@ -145,8 +149,11 @@ def _options(source: DataSource) -> dict[str, Any]:
 
 def _folder_options(source: DataSource) -> dict[str, Any]:
     """The keyword arguments of `scan_folder`."""
-    of_folders = {"caption_from_folder": source.caption_from_folder, "caption_per_line": source.caption_per_line}
-    return _options(source) | of_folders
+    return _options(source) | {
+        "caption_from_folder": source.caption_from_folder,
+        "caption_per_line": source.caption_per_line,
+        "follow_links": source.follow_links,
+    }
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -163,6 +170,7 @@ def scan_folder(
     default_caption: str | None = None,
     caption_from_folder: bool = False,
     caption_per_line: bool = False,
+    follow_links: bool = False,
     on_bad_image: str = "error",
     cache_dir: str | os.PathLike | None = None,
     show: bool = True,
@@ -182,6 +190,7 @@ def scan_folder(
         default_caption: `--instance_prompt`, for images without a caption.
         caption_from_folder: `--caption_from_folder`: the name of the folder for images without a caption.
         caption_per_line: `--caption_per_line`: each line of a caption file is a caption of its own.
+        follow_links: `--follow_links`: use files outside the folder that links in the folder lead to.
         on_bad_image: "error", or "skip" to leave out and list what can't be used.
         cache_dir: `--cache_dir`; the user's cache if None.
         show: show a progress bar after one second.
@@ -191,12 +200,9 @@ def scan_folder(
     """
     request = ScanRequest(
         flag, str(folder), image_column, caption_column, default_caption, _skips(on_bad_image), show,
-        caption_from_folder, caption_per_line, Path(folder),
+        caption_from_folder, caption_per_line, follow_links, Path(folder),
     )  # fmt: skip
-    if not os.path.exists(folder):
-        raise DataError(f"{flag}: {folder} does not exist.")
-    if not os.path.isdir(folder):
-        raise DataError(f"{flag}: {folder} is not a folder.", "Name the folder that holds the images.")
+    refuse_no_folder(flag, str(folder))
     key = os.fsencode(request.root.resolve())
     return with_facts(cache_dir, key, lambda facts, warnings: _scan_folder(Findings(request, facts, warnings)))
 
@@ -214,7 +220,7 @@ def _scan_folder(findings: Findings) -> Scan:
         sources.append(add_shards(findings))
     source = " and ".join(sources)
     if not findings.has("entries"):
-        _refuse_nothing(findings, listings, source)
+        _refuse_nothing(findings, source)
     findings.warnings += remarks_on_others(findings)
     findings.remark_on_conventions()
     images = _checked_images(findings)
@@ -225,7 +231,7 @@ def _scan_folder(findings: Findings) -> Scan:
 def _beside_images(findings: Findings) -> str:
     """Where the captions of pictures come from without a listing, in words."""
     used = "SELECT 1 FROM sidecars s JOIN pictures p ON p.stem = s.stem LIMIT 1"
-    if findings.db.execute(used).fetchone() or not findings.defaulted:
+    if findings.has("nearly") or findings.db.execute(used).fetchone() or not findings.defaulted:
         return "caption files beside the images"
     return "the names of folders" if findings.request.default_caption is None else "--instance_prompt"
 
@@ -261,6 +267,7 @@ def scan_dataset(
             images can't be used.
     """
     skip_bad = _skips(on_bad_image)
+    refuse_no_data_set(dataset_name)
     dataset = load_dataset(dataset_name, dataset_config_name, split, cache_dir)
     key = f"{dataset._fingerprint} {image_column}".encode()  # of all rows: fewer rows have the same facts
     if max_samples is not None:
@@ -268,9 +275,10 @@ def scan_dataset(
     place = f"--dataset_name {dataset_name}"
     if not len(dataset):
         raise DataError(f"{place}: the split {split!r} is empty.")
-    require_column(image_column, dataset.column_names, place, "--image_column")
-    if default_caption is None:
-        require_column(caption_column, dataset.column_names, place, "--caption_column")
+    with advise_on_columns(dataset_name, dataset.column_names):
+        require_column(image_column, dataset.column_names, place, "--image_column")
+        if default_caption is None:
+            require_column(caption_column, dataset.column_names, place, "--caption_column")
     request = ScanRequest(
         "--dataset_name", dataset_name, image_column, caption_column, default_caption, skip_bad, show,
         images=undecoded_images(dataset, image_column, dataset_name),
@@ -295,15 +303,21 @@ def _skips(on_bad_image: str) -> bool:
     return on_bad_image == "skip"
 
 
-def _refuse_nothing(findings: Findings, listings: list[str], source: str) -> None:
+def _refuse_nothing(findings: Findings, source: str) -> None:
     """Raise the DataError for a folder without usable images. source: where captions come from, if from anywhere."""
     if findings.bad or findings.missing:
         _refuse_all_bad(findings)
     flag, place = findings.request.flag, findings.request.place
+    others = "".join(f" {remark}" for remark in [*findings.warnings, *remarks_on_others(findings)])
     if source:
-        advice = "Fill it, or remove it." if listings else "Fill what is empty, or name another folder."
-        raise DataError(f"{flag}: there are no images in {shown(source)} of {place}.", advice)
-    others = "".join(f" {remark}" for remark in remarks_on_others(findings))
+        advice = "Fill it, or remove it." if findings.listings else "Fill what is empty, or name another folder."
+        raise DataError(f"{flag}: there are no images in {shown(source)} of {place}.", advice + others)
+    parts = dataset_files(findings)
+    if parts and flag == "--train_data_dir":
+        raise DataError(
+            f"{flag}: {place} holds no images but a data set: {first_names(parts)}.",
+            f"Give --dataset_name {place} instead.",
+        )
     raise DataError(
         f"{flag}: there are no images in {place} or below it that are read.",
         f"Files ending in {', '.join(IMAGE_EXTENSIONS)} are read, and WebDataset shards (.tar).{others}",
@@ -365,7 +379,7 @@ def read_facts(request: ScanRequest, item: tuple) -> tuple[ImageFacts | None, bo
     path, offset, length, stamp, content = item
     try:
         if request.images is not None:
-            return _facts_of(DatasetImage(request.images, offset, request.image_column).read_bytes(), content), True
+            return _facts_of(DatasetImage(request.images, offset, request.image_column).read_bytes(), content)
         with open(request.root / path, "rb") as file:
             file.seek(offset)
             data = file.read() if length is None else file.read(length)
@@ -376,12 +390,17 @@ def read_facts(request: ScanRequest, item: tuple) -> tuple[ImageFacts | None, bo
         return ImageFacts("", "", (0, 0), (), f"can't be read: {because(error)}"), False
     if not is_same_content(stamp, status):
         return ImageFacts("", "", (0, 0), (), "the file changed while it was read"), False
-    return _facts_of(data, content), True
+    return _facts_of(data, content)
 
 
-def _facts_of(data: bytes, content: str | None) -> ImageFacts | None:
-    """The facts about an image; None where the bytes have the digest of an earlier scan, whose facts hold."""
-    return None if content and hashlib.sha256(data).hexdigest() == content else inspect(data)
+def _facts_of(data: bytes, content: str | None) -> tuple[ImageFacts | None, bool]:
+    """(facts, whether they last); no facts where the bytes have the digest of an earlier scan, whose facts hold.
+
+    That a plugin is missing does not last, and is stored without a digest: the next scan may find the plugin.
+    """
+    if missing_reader(data):
+        return replace(inspect(data), content=""), False
+    return (None if content and hashlib.sha256(data).hexdigest() == content else inspect(data)), True
 
 
 def _judge_bad(findings: Findings) -> None:

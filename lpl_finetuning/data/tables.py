@@ -447,7 +447,7 @@ _FACTS_LAYOUT = (  # images, shards and members of shards; the stamp is the file
 )
 # Where this number differs from that of a file, everything is read again: another layout, or another Pillow, which may
 # refuse other images.
-FACTS_VERSION = int(hashlib.sha256(f"4 {PIL.__version__} {_FACTS_LAYOUT}".encode()).hexdigest()[:7], 16)
+FACTS_VERSION = int(hashlib.sha256(f"5 {PIL.__version__} {_FACTS_LAYOUT}".encode()).hexdigest()[:7], 16)
 
 
 def stamp_of(status: os.stat_result) -> str:

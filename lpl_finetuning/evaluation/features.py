@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from lpl_finetuning.data.images import IMAGE_EXTENSIONS, open_image
+from lpl_finetuning.data.formats import IMAGE_EXTENSIONS
+from lpl_finetuning.data.images import open_image
 from lpl_finetuning.errors import DataError
 from lpl_finetuning.evaluation.networks import FeatureNetwork
 from lpl_finetuning.files import digest, sha256_of, write_whole

@@ -19,7 +19,7 @@ from lpl_finetuning.base_model import (
     unreadable,
     weights_fingerprint,
 )
-from lpl_finetuning.data.images import IMAGE_EXTENSIONS
+from lpl_finetuning.data.formats import IMAGE_EXTENSIONS
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.families import SD3, SDXL
 from lpl_finetuning.files import sha256_of

@@ -256,9 +256,7 @@ def print_memory(args, accelerator, plan, denoiser, code, encodes):
     with accelerator.main_process_first():  # the other ranks read its count
         peaks = shared(counted_peaks(args, plan, code, machine, count, None if sharded else denoiser))
     if peaks is None:
-        accelerator.print(
-            "Memory: not counted for these flags yet; --dry_run counts it once, in about ten seconds\n"
-        )
+        accelerator.print("Memory: not counted for these flags yet; --dry_run counts it once, in about ten seconds\n")
         kinds = kept_bytes(args, denoiser)
         return shared({"": Peak(sum(kinds.values()), "", kinds)})
     accelerator.print("\n".join(memory_lines(peaks)))

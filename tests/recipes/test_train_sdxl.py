@@ -807,10 +807,13 @@ def test_a_mistake_is_answered_before_torch_is_imported(flags):
 
 
 def test_dry_run_prints_the_plan_and_stops(flags, tmp_path, monkeypatch, capsys):
+    warned = []
+    monkeypatch.setattr("diffusers.models.modeling_utils.logger.warning", warned.append)
     forbid_loading(monkeypatch, train_sdxl_lpl)
     AcceleratorState._reset_state(True)
     args = train_sdxl_lpl.parse_args([*flags, "--use_lpl", "--dry_run", "--output_dir", str(tmp_path)])
     train_sdxl_lpl.main(args, *scan_module.find_images(data_source(args)))
+    assert not warned, "as diffusers does of each model that it casts"
     said = capsys.readouterr().out
     for part in ["images        6, held out: 0", "6, 5 different", "1.5 steps an epoch", "261,684 of 261,684",
                  "20.0 % of samples", "middle block 16x8x8, up block 1 16x16x16", "up block 4 8x64x64",

@@ -574,7 +574,7 @@ RECIPES_AND_DATA = """
 --config nowhere.yaml | --config nowhere.yaml | there is no such file | configs/recipes
 NODATA | no data | no data | give --train_data_dir FOLDER
 --train_data_dir nowhere | --train_data_dir nowhere | there is no such folder | --dataset_name
---train_data_dir {zip} | --train_data_dir | is a file | name the folder
+--train_data_dir {zip} | --train_data_dir | is not a folder | Unpack it, and name the folder
 --train_data_dir {nothing} | --train_data_dir | no images | .png
 --train_data_dir {words} | --train_data_dir | no images | .png
 --train_data_dir {heic} | --train_data_dir | no images | .png

@@ -88,7 +88,12 @@ SRGB = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
 
 RNG = np.random.default_rng(0)
 NOISE = RNG.integers(0, 256, (8, 8, 4), dtype=np.uint8)
-EXACT = {"JPEG": {"quality": 100, "subsampling": 0}, "WEBP": {"lossless": True}, "AVIF": {"quality": 100}}
+EXACT = {
+    "JPEG": {"quality": 100, "subsampling": 0},
+    "MPO": {"quality": 100, "subsampling": 0},
+    "WEBP": {"lossless": True},
+    "AVIF": {"quality": 100},
+}
 
 
 def reference(image, profile):
@@ -175,7 +180,9 @@ def test_known_colours():
 
 
 @pytest.mark.parametrize("profile", [P3, ADOBE])
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF", "gif", "jp2", "bmp", "palette", "bmp grey"])
+@pytest.mark.parametrize(
+    "kind", ["PNG", "JPEG", "WEBP", "TIFF", "AVIF", "MPO", "gif", "jp2", "bmp", "palette", "bmp grey", "apng", "avifs"]
+)
 def test_every_format_is_converted(kind, profile):
     image, before = flat("RGB", (200, 60, 60)), flat("RGB", (200, 60, 60))
     if kind == "gif":
@@ -184,6 +191,10 @@ def test_every_format_is_converted(kind, profile):
         data = jp2_with(image, profile)
     elif kind == "bmp":
         data, before = bmp_5((200, 60, 60), b"MBED", profile=profile), Image.new("RGB", (1, 1), (200, 60, 60))
+    elif kind in ("apng", "avifs"):
+        more = [flat("RGB", (0, 200, 0))] * 2
+        name = {"apng": "PNG", "avifs": "AVIF"}[kind]
+        data = file_of(image, name, save_all=True, append_images=more, icc_profile=profile, **EXACT.get(name, {}))
     elif kind == "palette":
         data = file_of(image.quantize(4), "PNG", icc_profile=profile)
     elif kind == "bmp grey":
@@ -192,7 +203,17 @@ def test_every_format_is_converted(kind, profile):
         data = file_of(image, kind, icc_profile=profile, **EXACT.get(kind, {}))
     facts = inspect(data)
     assert facts.profile.startswith("test ") and facts.revision == 1 and (facts.colour_remark, facts.error) == ("", "")
-    assert np.abs(pixels_of(data) - reference(before, profile)).max() <= (3 if kind == "JPEG" else 2)
+    assert np.abs(pixels_of(data) - reference(before, profile)).max() <= (3 if kind in ("JPEG", "MPO") else 2)
+
+
+def test_a_profile_too_large_for_pillow_is_used_all_the_same():
+    """More than 1 MB after decompression: Pillow refuses the PNG."""
+    large = profile_of(b"RGB ", "test large", P3_TAGS | {b"targ": b"text\0\0\0\0" + bytes(1_200_000)})
+    data, plain = (png_with(flat("RGB", (200, 60, 60)), iCCP=icc_chunk(profile)) for profile in (large, P3))
+    assert inspect(data).profile == "test large" and inspect(data).colour_remark == ""
+    assert np.array_equal(pixels_of(data), pixels_of(plain))
+    broken = png_with(flat("RGB", (200, 60, 60)), iCCP=b"p\0\0" + zlib.compress(bytes(1_200_000)))
+    assert (inspect(broken).colour_remark, inspect(broken).error) == ("broken", "")
 
 
 def test_every_pixel_is_converted_as_by_imagecms():

@@ -364,7 +364,9 @@ def test_files_that_are_no_text_and_empty_ones_are_told_together(tmp_path):
         message = refusal(tmp_path / "set", **options)
         assert "0000.txt: not UTF-8" in message and ("0001.txt: the caption is empty" in message) == (not options)
         assert message.count("Save the file as UTF-8.") == 1
-        assert ("\nSave the file as UTF-8. Write a caption, or remove the image." in message) == (not options)
+        assert ("\nSave the file as UTF-8. Write a caption, or remove the image; <|blank|> is" in message) == (
+            not options
+        )
 
 
 def test_a_column_that_is_in_no_row_is_one_mistake(tmp_path):
@@ -417,9 +419,9 @@ def test_files_of_no_kind_that_is_read_are_counted(tmp_path):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text("")
     assert scan_folder(folder).warnings == []
-    (folder / "sub/photo.jpe").write_text("")
+    (folder / "sub/photo.xcf").write_text("")
     assert scan_folder(folder).warnings == [
-        f"1 file in {folder} is of no kind that is read (.jpe: 1, such as sub/photo.jpe). Convert or rename what is "
+        f"1 file in {folder} is of no kind that is read (.xcf: 1, such as sub/photo.xcf). Convert or rename what is "
         "meant, a picture to .png, a caption to .txt, a listing to metadata.jsonl or metadata.csv or "
         "metadata.parquet, and move the rest elsewhere."
     ]
@@ -428,17 +430,17 @@ def test_files_of_no_kind_that_is_read_are_counted(tmp_path):
     picture(folder / os.fsdecode(b"b\xff")).rename(folder / os.fsdecode(b"b\xff.x3"))
     [warning] = scan_folder(folder).warnings
     kinds = "(.json: 3, such as a.json; no ending: 1, such as bare; .csv: 1, such as Metadata.csv; "
-    kinds += ".jpe: 1, such as sub/photo.jpe; .jpg_large: 1, such as x.jpg_large; and 4 more endings)"
+    kinds += ".jpg_large: 1, such as x.jpg_large; .ppm: 1, such as x.ppm; and 4 more endings)"
     assert warning.startswith(f"11 files in {folder} are of no kind") and kinds in warning
 
 
 def test_a_listed_file_is_read_whatever_its_ending(tmp_path):
     folder = tmp_path / "set"
-    for name in ("a.jpe", "b.jpe"):
+    for name in ("a.xyz", "b.xyz"):
         picture(folder / "x.png").rename(folder / name)
-    listing(folder, {"file_name": "a.jpe", "text": "a"})
+    listing(folder, {"file_name": "a.xyz", "text": "a"})
     scan = scan_folder(folder)
-    assert captions(scan) == [("a.jpe", "a")] and "(.jpe: 1, such as b.jpe)" in scan.warnings[0]
+    assert captions(scan) == [("a.xyz", "a")] and "(.xyz: 1, such as b.xyz)" in scan.warnings[0]
 
 
 def test_files_that_are_not_read_are_named_where_nothing_else_is_found(tmp_path):
@@ -459,7 +461,7 @@ def test_caption_files_without_an_image_are_remarked_upon(tmp_path):
     (folder / "phone.heic").write_bytes(b"")
     scan = scan_folder(folder)
     assert scan.unused_captions == {"count": 0, "first": []} and len(scan.warnings) == 1
-    assert "1 picture in" in scan.warnings[0] and "is of a kind that is not read: phone.heic" in scan.warnings[0]
+    assert "1 picture in" in scan.warnings[0] and scan.warnings[0].endswith("pip install pillow-heif: phone.heic.")
     for name in ("moved.txt", "readme.caption", "license plate.txt"):
         (folder / name).write_text("a caption")
     scan = scan_folder(folder)
@@ -573,9 +575,10 @@ BROKEN = {  # case: (how it is made, what the message must name)
     "csv short": (lines("file_name,text", "a.png", name="metadata.csv"), ["metadata.csv:2", "'text'"]),
     "csv quotes": (lines("file_name,text", 'a.png,"a', name="metadata.csv"), ["metadata.csv:2", "not CSV"]),
     "csv column": (lines("file_name,caption", "a.png,a", name="metadata.csv"), ["metadata.csv:2", "caption"]),
-    "csv semicolons": (lines("file_name;text", "a.png;a, b", name="metadata.csv"),
-                       ["metadata.csv:1", "separated by semicolons", "must be separated by commas"]),
-    "csv tabs": (lines("file_name\ttext", "a.png\ta", name="metadata.csv"), ["metadata.csv:1", "separated by tabs"]),
+    "csv semicolons": (lines("file;words", "a.png;a, b", name="metadata.csv"),
+                       ["metadata.csv:2", "'file_name'", "['file', 'words']", "--image_column file"]),
+    "csv bars": (lines("file_name|text", "a.png|a", name="metadata.csv"), ["metadata.csv:1", "separated by bars"]),
+    "csv tabs": (lines("name\twords", "a.png\ta", name="metadata.csv"), ["metadata.csv:1", "separated by tabs"]),
     "csv header only": (lines("file_name,text", name="metadata.csv"), ["--train_data_dir", "metadata.csv"]),
     "parquet column": (parquet(file_name=["a.png"], txt=["a"]), ["metadata.parquet", "--caption_column txt"]),
     "parquet null": (parquet(file_name=["a.png"] * 2, text=["a", None]), ["metadata.parquet: row 1", "None"]),

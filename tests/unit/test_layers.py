@@ -13,9 +13,12 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("errors", "lpl_utils", "other_flags", "stages"),
     ("files",),
     ("base_model",),
-    ("lora_files", "tensor_files", "data.colours", "data.conventions", "data.tables", "data.store"),
-    ("data.images",),
+    ("lora_files", "tensor_files", "data.colours", "data.conventions", "data.formats", "data.png_files", "data.tables",
+     "data.store"),
+    ("data.images", "data.near_names"),
     ("data.samples", "data.findings"),
+    ("data.rows",),
+    ("data.walk", "data.wrong_source"),
     ("data.folders", "data.packed"),
     ("data.scan",),
     ("data.report", "data.encoding", "data.contact_sheet"),
@@ -42,8 +45,10 @@ TORCH_FREE = ("errors", "other_flags", "stages", "files", "base_model", "lora_fi
               "evaluation.report", "evaluation.networks", "evaluation.distances", "evaluation.spectrum",
               "evaluation.uncertainty",
               "training.checkpoint_folders",
-              "data.colours", "data.conventions", "data.images", "data.tables", "data.store", "data.samples",
-              "data.findings", "data.folders", "data.packed", "data.scan",
+              "data.colours", "data.conventions", "data.formats", "data.png_files", "data.near_names", "data.images",
+              "data.tables", "data.store", "data.samples",
+              "data.findings", "data.rows", "data.walk", "data.wrong_source", "data.folders", "data.packed",
+              "data.scan",
               "data.report", "data.encoding", "data.contact_sheet")  # fmt: skip
 
 

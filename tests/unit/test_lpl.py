@@ -436,6 +436,17 @@ def test_chunks_equal_all_at_once(norm_type, batch_size):
     assert_equal(found, gradient, 1e-10)
 
 
+@pytest.mark.parametrize("checkpointing", ["none", "stage"])
+def test_group_norms_in_blocks_change_nothing(checkpointing, monkeypatch):
+    """The gradients of large norms are computed group by group, in place where nothing else holds them."""
+    z0, estimate = pair(decoder(), batch=2)
+    expected, gradient = evaluate(lpl(checkpointing=checkpointing), z0, estimate)
+    monkeypatch.setattr(lpl_utils, "NORM_BLOCK", 64)
+    output, found = evaluate(lpl(checkpointing=checkpointing), z0, estimate)
+    assert torch.equal(output.per_sample, expected.per_sample)
+    assert_equal(found, gradient, 1e-10)
+
+
 def test_chunks_bound_how_many_samples_the_decoder_sees():
     z0, estimate = pair(decoder(), batch=3)
     seen = []
@@ -1303,9 +1314,12 @@ LAYOUTS = {
 }
 
 
+@pytest.mark.parametrize("norm_block", [lpl_utils.NORM_BLOCK, 60])
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", NETWORKS)
-def test_input_gradients_equal_plain_autograds(name, layout):
+def test_input_gradients_equal_plain_autograds(name, layout, norm_block, monkeypatch):
+    """Also where the gradient of a group norm is computed group by group."""
+    monkeypatch.setattr(lpl_utils, "NORM_BLOCK", norm_block)
     network = block(*NETWORKS[name])
     x = LAYOUTS[layout](torch.randn((2, 8, 5, 6), generator=torch.Generator().manual_seed(1), dtype=DOUBLE))
     plain, light = (x.detach().clone(memory_format=torch.preserve_format).requires_grad_() for _ in range(2))

@@ -13,7 +13,7 @@ import torch
 
 import train_sdxl_lpl
 from lpl_finetuning.training import estimates, plan
-from lpl_finetuning.training.step_memory import Machine, RunCode, autoencoder_networks, highest
+from lpl_finetuning.training.step_memory import Machine, RunCode, autoencoder_networks, highest, kept_bytes
 from tests.runs import ROOT, memory_of
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -48,6 +48,52 @@ def test_the_readme_and_recipes_say_what_the_page_says():
             recipe = f"{setup[1:-1]}.yaml"
             assert any(recipe in line and figure in line for line in readme.splitlines()), setup
             assert figure in (ROOT / "configs" / "recipes" / recipe).read_text(encoding="utf-8"), setup
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What is held throughout a run
+
+
+class Denoiser(torch.nn.Module):
+    """Two linear layers, of which one is frozen, and a norm: 36 + 36 + 8 parameters."""
+
+    def __init__(self):
+        super().__init__()
+        layers = torch.nn.Linear(64, 4).requires_grad_(False), torch.nn.Linear(64, 4), torch.nn.LayerNorm(4)
+        self.unet = torch.nn.ModuleList(layers).to("meta")
+
+    def models(self):
+        return {"unet": self.unet}
+
+
+def held(**flags):
+    defaults = {"bnb_quantization_config_path": None, "use_8bit_adam": False, "optimizer": "adamw", "use_ema": False,
+                "offload_ema": False}  # fmt: skip
+    return kept_bytes(SimpleNamespace(**defaults | flags), Denoiser())
+
+
+@pytest.mark.parametrize(
+    ("flags", "times"),
+    [({}, 2), ({"optimizer": "prodigy"}, 4), ({"optimizer": "adafactor"}, 0), ({"use_8bit_adam": True}, 0.5)],
+)
+def test_the_optimizers_state(flags, times):
+    """In float32: Adam's two moments, Prodigy's four, none of Adafactor worth a count, two bytes in 8 bits."""
+    trained = 4 * (64 * 4 + 4 + 8)
+    assert held(**flags)["optimizer state"] == times * trained and held(**flags)["gradients"] == trained
+
+
+def test_the_average_counts_where_it_is():
+    trained = 4 * (64 * 4 + 4 + 8)
+    assert [held(use_ema=True)["EMA"], held(use_ema=True, offload_ema=True)["EMA"], held()["EMA"]] == [trained, 0, 0]
+
+
+def test_a_quantized_denoiser_is_counted_in_its_bits(tmp_path):
+    """Frozen linear weights take half a byte or one, and their scales; everything else stays as it is."""
+    path, plain = tmp_path / "config.json", held()["weights"]
+    assert plain == 4 * (2 * (64 * 4 + 4) + 8)
+    for content, own in (('{"load_in_4bit": true}', 128 + 4), ('{"load_in_8bit": true}', 256 + 16)):
+        path.write_text(content)
+        assert held(bnb_quantization_config_path=path)["weights"] == plain - 4 * 256 + own
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -18,7 +18,7 @@ import zlib
 
 import pytest
 
-from lpl_finetuning.data import folders, packed, tables
+from lpl_finetuning.data import folders, packed, tables, walk
 from lpl_finetuning.data import scan as scan_module
 from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.errors import DataError
@@ -251,7 +251,7 @@ def test_a_change_that_only_reading_finds_heals_itself(tmp_path, monkeypatch):
     old, member, new = (image_bytes((grey, 0, 0), kind="BMP") for grey in (0, 1, 2))
     (folder / "0000.png").write_bytes(old)
     tar(folder / "s.tar", ("a.png", member), ("a.txt", b"old caption"))
-    monkeypatch.setattr(folders, "stamp_of", lambda status: f"{status.st_size} 0 0 0")
+    monkeypatch.setattr(walk, "stamp_of", lambda status: f"{status.st_size} 0 0 0")
     monkeypatch.setattr(scan_module, "is_same_content", lambda stamp, status: True)
     scan_folder(folder)
     (folder / "0000.png").write_bytes(new)

@@ -191,15 +191,6 @@ def test_the_last_half_step_is_a_step(monkeypatch):
     assert plan_module.plan_run(args, accelerator(), None, images=4).total_steps == 3
 
 
-@pytest.mark.parametrize(
-    ("optimizer", "in_8_bits", "size"),
-    [("adamw", False, 800), ("prodigy", False, 1600), ("adafactor", False, 0), ("adamw", True, 200)],
-)
-def test_bytes_of_the_optimizers_state(optimizer, in_8_bits, size):
-    args = SimpleNamespace(optimizer=optimizer, use_8bit_adam=in_8_bits)
-    assert plan_module.optimizer_state_bytes(args, weights=400, count=100) == size
-
-
 @pytest.mark.parametrize("share", [0.0, 1.0])
 def test_a_share_of_nothing_or_of_all_is_refused(share):
     args = train_sdxl_lpl.build_parser().parse(
