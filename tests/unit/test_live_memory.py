@@ -16,6 +16,7 @@ from lpl_finetuning.training.step_memory import (
     count_step,
     counting_batch,
     highest,
+    latent_size,
     tensors_of,
 )
 
@@ -160,7 +161,7 @@ FLAGS = {
 
 
 def count(script, flags, folder, pictures, machine):
-    """{phase: Peak} of a step of a tiny model; bytes of a micro-batch on the CPU."""
+    """{phase: Peak} of a step of a tiny model; bytes of a micro-batch and its two kinds of noise on the CPU."""
     words = f"{flags} --mixed_precision no --resolution 128 --train_batch_size 2 --validation_prompt x".split()
     args = script.parse_args(
         [*words, "--pretrained_model_name_or_path", str(folder), "--train_data_dir", str(pictures)]
@@ -172,7 +173,8 @@ def count(script, flags, folder, pictures, machine):
     denoiser = script.build_denoiser(args, torch.float32, "meta")
     batch = counting_batch(args, plan, code, machine.encodes, denoiser)
     held = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in tensors_of(batch)}
-    return count_step(args, plan, code, machine), sum(held.values())
+    noise = 2 * script.example_batch(denoiser, args, latent_size(args), torch.float32)["mean"].nbytes
+    return count_step(args, plan, code, machine), sum(held.values()) + noise
 
 
 @pytest.mark.parametrize("encodes", [False, True])
