@@ -461,7 +461,7 @@ def test_caption_files_without_an_image_are_remarked_upon(tmp_path):
     (folder / "phone.heic").write_bytes(b"")
     scan = scan_folder(folder)
     assert scan.unused_captions == {"count": 0, "first": []} and len(scan.warnings) == 1
-    assert "1 picture in" in scan.warnings[0] and scan.warnings[0].endswith("pip install pillow-heif: phone.heic.")
+    assert "1 picture in" in scan.warnings[0] and scan.warnings[0].endswith("(pip install pillow-heif): phone.heic.")
     for name in ("moved.txt", "readme.caption", "license plate.txt"):
         (folder / name).write_text("a caption")
     scan = scan_folder(folder)

@@ -15,36 +15,36 @@ LISTED_ONLY, NEVER = "files with such an ending are read only if a listing names
 
 
 def other_pictures(folder):
-    """A folder with a PNG, an AVIF and a JFIF; the PNG has a caption file."""
+    """A folder with a PNG, a PSD and a TGA, to Pillow another PNG and a TGA; the PNG has a caption file."""
     picture(folder / "a.png", caption="a")
-    Image.new("RGB", (32, 32), "red").save(folder / "b.avif")
-    Image.new("RGB", (32, 32), "blue").save(folder / "c.jfif", format="JPEG")
+    Image.new("RGB", (32, 32), "red").save(folder / "b.psd", format="PNG")
+    Image.new("RGB", (32, 32), "blue").save(folder / "c.tga")
     return folder
 
 
 def test_listed_pictures_are_used_and_not_called_unread(tmp_path):
     folder = other_pictures(tmp_path / "set")
-    assert f"2 pictures in {folder} are not used: {LISTED_ONLY}: b.avif, c.jfif." in scan_folder(folder).warnings
-    listing(folder, *[{"file_name": name, "text": name} for name in ("a.png", "b.avif", "c.jfif")])
+    assert f"2 pictures in {folder} are not used: {LISTED_ONLY}: b.psd, c.tga." in scan_folder(folder).warnings
+    listing(folder, *[{"file_name": name, "text": name} for name in ("a.png", "b.psd", "c.tga")])
     scan = scan_folder(folder)
-    assert [image.name for image in scan.images] == ["a.png", "b.avif", "c.jfif"]
+    assert [image.name for image in scan.images] == ["a.png", "b.psd", "c.tga"]
     assert not any(LISTED_ONLY in text or NEVER in text for text in scan.warnings)
-    listing(folder, *[{"file_name": name, "text": name} for name in ("a.png", "c.jfif")])
-    assert f"1 picture in {folder} is not used: {LISTED_ONLY}: b.avif." in scan_folder(folder).warnings
+    listing(folder, *[{"file_name": name, "text": name} for name in ("a.png", "c.tga")])
+    assert f"1 picture in {folder} is not used: {LISTED_ONLY}: b.psd." in scan_folder(folder).warnings
 
 
 def test_pictures_that_can_not_be_read_are_called_so(tmp_path):
     folder = captioned(tmp_path / "set", 1)
-    (folder / "x.heic").write_bytes(b"x")
+    (folder / "x.svg").write_bytes(b"x")
     [warning] = scan_folder(folder).warnings
-    assert warning == f"1 picture in {folder} is {NEVER}: x.heic."
+    assert warning == f"1 picture in {folder} is {NEVER}: x.svg."
 
 
 def test_a_folder_of_other_pictures_alone_is_not_called_empty(tmp_path):
     folder = other_pictures(tmp_path / "set")
     (folder / "a.png").unlink()
     message = refusal(folder)
-    assert "that are read" in message and LISTED_ONLY in message and "b.avif, c.jfif" in message
+    assert "that are read" in message and LISTED_ONLY in message and "b.psd, c.tga" in message
 
 
 @pytest.mark.parametrize("ending", ["parquet", "arrow"])
@@ -52,7 +52,8 @@ def test_a_data_set_is_not_to_be_renamed(tmp_path, ending):
     (tmp_path / "set/data").mkdir(parents=True)
     (tmp_path / f"set/data/train-00000-of-00001.{ending}").write_bytes(b"x")
     message = refusal(tmp_path / "set")
-    assert "a data set, whose folder is given as --dataset_name" in message and "rename" not in message.lower()
+    assert f"a data set: data/train-00000-of-00001.{ending}. Give --dataset_name {tmp_path / 'set'}" in message
+    assert "rename" not in message.lower()
     message = refusal(tmp_path / "set", flag="--validation_data_dir")
     assert "a data set, which --validation_data_dir does not take" in message and "--dataset_name" not in message
     (tmp_path / f"set/data/train-00000-of-00001.{ending}").rename(tmp_path / "set/x.ppm")
