@@ -21,6 +21,7 @@ from lpl_finetuning.base_model import Family, model_file, read_json
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.files import row_of
 from lpl_finetuning.flags import REPOSITORY
+from lpl_finetuning.sample_prompts import KEYS, entries_of
 
 
 def check_publishing(args):
@@ -92,7 +93,8 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         training=training,
         dataset=args.dataset_name,
         num_images=images,
-        prompts=tuple(args.validation_prompt or ()),
+        prompts=tuple(entry.prompt for entry in entries_of(args)),
+        samples=tuple(entry.values() for entry in entries_of(args) if entry.place),
         images_per_prompt=args.num_validation_images,
         prediction_type=getattr(args, "prediction_type", None),
         measures=measures,
@@ -372,7 +374,8 @@ class Card:
     name: owner/name on the Hub, or only a name; base_model, dataset: as given to the run, a name on the Hub or a path
     (paths are never shown); lora: LoRA or DoRA, None for a whole model; trigger: the words that call what was learnt;
     prediction_type: when the run was given one, so that a LoRA's snippet
-    sets it. Image number n of prompt p is `image_{p * images_per_prompt + n}.png`.
+    sets it; samples: {key: value} of each prompt of --validation_prompts_file. Image number n of prompt p is
+    `image_{p * images_per_prompt + n}.png`.
     """
 
     name: str
@@ -390,6 +393,7 @@ class Card:
     measures: dict = field(default_factory=dict)
     measured_from: str = "before"
     trigger: str | None = None
+    samples: tuple[dict, ...] = ()
 
 
 def write_card(folder, card):
@@ -425,6 +429,7 @@ def write_card(folder, card):
         f"## Held-out images, {card.measured_from} -> after training\n\n{table(card.measures)}"
         if card.measures
         else "",
+        f"## Validation pictures\n\n{sample_table(card.samples)}" if card.samples else "",
     ]
     text = "\n\n".join(part for part in parts if part)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
@@ -519,6 +524,18 @@ def table(settings):
 
     rows = [f"| {name} | {shown(value)} |" for name, value in settings.items() if value is not None]
     return "\n".join(["| setting | value |", "|---|---|", *rows])
+
+
+def sample_table(samples):
+    """A Markdown table of prompts with their settings; a column that no prompt has is left out."""
+
+    def shown(value):
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        return " ".join(text.replace("|", "\\|").split())
+
+    columns = [key for key in KEYS if any(key in sample for sample in samples)]
+    rows = [[shown(sample.get(key, "")) for key in columns] for sample in samples]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

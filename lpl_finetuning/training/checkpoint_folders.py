@@ -12,6 +12,7 @@ Names in --output_dir:
     previous-1, -2, …       what earlier runs left
 """
 
+import contextlib
 import json
 import os
 import re
@@ -24,6 +25,7 @@ import yaml
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.files import free_name, sha256_of, sync_to_disk
 from lpl_finetuning.flags import recipe_text
+from lpl_finetuning.sample_prompts import PROMPTS_FILE, entries_text
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 MANIFEST = "manifest.json"
@@ -32,6 +34,7 @@ HASH_THREADS = 4  # sha256 releases the interpreter's lock
 RUN_MARK = "config.yaml"  # marks a folder as a run's
 LEFT_BY_A_RUN = (
     "checkpoint-*", "damaged-checkpoint-*", "validation", "image_*.png", "run.png", "data_report.json", "README.md",
+    PROMPTS_FILE,
     "pytorch_lora_weights*.safetensors", "model.safetensors", "model_index.json",
     "unet", "transformer", "vae", "scheduler", "tokenizer", "tokenizer_[23]", "text_encoder", "text_encoder_[23]",
 )  # fmt: skip
@@ -404,5 +407,9 @@ def changes_since(args, folder, images):
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return []
     now = yaml.safe_load(recipe_text(args)) | {"images": images}
-    return [f"{name} was {before[name]}, is {value}" for name, value in now.items()
-            if name in before and before[name] != value and name != "output_dir"]  # fmt: skip
+    changes = [f"{name} was {before[name]}, is {value}" for name, value in now.items()
+               if name in before and before[name] != value and name != "output_dir"]  # fmt: skip
+    with contextlib.suppress(OSError, ValueError):
+        if args.prompts and (folder.parent / PROMPTS_FILE).read_text(encoding="utf-8") != entries_text(args.prompts):
+            changes.append("validation_prompts_file has other entries")
+    return changes

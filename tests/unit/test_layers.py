@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow", "preview_data", "evaluate_models")
 FLOORS = (  # from the ground up: a file imports from floors below its own only
-    ("errors", "lpl_utils", "other_flags", "stages"),
-    ("files",),
+    ("errors", "lpl_utils", "other_flags", "stages", "yaml_texts"),
+    ("files", "sample_prompts"),
     ("base_model",),
     ("lora_files", "tensor_files", "data.colours", "data.conventions", "data.tables", "data.store"),
     ("data.images",),
@@ -36,7 +36,8 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("publish", "convert", *SCRIPTS),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-TORCH_FREE = ("errors", "other_flags", "stages", "files", "base_model", "lora_files", "families", "start", "flags",
+TORCH_FREE = ("errors", "other_flags", "stages", "yaml_texts", "files", "sample_prompts",
+              "base_model", "lora_files", "families", "start", "flags",
               "flag_checks",
               "evaluation.models", "evaluation.verdict", "evaluation.charts", "evaluation.picture_sets",
               "evaluation.report", "evaluation.networks", "evaluation.distances", "evaluation.spectrum",
