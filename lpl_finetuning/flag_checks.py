@@ -85,8 +85,8 @@ DEAD_FLAGS = (  # (flags, when they do nothing, function of the flags that tells
      "--validation_split or --validation_data_dir", lambda args: entries_of(args) or holds_out(args)),
     (("num_validation_images",), "without --validation_prompt or --validation_prompts_file",
      lambda args: entries_of(args) or args.num_validation_images == 0),
-    (("output_name", "metadata_title"), "without --output_kohya_format or --single_file: it is for the file that "
-     "other programs read", lambda args: args.output_kohya_format or args.single_file),
+    (("output_name", "metadata_title"), "without --output_kohya_format or --single_file, which write the file for "
+     "other programs", lambda args: args.output_kohya_format or args.single_file),
     (("save_tag_frequency", "checkpoints_kohya_format"), "without --output_kohya_format",
      lambda args: args.output_kohya_format),
     (("validation_kid_every", "validation_kid_samples"), "without --validation_metrics",
