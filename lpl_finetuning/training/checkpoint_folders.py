@@ -13,6 +13,7 @@ Names in --output_dir:
 """
 
 import contextlib
+import glob
 import json
 import os
 import re
@@ -249,15 +250,28 @@ def set_earlier_run_aside(output_dir, resume_from, logging_dir="logs"):
 
 def left_by_a_run(output_dir, logging_dir):
     """Return the paths that a run wrote, in the order to move them; `RUN_MARK` last, in case the mover is killed."""
+    patterns = [
+        *LEFT_BY_A_RUN,
+        *([f"{glob.escape(name)}.safetensors"] if (name := output_name_of(output_dir)) else []),
+    ]
     logs = output_dir / logging_dir
     logs = [logs] if (logs / "metrics.jsonl").is_file() and logs.is_relative_to(output_dir) else []
-    results = [path for pattern in LEFT_BY_A_RUN for path in sorted(output_dir.glob(pattern))]
+    results = [path for pattern in patterns for path in sorted(output_dir.glob(pattern))]
     logged = any((path / "metrics.jsonl").stat().st_size for path in logs)
     # a previous-N without the mark: a move that was killed may have moved the results already
     half_moved = any(not (path / RUN_MARK).is_file() for path in output_dir.glob("previous-*"))
     if not logged and not half_moved and all(path.name == "data_report.json" for path in results):
         return []
     return [*results, *logs, output_dir / RUN_MARK]
+
+
+def output_name_of(output_dir):
+    """The --output_name of the run in a folder, from its flags; None where it has none."""
+    try:
+        name = yaml.safe_load((Path(output_dir) / RUN_MARK).read_text(encoding="utf-8")).get("output_name")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return None
+    return name if isinstance(name, str) and name and Path(name).name == name else None
 
 
 def newer_than(resume_from, output_dir):

@@ -32,6 +32,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("training.measures",),
     ("training.validation", "training.run"),
     ("training.plan",),
+    ("results.metadata",),
     ("results.export", "results.hub", "evaluation.comparison"),
     ("publish", "convert", *SCRIPTS),
 )  # fmt: skip
