@@ -25,7 +25,7 @@ from peft.utils.other import get_pattern_key
 from lpl_finetuning.errors import require
 from lpl_finetuning.files import follow_umask
 from lpl_finetuning.lora_files import KOHYA_FILE, LORA_FILE, file_for_others
-from lpl_finetuning.results.metadata import kohya_version, modelspec, training_keys
+from lpl_finetuning.results.metadata import kohya_version, modelspec, tag_key, training_keys
 from lpl_finetuning.tensor_files import sha256_of_tensors, write_tensors
 from lpl_finetuning.training.models import in_dtype, lora_parts, nested_clip_name, save_lora
 
@@ -291,14 +291,12 @@ def kohya_exporter(args, images, plan):
     Args:
         images: the images that it is trained on; plan: the `Plan`.
     """
-    tags = functools.cache(lambda: training_keys(args, plan, images, 0).get("ss_tag_frequency"))
-    untagged = args.but(save_tag_frequency=False)
+    tags = functools.cache(lambda: tag_key(args, images))
 
     def save(folder, denoiser, step, name):
         config = next(iter(denoiser.models().values())).config
         about = modelspec(args, config, plan.schedule.prediction_type, is_lora=True)
-        about |= training_keys(untagged, plan, images, step)
-        about |= {"ss_tag_frequency": tags()} if args.save_tag_frequency else {}
+        about |= training_keys(args, plan, images, step) | tags()
         dtype = getattr(torch, args.save_dtype or "float32")
         save_kohya(folder, lora_parts(denoiser.models()), config, dtype, name, about)
 

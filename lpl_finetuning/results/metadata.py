@@ -66,7 +66,7 @@ def modelspec(args, denoiser_config, prediction_type, is_lora):
 
 
 def training_keys(args, plan, images, step):
-    """{key: text} of the `ss_` keys on how a LoRA was trained, with the tags of the captions.
+    """{key: text} of the `ss_` keys on how a LoRA was trained, without the tags of the captions.
 
     Args:
         plan: the `Plan`.
@@ -98,8 +98,6 @@ def training_keys(args, plan, images, step):
         "caption_dropout_rate": args.proportion_empty_prompts or None,
         "training_comment": "with the latent perceptual loss" if args.use_lpl else None,
     }
-    if args.save_tag_frequency:
-        values["tag_frequency"] = json.dumps({title_of(args): tag_frequency(images, caption_rules(args))})
     return {f"ss_{name}": str(value) for name, value in values.items() if value is not None}
 
 
@@ -115,6 +113,13 @@ def base_source(base):
     return source.get("file"), source.get("sha256")
 
 
+def tag_key(args, images):
+    """{"ss_tag_frequency": JSON} of the captions' tags, as A1111 shows them; {} with --no-save_tag_frequency."""
+    if not args.save_tag_frequency:
+        return {}
+    return {"ss_tag_frequency": json.dumps({title_of(args): tag_frequency(images, caption_rules(args))})}
+
+
 def tag_frequency(images, rules):
     """{tag: number of captions that have it} of the most frequent tags, the most frequent first.
 
@@ -124,5 +129,5 @@ def tag_frequency(images, rules):
     counts = Counter()
     for image in images:
         for caption in image.captions:
-            counts.update(dict.fromkeys(tag for part in rules.text(caption).split(",") if (tag := part.strip())))
+            counts.update({tag for part in rules.text(caption).split(",") if (tag := part.strip())})
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:MOST_TAGS])
