@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 from lpl_finetuning.base_model import Family, Part, check_channels, model_file, read_object
-from lpl_finetuning.errors import first_names, require
+from lpl_finetuning.errors import require
 from lpl_finetuning.flags import framing_rules, mixed_precision
 from lpl_finetuning.sample_prompts import entries_of
 
@@ -131,9 +131,9 @@ def check_tokens(args, config):
     patch, positions = SD3.pixels_per_latent * config.get("patch_size", 2), config.get("pos_embed_max_size", 192)
     flag = "--aspect_ratio_buckets" if args.aspect_ratio_buckets else "--resolution"
     for entry in (entry for entry in entries_of(args) if entry.place):
-        wrong = [side for side in entry.size(args.resolution) if side % patch or side > patch * positions]
-        require(not wrong, f"{entry.place}: a side of {first_names(list(map(str, wrong)))} px; this transformer takes "
-                f"multiples of {patch} up to {patch * positions}")  # fmt: skip
+        for side in entry.size(args.resolution):
+            require(side % patch == 0 and side <= patch * positions, f"{entry.place}: a side of {side} px; this "
+                    f"transformer takes multiples of {patch} up to {patch * positions}: give such a side")  # fmt: skip
     for size in framing_rules(args).sizes():
         found = " x ".join(map(str, size)) if args.aspect_ratio_buckets else size[0]
         require(not any(side % patch for side in size),

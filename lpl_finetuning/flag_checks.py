@@ -13,7 +13,6 @@ from lpl_finetuning.base_model import hub_like, read_json
 from lpl_finetuning.errors import require
 from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, INSTALL, is_installed, missing_package
 from lpl_finetuning.flags import REPOSITORY, framing_rules, mixed_precision
-from lpl_finetuning.lora_files import LORA_FILE
 from lpl_finetuning.sample_prompts import check_samplers, check_sizes, entries_of
 
 POSITIVE = (
@@ -39,7 +38,7 @@ LORA_ONLY = (
     "output_kohya_format", "bnb_quantization_config_path",
 )  # fmt: skip
 ENDLESS = ("max_grad_norm", "lpl_sigma_threshold")  # may be infinite: no clipping, no gate
-DIFFUSERS_NAME = LORA_FILE.removesuffix(".safetensors")
+DIFFUSERS_NAME = "pytorch_lora_weights"
 
 
 def holds_out(args):

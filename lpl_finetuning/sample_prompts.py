@@ -243,12 +243,11 @@ def lines_of(flag, text):
         values, remarks = {"prompt": prompt}, []
         for switch in switches:
             name, _, value = switch.partition(" ")
-            key = SWITCHES.get(name.lower())
+            key, other = SWITCHES.get(name.lower()), NOT_HERE.get(name.lower())
             if name.lower() in LEFT_OUT:
                 remarks.append(f"{place}: --{name}, {LEFT_OUT[name.lower()]}, is left out")
                 continue
-            require(name.lower() not in NOT_HERE, f"{place}: --{name}, {NOT_HERE.get(name.lower())}, is not sampled "
-                    "here: remove it")  # fmt: skip
+            require(not other, f"{place}: --{name}, {other}, is not there for sample pictures: remove it")
             require(key, f"{place}: unknown --{name}; there are {', '.join(f'--{each}' for each in SWITCHES)}")
             require(key not in values, f"{place}: --{name} comes twice; give one")
             require(value.strip(), f"{place}: no value follows --{name}; give one, or leave it out")

@@ -67,7 +67,7 @@ def test_texts_that_yaml_takes_for_something_else(tmp_path, capsys):
 REFUSED = [
     ("a.txt", "cat --w wide", "line 1: width is 'wide'; it must be a whole number from 1 to 8192"),
     ("a.txt", "#\n\ncat --x 3", "line 3: unknown --x; there are --n, --w, --h, --s, --l, --d, --ss"),
-    ("a.txt", "cat --cn a.png", "line 1: --cn, a picture for a ControlNet, is not sampled here: remove it"),
+    ("a.txt", "cat --cn a.png", "line 1: --cn, a picture for a ControlNet, is not there for sample pictures"),
     ("a.txt", "--n cat", "line 1 begins with --n: write the prompt first"),
     ("a.txt", "cat --n", "line 1: no value follows --n"),
     ("a.txt", "cat --s 3 --s 4", "line 1: --s comes twice"),
