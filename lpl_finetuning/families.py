@@ -7,7 +7,7 @@ from pathlib import Path
 from lpl_finetuning.base_model import Family, Part, check_channels, model_file, read_object
 from lpl_finetuning.errors import require
 from lpl_finetuning.flags import framing_rules, mixed_precision
-from lpl_finetuning.sample_prompts import entries_of
+from lpl_finetuning.sample_prompts import check_zero_snr, entries_of
 
 VAE = Part("vae", "autoencoder", "AutoencoderKL", "pretrained_vae_model_name_or_path")
 
@@ -49,6 +49,7 @@ def check_prediction(args, base):
     require(other_zero_snr == zero_snr, f"{which}: its scheduler says rescale_betas_zero_snr {other_zero_snr}, and "
             f"the base model's {zero_snr}; give the UNet's own pipeline as --pretrained_model_name_or_path"
     )  # fmt: skip
+    check_zero_snr(entries_of(args), zero_snr)
     if given in (None, said) or os.environ.get("RANK", "0") != "0":
         return
     advice = "the model must learn another prediction, or its scheduler is wrong"

@@ -116,6 +116,7 @@ FLOW_SAMPLERS = {  # of rectified flow
     "heun": ("FlowMatchHeunDiscreteScheduler", {}),
 }
 PREDICT_SAMPLE = ("ddim", "euler", "dpmpp_2m", "dpmpp_2m_sde", "dpmpp_2s", "unipc")  # can take prediction "sample"
+REACH_ZERO_SNR = ("ddim", "euler", "euler_a", "dpmpp_2m", "dpmpp_2m_sde", "unipc")  # can begin at pure noise
 OTHER_NAMES = {  # names in other programs
     "plms": "pndm", "euler_ancestral": "euler_a", "dpm2": "dpm_2", "dpm2_a": "dpm_2_a", "dpm_2_ancestral": "dpm_2_a",
     "dpmsolverpp": "dpmpp_2m", "dpmsingle": "dpmpp_2s", "uni_pc": "unipc",
@@ -174,6 +175,14 @@ def check_samplers(entries, flow, title, prediction_type=None):
         require(prediction_type != "sample" or sampler in PREDICT_SAMPLE, f"{entry.place}: the sampler "
                 f"{entry.sampler} can't follow --prediction_type sample: give one of {', '.join(PREDICT_SAMPLE)}, or "
                 "leave it out")  # fmt: skip
+
+
+def check_zero_snr(entries, zero_snr):
+    """Refuse samplers that know no zero terminal SNR. zero_snr: whether the base model's scheduler asks for it."""
+    for entry in entries:
+        known = not entry.sampler or entry.sampler.removesuffix(KARRAS) in REACH_ZERO_SNR
+        require(not zero_snr or known, f"{entry.place}: the sampler {entry.sampler} knows no zero terminal SNR, which "
+                f"the base model has: give one of {', '.join(REACH_ZERO_SNR)}, or leave it out")  # fmt: skip
 
 
 def check_sizes(entries, unit, resolution):

@@ -43,7 +43,7 @@ TORCH_FREE = ("errors", "other_flags", "stages", "yaml_texts", "files", "sample_
               "evaluation.models", "evaluation.verdict", "evaluation.charts", "evaluation.picture_sets",
               "evaluation.report", "evaluation.networks", "evaluation.distances", "evaluation.spectrum",
               "evaluation.uncertainty",
-              "training.checkpoint_folders",
+              "training.checkpoint_folders", "results.metadata",
               "data.colours", "data.conventions", "data.images", "data.tables", "data.store", "data.samples",
               "data.findings", "data.folders", "data.packed", "data.scan",
               "data.report", "data.encoding", "data.contact_sheet")  # fmt: skip

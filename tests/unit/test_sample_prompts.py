@@ -170,6 +170,16 @@ def test_every_sampler_ends_at_the_picture_that_the_model_knows(sampler):
     assert (end_of(scheduler, noise, model) - z_0).abs().mean() < 0.08
 
 
+@pytest.mark.parametrize("sampler", sample_prompts.REACH_ZERO_SNR)
+def test_samplers_that_begin_at_pure_noise(sampler):
+    """diffusers' classes take the setting; the other samplers are refused for such a base model."""
+    own = diffusers.EulerDiscreteScheduler(rescale_betas_zero_snr=True, timestep_spacing="trailing")
+    assert scheduler_of(sampler, own).alphas_cumprod[-1] < 1e-6
+    sample_prompts.check_zero_snr([SamplePrompt("cat", sampler=sampler)], True)
+    with pytest.raises(UserError, match="there: the sampler heun_karras knows no zero terminal SNR"):
+        sample_prompts.check_zero_snr([SamplePrompt("cat", sampler="heun_karras", place="there")], True)
+
+
 @pytest.mark.parametrize("sampler", [None, *sample_prompts.FLOW_SAMPLERS])
 def test_the_samplers_of_flows(sampler):
     own = diffusers.FlowMatchEulerDiscreteScheduler(shift=3)
