@@ -101,8 +101,8 @@ from transformers import AutoTokenizer, CLIPTextModelWithProjection, T5EncoderMo
 
 from lpl_finetuning.data import encoding
 from lpl_finetuning.data.encoding import encode_images, model_identity, rows_of
-from lpl_finetuning.results.export import save_result
-from lpl_finetuning.results.hub import check_access, model_card, publish_or_exit, tell_how_to_publish, write_card
+from lpl_finetuning.results.export import checkpoint_exporter, save_result
+from lpl_finetuning.results.hub import check_access, model_card, publish_result, write_card
 from lpl_finetuning.training.checkpoints import Checkpoints
 from lpl_finetuning.training.models import (
     decode_latents,
@@ -531,10 +531,8 @@ def main(args, scan, held_out=()):
     with output_dir as hub_name, explained, StopSignals(accelerator) as signals:
         is_done = train(args, scan.images, held_out, plan, accelerator, signals, hub_name)
     end(accelerator)
-    if is_done and hub_name and signals.requested is not None:
-        tell_how_to_publish(args.output_dir, hub_name, args.hub_private_repo)
-    elif is_done and hub_name:
-        publish_or_exit(args.output_dir, hub_name, args.hub_token, args.hub_private_repo)
+    if is_done and hub_name:
+        publish_result(args, hub_name, stopped=signals.requested is not None)
 
 
 def train(args, images, held_out, plan, accelerator, signals, hub_name):
@@ -548,6 +546,7 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
         args, accelerator, trainee, objective, signals,
         save_weights=lambda folder, denoiser: save_weights(folder, denoiser, StableDiffusion3Pipeline, args.use_lora),
         load_weights=lambda folder, denoiser: load_weights(folder, denoiser, args.use_lora),
+        save_more=checkpoint_exporter(args, images, plan),
     )  # fmt: skip
     reporter = Reporter(args, accelerator, objective.stage_names, plan.first_step, plan.total_steps)
     pipeline = functools.partial(sampling_pipeline, args=args, vae=vae, schedule=plan.schedule)
@@ -586,7 +585,7 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
             whole = with_full_weights(denoiser, accelerator.is_main_process)
             if accelerator.is_main_process:
                 result = functools.partial(result_pipeline, whole, args, plan.schedule)
-                save_result(args, whole, StableDiffusion3Pipeline, result)
+                save_result(args, whole, StableDiffusion3Pipeline, result, images, plan, done)
     validation.run(done)
     if accelerator.is_main_process:
         card = model_card(args, done, plan.batch_size, len(images), lpl_gate(args), hub_name)

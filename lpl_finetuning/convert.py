@@ -18,8 +18,9 @@ from pathlib import Path
 from lpl_finetuning.base_model import hub_like, hub_problem, read_object, tensors_of, weight_problem
 from lpl_finetuning.errors import UserError, counted, errors_for_people, first_names, quiet_libraries, require
 from lpl_finetuning.families import SD3, SDXL
-from lpl_finetuning.files import follow_umask
+from lpl_finetuning.files import follow_umask, remembered_sha256
 from lpl_finetuning.flags import FlagParser
+from lpl_finetuning.results.metadata import SOURCE
 
 PARTS = {  # family -> {start of the tensors' names: the part in words}
     SDXL: {
@@ -264,12 +265,14 @@ def set_schedule(pipeline, prediction_type, zero_snr):
     return settings
 
 
-def save_whole(pipeline, folder):
-    """Write a pipeline's folder, which is complete or not there."""
+def save_whole(pipeline, folder, source):
+    """Write a pipeline's folder, which is complete or not there. source: the single file; its hash is kept."""
     temporary = folder.with_name(f".tmp-{folder.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         pipeline.save_pretrained(temporary)
+        kept = {"file": source.name, "sha256": remembered_sha256(source)}
+        (temporary / SOURCE).write_text(json.dumps(kept), encoding="utf-8")
         for place in (temporary, *temporary.iterdir()):
             follow_umask(place)
         if folder.exists():
@@ -325,7 +328,7 @@ def main(argv=None):
             settings = set_schedule(pipeline, prediction_type, zero_snr)
         else:
             settings = {"shift": pipeline.scheduler.config.shift}
-        save_whole(pipeline, Path(args.folder))
+        save_whole(pipeline, Path(args.folder), single.path)
         tell(single, settings)
         print(f"{args.folder} is a base model now: --pretrained_model_name_or_path {args.folder}")
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from lpl_finetuning.base_model import Family, Part, check_channels, model_file, read_object
 from lpl_finetuning.errors import require
 from lpl_finetuning.flags import framing_rules, mixed_precision
+from lpl_finetuning.sample_prompts import check_zero_snr, entries_of
 
 VAE = Part("vae", "autoencoder", "AutoencoderKL", "pretrained_vae_model_name_or_path")
 
@@ -48,6 +49,7 @@ def check_prediction(args, base):
     require(other_zero_snr == zero_snr, f"{which}: its scheduler says rescale_betas_zero_snr {other_zero_snr}, and "
             f"the base model's {zero_snr}; give the UNet's own pipeline as --pretrained_model_name_or_path"
     )  # fmt: skip
+    check_zero_snr(entries_of(args), zero_snr)
     if given in (None, said) or os.environ.get("RANK", "0") != "0":
         return
     advice = "the model must learn another prediction, or its scheduler is wrong"
@@ -129,6 +131,10 @@ def check_tokens(args, config):
     """Refuse images that do not fall into tokens, or into more tokens than the transformer has positions for."""
     patch, positions = SD3.pixels_per_latent * config.get("patch_size", 2), config.get("pos_embed_max_size", 192)
     flag = "--aspect_ratio_buckets" if args.aspect_ratio_buckets else "--resolution"
+    for entry in (entry for entry in entries_of(args) if entry.place):
+        for side in entry.size(args.resolution):
+            require(side % patch == 0 and side <= patch * positions, f"{entry.place}: a side of {side} px; this "
+                    f"transformer takes multiples of {patch} up to {patch * positions}: give such a side")  # fmt: skip
     for size in framing_rules(args).sizes():
         found = " x ".join(map(str, size)) if args.aspect_ratio_buckets else size[0]
         require(not any(side % patch for side in size),

@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 import sys
 from importlib import metadata
 from pathlib import Path
@@ -13,6 +14,7 @@ from lpl_finetuning.data.wrong_source import refuse_no_folder
 from lpl_finetuning.errors import require
 from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, INSTALL, is_installed, missing_package
 from lpl_finetuning.flags import REPOSITORY, framing_rules, mixed_precision
+from lpl_finetuning.sample_prompts import check_samplers, check_sizes, entries_of
 
 POSITIVE = (
     "train_batch_size", "gradient_accumulation_steps", "num_train_epochs", "max_train_steps", "max_train_samples",
@@ -37,6 +39,7 @@ LORA_ONLY = (
     "output_kohya_format", "bnb_quantization_config_path",
 )  # fmt: skip
 ENDLESS = ("max_grad_norm", "lpl_sigma_threshold")  # may be infinite: no clipping, no gate
+DIFFUSERS_NAME = "pytorch_lora_weights"
 
 
 def holds_out(args):
@@ -78,10 +81,14 @@ DEAD_FLAGS = (  # (flags, when they do nothing, function of the flags that tells
     (("lpl_num_blocks", "lpl_pow_law", "lpl_remove_outliers", "lpl_outlier_reference_resolution"),
      "with --lpl_features latent", lambda args: args.lpl_features != "latent"),
     (("lpl_outlier_reference_resolution",), "with --no-lpl_remove_outliers", lambda args: args.lpl_remove_outliers),
-    (("validation_steps", "validation_epochs"), "without --validation_prompt, --validation_split or "
-     "--validation_data_dir", lambda args: args.validation_prompt or holds_out(args)),
-    (("num_validation_images",), "without --validation_prompt",
-     lambda args: args.validation_prompt or args.num_validation_images == 0),
+    (("validation_steps", "validation_epochs"), "without --validation_prompt, --validation_prompts_file, "
+     "--validation_split or --validation_data_dir", lambda args: entries_of(args) or holds_out(args)),
+    (("num_validation_images",), "without --validation_prompt or --validation_prompts_file",
+     lambda args: entries_of(args) or args.num_validation_images == 0),
+    (("output_name", "metadata_title"), "without --output_kohya_format or --single_file, which write the file for "
+     "other programs", lambda args: args.output_kohya_format or args.single_file),
+    (("save_tag_frequency", "checkpoints_kohya_format"), "without --output_kohya_format",
+     lambda args: args.output_kohya_format),
     (("validation_kid_every", "validation_kid_samples"), "without --validation_metrics",
      lambda args: args.validation_metrics),
     (("max_validation_samples",), "without --validation_split or --validation_data_dir", holds_out),
@@ -138,7 +145,12 @@ def check_flags(args, family):
     for name in ("train_data_dir", "validation_data_dir"):
         check_data_folder(name, getattr(args, name))
     check_dataset_name(args)
-    require(not args.validation_compare or args.validation_prompt, "--validation_compare needs a --validation_prompt")
+    require(not args.validation_compare or entries_of(args),
+            "--validation_compare needs a --validation_prompt or a --validation_prompts_file")  # fmt: skip
+    check_sizes(entries_of(args), unit, args.resolution)
+    flow = "FlowMatch" in family.schedulers
+    check_samplers(entries_of(args), flow, family.title, getattr(args, "prediction_type", None))
+    check_output_name(args.output_name)
     check_measures(args, family)
     check_data_flags(args)
     check_output_dir(args, family)
@@ -150,6 +162,20 @@ def check_flags(args, family):
     check_quantization(args)
     check_installed(args)
     check_build(args)
+
+
+def check_output_name(name):
+    """--output_name: a file's name on every system, which no program takes for diffusers' own file."""
+    if name is None:
+        return
+    flag = f"--output_name {name}"
+    require(not name.lower().endswith(".safetensors"), f"{flag}: leave .safetensors out, which is appended")
+    require(name.strip() == name and name.isprintable() and not re.search(r'[\\/:*?"<>|]', name)
+            and 0 < len(name.encode()) <= 200 and not name.startswith(".") and not name.endswith("."),
+            f"{flag} can't be the name of a file everywhere: give 1 to 200 letters, without / \\ : * ? \" < > | and "
+            "without a dot or blank at either end; the folder is --output_dir")  # fmt: skip
+    require(not name.endswith(DIFFUSERS_NAME), f"{flag} ends like diffusers' own file {DIFFUSERS_NAME}, which lies "
+            "beside it: give another name")  # fmt: skip
 
 
 def check_measures(args, family):

@@ -17,6 +17,8 @@ from lpl_finetuning.data.scan import DataSource
 from lpl_finetuning.errors import UserError, near_name, require
 from lpl_finetuning.files import cache_folder
 from lpl_finetuning.other_flags import advice_on
+from lpl_finetuning.sample_prompts import prompt_texts, read_prompts_file
+from lpl_finetuning.yaml_texts import YamlTexts
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
@@ -35,16 +37,18 @@ class Flags(argparse.Namespace):
     """The values of all flags, as attributes. They never change: `but` gives a copy with other values.
 
     base_model: the `BaseModel` that the flags name, once it is checked; defaults: {flag: default}; given: names of the
-    flags on the command line. These are no flags, and `vars` leaves them out.
+    flags on the command line; prompts: the entries of --validation_prompts_file, read once. These are no flags, and
+    `vars` leaves them out.
     """
 
-    __slots__ = ("base_model", "defaults", "given")
+    __slots__ = ("base_model", "defaults", "given", "prompts")
 
-    def __init__(self, values, defaults, base_model=None, given=frozenset()):
+    def __init__(self, values, defaults, base_model=None, given=frozenset(), prompts=()):
         vars(self).update(values)
         object.__setattr__(self, "defaults", defaults)
         object.__setattr__(self, "base_model", base_model)
         object.__setattr__(self, "given", given)
+        object.__setattr__(self, "prompts", prompts)
 
     def __setattr__(self, name, value):
         raise AttributeError(f"{name}: flags do not change once they are parsed; take args.but({name}=…)")
@@ -53,14 +57,14 @@ class Flags(argparse.Namespace):
         setattr(self, name, None)
 
     def __reduce__(self):
-        return Flags, (vars(self), self.defaults, self.base_model, self.given)
+        return Flags, (vars(self), self.defaults, self.base_model, self.given, self.prompts)
 
     def but(self, base_model=None, **changes):
         """A copy with other values of some flags, or another base model."""
         unknown = changes.keys() - vars(self).keys()
         if unknown:
             raise AttributeError(f"no such flags: {', '.join(sorted(unknown))}")
-        return Flags(vars(self) | changes, self.defaults, base_model or self.base_model, self.given)
+        return Flags(vars(self) | changes, self.defaults, base_model or self.base_model, self.given, self.prompts)
 
 
 class FlagParser(argparse.ArgumentParser):
@@ -124,7 +128,9 @@ class FlagParser(argparse.ArgumentParser):
             recipe = self.read_recipe(embedded_default) | recipe
             place = embedded_default.relative_to(REPOSITORY)
             print(f"No model and no data named: using the embedded examples, {place}.")
-        return Flags(resolved(defaults | recipe | given), defaults, given=frozenset(given))
+        values = resolved(defaults | recipe | given)
+        file = values.get("validation_prompts_file")
+        return Flags(values, defaults, given=frozenset(given), prompts=read_prompts_file(file) if file else ())
 
     def _given(self, argv):
         """{flag: value} of the command line."""
@@ -174,7 +180,7 @@ class FlagParser(argparse.ArgumentParser):
         require(path.is_file(), f"--config {path}: there is no such file; the recipes are in configs/recipes")
         try:
             text = path.read_text(encoding="utf-8")
-            content, as_written = yaml.safe_load(text) or {}, yaml.load(text, RecipeTexts) or {}
+            content, as_written = yaml.safe_load(text) or {}, yaml.load(text, YamlTexts) or {}
         except yaml.YAMLError as error:
             text = " ".join(str(error).split())
             raise UserError(f"--config {path}: not valid YAML: {text}; write lines such as `rank: 16`") from None
@@ -215,18 +221,6 @@ class FlagParser(argparse.ArgumentParser):
         return values if action.nargs in ("+", "*") else values[0]
 
 
-class RecipeTexts(yaml.BaseLoader):
-    """YAML whose values are all texts, as they are written; a key that comes twice is a YAMLError."""
-
-    def construct_mapping(self, node, deep=False):
-        """The dictionary of a mapping."""
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"{twice} comes twice")
-        return super().construct_mapping(node, deep)
-
-
 def resolved(values):
     """{flag: value} with one name for what several flags can say."""
     values = dict(values)
@@ -235,7 +229,7 @@ def resolved(values):
                 "--train_data_dir and --instance_data_dir exclude each other: give one")  # fmt: skip
         values |= {"train_data_dir": values["instance_data_dir"], "instance_data_dir": None}
     if values.get("num_validation_images") == 0:
-        values |= {"validation_prompt": None, "validation_compare": False}
+        values |= {"validation_prompt": None, "validation_prompts_file": None, "validation_compare": False}
     return values
 
 
@@ -341,6 +335,15 @@ def add_model_arguments(parser):
         "and (SDXL) A1111")  # fmt: skip
     add("--save_dtype", choices=SAVE_DTYPES, help="dtype of what was trained in the saved LoRA or model (default: "
         "float32, in a --single_file float16); other parts keep that of the base model")  # fmt: skip
+    add("--output_name", help="name of the file for other programs, without .safetensors: of --output_kohya_format "
+        "(default: pytorch_lora_weights_kohya) or --single_file (default: model)")  # fmt: skip
+    add("--metadata_title", help="title that other programs show, in that file (default: --output_name, else the name "
+        "on the Hub or the output folder's)")  # fmt: skip
+    add("--metadata_trigger_phrase", help="words that call what was learnt, in that file and on the model card "
+        "(default: --trigger_word or --instance_prompt)")  # fmt: skip
+    add("--save_tag_frequency", action="store_true", default=True, help="list the captions' tags in the file of "
+        "--output_kohya_format, as sd-scripts does; they tell what is in the captions (default: on; "
+        "--no-save_tag_frequency)")  # fmt: skip
     group = parser.add_argument_group("LoRA")
     add = group.add_argument
     add("--use_lora", action="store_true", help="train a LoRA; without it the whole denoiser is trained")
@@ -499,11 +502,15 @@ def add_run_arguments(parser, validation_epochs):
     add = group.add_argument
     add("--checkpointing_steps", type=int, default=500, help="optimizer steps between them (default: %(default)s)")
     add("--checkpointing_minutes", type=float, help="minutes between them, besides the steps")
+    add("--checkpoints_kohya_format", action="store_true", help="put a file for other programs into every checkpoint "
+        "too, with --output_kohya_format")  # fmt: skip
     add("--checkpoints_total_limit", type=int, help="keep at most N; the oldest goes after the newest is safe")
     add("--resume_from_checkpoint", type=path, help="a checkpoint folder, or latest")
     group = parser.add_argument_group("validation")
     add = group.add_argument
     add("--validation_prompt", nargs="+", help="one or several prompts to draw, always with the same seeds")
+    add("--validation_prompts_file", type=input_path, help="prompts with a size, steps, guidance, seed and sampler of "
+        "their own: a YAML list, or lines of sd-scripts (.txt); drawn after those of --validation_prompt")  # fmt: skip
     add("--num_validation_images", type=int, default=4, help="per prompt (default: %(default)s)")
     add("--validation_epochs", type=int, default=validation_epochs, help="epochs between grids (default: %(default)s)")
     add("--validation_steps", type=int, help="optimizer steps between grids; overrides --validation_epochs")
@@ -574,7 +581,7 @@ def encoding_settings(args):
         folder=cache_folder(args.cache_dir),
         framing_rules=framing_rules(args),
         caption_rules=caption_rules(args),
-        prompts=tuple(args.validation_prompt or ()),
+        prompts=prompt_texts(args),
         vae_identity=vae_identity(args.base_model),
         pixels_per_latent=args.base_model.family.pixels_per_latent,
     )

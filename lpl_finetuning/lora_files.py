@@ -16,6 +16,8 @@ from lpl_finetuning.base_model import hub_like, hub_problem, tensors_of, weight_
 from lpl_finetuning.errors import UserError, counted, first_names, is_or_are, require
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
+KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"  # for other programs, without --output_name
+SINGLE_FILE = "model.safetensors"  # a whole model for other programs, without --output_name
 ADAPTER = "default"  # PEFT's name of the adapter
 DOWN = (".lora_A.weight", ".lora_down.weight", ".lora.down.weight", "_lora.down.weight",
         ".lora_linear_layer.down.weight")  # fmt: skip
@@ -31,6 +33,19 @@ OTHER_KINDS = {  # pattern in a tensor's name -> what such a tensor is of
     "a norm", r"\.modules_to_save": "whole weights", r"\.[ab][12]\.weight$": "GLoRA", r"\.on_input$": "IA3",
 }  # fmt: skip
 NEW_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT's starting points that change the base model's weights
+
+
+def file_for_others(args, step=None):
+    """The name of the file that a run writes for other programs; None where it writes none.
+
+    Args:
+        step: optimizer steps of the checkpoint that the file belongs to; None for the result's file.
+    """
+    if not (args.output_kohya_format or args.single_file):
+        return None
+    default = KOHYA_FILE if args.output_kohya_format else SINGLE_FILE
+    name = args.output_name or default.removesuffix(".safetensors")
+    return f"{name}.safetensors" if step is None else f"{name}-step{step:08d}.safetensors"
 
 
 # ---------------------------------------------------------------------------------------------------------------------

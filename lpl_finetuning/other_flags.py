@@ -140,13 +140,15 @@ _ADVICE: dict[str, str | tuple[str, ...]] = dict.fromkeys(
     "resize_interpolation": "use --image_interpolation_mode",
     "masked_loss": "masks are not used here; leave it out",
     # saving, logs, the Hub
-    "output_name": "use --output_dir", "save_dir": "use --output_dir", "resume": "use --resume_from_checkpoint",
+    "save_dir": "use --output_dir", "resume": "use --resume_from_checkpoint",
     "save_model_as": "leave it out: weights are safetensors", "use_safetensors": "leave it out: weights are "
     "safetensors", "save_state": "leave it out: checkpoints hold the whole state",
     "save_last_n_steps": "use --checkpoints_total_limit, a number of checkpoints",
     "save_last_n_epochs": "use --checkpoints_total_limit, a number of checkpoints",
-    "save_total_limit": "use --checkpoints_total_limit", "sample_prompts": "use --validation_prompt, with the prompts "
-    "themselves", "final_validation_prompt": "use --validation_prompt: pictures are made at the end too",
+    "save_total_limit": "use --checkpoints_total_limit",
+    "sample_prompts": "use --validation_prompts_file, which reads such a file",
+    "sample_sampler": "use --validation_prompts_file, whose entries have a sampler",
+    "final_validation_prompt": "use --validation_prompt: pictures are made at the end too",
     "prompt": "use --validation_prompt", "num_images": "use --num_validation_images",
     "validation_images": "use --num_validation_images",
     "max_validation_steps": "use --max_validation_samples, a number of images",

@@ -27,7 +27,7 @@ def write_tensors(path, tensors, metadata=None):
         tensors: {name: tensor} on any device; tensors that share memory are written once each.
         metadata: {name: text} for the header.
     """
-    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))  # each begins at its alignment
+    names = in_file_order(tensors)
     header, end = {"__metadata__": metadata} if metadata else {}, 0
     for name in names:
         value = tensors[name]
@@ -48,6 +48,19 @@ def write_tensors(path, tensors, metadata=None):
         put(memoryview(len(text).to_bytes(8, "little") + text))
         for name in names:
             put(bytes_of(tensors[name]))
+    return content.hexdigest()
+
+
+def in_file_order(tensors):
+    """The names of tensors in the order of their bytes in a file, so that each begins at its alignment."""
+    return sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+
+
+def sha256_of_tensors(tensors):
+    """sha256, hex, of what `write_tensors` writes behind the header: the hash that modelspec and A1111 know."""
+    content = hashlib.sha256()
+    for name in in_file_order(tensors):
+        content.update(bytes_of(tensors[name]))
     return content.hexdigest()
 
 

@@ -198,7 +198,8 @@ def train(args, images, held_out, settled, accelerator, signals, gate):
     trainee.release()
     validate.run(done)
     if accelerator.is_main_process:
-        export.save_result(args, denoiser, DDPMPipeline, lambda: DDPMPipeline(denoiser.unet, DDPMScheduler()))
+        export.save_result(args, denoiser, DDPMPipeline, lambda: DDPMPipeline(denoiser.unet, DDPMScheduler()), images,
+                           settled, done)  # fmt: skip
     said.finish()
 
 

@@ -12,6 +12,7 @@ diffusers has `convert_state_dict_to_kohya`. It is not used here, because it wri
 that ComfyUI does not read, and DoRA's vectors under names that no program knows.
 """
 
+import functools
 import math
 import os
 import re
@@ -23,11 +24,11 @@ from peft.utils.other import get_pattern_key
 
 from lpl_finetuning.errors import require
 from lpl_finetuning.files import follow_umask
-from lpl_finetuning.lora_files import LORA_FILE
-from lpl_finetuning.tensor_files import write_tensors
+from lpl_finetuning.lora_files import KOHYA_FILE, LORA_FILE, file_for_others
+from lpl_finetuning.results.metadata import kohya_version, modelspec, tag_key, training_keys
+from lpl_finetuning.tensor_files import sha256_of_tensors, write_tensors
 from lpl_finetuning.training.models import in_dtype, lora_parts, nested_clip_name, save_lora
 
-KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"
 KOHYA_PREFIXES = {
     "unet": "lora_unet_",
     "transformer": "lora_unet_",
@@ -255,25 +256,17 @@ def fuse_thirds(tensors):
     return tensors
 
 
-def kohya_version(denoiser_config):
-    """Return (network module, version of the base model) as sd-scripts writes and reads them."""
-    if "joint_attention_dim" not in denoiser_config:
-        return "networks.lora", "sdxl_base_v1-0"
-    if denoiser_config.qk_norm is None:
-        return "networks.lora_sd3", "3-medium"
-    return "networks.lora_sd3", "3-5-medium" if denoiser_config.dual_attention_layers else "3-5-large"
-
-
-def save_kohya(folder, parts, denoiser_config, trigger=None, dtype=torch.float32):
-    """Write `pytorch_lora_weights_kohya.safetensors`, a LoRA for ComfyUI, sd-scripts and (SDXL only) A1111.
+def save_kohya(folder, parts, denoiser_config, dtype=torch.float32, name=KOHYA_FILE, about=None):
+    """Write a LoRA for ComfyUI, sd-scripts and (SDXL only) A1111, with hashes of its tensors in the metadata.
 
     Programs that read a whole SD3 take heads of width 64 for granted. For a LoRA they do not, so that the LoRA of a
     smaller model is written like any other.
 
     Args:
         denoiser_config: configuration of the UNet or the transformer.
-        trigger: words that call what was learnt, for the file's metadata.
         dtype: of the matrices; alphas are float32.
+        name: of the file.
+        about: {key: text} for the file's metadata.
     """
     tensors = {name: value if name.endswith(".alpha") else value.to(dtype)
                for name, value in kohya_state_dict(parts, denoiser_config).items()}  # fmt: skip
@@ -287,9 +280,38 @@ def save_kohya(folder, parts, denoiser_config, trigger=None, dtype=torch.float32
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
     }
-    if trigger:
-        metadata["modelspec.trigger_phrase"] = trigger
-    write_safetensors(Path(folder, KOHYA_FILE), tensors, metadata)
+    sha256 = sha256_of_tensors(tensors)
+    metadata |= {"sshs_model_hash": sha256, "modelspec.hash_sha256": f"0x{sha256}"} | (about or {})
+    write_safetensors(Path(folder, name), tensors, metadata)
+
+
+def kohya_exporter(args, images, plan):
+    """Function (folder, denoiser, step, name) that writes a run's LoRA for other programs; tags are counted once.
+
+    Args:
+        images: the images that it is trained on; plan: the `Plan`.
+    """
+    tags = functools.cache(lambda: tag_key(args, images))
+
+    def save(folder, denoiser, step, name):
+        config = next(iter(denoiser.models().values())).config
+        about = modelspec(args, config, plan.schedule.prediction_type, is_lora=True)
+        about |= training_keys(args, plan, images, step) | tags()
+        dtype = getattr(torch, args.save_dtype or "float32")
+        save_kohya(folder, lora_parts(denoiser.models()), config, dtype, name, about)
+
+    return save
+
+
+def checkpoint_exporter(args, images, plan):
+    """Function (folder, denoiser, step) that puts the LoRA for other programs into a checkpoint's folder.
+
+    None without --checkpoints_kohya_format. images, plan: see `kohya_exporter`.
+    """
+    if not args.checkpoints_kohya_format:
+        return None
+    save = kohya_exporter(args, images, plan)
+    return lambda folder, denoiser, step: save(folder, denoiser, step, file_for_others(args, step))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -382,7 +404,7 @@ LAYOUTS = {  # pipeline class: (names of its models, function that returns the t
 }
 
 
-def save_single_file(pipeline, path, dtype=torch.float16):
+def save_single_file(pipeline, path, dtype=torch.float16, about=None):
     """Write a whole SDXL or SD3 as the single file that ComfyUI loads, and A1111 for SDXL.
 
     The empty tensor `v_pred` marks a v-prediction model, the empty tensor `ztsnr` zero terminal SNR. Programs take
@@ -393,6 +415,7 @@ def save_single_file(pipeline, path, dtype=torch.float16):
     Args:
         pipeline: the pipeline or its folder.
         dtype: dtype of the tensors in the file.
+        about: {key: text} for the file's metadata.
 
     Raises:
         UserError: the layout can't hold the pipeline.
@@ -412,7 +435,7 @@ def save_single_file(pipeline, path, dtype=torch.float16):
         tensors["v_pred"] = torch.tensor([])
     if schedule.get("rescale_betas_zero_snr", False):
         tensors["ztsnr"] = torch.tensor([])
-    write_safetensors(path, tensors, {"format": "pt"})
+    write_safetensors(path, tensors, {"format": "pt"} | (about or {}))
 
 
 def cast(layers, dtype):
@@ -420,7 +443,7 @@ def cast(layers, dtype):
     return {name: value.to(dtype) for name, value in layers.items()}
 
 
-def save_result(args, denoiser, pipeline_class, result_pipeline):
+def save_result(args, denoiser, pipeline_class, result_pipeline, images, plan, step):
     """Write the result into --output_dir: a LoRA or a whole pipeline, and their other formats.
 
     What was trained is saved in --save_dtype, by default float32; the other parts of a pipeline in the dtype of the
@@ -430,6 +453,7 @@ def save_result(args, denoiser, pipeline_class, result_pipeline):
         denoiser: the script's `Denoiser` with full weights.
         pipeline_class: diffusers' class of the pipeline.
         result_pipeline: function that returns the whole pipeline.
+        images: the images that it was trained on; plan: the `Plan`; step: optimizer steps that were made.
     """
     folder, dtype = Path(args.output_dir), getattr(torch, args.save_dtype or "float32")
     part, model = next(iter(denoiser.models().items()))
@@ -440,11 +464,13 @@ def save_result(args, denoiser, pipeline_class, result_pipeline):
         )
         follow_umask(folder / LORA_FILE)
         if args.output_kohya_format:
-            save_kohya(folder, parts, model.config, args.trigger_word or args.instance_prompt, dtype)
+            kohya_exporter(args, images, plan)(folder, denoiser, step, file_for_others(args))
         return
     pipeline = result_pipeline()
     if args.single_file:
-        save_single_file(pipeline, folder / "model.safetensors", getattr(torch, args.save_dtype or "float16"))
+        about = modelspec(args, model.config, plan.schedule.prediction_type, is_lora=False)
+        half = getattr(torch, args.save_dtype or "float16")
+        save_single_file(pipeline, folder / file_for_others(args), half, about)
     if dtype != torch.float32:
         pipeline.register_modules(**{part: in_dtype(model, dtype)})
     pipeline.save_pretrained(folder)

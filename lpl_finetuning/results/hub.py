@@ -21,6 +21,10 @@ from lpl_finetuning.base_model import Family, model_file, read_json
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.files import row_of
 from lpl_finetuning.flags import REPOSITORY
+from lpl_finetuning.lora_files import file_for_others
+from lpl_finetuning.results.metadata import trigger_of
+from lpl_finetuning.sample_prompts import KEYS, entries_of
+from lpl_finetuning.training.checkpoint_folders import output_name_of
 
 
 def check_publishing(args):
@@ -75,6 +79,7 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         "precision": {"no": "float32", None: None}.get(args.mixed_precision, args.mixed_precision),
         "trained": lora.get("kind", "all weights") + (" with the text encoders" * args.train_text_encoder),
         "saved in": args.save_dtype or "float32",
+        "file for other programs": file_for_others(args),
         "rank": lora.get("rank"),
         "alpha": lora.get("alpha"),
         "continued from": args.init_lora,
@@ -87,12 +92,13 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         base_model=args.base_model.name,
         revision=args.base_model.revision,
         lora=lora.get("kind"),
-        trigger=args.trigger_word or args.instance_prompt,
+        trigger=trigger_of(args),
         lpl=lpl,
         training=training,
         dataset=args.dataset_name,
         num_images=images,
-        prompts=tuple(args.validation_prompt or ()),
+        prompts=tuple(entry.prompt for entry in entries_of(args)),
+        samples=tuple(entry.values() for entry in entries_of(args) if entry.place),
         images_per_prompt=args.num_validation_images,
         prediction_type=getattr(args, "prediction_type", None),
         measures=measures,
@@ -372,7 +378,8 @@ class Card:
     name: owner/name on the Hub, or only a name; base_model, dataset: as given to the run, a name on the Hub or a path
     (paths are never shown); lora: LoRA or DoRA, None for a whole model; trigger: the words that call what was learnt;
     prediction_type: when the run was given one, so that a LoRA's snippet
-    sets it. Image number n of prompt p is `image_{p * images_per_prompt + n}.png`.
+    sets it; samples: {key: value} of each prompt of --validation_prompts_file. Image number n of prompt p is
+    `image_{p * images_per_prompt + n}.png`.
     """
 
     name: str
@@ -390,6 +397,7 @@ class Card:
     measures: dict = field(default_factory=dict)
     measured_from: str = "before"
     trigger: str | None = None
+    samples: tuple[dict, ...] = ()
 
 
 def write_card(folder, card):
@@ -416,15 +424,14 @@ def write_card(folder, card):
         f"# {card.name.split('/')[-1]}",
         "<Gallery />" if pictures else "",
         description(card, base, dataset),
-        f"## Trigger words\n\nPut {in_code(card.trigger)} into the prompt: it was in the captions."
-        if card.trigger
-        else "",
+        f"## Trigger words\n\nPut {in_code(card.trigger)} into the prompt." if card.trigger else "",
         f"## Use\n\n```python\n{snippet(card, base)}\n```",
         f"## Latent perceptual loss\n\n{table(card.lpl)}" if card.lpl else "",
         f"## Training\n\n{table(card.training)}" if card.training else "",
         f"## Held-out images, {card.measured_from} -> after training\n\n{table(card.measures)}"
         if card.measures
         else "",
+        f"## Validation pictures\n\n{sample_table(card.samples)}" if card.samples else "",
     ]
     text = "\n\n".join(part for part in parts if part)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}\n").save(folder / "README.md")
@@ -521,6 +528,18 @@ def table(settings):
     return "\n".join(["| setting | value |", "|---|---|", *rows])
 
 
+def sample_table(samples):
+    """A Markdown table of prompts with their settings; a column that no prompt has is left out."""
+
+    def shown(value):
+        text = f"{value:g}" if isinstance(value, float) else str(value)
+        return " ".join(text.replace("|", "\\|").split())
+
+    columns = [key for key in KEYS if any(key in sample for sample in samples)]
+    rows = [[shown(sample.get(key, "")) for key in columns] for sample in samples]
+    return "\n".join(f"| {' | '.join(row)} |" for row in [columns, ["---"] * len(columns), *rows])
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # What is published
 
@@ -532,7 +551,9 @@ def publishable_files(folder):
     """
     root = Path(folder).resolve()
     require(root.is_dir(), f"{folder}: there is no such folder; name the output folder of a run")
-    files = allowed(root, RESULT_FILES)
+    files, name = allowed(root, RESULT_FILES), output_name_of(root)
+    files += allowed(root, re.compile(re.escape(f"{name}.safetensors"))) if name else []
+    files = list(dict.fromkeys(files))
     if root / "model_index.json" in files:
         for part in pipeline_parts(root):
             found = allowed(root / part, PART_FILES)
@@ -665,6 +686,14 @@ def publish_or_exit(folder, repo_id, token=None, private=False, patience=PATIENC
     except PublishError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(3)
+
+
+def publish_result(args, repo_id, stopped):
+    """Publish a run's output folder; where the run was asked to stop, tell how to publish it instead."""
+    if stopped:
+        tell_how_to_publish(args.output_dir, repo_id, args.hub_private_repo)
+    else:
+        publish_or_exit(args.output_dir, repo_id, args.hub_token, args.hub_private_repo)
 
 
 def tell_how_to_publish(folder, repo_id, private=False):

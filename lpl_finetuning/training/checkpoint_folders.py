@@ -12,6 +12,8 @@ Names in --output_dir:
     previous-1, -2, …       what earlier runs left
 """
 
+import contextlib
+import glob
 import json
 import os
 import re
@@ -24,6 +26,7 @@ import yaml
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.files import free_name, sha256_of, sync_to_disk
 from lpl_finetuning.flags import recipe_text
+from lpl_finetuning.sample_prompts import PROMPTS_FILE, entries_text
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
 MANIFEST = "manifest.json"
@@ -32,6 +35,7 @@ HASH_THREADS = 4  # sha256 releases the interpreter's lock
 RUN_MARK = "config.yaml"  # marks a folder as a run's
 LEFT_BY_A_RUN = (
     "checkpoint-*", "damaged-checkpoint-*", "validation", "image_*.png", "run.png", "data_report.json", "README.md",
+    PROMPTS_FILE,
     "pytorch_lora_weights*.safetensors", "model.safetensors", "model_index.json",
     "unet", "transformer", "vae", "scheduler", "tokenizer", "tokenizer_[23]", "text_encoder", "text_encoder_[23]",
 )  # fmt: skip
@@ -246,15 +250,28 @@ def set_earlier_run_aside(output_dir, resume_from, logging_dir="logs"):
 
 def left_by_a_run(output_dir, logging_dir):
     """Return the paths that a run wrote, in the order to move them; `RUN_MARK` last, in case the mover is killed."""
+    patterns = [
+        *LEFT_BY_A_RUN,
+        *([f"{glob.escape(name)}.safetensors"] if (name := output_name_of(output_dir)) else []),
+    ]
     logs = output_dir / logging_dir
     logs = [logs] if (logs / "metrics.jsonl").is_file() and logs.is_relative_to(output_dir) else []
-    results = [path for pattern in LEFT_BY_A_RUN for path in sorted(output_dir.glob(pattern))]
+    results = [path for pattern in patterns for path in sorted(output_dir.glob(pattern))]
     logged = any((path / "metrics.jsonl").stat().st_size for path in logs)
     # a previous-N without the mark: a move that was killed may have moved the results already
     half_moved = any(not (path / RUN_MARK).is_file() for path in output_dir.glob("previous-*"))
     if not logged and not half_moved and all(path.name == "data_report.json" for path in results):
         return []
     return [*results, *logs, output_dir / RUN_MARK]
+
+
+def output_name_of(output_dir):
+    """The --output_name of the run in a folder, from its flags; None where it has none."""
+    try:
+        name = yaml.safe_load((Path(output_dir) / RUN_MARK).read_text(encoding="utf-8")).get("output_name")
+    except (OSError, ValueError, AttributeError, yaml.YAMLError):
+        return None
+    return name if isinstance(name, str) and name and Path(name).name == name else None
 
 
 def newer_than(resume_from, output_dir):
@@ -404,5 +421,9 @@ def changes_since(args, folder, images):
     except (OSError, ValueError, TypeError, KeyError, yaml.YAMLError):
         return []
     now = yaml.safe_load(recipe_text(args)) | {"images": images}
-    return [f"{name} was {before[name]}, is {value}" for name, value in now.items()
-            if name in before and before[name] != value and name != "output_dir"]  # fmt: skip
+    changes = [f"{name} was {before[name]}, is {value}" for name, value in now.items()
+               if name in before and before[name] != value and name != "output_dir"]  # fmt: skip
+    with contextlib.suppress(OSError, ValueError):
+        if args.prompts and (folder.parent / PROMPTS_FILE).read_text(encoding="utf-8") != entries_text(args.prompts):
+            changes.append("validation_prompts_file has other entries")
+    return changes

@@ -98,15 +98,17 @@ class Checkpoints:
     Rank 0 writes. Where the model is sharded, every rank gives its parts.
     """
 
-    def __init__(self, args, accelerator, trainee, objective, signals, save_weights, load_weights):
+    def __init__(self, args, accelerator, trainee, objective, signals, save_weights, load_weights, save_more=None):
         """
         Args:
             trainee: the `Trainee`; objective: the `Objective`; signals: the `StopSignals`.
             save_weights, load_weights: functions (folder, denoiser) for the trained weights in their usual layout.
+            save_more: function (folder, denoiser, step) that writes the averaged weights in another layout too, which
+                is not read; None for none. The model must not be sharded.
         """
         self.settings = settings_from_flags(CheckpointSettings, args)
         self.accelerator, self.trainee, self.signals = accelerator, trainee, signals
-        self.save_weights, self.load_weights = save_weights, load_weights
+        self.save_weights, self.load_weights, self.save_more = save_weights, load_weights, save_more
         self.sharded = is_sharded(accelerator)
         self.writes_here = accelerator.is_main_process or self.sharded
         auto_weight = objective.perceptual.auto_weight if objective.perceptual is not None else None
@@ -149,9 +151,17 @@ class Checkpoints:
     @during("saving a checkpoint")
     def _write(self, step):
         whole = with_full_weights(self.trainee.bare, self.accelerator.is_main_process)
+
+        def save_model(folder):
+            hashes = self.save_weights(folder, whole)
+            if self.save_more is not None:
+                with self.trainee.averaged():
+                    self.save_more(folder, whole, step)
+            return hashes
+
         save_checkpoint(
-            self.settings.output_dir, step, self.state, lambda folder: self.save_weights(folder, whole),
-            self.settings.checkpoints_total_limit, self.accelerator.is_main_process,
+            self.settings.output_dir, step, self.state, save_model, self.settings.checkpoints_total_limit,
+            self.accelerator.is_main_process,
         )  # fmt: skip
 
 

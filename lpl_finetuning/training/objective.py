@@ -19,6 +19,7 @@ from lpl_finetuning.data.samples import (
 )
 from lpl_finetuning.errors import during
 from lpl_finetuning.flags import framing_rules, settings_from_flags
+from lpl_finetuning.sample_prompts import entries_of
 from lpl_finetuning.stages import stage_ended
 from lpl_finetuning.training.guard import Guard
 from lpl_utils import (
@@ -74,7 +75,7 @@ def lpl_stages(args, vae):
 def needs_decoder(args, measured):
     """Whether a run decodes latents. measured: whether it uses or measures the perceptual loss."""
     features = measured and args.lpl_features != "latent"
-    return features or bool(args.validation_prompt) or args.validation_metrics
+    return features or bool(entries_of(args)) or args.validation_metrics
 
 
 def gate_from_flags(args, **by_default):

@@ -13,6 +13,8 @@ from lpl_finetuning.data.report import build_report, refuse_remarks, report_line
 from lpl_finetuning.errors import require
 from lpl_finetuning.files import cache_folder, digest, format_bytes, write_whole
 from lpl_finetuning.flags import REPOSITORY, caption_rules, framing_rules, print_configuration
+from lpl_finetuning.lora_files import file_for_others
+from lpl_finetuning.sample_prompts import entries_of, plan_lines
 from lpl_finetuning.training.checkpoint_folders import changes_since, read_manifest
 from lpl_finetuning.training.checkpoints import checkpoint_to_resume
 from lpl_finetuning.training.estimates import counted_peaks
@@ -177,9 +179,11 @@ def print_run(args, report, accelerator, plan):
     say(f"Steps: {total_steps} of {batch} images ({args.train_batch_size} per device x {accelerator.num_processes} "
         f"x {args.gradient_accumulation_steps} accumulated); {images / batch:.1f} steps an epoch, "
         f"{total_steps * batch / images:.1f} epochs")  # fmt: skip
+    if file_for_others(args):
+        say(describe_result(args))
     what = []
-    if args.validation_prompt:
-        what.append(f"{len(args.validation_prompt)} x {args.num_validation_images} images")
+    if entries := entries_of(args):
+        what.append(f"{len(entries)} x {args.num_validation_images} images")
     if held_out:
         what.append(f"the loss of {held_out} held-out images at {HELD_OUT_LEVELS} noise levels")
     if args.validation_metrics:
@@ -188,10 +192,22 @@ def print_run(args, report, accelerator, plan):
         every = args.validation_steps or args.validation_epochs * images / batch
         say(f"Validation: {', '.join(what)} every {every:g} steps"
             + ("; --validation_steps sets another interval" if args.validation_steps is None else ""))  # fmt: skip
+    for line in plan_lines(args):
+        say(line)
     if args.validation_metrics and args.validation_kid_every:
         every = args.validation_kid_every
         when = f"at the first, the last and validations {every}, {2 * every}, …" if every > 1 else "at each of them"
         say(f"            KID of {args.validation_kid_samples} samples {when}")
+
+
+def describe_result(args):
+    """The file for other programs in a line of the plan."""
+    words = [f"Result: {file_for_others(args)} too, for other programs"]
+    if args.checkpoints_kohya_format:
+        words.append(f"every checkpoint has one, such as {file_for_others(args, args.checkpointing_steps)}")
+    if args.use_lora and args.save_tag_frequency:
+        words.append("it lists the tags of the captions; --no-save_tag_frequency leaves them out")
+    return "; ".join(words)
 
 
 def print_models(args, models, how, say):

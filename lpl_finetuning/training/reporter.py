@@ -193,7 +193,7 @@ class Reporter:
                 print("warning: LPL is under 1 % of the loss and hardly matters; raise --lpl_weight, or use auto")
 
     def log_images(self, rows, step):
-        """Pass validation pictures, [(prompt, [images])], to the trackers and write them as `image_N.png`."""
+        """Pass validation pictures, [(label, [images])], to the trackers and write them as `image_N.png`."""
         if not self.main:
             return
         with dispensable("the trackers' log"):
@@ -203,7 +203,7 @@ class Reporter:
                         stacked = np.stack([np.asarray(image) for image in images])
                         tracker.writer.add_images(f"validation/{number}", stacked, step, dataformats="NHWC")
                 elif tracker.name == "wandb":
-                    tracker.log_images({prompt: images for prompt, images in rows}, step=step)
+                    tracker.log_images({label.replace("\n", "  "): images for label, images in rows}, step=step)
         with dispensable("validation images"):
             for number, image in enumerate(image for _, images in rows for image in images):
                 image.save(self.output_dir / f"image_{number}.png")

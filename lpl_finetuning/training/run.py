@@ -19,6 +19,7 @@ from lpl_finetuning.errors import DataError, RankError, UserError, during, requi
 from lpl_finetuning.files import dispensable
 from lpl_finetuning.flag_checks import precision_source, wants
 from lpl_finetuning.flags import save_recipe
+from lpl_finetuning.sample_prompts import PROMPTS_FILE, entries_text
 from lpl_finetuning.stages import stage_ended
 from lpl_finetuning.training.checkpoint_folders import set_earlier_run_aside
 from lpl_finetuning.training.machine import cards_in_use, check_cards
@@ -174,7 +175,16 @@ def open_output_dir(args, accelerator, resume_from, report, check_access):
                 hub_name = check_access(name, args.hub_token, args.hub_private_repo)
             save_recipe(args, output_dir / "config.yaml")
             save_report(report, output_dir / "data_report.json")
+            save_entries(args, output_dir)
         yield hub_name
+
+
+def save_entries(args, output_dir):
+    """Write the entries of --validation_prompts_file into the output folder, for the next start to compare with."""
+    if args.prompts:
+        (output_dir / PROMPTS_FILE).write_text(entries_text(args.prompts), encoding="utf-8")
+    else:
+        (output_dir / PROMPTS_FILE).unlink(missing_ok=True)
 
 
 def check_start(args, accelerator, check_access):

@@ -15,6 +15,7 @@ from lpl_finetuning.data.samples import addressed_normal
 from lpl_finetuning.errors import during
 from lpl_finetuning.files import dispensable
 from lpl_finetuning.flags import settings_from_flags
+from lpl_finetuning.sample_prompts import SamplePrompt, entries_of, scheduler_of
 from lpl_finetuning.training.measures import Measures, MeasureSettings, held_out_batch
 from lpl_finetuning.training.objective import autocast, to_device
 from lpl_finetuning.training.reporter import Metrics
@@ -29,7 +30,7 @@ class ValidationSettings:
     """The flags about validation; each field has the name of its flag."""
 
     output_dir: str
-    validation_prompt: tuple[str, ...] | None
+    entries: tuple[SamplePrompt, ...]  # of --validation_prompt and --validation_prompts_file
     num_validation_images: int
     validation_steps: int | None
     validation_epochs: int
@@ -56,7 +57,7 @@ class Validation:
                 images (B, 3, H, W), inference steps).
             held_out: the script's functions (conditioning, held_out_step, denoise).
         """
-        self.settings = settings_from_flags(ValidationSettings, args)
+        self.settings = settings_from_flags(ValidationSettings, args, entries=entries_of(args))
         self.accelerator, self.trainee, self.objective, self.data = accelerator, trainee, objective, data
         self.reporter, self.signals = reporter, signals
         self.sampling_pipeline, self.decode, self.inference_steps = sampling
@@ -84,7 +85,7 @@ class Validation:
 
     def run(self, step):
         """Validate with the averaged weights: losses and pictures go to the reporter. All ranks call it."""
-        prompts, held_out = self.settings.validation_prompt, len(self.data.held_out)
+        prompts, held_out = self.settings.entries, len(self.data.held_out)
         if not held_out and not prompts:
             return
         with self.signals.between_steps(), self.reporter.paused(), self.trainee.averaged():
@@ -104,33 +105,46 @@ class Validation:
     @during("drawing the validation pictures")
     @torch.no_grad()
     def sample(self):
-        """[(prompt, [PIL images])], with the same seeds each time; None where a signal broke it off."""
-        settings, objective, denoiser = self.settings, self.objective, self.trainee.bare
+        """[(label, [PIL images])] of the entries, with the same seeds each time; None where a signal broke it off."""
+        settings, denoiser = self.settings, self.trainee.bare
         images = settings.num_validation_images
-        at_once = min(images, max(1, (1024 // settings.resolution) ** 2))
         pipeline = self.sampling_pipeline(denoiser)
         pipeline.set_progress_bar_config(disable=True)
-        rows = [(prompt, []) for prompt in settings.validation_prompt]
+        own = pipeline.scheduler
+        rows = [(entry, []) for entry in settings.entries]
         quiet = not self.accelerator.is_main_process
         with eval_mode(denoiser):
-            for prompt, drawn in tqdm(rows, desc="validation images", leave=False, disable=quiet):
+            for entry, drawn in tqdm(rows, desc="validation images", leave=False, disable=quiet):
+                pipeline.scheduler = scheduler_of(entry.sampler, own)
+                at_once = min(images, max(1, (1024 // math.isqrt(math.prod(entry.size(settings.resolution)))) ** 2))
+                seed = settings.seed if entry.seed is None else entry.seed
                 for first in range(0, images, at_once):
                     if self.broken_off():
                         return None
-                    seeds = range(settings.seed + first, settings.seed + min(first + at_once, images))
-                    generators = [torch.Generator(objective.device).manual_seed(seed) for seed in seeds]
-                    with autocast(objective):
-                        latents = pipeline(
-                            **self.prompt_arguments([prompt] * len(seeds)), generator=generators,
-                            num_inference_steps=self.inference_steps, height=settings.resolution,
-                            width=settings.resolution, output_type="latent",
-                        ).images  # fmt: skip
-                    # outside autocast: the decoder has a dtype of its own
-                    drawn += pipeline.image_processor.postprocess(self.decode(latents).float())
-        return rows
+                    seeds = range(seed + first, seed + min(first + at_once, images))
+                    drawn += self._pictures(pipeline, entry, seeds)
+        return [(entry.label(), drawn) for entry, drawn in rows]
 
-    def prompt_arguments(self, prompts):
-        """Embeddings of prompts and of as many unconditional prompts, as arguments of the pipeline."""
+    def _pictures(self, pipeline, entry, seeds):
+        """PIL images of a `SamplePrompt`, one for each seed."""
+        objective, (height, width) = self.objective, entry.size(self.settings.resolution)
+        generators = [torch.Generator(objective.device).manual_seed(seed) for seed in seeds]
+        guidance = {} if entry.guidance is None else {"guidance_scale": entry.guidance}
+        with autocast(objective):
+            latents = pipeline(
+                **self.prompt_arguments([entry.prompt] * len(seeds), entry.negative), **guidance,
+                generator=generators, num_inference_steps=entry.steps or self.inference_steps, height=height,
+                width=width, output_type="latent",
+            ).images  # fmt: skip
+        # outside autocast: the decoder has a dtype of its own
+        return pipeline.image_processor.postprocess(self.decode(latents).float())
+
+    def prompt_arguments(self, prompts, negative=""):
+        """Embeddings of prompts and of as many negative prompts, as arguments of the pipeline.
+
+        Args:
+            negative: one for all; "" for the unconditional prompt.
+        """
         objective = self.objective
 
         def embeds(entries):
@@ -138,10 +152,10 @@ class Validation:
             return self.trainee.bare.embed(batch) if self.settings.train_text_encoder else batch
 
         positive = embeds([self.data.prompt(prompt) for prompt in prompts])
-        negative = embeds([objective.empty_prompt] * len(prompts))
-        if objective.empty_is_zero:
-            negative = {name: torch.zeros_like(value) for name, value in negative.items()}
-        both = positive | {f"negative_{name}": value for name, value in negative.items()}
+        other = embeds([self.data.prompt(negative) if negative else objective.empty_prompt] * len(prompts))
+        if objective.empty_is_zero and not negative:
+            other = {name: torch.zeros_like(value) for name, value in other.items()}
+        both = positive | {f"negative_{name}": value for name, value in other.items()}
         return {name: value.to(objective.dtype) for name, value in both.items()}
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -254,14 +268,14 @@ class Grids:
                 image.save(folder / f"{row}-{column}.png")
 
     def add(self, step, sample):
-        """Sample every prompt and write the grid of a step: rows [(prompt, [images])]; [] where it was broken off."""
+        """Sample every entry and write the grid of a step: rows [(label, [images])]; [] where it was broken off."""
         rows = shown = self.start if self.start and step == 0 else sample()
         if rows is None:
             return []
         if self.start and step:
             shown = [
-                (f"{prompt}  ({when})", images)
-                for (prompt, before), (_, after) in zip(self.start, rows, strict=True)
+                (with_moment(label, when), images)
+                for (label, before), (_, after) in zip(self.start, rows, strict=True)
                 for when, images in (("before", before), (f"after {step} steps", after))
             ]
         if self.write and any(images for _, images in rows):
@@ -269,6 +283,12 @@ class Grids:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 labelled_rows(shown).save(self.folder / f"step-{step}.png")
         return rows
+
+
+def with_moment(label, when):
+    """The label of an entry with a moment behind the prompt, which is the first line."""
+    prompt, *settings = label.split("\n")
+    return "\n".join([f"{prompt}  ({when})", *settings])
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -289,13 +309,16 @@ def image_grid(images, columns, gap=2):
 
 
 def labelled_rows(rows, gap=2):
-    """A grid with a caption over each row, [(caption, [images])]; small images are enlarged, large ones shrunk."""
+    """A grid with a caption over each row, [(caption, [images])]; small images are enlarged, large ones shrunk.
+
+    The images of a row have one size. A caption may have several lines.
+    """
     from PIL import Image, ImageDraw, ImageFont
 
-    size = rows[0][1][0].width
-    factor = max(1, 160 // size) if size < 512 else 512 / size
     grids = []
     for caption, images in rows:
+        size = max(images[0].size)
+        factor = max(1, 160 // size) if size < 512 else 512 / size
         images = [
             image.resize((round(image.width * factor), round(image.height * factor)), Image.Resampling.LANCZOS)
             for image in images
@@ -303,12 +326,15 @@ def labelled_rows(rows, gap=2):
         grids.append((caption, image_grid(images, len(images), gap)))
     font = ImageFont.load_default(size=max(13, grids[0][1].height // 28))
     band = int(font.size * 1.6)
+    lines = sum(len(caption.split("\n")) for caption, _ in grids)
     sheet = Image.new(
-        "RGB", (max(grid.width for _, grid in grids), sum(grid.height + band for _, grid in grids)), "white"
+        "RGB", (max(grid.width for _, grid in grids), sum(grid.height for _, grid in grids) + band * lines), "white"
     )
     top = 0
     for caption, grid in grids:
-        ImageDraw.Draw(sheet).text((gap + 2, top + band * 0.15), caption[:200], fill="black", font=font)
-        sheet.paste(grid, (0, top + band))
-        top += band + grid.height
+        for line in caption.split("\n"):
+            ImageDraw.Draw(sheet).text((gap + 2, top + band * 0.15), line[:200], fill="black", font=font)
+            top += band
+        sheet.paste(grid, (0, top))
+        top += grid.height
     return sheet

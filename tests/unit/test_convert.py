@@ -9,7 +9,9 @@ from safetensors.torch import load_file, save_file
 
 import train_sdxl_lpl
 from lpl_finetuning import convert
+from lpl_finetuning.files import sha256_of
 from lpl_finetuning.results.export import LAYOUTS, save_single_file
+from lpl_finetuning.results.metadata import SOURCE
 from tests.runs import ROOT
 
 EXAMPLES = {"sdxl": ROOT / "examples" / "tiny-sdxl", "sd3": ROOT / "examples" / "tiny-sd3"}
@@ -60,6 +62,8 @@ def test_every_tensor_arrives(family, singles, made):
     pipeline = DiffusionPipeline.from_pretrained(folder)
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in vae.values()} == {torch.float16}, "no tensor is widened"
+    sha256 = sha256_of(folder.with_suffix(".safetensors"))
+    assert json.loads((folder / SOURCE).read_text()) == {"file": "model.safetensors", "sha256": sha256}
     components, layout = LAYOUTS[type(pipeline)]
     again, file = layout(*(getattr(pipeline, name) for name in components)), load_file(singles[family])
     assert again.keys() == file.keys()

@@ -152,6 +152,10 @@ sdxl | --validation_epochs 5 | --validation_split 3
 sdxl | --num_validation_images 2 | --validation_prompt apple
 sdxl | --max_validation_samples 9 | --validation_data_dir x
 sdxl | --validation_kid_every 2 | --validation_metrics
+sdxl | --output_name x | --use_lora --output_kohya_format
+sdxl | --metadata_title x | --single_file
+sdxl | --no-save_tag_frequency | --use_lora --output_kohya_format
+sdxl | --checkpoints_kohya_format | --use_lora --output_kohya_format
 sdxl | --hub_model_id me/x | --push_to_hub
 sdxl | --hub_private_repo | --push_to_hub
 sdxl | --revision main --pretrained_model_name_or_path docs | --pretrained_model_name_or_path a/b

@@ -10,8 +10,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow", "preview_data", "evaluate_models")
 FLOORS = (  # from the ground up: a file imports from floors below its own only
-    ("errors", "lpl_utils", "other_flags", "stages"),
-    ("files",),
+    ("errors", "lpl_utils", "other_flags", "stages", "yaml_texts"),
+    ("files", "sample_prompts"),
     ("base_model",),
     ("lora_files", "tensor_files", "data.colours", "data.conventions", "data.formats", "data.png_files", "data.tables",
      "data.store"),
@@ -35,16 +35,18 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("training.measures", "training.step_memory"),
     ("training.validation", "training.run", "training.estimates", "training.out_of_memory"),
     ("training.plan",),
+    ("results.metadata",),
     ("results.export", "results.hub", "evaluation.comparison"),
     ("publish", "convert", *SCRIPTS),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
-TORCH_FREE = ("errors", "other_flags", "stages", "files", "base_model", "lora_files", "families", "start", "flags",
+TORCH_FREE = ("errors", "other_flags", "stages", "yaml_texts", "files", "sample_prompts",
+              "base_model", "lora_files", "families", "start", "flags",
               "flag_checks",
               "evaluation.models", "evaluation.verdict", "evaluation.charts", "evaluation.picture_sets",
               "evaluation.report", "evaluation.networks", "evaluation.distances", "evaluation.spectrum",
               "evaluation.uncertainty",
-              "training.checkpoint_folders",
+              "training.checkpoint_folders", "results.metadata",
               "data.colours", "data.conventions", "data.formats", "data.png_files", "data.near_names", "data.images",
               "data.tables", "data.store", "data.samples",
               "data.findings", "data.rows", "data.walk", "data.wrong_source", "data.folders", "data.packed",

@@ -71,7 +71,7 @@ def test_a_slip_or_a_short_form_is_recognized(word, name):
 
 
 @pytest.mark.parametrize("word", [
-    "metadata_title", "huber_c", "log_every_n", "base_weights", "class_images", "deepspeed", "wandb_mode", "flow",
+    "metadata_author", "huber_c", "log_every_n", "base_weights", "class_images", "deepspeed", "wandb_mode", "flow",
     "regularization", "in_jsonl", "random_seed", "debug_dataset", "adam_beta3", "mode", "output", "dataset", "test",
 ])  # fmt: skip
 def test_nothing_is_suggested_that_was_not_meant(word):
