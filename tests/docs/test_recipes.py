@@ -20,15 +20,19 @@ RECIPES = sorted((ROOT / "configs" / "recipes").glob("*.yaml"))
 def test_recipes_run(recipe, sdxl_folder, sd3_folder, pictures, cache_dir, tmp_path):
     """Each trains the tiny pipeline, with only model, data, size and number of steps replaced.
 
-    Quantizing needs a GPU: without one a copy of the recipe that leaves it out.
+    Quantizing and float16 need a GPU: without one a copy of the recipe that leaves them out.
     """
-    lines = recipe.read_text().splitlines()
-    quantized = [line for line in lines if line.startswith("bnb_")]
-    if quantized and not torch.cuda.is_available():
+    text, gpu = recipe.read_text(), torch.cuda.is_available()
+    left_out = ("pretrained_vae_", *(() if gpu else ("bnb_", "lpl_vae_dtype: float16")))
+    lines = [line for line in text.splitlines() if not line.startswith(left_out)]
+    quantized = [line for line in text.splitlines() if line.startswith("bnb_")]
+    if quantized:
         assert (recipe.parent / quantized[0].split()[1]).is_file()
+    changed = "\n".join(lines) if gpu else "\n".join(lines).replace("mixed_precision: fp16", "mixed_precision: bf16")
+    if changed != "\n".join(text.splitlines()):
         recipe = tmp_path / "recipe" / recipe.name
         recipe.parent.mkdir()
-        recipe.write_text("\n".join(line for line in lines if line not in quantized))
+        recipe.write_text(changed)
     split = ["--validation_split", 2] if "validation_split" in recipe.read_text() else []
     run, model = (sd3.run, sd3_folder) if recipe.stem.startswith("sd3") else (sdxl.run, sdxl_folder)
     rows = run("--config", recipe, "--pretrained_model_name_or_path", model, "--train_data_dir", pictures,
