@@ -19,7 +19,7 @@ from lpl_finetuning.base_model import check_base_model
 from lpl_finetuning.data.labels import classes_of, in_words_of_labels
 from lpl_finetuning.errors import require
 from lpl_finetuning.families import LATENTS
-from lpl_finetuning.flag_checks import check_flags, check_output_dir, wants
+from lpl_finetuning.flag_checks import check_flags, wants
 from lpl_finetuning.flags import (
     CLASS_WEIGHTS,
     REPOSITORY,
@@ -81,8 +81,8 @@ def parse_args(argv=None):
     for name in ("random_erasing", "erasing_area"):
         value = getattr(args, name)
         require(0 <= value <= 1, f"--{name} is {value}; it must lie between 0 and 1")
-    require(not wants("FSDP") and not wants("DEEPSPEED"), "accelerate is configured to shard the model, which a latent "
-            "classifier is too small for: use configs/ddp.yaml")  # fmt: skip
+    require(not wants("FSDP") and not wants("DEEPSPEED"), "accelerate is configured to shard the model, for which a "
+            "latent classifier is too small: use configs/ddp.yaml")  # fmt: skip
     check_publishing(args)
     args = args.but(base_model=check_base_model(args, LATENTS))
     check_resume(args)
@@ -101,8 +101,8 @@ def find_classes(args, scan, held_out):
     """The `Classes` of a run."""
     data = f"--train_data_dir {args.train_data_dir}" if args.train_data_dir else f"--dataset_name {args.dataset_name}"
     beside = args.label_column and scan.source.startswith("caption files")
-    require(not beside, f"--label_column {args.label_column}: {data} has no listing with columns; add metadata.csv, or "
-            "leave the flag out: then the names of the folders are the labels")  # fmt: skip
+    require(not beside, f"--label_column {args.label_column}: {data} has no listing with columns; add metadata.csv, "
+            "or leave the flag out and sort the images into folders")  # fmt: skip
     more = f" --max_train_samples {args.max_train_samples}" if args.max_train_samples else ""
     split = f" --validation_split {args.validation_split:g}" if args.validation_split else ""
     column = "" if is_sorted_by_folders(args) else f" --label_column {args.label_column or 'label'}"
@@ -124,7 +124,8 @@ from lpl_finetuning.data.labels import Classes
 from lpl_finetuning.data.samples import addressed_rng
 from lpl_finetuning.networks.latent_classifier import LatentClassifier
 from lpl_finetuning.results.classifier_card import result_dtype, save_classifier, write_classifier_card
-from lpl_finetuning.results.hub import check_access, hub_name as name_on_the_hub, publish_or_exit, tell_how_to_publish
+from lpl_finetuning.results.hub import check_access, publish_or_exit, tell_how_to_publish
+from lpl_finetuning.results.hub import hub_name as name_on_the_hub
 from lpl_finetuning.training.augmentation import erase, shift
 from lpl_finetuning.training.checkpoints import Checkpoints
 from lpl_finetuning.training.classification import ClassifierValidation, classifier_subject

@@ -515,16 +515,16 @@ def add_classifier_arguments(parser):
     add = group.add_argument
     add("--label_column", help="column with the label, of a listing, a data set or the .json members of shards "
         "(default: the names of the folders at the top of --train_data_dir; of a data set, label)")  # fmt: skip
-    add("--block_widths", type=int, nargs="+", default=[64, 128, 256], help="channels of each residual stage, multiples "
-        "of 8; each stage after the first halves the size (default: 64 128 256)")  # fmt: skip
+    add("--block_widths", type=int, nargs="+", default=[64, 128, 256], help="channels of each residual stage, "
+        "multiples of 8; each stage after the first halves the size (default: 64 128 256)")  # fmt: skip
     add("--blocks_per_stage", type=int, default=2, help="residual blocks of a stage (default: %(default)s)")
     add("--dropout", type=float, default=0.1, help="in the blocks and before the last layer (default: %(default)s)")
     add("--label_smoothing", type=float, default=0.1, help="share of the target that all classes have in common "
         "(default: %(default)s)")  # fmt: skip
     add("--class_weights", choices=tuple(CLASS_WEIGHTS), default="sqrt", help="weight of a class of n images in the "
         "loss: 1, 1 / sqrt(n) or 1 / n (default: %(default)s)")  # fmt: skip
-    add("--latent_pad", type=int, help="pad latents by N on each side, repeating their edge, and cut them back at random "
-        "(default: a sixteenth of their size, 1 at least)")  # fmt: skip
+    add("--latent_pad", type=int, help="pad latents by N on each side, repeating their edge, and cut them back at "
+        "random (default: a sixteenth of their size, 1 at least)")  # fmt: skip
     add("--random_erasing", type=float, default=0.5, help="share of samples in which a rectangle of latents is "
         "replaced by noise (default: %(default)s)")  # fmt: skip
     add("--erasing_area", type=float, default=0.25, help="area of that rectangle at most, as a share of the latent "

@@ -142,12 +142,9 @@ def load_latent_classifier(folder, dtype=torch.float32, device="cpu"):
     Raises:
         UserError: the folder has no latent classifier.
     """
-    config = Path(folder) / "config.json"
-    require(
-        config.is_file(), f"{folder}: there is no config.json; name the output folder of train_latent_classifier.py"
-    )
+    config, advice = Path(folder) / "config.json", "name the output folder of train_latent_classifier.py"
+    require(config.is_file(), f"{folder}: there is no config.json; {advice}")
     kind = read_object(config).get("_class_name")
-    require(kind == LatentClassifier.__name__, f"{config} is of a {kind}; name the output folder of "
-            "train_latent_classifier.py")  # fmt: skip
+    require(kind == LatentClassifier.__name__, f"{config} is of a {kind}; {advice}")
     network = LatentClassifier.from_pretrained(folder, use_safetensors=True, dtype=dtype)
     return network.requires_grad_(False).eval().to(device)

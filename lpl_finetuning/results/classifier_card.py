@@ -98,7 +98,7 @@ def accuracy_table(classes, measures):
         if key in measures:
             beside = "" if trivial is None else f"{100 * trivial:.1f} %"
             lines.append(f"| {label} | {100 * measures[key]:.1f} % | {beside} |")
-    return "\n".join([*lines, "", f"{sum(classes.held_out)} images, none of them trained on."])
+    return "\n".join([*lines, "", f"{sum(classes.held_out)} held-out images."])
 
 
 def class_table(classes, confusion):

@@ -145,8 +145,8 @@ class ClassifierValidation:
         classes = self.objective.classes
         accuracy, balanced = (100 * self.values[f"validation/{name}accuracy"] for name in ("", "balanced_"))
         there = sum(count > 0 for count in classes.held_out)
-        return (f"Held-out accuracy {accuracy:.1f} %, balanced over classes {balanced:.1f} %; naming the most frequent "
-                f"class always: {100 * classes.majority:.1f} % and {100 / there:.1f} %")  # fmt: skip
+        return (f"Held-out accuracy {accuracy:.1f} %, balanced over classes {balanced:.1f} %; the most frequent class "
+                f"always: {100 * classes.majority:.1f} % and {100 / there:.1f} %")  # fmt: skip
 
     @during("measuring the held-out images")
     @torch.no_grad()
