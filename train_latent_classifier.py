@@ -13,6 +13,7 @@ Symbols: z_0 latents as a denoiser sees them, B batch, (B, C, h, w) latents, K c
 
 # ruff: noqa: E402  (flags and data are checked before the slow imports)
 import functools
+import math
 from dataclasses import dataclass
 
 from lpl_finetuning.base_model import check_base_model
@@ -71,16 +72,12 @@ def parse_args(argv=None):
     check_flags(args, LATENTS)
     require(all(width > 0 and width % 8 == 0 for width in args.block_widths),
             f"--block_widths is {' '.join(map(str, args.block_widths))}; each must be a multiple of 8")  # fmt: skip
-    require(args.blocks_per_stage > 0, f"--blocks_per_stage is {args.blocks_per_stage}; it must be above 0")
-    require(
-        args.latent_pad is None or args.latent_pad >= 0, f"--latent_pad is {args.latent_pad}; it must be 0 or more"
-    )
-    for name in ("dropout", "label_smoothing"):
+    ranges = {"blocks_per_stage": (1, math.inf), "latent_pad": (0, math.inf), "dropout": (0, 0.99),
+              "label_smoothing": (0, 0.99), "random_erasing": (0, 1), "erasing_area": (0, 1)}  # fmt: skip
+    for name, (low, high) in ranges.items():
         value = getattr(args, name)
-        require(0 <= value < 1, f"--{name} is {value}; it must be at least 0 and below 1")
-    for name in ("random_erasing", "erasing_area"):
-        value = getattr(args, name)
-        require(0 <= value <= 1, f"--{name} is {value}; it must lie between 0 and 1")
+        limits = f"{low} or more" if high == math.inf else f"at least {low} and at most {high}"
+        require(value is None or low <= value <= high, f"--{name} is {value}; it must be {limits}")
     require(not wants("FSDP") and not wants("DEEPSPEED"), "accelerate is configured to shard the model, for which a "
             "latent classifier is too small: use configs/ddp.yaml")  # fmt: skip
     check_publishing(args)

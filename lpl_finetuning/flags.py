@@ -516,7 +516,7 @@ def add_classifier_arguments(parser):
     add("--label_column", help="column with the label, of a listing, a data set or the .json members of shards "
         "(default: the names of the folders at the top of --train_data_dir; of a data set, label)")  # fmt: skip
     add("--block_widths", type=int, nargs="+", default=[64, 128, 256], help="channels of each residual stage, "
-        "multiples of 8; each stage after the first halves the size (default: 64 128 256)")  # fmt: skip
+        "multiples of 8; each stage after the first halves the size (default: %(default)s)")  # fmt: skip
     add("--blocks_per_stage", type=int, default=2, help="residual blocks of a stage (default: %(default)s)")
     add("--dropout", type=float, default=0.1, help="in the blocks and before the last layer (default: %(default)s)")
     add("--label_smoothing", type=float, default=0.1, help="share of the target that all classes have in common "

@@ -116,8 +116,7 @@ def in_words_of_labels() -> Iterator[None]:
     except DataError as error:
         problem, advice = error.problem, error.advice
         if advice.startswith("Put a file"):  # beside each picture: that is no column
-            advice = "List the images with that column in metadata.csv, .jsonl or .parquet, or leave --label_column out "
-            advice += "and sort the images into folders."
+            advice = "List the images in metadata.csv with that column, or sort them into folders and omit the flag."
         for word, other in IN_WORDS_OF_LABELS:
             problem, advice = problem.replace(word, other), advice.replace(word, other)
         raise DataError(problem, advice) from error

@@ -240,7 +240,7 @@ def test_labels_that_cannot_be_learnt_are_refused(flags, labelled, tmp_path):
     told = refusal(flags, "--validation_data_dir", other)
     assert "the label of some held-out images: pink" in told
     told = refusal(flags, "--label_column", "kind")
-    assert "have no label" in told and "that column" in told and "caption" not in told
+    assert "have no label" in told and "in metadata.csv with that column" in told and "caption" not in told
 
 
 def test_labels_of_a_column(flags, labelled, tmp_path):
@@ -289,10 +289,10 @@ def test_a_refusal_imports_no_torch(flags, labelled, tmp_path):
 @pytest.mark.parametrize("words, told", [
     (["--use_lora"], "unknown flag --use_lora"),
     (["--block_widths", "12"], "must be a multiple of 8"),
-    (["--label_smoothing", "1"], "--label_smoothing is 1.0; it must be at least 0 and below 1"),
-    (["--random_erasing", "1.5"], "--random_erasing is 1.5; it must lie between 0 and 1"),
+    (["--label_smoothing", "1"], "--label_smoothing is 1.0; it must be at least 0 and at most 0.99"),
+    (["--random_erasing", "1.5"], "--random_erasing is 1.5; it must be at least 0 and at most 1"),
     (["--latent_pad=-1"], "--latent_pad is -1; it must be 0 or more"),
-    (["--blocks_per_stage", "0"], "--blocks_per_stage is 0; it must be above 0"),
+    (["--blocks_per_stage", "0"], "--blocks_per_stage is 0; it must be 1 or more"),
     (["--ema_decay", "0.9"], "--ema_decay does nothing without --use_ema"),
 ])  # fmt: skip
 def test_flags_are_refused(words, told, flags):
