@@ -80,13 +80,13 @@ def left_out(parser, other):
         missing = [name for name in flags if name not in other.flags()]
         groups += [group.title] * (bool(flags) and missing == flags)
         names += missing if missing != flags else []
-    text = (f"It takes the flags of the first part, but none of the groups {', '.join(groups)}, and not "
-            f"{', '.join(f'`--{name}`' for name in names)}. The flags below are its own, or have another default.")  # fmt: skip
+    text = f"It takes the flags of the first part, but none of the groups {', '.join(groups)}, and not "
+    text += ", ".join(f"`--{name}`" for name in names) + ". The flags below are its own, or have another default."
     return textwrap.fill(text, 119, break_on_hyphens=False)
 
 
 def page():
-    """The whole page: all flags of the first script, what is other in the second and third, those of the evaluation."""
+    """The whole page: all flags of the first script, what is other in the next two, those of the evaluation."""
     parts, known = [HEAD], set()
     parsers = [__import__(script).build_parser() for script in SCRIPTS]
     for script, parser, other, only in zip(SCRIPTS, parsers, parsers[::-1], ("SDXL only.", "SD3 only."), strict=True):
