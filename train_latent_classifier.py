@@ -227,6 +227,7 @@ class StepSettings:
     """The flags about a training step; each field has the name of its flag."""
 
     seed: int
+    noise_offset: float  # of the noise that every batch brings, which a classifier has no use for
     label_smoothing: float
     latent_pad: int | None
     random_erasing: float
@@ -242,6 +243,7 @@ class Objective:
     dtype: torch.dtype  # that the network computes in
     samples_per_step: int  # of an optimizer step, over micro-steps and ranks
     space: LatentSpace  # of the autoencoder's latents
+    pixels: int  # of an image on a side of one latent
     classes: Classes
     class_weights: torch.Tensor  # (K,) on the device; their mean over the images is 1
     guard: Guard
@@ -257,6 +259,7 @@ def build_objective(args, accelerator, plan, classes, data):
         dtype=plan.dtype,
         samples_per_step=plan.batch_size,
         space=latent_space(args.base_model),
+        pixels=args.base_model.family.pixels_per_latent,
         classes=classes,
         class_weights=torch.tensor(classes.weights(CLASS_WEIGHTS[args.class_weights]), device=accelerator.device),
         guard=Guard(accelerator, args.max_nonfinite_steps, lambda index: data.images[index].name),
@@ -367,11 +370,11 @@ def train(args, images, held_out, classes, plan, accelerator, signals, hub_name)
     done = checkpoints.resume(plan.resume_from, plan.total_steps)
     if done == 0:
         validation.run(0)
-    with open_batches(args, data, accelerator, done, plan.total_steps) as micro_batches:
+    with open_batches(args, data, accelerator, objective, done, plan.total_steps) as micro_batches:
         for step in reporter.steps():
             signals.step_began()
-            for _ in trainee.micro_steps():
-                trainee.backward(training_step(next(micro_batches), trainee.denoiser, objective, reporter.metrics))
+            for batch in trainee.micro_steps(micro_batches):
+                trainee.backward(training_step(batch, trainee.denoiser, objective, reporter.metrics))
             done, wishes = step + 1, (signals.requested is not None, checkpoints.late())
             outcome = trainee.step(done, wishes, reporter.metrics)
             reporter.step(done, outcome, plan.batch_size, trainee.log_values())
