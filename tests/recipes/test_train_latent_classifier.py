@@ -31,13 +31,13 @@ COLOURS = {"blue": (110, 120, 150), "green": (115, 145, 120), "red": (150, 115, 
 
 
 def coloured(folder, counts, seed=0):
-    """Pictures of 64 px with a coarse pattern in the class' colour, `counts` of them in each class' folder."""
+    """Pictures with a coarse pattern in the class' colour, `counts` of them in each class' folder; red ones are wide."""
     rng = np.random.default_rng(seed)
     for (name, colour), count in zip(COLOURS.items(), counts, strict=True):
         (folder / name).mkdir(parents=True)
         for number in range(count):
             coarse = (np.array(colour) + rng.normal(0, 70, (4, 4, 3))).clip(0, 255).astype(np.uint8)
-            picture = Image.fromarray(coarse).resize((64, 64), Image.Resampling.BICUBIC)
+            picture = Image.fromarray(coarse).resize((72 if name == "red" else 64, 64), Image.Resampling.BICUBIC)
             picture.save(folder / name / f"{number}.png")
     return folder
 
@@ -109,7 +109,8 @@ def test_the_result_is_a_network_with_its_card(trained, held_out, flags):
     vae = load_vae(script.parse_args(flags).base_model, torch.float32, "cpu")
     found = 0
     for label, name in enumerate(config["classes"]):
-        pixels = [np.asarray(Image.open(path)) for path in sorted((held_out / name).glob("*.png"))]
+        pictures = [Image.open(path) for path in sorted((held_out / name).glob("*.png"))]
+        pixels = [np.asarray(each)[:, (each.width - 64) // 2 :][:, :64] for each in pictures]
         pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
         with torch.no_grad():
             latents = vae.encode(pixels).latent_dist.mean * config["scaling_factor"]
@@ -168,20 +169,25 @@ def start_and_kill(flags, folder, after):
 
 def test_a_killed_run_goes_on_bit_for_bit(flags, tmp_path):
     """SIGKILL in mid-epoch, random crops, dropout, erasing, EMA: the weights of a run that was never killed."""
-    flags = [*flags, "--no-center_crop", "--random_flip", "--use_ema", "--gradient_accumulation_steps", 2]
-    flags = [flag for flag in flags if flag not in ("--center_crop", "--no-center_crop")]
-    flags += ["--max_train_steps", 12, "--checkpointing_steps", 4]
+    flags = [flag for flag in flags if flag != "--center_crop"]
+    flags += ["--random_flip", "--use_ema", "--max_train_steps", 8, "--checkpointing_steps", 4]
     runs.run(script, *flags, "--output_dir", tmp_path / "whole")
-    start_and_kill(flags, tmp_path / "killed", after=5)
-    assert not (tmp_path / "killed" / "checkpoint-12").exists()
+    start_and_kill(flags, tmp_path / "killed", after=4)
+    assert not (tmp_path / "killed" / "checkpoint-8").exists()
     runs.run(script, *flags, "--output_dir", tmp_path / "killed", "--resume_from_checkpoint", "latest")
     assert weights(tmp_path / "killed") == weights(tmp_path / "whole")
-    states = [load_file(tmp_path / name / "checkpoint-12" / "training_state.safetensors")
+    states = [load_file(tmp_path / name / "checkpoint-8" / "training_state.safetensors")
               for name in ("whole", "killed")]  # fmt: skip
     assert all(torch.equal(states[0][key], states[1][key]) for key in states[0])
-    losses = [[row["train_loss"] for row in History(tmp_path / name / "logs" / "metrics.jsonl", 12).rows]
+    losses = [[row["train_loss"] for row in History(tmp_path / name / "logs" / "metrics.jsonl", 8).rows]
               for name in ("whole", "killed")]  # fmt: skip
-    assert len(losses[0]) == 12 and losses[0] == losses[1]
+    assert len(losses[0]) == 8 and losses[0] == losses[1]
+    result = load_file(tmp_path / "whole" / "diffusion_pytorch_model.safetensors")
+    trained = load_file(tmp_path / "whole" / "checkpoint-8" / "classifier" / "diffusion_pytorch_model.safetensors")
+    average = [value for name, value in states[0].items() if name.startswith("ema/")]
+    for name, value in result.items():
+        assert any(torch.equal(value, each) for each in average), "the average is what is saved"
+        assert not torch.equal(value, trained[name])
 
 
 def test_two_ranks_are_one_with_twice_the_accumulation(flags, held_out, tmp_path):
@@ -193,6 +199,10 @@ def test_two_ranks_are_one_with_twice_the_accumulation(flags, held_out, tmp_path
     one, two = (load_file(tmp_path / name / "diffusion_pytorch_model.safetensors") for name in ("one", "two"))
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, rtol=1e-3, atol=1e-5)
+    found = [
+        (tmp_path / name / "README.md").read_text().split("## Classes")[1].split("##")[0] for name in ("one", "two")
+    ]
+    assert found[0] == found[1] and "| red | 12 | 5 |" in found[0]
     on_two = History(tmp_path / "two" / "logs" / "metrics.jsonl", 6).rows
     for row, other in zip(rows, on_two, strict=True):
         assert row.keys() == other.keys()
@@ -241,6 +251,17 @@ def test_labels_that_cannot_be_learnt_are_refused(flags, labelled, tmp_path):
     assert "the label of some held-out images: pink" in told
     told = refusal(flags, "--label_column", "kind")
     assert "have no label" in told and "in metadata.csv with that column" in told and "caption" not in told
+
+
+def test_the_label_is_the_folder_at_the_top(flags, tmp_path):
+    """Whatever is below it, and whatever text lies beside a picture."""
+    folder = coloured(tmp_path / "nested", (2, 2, 2))
+    (folder / "red" / "bright").mkdir()
+    (folder / "red" / "0.png").rename(folder / "red" / "bright" / "0.png")
+    (folder / "blue" / "1.txt").write_text("green")
+    args = script.parse_args([str(flag) for flag in [*flags, "--train_data_dir", folder]])
+    classes = script.find_classes(args, *script.find_labelled_images(args))
+    assert (classes.names, classes.training) == (("blue", "green", "red"), (2, 2, 2))
 
 
 def test_labels_of_a_column(flags, labelled, tmp_path):
@@ -316,6 +337,43 @@ def test_any_pipeline_serves_that_has_an_autoencoder(flags, sd3_folder, tmp_path
     runs.run(script, *flags)
     config = load_latent_classifier(tmp_path).config
     assert (config.latent_channels, config.shift_factor) == (16, pytest.approx(0.0609))
+
+
+def test_the_shipped_classifier_knows_the_latents_of_the_tiny_sdxl(flags):
+    """It is small, names its autoencoder, and tells the groups of the pictures in examples/."""
+    folder, pictures = runs.ROOT / "examples" / "tiny-classifier", runs.ROOT / "examples" / "fluent-emoji"
+    assert sum(path.stat().st_size for path in folder.iterdir()) < 3e6
+    network, base = load_latent_classifier(folder), script.parse_args(flags).base_model
+    assert network.config.vae_fingerprint == base.weights
+    rows = [json.loads(line) for line in (pictures / "metadata.jsonl").read_text().splitlines()[::4]]
+    small = [Image.open(pictures / row["file_name"]).convert("RGB").resize((64, 64), Image.Resampling.LANCZOS)
+             for row in rows]  # fmt: skip
+    pixels = torch.from_numpy(np.stack(small)).permute(0, 3, 1, 2) / 127.5 - 1
+    vae = load_vae(base, torch.float32, "cpu")
+    with torch.no_grad():
+        named = network(vae.encode(pixels).latent_dist.mean * network.config.scaling_factor).argmax(dim=1)
+    groups = [network.config.classes[number] for number in named.tolist()]
+    assert np.mean([group == row["group"] for group, row in zip(groups, rows, strict=True)]) > 0.7
+
+
+def test_the_page_s_python_runs(monkeypatch):
+    """docs/latent-classifier.md, from the root of the repository."""
+    page = (runs.ROOT / "docs" / "latent-classifier.md").read_text()
+    monkeypatch.chdir(runs.ROOT)
+    scope = {}
+    exec(page.split("```python\n")[1].split("```")[0], scope)
+    assert scope["estimate"].grad.abs().sum() > 0
+
+
+def test_the_page_s_second_command_runs(labelled, cache_dir, tmp_path):
+    """With only model, pictures, size and precision replaced."""
+    page = (runs.ROOT / "docs" / "latent-classifier.md").read_text()
+    words = page.split("```bash\n")[2].split("```")[0].replace("\\\n", "").split()[3:]
+    replaced = {"my-pictures": labelled, "stabilityai/stable-diffusion-xl-base-1.0": MODEL, "256": 64, "128": 8,
+                "my-classifier": tmp_path, "0.1": 4}  # fmt: skip
+    more = ["--max_train_steps", 1, "--cache_dir", cache_dir, "--report_to", "none"]
+    rows = runs.run(script, *[replaced.get(word, word) for word in words], *more)
+    assert "validation/accuracy" in rows[-1] and (tmp_path / "README.md").is_file()
 
 
 def test_the_plain_command_runs_on_the_embedded_default(cache_dir, tmp_path, capsys):
