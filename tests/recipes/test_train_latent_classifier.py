@@ -31,7 +31,7 @@ COLOURS = {"blue": (110, 120, 150), "green": (115, 145, 120), "red": (150, 115, 
 
 
 def coloured(folder, counts, seed=0):
-    """Pictures with a coarse pattern in the class' colour, `counts` of them in each class' folder; red ones are wide."""
+    """Pictures with a coarse pattern in the class' colour, `counts` of them in each class' folder; red: wide ones."""
     rng = np.random.default_rng(seed)
     for (name, colour), count in zip(COLOURS.items(), counts, strict=True):
         (folder / name).mkdir(parents=True)
