@@ -60,7 +60,7 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         dropout: share of the activations dropped in a block and before the linear layer.
         scaling_factor, shift_factor: of the autoencoder; model space is (z - shift_factor) * scaling_factor.
         pixels_per_latent: pixels of the image on a side of one latent.
-        resolution: (height, width) in px of the images that it was trained on; None where it does not matter.
+        resolution: side in px of the squares that it was trained on, or had the area of; None where nobody said.
         vae, vae_fingerprint: name and fingerprint (`base_model.weights_fingerprint`) of the autoencoder.
     """
 

@@ -107,15 +107,18 @@ def test_the_result_is_a_network_with_its_card(trained, held_out, flags):
     assert {value.dtype for value in load_file(folder / "diffusion_pytorch_model.safetensors").values()} \
         == {torch.float16}  # fmt: skip
     vae = load_vae(script.parse_args(flags).base_model, torch.float32, "cpu")
-    found = 0
+    found, losses = 0, []
     for label, name in enumerate(config["classes"]):
         pictures = [Image.open(path) for path in sorted((held_out / name).glob("*.png"))]
         pixels = [np.asarray(each)[:, (each.width - 64) // 2 :][:, :64] for each in pictures]
         pixels = torch.from_numpy(np.stack(pixels)).permute(0, 3, 1, 2) / 127.5 - 1
         with torch.no_grad():
             latents = vae.encode(pixels).latent_dist.mean * config["scaling_factor"]
-            found += (network(latents).argmax(dim=1) == label).sum().item()
+            logits = network(latents)
+        found += (logits.argmax(dim=1) == label).sum().item()
+        losses += (-logits.log_softmax(dim=1)[:, label]).tolist()
     assert found / 12 == pytest.approx(rows[-1]["validation/accuracy"]), "half precision may not change a label here"
+    assert np.mean(losses) == pytest.approx(rows[-1]["validation/loss"], rel=5e-3)
     card = (folder / "README.md").read_text()
     fingerprint = f"| fingerprint of its weights | {config['vae_fingerprint']} |"
     for line in ("| VAE | tiny-sdxl |", fingerprint, "| red | 12 | 5 |", "| scaling factor | 0.55482 |",
