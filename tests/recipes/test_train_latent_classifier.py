@@ -170,9 +170,10 @@ def start_and_kill(flags, folder, after):
     assert process.wait() == -signal.SIGKILL, "the run ended before it was killed: make it longer"
 
 
-def test_a_killed_run_goes_on_bit_for_bit(flags, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(flags, sdxl_folder, tmp_path):
     """SIGKILL in mid-epoch, random crops, dropout, erasing, EMA: the weights of a run that was never killed."""
     flags = [flag for flag in flags if flag != "--center_crop"]
+    flags += ["--pretrained_model_name_or_path", str(sdxl_folder)]  # a small encoder, which runs in every step
     flags += ["--random_flip", "--use_ema", "--max_train_steps", 8, "--checkpointing_steps", 4]
     runs.run(script, *flags, "--output_dir", tmp_path / "whole")
     start_and_kill(flags, tmp_path / "killed", after=4)
