@@ -119,6 +119,7 @@ from lpl_finetuning.data import encoding
 from lpl_finetuning.data.encoding import encode_images, rows_of
 from lpl_finetuning.data.labels import Classes
 from lpl_finetuning.data.samples import addressed_rng
+from lpl_finetuning.files import format_bytes
 from lpl_finetuning.networks.latent_classifier import LatentClassifier
 from lpl_finetuning.results.classifier_card import result_dtype, save_classifier, write_classifier_card
 from lpl_finetuning.results.hub import check_access, publish_or_exit, tell_how_to_publish
@@ -127,15 +128,17 @@ from lpl_finetuning.training.augmentation import erase, shift
 from lpl_finetuning.training.checkpoints import Checkpoints
 from lpl_finetuning.training.classification import ClassifierValidation, classifier_subject
 from lpl_finetuning.training.guard import Guard
+from lpl_finetuning.training.live_memory import Peak
 from lpl_finetuning.training.models import latent_channels, latent_space, load_vae, load_weights, save_weights
 from lpl_finetuning.training.objective import sample_latents, to_device
 from lpl_finetuning.training.optimization import Trainee, optimizer_settings
 from lpl_finetuning.training.out_of_memory import explained_if_out_of_memory
-from lpl_finetuning.training.plan import check_data, memory_estimate, plan_run, print_memory, print_models, print_run
+from lpl_finetuning.training.plan import check_data, plan_run, print_models, print_run
 from lpl_finetuning.training.reporter import Reporter
 from lpl_finetuning.training.run import check_start, end, open_batches, open_output_dir, start_accelerator
 from lpl_finetuning.training.sharding import with_full_weights
 from lpl_finetuning.training.signals import StopSignals
+from lpl_finetuning.training.step_memory import kept_bytes
 from lpl_utils import LatentSpace
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -314,20 +317,16 @@ def held_out_step(batch, learner, objective):
 # The run
 
 
-def example_inputs(learner, args, size, dtype):
-    """Arguments of the `Learner` for a batch of latents of `size`, (h, w): what the memory estimate runs."""
-    return (torch.randn(args.train_batch_size, latent_channels(args.base_model), *size, dtype=dtype),)
-
-
 def print_plan(args, report, accelerator, plan, classes):
-    """Print what will happen: flags, data, steps, network, memory; returns the memory estimate, [(what, bytes)]."""
+    """Print what will happen: flags, data, steps, network, memory; returns what is always in memory, {"": Peak}."""
     print_run(args, report, accelerator, plan, f"accuracies of {sum(classes.held_out)} held-out images")
     learner = build_learner(args, classes, "meta")
     how = f"{len(classes)} classes, class weights {args.class_weights}, {str(plan.dtype)[6:]}"
     print_models(args, learner.models(), how, accelerator.print)
-    parts = memory_estimate(args, learner, None, None, plan.dtype, example_inputs)
-    print_memory(parts, learner, accelerator)
-    return parts
+    kinds = kept_bytes(args, learner)
+    listed = ", ".join(f"{kind} {format_bytes(size)}" for kind, size in kinds.items() if size)
+    accelerator.print(f"Memory: {listed}; a step's activations and the autoencoder are not counted\n")
+    return {"": Peak(sum(kinds.values()), "", kinds)}
 
 
 def main(args, scan, held_out=()):
@@ -339,11 +338,11 @@ def main(args, scan, held_out=()):
     scan = dataclasses.replace(scan, warnings=scan.warnings + classes.remarks())
     report = check_data(args, scan, held_out, [], accelerator)
     report["classes"] = dict(zip(classes.names, classes.training, strict=True))
-    parts = print_plan(args, report, accelerator, plan, classes)
+    peaks = print_plan(args, report, accelerator, plan, classes)
     if args.dry_run:
         return check_start(args, accelerator, check_access)
     output_dir = open_output_dir(args, accelerator, plan.resume_from, report, check_access)
-    explained = explained_if_out_of_memory(args, accelerator, parts)
+    explained = explained_if_out_of_memory(args, accelerator, peaks)
     with output_dir as hub_name, explained, StopSignals(accelerator) as signals:
         is_done = train(args, scan.images, held_out, classes, plan, accelerator, signals, hub_name)
     end(accelerator)
