@@ -41,13 +41,14 @@ from lpl_finetuning.training.checkpoint_folders import check_resume
 
 EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-classifier" / "train.yaml"
 WITHDRAWN = (  # shared flags about captions, denoisers, LoRAs and sampling
-    "single_file", "use_lora", "rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora", "train_text_encoder",
-    "init_lora", "bnb_quantization_config_path", "output_kohya_format", "instance_data_dir", "instance_prompt",
-    "caption_column", "caption_from_folder", "caption_per_line", "trigger_word", "shuffle_tags", "keep_tags",
-    "tag_shuffles", "proportion_empty_prompts", "gradient_checkpointing", "text_encoder_lr",
+    "single_file", "output_name", "metadata_title", "metadata_trigger_phrase", "save_tag_frequency",
+    "checkpoints_kohya_format", "use_lora", "rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora",
+    "train_text_encoder", "init_lora", "bnb_quantization_config_path", "output_kohya_format", "instance_data_dir",
+    "instance_prompt", "caption_column", "caption_from_folder", "caption_per_line", "trigger_word", "shuffle_tags",
+    "keep_tags", "tag_shuffles", "proportion_empty_prompts", "gradient_checkpointing", "text_encoder_lr",
     "enable_xformers_memory_efficient_attention", "noise_offset", "timestep_sampling", "validation_prompt",
-    "num_validation_images", "validation_compare", "validation_metrics", "validation_kid_every",
-    "validation_kid_samples",
+    "validation_prompts_file", "num_validation_images", "validation_compare", "validation_metrics",
+    "validation_kid_every", "validation_kid_samples",
 )  # fmt: skip
 
 
@@ -122,7 +123,7 @@ from lpl_finetuning.data.samples import addressed_rng
 from lpl_finetuning.files import format_bytes
 from lpl_finetuning.networks.latent_classifier import LatentClassifier
 from lpl_finetuning.results.classifier_card import result_dtype, save_classifier, write_classifier_card
-from lpl_finetuning.results.hub import check_access, publish_or_exit, tell_how_to_publish
+from lpl_finetuning.results.hub import check_access, publish_result
 from lpl_finetuning.results.hub import hub_name as name_on_the_hub
 from lpl_finetuning.training.augmentation import erase, shift
 from lpl_finetuning.training.checkpoints import Checkpoints
@@ -346,10 +347,8 @@ def main(args, scan, held_out=()):
     with output_dir as hub_name, explained, StopSignals(accelerator) as signals:
         is_done = train(args, scan.images, held_out, classes, plan, accelerator, signals, hub_name)
     end(accelerator)
-    if is_done and hub_name and signals.requested is not None:
-        tell_how_to_publish(args.output_dir, hub_name, args.hub_private_repo)
-    elif is_done and hub_name:
-        publish_or_exit(args.output_dir, hub_name, args.hub_token, args.hub_private_repo)
+    if is_done and hub_name:
+        publish_result(args, hub_name, stopped=signals.requested is not None)
 
 
 def train(args, images, held_out, classes, plan, accelerator, signals, hub_name):
