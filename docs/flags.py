@@ -2,12 +2,13 @@
 
 import argparse
 import sys
+import textwrap
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow")
-EVALUATION = "evaluate_models"
+CLASSIFIER, EVALUATION = "train_latent_classifier", "evaluate_models"
 
 HEAD = """# Flags
 
@@ -27,7 +28,9 @@ This page lists every flag of the training scripts and of `evaluate_models.py`, 
   loss by sigma^2).
 - The first part has all flags of `train_sdxl_lpl.py`. `train_sd3_lpl_flow.py` takes them too, except those marked
   *SDXL only*. The second part has the flags of `train_sd3_lpl_flow.py` alone, marked *SD3 only*, and flags with
-  another default there. The last part has the flags of [`evaluate_models.py`](evaluation.md), which takes no recipe.
+  another default there. The third part has those of [`train_latent_classifier.py`](latent-classifier.md) that are
+  other than in the first, and names the flags that it does not take. The last part has the flags of
+  [`evaluate_models.py`](evaluation.md), which takes no recipe.
 - With neither `--lpl_t_threshold` nor `--lpl_sigma_threshold`, samples with `t < 200` get the loss for SDXL, and
   samples with `sigma / alpha <= 3` for SD3. `--dry_run` prints their share.
 """
@@ -69,8 +72,21 @@ def table(title, rows):
     return [f"\n### {title}\n", "| flag | takes | default | |", "|---|---|---|---|", *rows] if rows else []
 
 
+def left_out(parser, other):
+    """A paragraph on the flags of a parser that the other parser does not have: whole groups first, then the rest."""
+    groups, names = [], []
+    for group in parser._action_groups:
+        flags = [action.dest for action in group._group_actions if action.dest != "help"]
+        missing = [name for name in flags if name not in other.flags()]
+        groups += [group.title] * (bool(flags) and missing == flags)
+        names += missing if missing != flags else []
+    text = f"It takes the flags of the first part, but none of the groups {', '.join(groups)}, and not "
+    text += ", ".join(f"`--{name}`" for name in names) + ". The flags below are its own, or have another default."
+    return textwrap.fill(text, 119, break_on_hyphens=False)
+
+
 def page():
-    """The whole page: all flags of the first script, those that only the second has, those of the evaluation."""
+    """The whole page: all flags of the first script, what is other in the next two, those of the evaluation."""
     parts, known = [HEAD], set()
     parsers = [__import__(script).build_parser() for script in SCRIPTS]
     for script, parser, other, only in zip(SCRIPTS, parsers, parsers[::-1], ("SDXL only.", "SD3 only."), strict=True):
@@ -79,6 +95,11 @@ def page():
             rows = [row for row in rows_of(group, other.flags(), only) if row not in known]
             known |= set(rows)
             parts += table(group.title, rows)
+    parser = __import__(CLASSIFIER).build_parser()
+    parts.append(f"\n## {CLASSIFIER}.py\n\n{left_out(parsers[0], parser)}")
+    for group in parser._action_groups:
+        rows = list(rows_of(group, parser.flags(), ""))
+        parts += table(group.title, [row for row in rows if row not in known])
     parser = __import__(EVALUATION).build_parser()
     parts.append(f"\n## {EVALUATION}.py\n")
     for group in parser._action_groups:

@@ -45,7 +45,7 @@ class Family:
     long_name: str  # on the model card: "Stable Diffusion XL"
     tag: str  # the model card's tag
     pipeline: str  # the pipeline's class in diffusers, without "Pipeline"
-    denoiser: Part
+    denoiser: Part | None  # None: only the autoencoder is used
     autoencoder: Part | None  # None: the denoiser works on pixels
     text_encoders: tuple[str, ...]
     tokenizers: tuple[str, ...]
@@ -62,17 +62,19 @@ class Family:
     example: str = ""  # a pipeline of the family on the Hub
     missing_part: Mapping[str, str] = field(default_factory=dict)  # required part -> advice where it is missing
     other_scripts: Mapping[str, str] = field(default_factory=dict)  # pipeline of another family -> its script
+    fixed_flags: tuple[str, ...] = ()  # further flags that a checkpoint can't be resumed with other values of
 
     @property
     def components(self):
         """All parts that model_index.json must list."""
         autoencoder = (self.autoencoder.name,) if self.autoencoder else ()
-        return (*autoencoder, *self.text_encoders, *self.tokenizers, self.denoiser.name, "scheduler")
+        denoiser = (self.denoiser.name, "scheduler") if self.denoiser else ()
+        return (*autoencoder, *self.text_encoders, *self.tokenizers, *denoiser)
 
     @property
     def replaceable(self):
         """The parts that a flag can replace."""
-        return (self.denoiser, self.autoencoder) if self.autoencoder else (self.denoiser,)
+        return tuple(part for part in (self.denoiser, self.autoencoder) if part)
 
     @property
     def pipeline_class(self):
@@ -100,7 +102,7 @@ class BaseModel:
     vae: str | None = None  # folder or name of another autoencoder
     denoiser: str | None = None  # folder or name of another denoiser
     allow_pickle: bool = False
-    weights: str | None = None  # fingerprint of the denoiser's weights: see `weights_fingerprint`
+    weights: str | None = None  # fingerprint of the denoiser's weights, else the autoencoder's: `weights_fingerprint`
 
     def replacement(self, part):
         """(the `Part`, folder or name) of the model that a flag puts in the place of a part; None without such."""
@@ -157,19 +159,20 @@ class BaseModel:
         family, absent = self.family, self.absent_parts()
         encoders = (*family.text_encoders, *family.optional_text_encoders)
         autoencoder = [family.autoencoder.name] if family.autoencoder else []
-        return [*autoencoder, *(part for part in encoders if part not in absent), family.denoiser.name]
+        denoiser = [family.denoiser.name] if family.denoiser else []
+        return [*autoencoder, *(part for part in encoders if part not in absent), *denoiser]
 
 
 def base_model_of(args, family):
     """The `BaseModel` that the flags name."""
-    replaced = [getattr(args, part.flag) for part in family.replaceable]
+    replaced = {part: getattr(args, part.flag) for part in family.replaceable}
     return BaseModel(
         family,
         args.pretrained_model_name_or_path,
         args.revision,
         args.variant,
-        vae=replaced[1] if family.autoencoder else None,
-        denoiser=replaced[0],
+        vae=replaced.get(family.autoencoder),
+        denoiser=replaced.get(family.denoiser),
         allow_pickle=args.allow_pickle,
     )
 
@@ -194,7 +197,8 @@ def check_base_model(args, family):
     if not (args.dry_run and is_plan_only(base)):
         check_weights(base)
         check_files(base)
-        check_lora_layers(args, base)
+        if family.denoiser:
+            check_lora_layers(args, base)
     family.check(args, base, configs)
     return replace(base, weights=weights_fingerprint(base))
 
@@ -423,6 +427,8 @@ def check_part(flag, name, class_name, subfolder=None):
 
 def check_small_parts(base):
     """Refuse a scheduler whose noise levels the family does not have, and tokenizers on disk without their files."""
+    if "scheduler" not in base.family.components:
+        return
     path = base.file("scheduler_config.json", "scheduler")
     require(path, f"{base.flag()}: scheduler/scheduler_config.json is missing; {AGAIN}")
     kind, family = read_object(path).get("_class_name") or "", base.family
@@ -662,8 +668,11 @@ def tensors_of(path):
 
 
 def weights_fingerprint(base):
-    """What tells the denoiser's weights from others: for files on disk samples of them, else the name on the Hub."""
-    part = base.family.denoiser.name
+    """What tells the denoiser's weights from others: for files on disk samples of them, else the name on the Hub.
+
+    Of a family without a denoiser the weights are the autoencoder's.
+    """
+    part = (base.family.denoiser or base.family.autoencoder).name
     place = base.place(part)
     if not Path(place.name).is_dir():
         return f"hub:{place.name}@{place.revision or 'main'}"

@@ -12,6 +12,25 @@ from lpl_finetuning.sample_prompts import check_zero_snr, entries_of
 VAE = Part("vae", "autoencoder", "AutoencoderKL", "pretrained_vae_model_name_or_path")
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Any pipeline with an AutoencoderKL, for what is trained on its latents
+
+LATENTS = Family(
+    name="latents",
+    title="Latent classifier",
+    long_name="latent classifier",
+    tag="latent-classifier",
+    pipeline="",
+    denoiser=None,
+    autoencoder=VAE,
+    text_encoders=(),
+    tokenizers=(),
+    lora_layers=(),
+    check=lambda args, base, configs: None,
+    example="stabilityai/stable-diffusion-xl-base-1.0",
+    fixed_flags=("block_widths", "blocks_per_stage"),
+)
+
+# ---------------------------------------------------------------------------------------------------------------------
 # SDXL
 
 

@@ -103,7 +103,7 @@ def check_dead_flags(args):
     """
     for names, when, works in DEAD_FLAGS:
         for name in names:
-            if getattr(args, name, None) == args.defaults.get(name) or works(args):
+            if name not in args.defaults or getattr(args, name) == args.defaults[name] or works(args):
                 continue
             told = f"--{name} does nothing {when}"
             require(name not in args.given, f"{told}: leave it out")

@@ -26,6 +26,7 @@ SAVE_DTYPES = ("float32", "bfloat16", "float16")
 OPTIMIZERS = ("adamw", "prodigy", "adafactor")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 MODEL_OR_DATA = {"pretrained_model_name_or_path", "dataset_name", "train_data_dir", "instance_data_dir"}
+CLASS_WEIGHTS = {"none": 0.0, "sqrt": 0.5, "balanced": 1.0}  # w = n ** -power of a class of n images
 SECRETS = ("hub_token",)  # flags whose values never reach a file, a log or a tracker
 
 
@@ -73,6 +74,7 @@ class FlagParser(argparse.ArgumentParser):
     def __init__(self, description, takes_part_of_a_recipe=False):
         """takes_part_of_a_recipe: a file for --config may have flags of other scripts too, which are left out."""
         self.takes_part_of_a_recipe = takes_part_of_a_recipe
+        self.withdrawn = {}
         super().__init__(
             description=description,
             formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -82,6 +84,18 @@ class FlagParser(argparse.ArgumentParser):
     def flags(self):
         """dest -> action of everything but --help."""
         return {action.dest: action for action in self._actions if action.dest != "help"}
+
+    def withdraw(self, *names):
+        """Take flags away that a script has no use for: unknown to its users, they keep their defaults as values."""
+        for name in names:
+            action = self.flags()[name]
+            self.withdrawn[name] = action.default
+            self._actions.remove(action)
+            for text in action.option_strings:
+                del self._option_string_actions[text]
+            for group in self._action_groups:
+                if action in group._group_actions:
+                    group._group_actions.remove(action)
 
     def error(self, message):
         """Called by argparse; "argument --x: expected one argument" becomes a message of ours."""
@@ -128,7 +142,7 @@ class FlagParser(argparse.ArgumentParser):
             recipe = self.read_recipe(embedded_default) | recipe
             place = embedded_default.relative_to(REPOSITORY)
             print(f"No model and no data named: using the embedded examples, {place}.")
-        values = resolved(defaults | recipe | given)
+        values = resolved(self.withdrawn | defaults | recipe | given)
         file = values.get("validation_prompts_file")
         return Flags(values, defaults, given=frozenset(given), prompts=read_prompts_file(file) if file else ())
 
@@ -238,9 +252,8 @@ NOT_IN_RECIPES = ("config", "dry_run", "debug", "local_rank", "resume_from_check
 
 def recipe_text(args):
     """The resolved flags, secrets left out, as YAML that `--config` reads."""
-    return yaml.safe_dump(
-        {key: value for key, value in vars(args).items() if key not in NOT_IN_RECIPES}, sort_keys=False
-    )
+    values = {key: value for key, value in vars(args).items() if key in args.defaults and key not in NOT_IN_RECIPES}
+    return yaml.safe_dump(values, sort_keys=False)
 
 
 def save_recipe(args, path):
@@ -496,6 +509,28 @@ def add_lpl_arguments(parser):
         help="dtype of the decoder in the loss (default: bfloat16 under bf16, else float32)")  # fmt: skip
 
 
+def add_classifier_arguments(parser):
+    """The latent classifier: its labels, network and augmentation."""
+    group = parser.add_argument_group("classifier")
+    add = group.add_argument
+    add("--label_column", help="column with the label, of a listing, a data set or the .json members of shards "
+        "(default: the names of the folders at the top of --train_data_dir; of a data set, label)")  # fmt: skip
+    add("--block_widths", type=int, nargs="+", default=[64, 128, 256], help="channels of each residual stage, "
+        "multiples of 8; each stage after the first halves the size (default: %(default)s)")  # fmt: skip
+    add("--blocks_per_stage", type=int, default=2, help="residual blocks of a stage (default: %(default)s)")
+    add("--dropout", type=float, default=0.1, help="in the blocks and before the last layer (default: %(default)s)")
+    add("--label_smoothing", type=float, default=0.1, help="share of the target that all classes have in common "
+        "(default: %(default)s)")  # fmt: skip
+    add("--class_weights", choices=tuple(CLASS_WEIGHTS), default="sqrt", help="weight of a class of n images in the "
+        "loss: 1, 1 / sqrt(n) or 1 / n (default: %(default)s)")  # fmt: skip
+    add("--latent_pad", type=int, help="pad latents by N on each side, repeating their edge, and cut them back at "
+        "random (default: a sixteenth of their size, 1 at least)")  # fmt: skip
+    add("--random_erasing", type=float, default=0.5, help="share of samples in which a rectangle of latents is "
+        "replaced by noise (default: %(default)s)")  # fmt: skip
+    add("--erasing_area", type=float, default=0.25, help="area of that rectangle at most, as a share of the latent "
+        "(default: %(default)s)")  # fmt: skip
+
+
 def add_run_arguments(parser, validation_epochs):
     """Checkpoints, validation, logs."""
     group = parser.add_argument_group("checkpoints")
@@ -561,8 +596,16 @@ def mixed_precision(args):
 
 
 def data_source(args):
-    """Where images and captions come from."""
-    return settings_from_flags(DataSource, args)
+    """Where images and captions come from, or under --label_column images and labels."""
+    if "label_column" not in args.defaults:
+        return settings_from_flags(DataSource, args, label_from_folder=False)
+    named = {"caption_column": args.label_column or "label"}
+    return settings_from_flags(DataSource, args, **named, label_from_folder=is_sorted_by_folders(args))
+
+
+def is_sorted_by_folders(args):
+    """Whether labels are names of folders: those of a --train_data_dir without --label_column."""
+    return bool(args.train_data_dir and not args.label_column)
 
 
 def framing_rules(args):

@@ -1,12 +1,16 @@
-"""The 3,391 images of the npm package @lobehub/fluent-emoji-3d (MIT) as arrays, and their Unicode names.
+"""The 3,391 images of the npm package @lobehub/fluent-emoji-3d (MIT) as arrays, their Unicode names and groups.
 
     python pretrain/emoji_images.py --work_dir pretrain/work        # downloads, decodes, prints the counts
+    python pretrain/emoji_images.py --work_dir pretrain/work --size 64 --sorted pretrain/work/emoji-by-group
 
 The package has 256-px WebP files with an alpha channel, named by their code points. The names come from the PyPI
-package `emoji`. Nothing else is downloaded. The decoded arrays are kept in `work_dir`, so a second start is instant.
+package `emoji`, the groups from the npm package `unicode-emoji-json` (MIT), which is fetched when groups are wanted.
+Nothing else is downloaded. The decoded arrays are kept in `work_dir`, so a second start is instant. `--sorted` writes
+the pictures into `training/GROUP` and `held-out/GROUP`, split by `held_out`.
 """
 
 import argparse
+import json
 import re
 import subprocess
 import tarfile
@@ -17,6 +21,7 @@ from PIL import Image
 from tqdm import tqdm
 
 PACKAGE = "@lobehub/fluent-emoji-3d@1.1.0"
+GROUPS_PACKAGE = "unicode-emoji-json@0.9.0"
 SKIN_TONE = re.compile(r" (light|medium-light|medium|medium-dark|dark) skin tone")
 # code points of Unicode's group of smileys
 SMILEYS = [range(0x1F600, 0x1F650), range(0x1F910, 0x1F930), range(0x1F970, 0x1F97B), range(0x1F9D0, 0x1F9D1),
@@ -28,13 +33,18 @@ def fetch_package(work_dir):
     """The folder with the WebP files; downloads and unpacks the npm package into `work_dir` if it is missing."""
     assets = Path(work_dir) / "package" / "assets"
     if not assets.is_dir():
-        Path(work_dir).mkdir(parents=True, exist_ok=True)
-        archive = subprocess.run(
-            ["npm", "pack", "--silent", PACKAGE], cwd=work_dir, check=True, capture_output=True, text=True
-        ).stdout.split()[-1]
-        with tarfile.open(Path(work_dir) / archive) as tar:
-            tar.extractall(work_dir, filter="data")
+        unpack(PACKAGE, work_dir)
     return assets
+
+
+def unpack(package, folder):
+    """Download an npm package and unpack it into `folder`/package."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    archive = subprocess.run(
+        ["npm", "pack", "--silent", package], cwd=folder, check=True, capture_output=True, text=True
+    ).stdout.split()[-1]
+    with tarfile.open(Path(folder) / archive) as tar:
+        tar.extractall(folder, filter="data")
 
 
 def unicode_name(filename):
@@ -88,6 +98,43 @@ def in_domain(work_dir, captions, domain):
     return np.array([domain == "all" or first in people for first in firsts])
 
 
+def emoji_groups(work_dir):
+    """The Unicode group of each picture of `load_emoji`, such as "Animals & Nature".
+
+    The package lists emoji without skin tones. A picture has the group of its sequence without skin tones; of a pair
+    of people with two skin tones, that of its first person.
+    """
+    listing = Path(work_dir) / "groups" / "package" / "data-by-emoji.json"
+    if not listing.is_file():
+        unpack(GROUPS_PACKAGE, Path(work_dir) / "groups")
+    entries = json.loads(listing.read_text(encoding="utf-8"))
+    groups = {sequence(emoji): entry["group"] for emoji, entry in entries.items()}
+    found = []
+    for path in sorted(fetch_package(work_dir).iterdir()):
+        stem = path.stem + ("_e007f" if "_" in path.stem else "")
+        points = sequence("".join(chr(int(code, 16)) for code in re.split("[-_]", stem)))
+        found.append(groups[points] if points in groups else groups[points[0]])
+    return found
+
+
+def sequence(emoji):
+    """An emoji without skin tones and without the selector of its coloured form."""
+    return re.sub("[\U0001f3fb-\U0001f3ff\ufe0f]", "", emoji)
+
+
+def write_sorted(work_dir, folder, size):
+    """Write all pictures as PNG into folder/training/GROUP and folder/held-out/GROUP; return {group: their number}."""
+    images, captions = load_emoji(work_dir, size)
+    groups, counts = emoji_groups(work_dir), {}
+    files = [path.stem for path in sorted(fetch_package(work_dir).iterdir())]
+    for pixels, name, group, is_held_out in zip(images, files, groups, held_out(captions), strict=True):
+        place = Path(folder) / ("held-out" if is_held_out else "training") / group
+        place.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(pixels).save(place / f"{name}.png")
+        counts[group] = counts.get(group, 0) + 1
+    return counts
+
+
 def held_out(captions, every=20):
     """Mask (N,) of held-out images: every `every`-th concept in alphabetical order, with all its skin tones."""
     concepts = sorted({concept(caption) for caption in captions})
@@ -99,6 +146,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", default="pretrain/work")
     parser.add_argument("--size", type=int, default=72)
+    parser.add_argument("--sorted", help="folder for PNG files, sorted by Unicode group and split")
     options = parser.parse_args()
     all_images, all_captions = load_emoji(options.work_dir, options.size)
     print(f"{len(all_images)} images, {len(set(all_captions))} captions, {held_out(all_captions).sum()} held out")
+    if options.sorted:
+        for name, count in sorted(write_sorted(options.work_dir, options.sorted, options.size).items()):
+            print(f"{count:5}  {name}")

@@ -1,4 +1,4 @@
-"""Make this folder's data set: 96 emoji pictures of 256 px with their Unicode names as captions.
+"""Make this folder's data set: 96 emoji pictures of 256 px with their Unicode names and groups.
 
     python examples/fluent-emoji/make_dataset.py
 
@@ -13,7 +13,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent.parent))
 
-from pretrain.emoji_images import fetch_package, on_white, unicode_name
+from pretrain.emoji_images import emoji_groups, fetch_package, on_white, unicode_name
 
 SIZE = 256  # px, as in the package
 NAMES = """
@@ -62,13 +62,15 @@ def main(argv=None):
     parser.add_argument("--output_dir", default=Path(__file__).resolve().parent, type=Path)
     parser.add_argument("--quality", type=int, default=88, help="of the WebP files")
     args = parser.parse_args(argv)
-    files = {unicode_name(path.name): path for path in sorted(fetch_package(args.work_dir).iterdir())}
+    paths = sorted(fetch_package(args.work_dir).iterdir())
+    files = {unicode_name(path.name): path for path in paths}
+    groups = dict(zip(paths, emoji_groups(args.work_dir), strict=True))
     names = [name.strip() for name in NAMES.replace("\n", " ").split(",")]
     lines = []
     for name in names:
         target = args.output_dir / (name.replace(" ", "-") + ".webp")
         on_white(files[name], SIZE).save(target, quality=args.quality, method=6)
-        lines.append(json.dumps({"file_name": target.name, "text": name}))
+        lines.append(json.dumps({"file_name": target.name, "text": name, "group": groups[files[name]]}))
     (args.output_dir / "metadata.jsonl").write_text("\n".join(lines) + "\n")
     (args.output_dir / "LICENSE").write_text(LICENSE)
     total = sum(path.stat().st_size for path in args.output_dir.iterdir() if path.is_file())

@@ -57,6 +57,7 @@ class ScanRequest:
         follow_links: use files that links lead to outside the folder.
         root: the folder; None for a data set.
         images: the data set with its image column alone, undecoded; None for a folder.
+        label_from_folder: the only caption of each image is a label, the name of the folder at the top that holds it.
     """
 
     flag: str
@@ -71,9 +72,13 @@ class ScanRequest:
     follow_links: bool = False
     root: Path | None = None
     images: Any = None
+    label_from_folder: bool = False
 
     def default(self, path: str) -> str | None:
         """The caption of an image without one; None if there is no such caption. path: relative to the root."""
+        if self.label_from_folder:
+            folders = PurePosixPath(path).parts[:-1]
+            return folders[0] if folders else self.root.resolve().name
         if self.default_caption is not None or not self.caption_from_folder:
             return self.default_caption
         folder, _ = without_repeats(self.folder_of(path))
@@ -227,6 +232,8 @@ class Findings:
         Raises:
             DataError: a caption is not text, too long, not UTF-8, or empty.
         """
+        if self.request.label_from_folder:
+            return default
         captions = _joined(cell, place, what, unit, default, empty_allowed)
         if captions is not None:
             return captions

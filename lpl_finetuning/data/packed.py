@@ -343,12 +343,16 @@ def undecoded_images(dataset: Any, column: str, place: str) -> Any:
 
 
 def _cells_of(dataset: Any, column: str) -> Iterator[Any]:
-    """The cells of a column; None for each row of a data set without such a column."""
+    """The cells of a column, names where they are a ClassLabel's; None for each row where there is no such column."""
     if column not in dataset.column_names:
         yield from [None] * len(dataset)
         return
+    names = getattr(dataset.features[column], "names", None)  # of a ClassLabel, whose cells are numbers
     for batch in dataset.select_columns([column]).iter(batch_size=ROWS_AT_ONCE):
-        yield from batch[column]
+        if names is None:
+            yield from batch[column]
+        else:
+            yield from (None if cell is None or cell < 0 else names[cell] for cell in batch[column])
 
 
 def _stamp_of_dataset(dataset: Any) -> str:

@@ -278,7 +278,8 @@ def _remark_on_copies(found: dict[str, Any]) -> list[str]:
 
 def report_lines(report: dict[str, Any]) -> list[str]:
     """The report as one page for the terminal, at most 40 lines."""
-    rows = [("captions from", report["source"]), ("images", f"{report['images']}, held out: {report['held_out']}")]
+    what = "labels" if "classes" in report else "captions"
+    rows = [(f"{what} from", report["source"]), ("images", f"{report['images']}, held out: {report['held_out']}")]
     if report["formats"]:
         rows.append(("formats", ", ".join(f"{name or '?'} {count}" for name, count in report["formats"].items())))
     if report["notes"]:
@@ -290,16 +291,19 @@ def report_lines(report: dict[str, Any]) -> list[str]:
         unit = "" if name == "megapixels" else " px"
         rows.append((name, f"{values[0]:g} to {values[2]:g}{unit}, median {values[1]:g}"))
     captions = report["captions"]
-    rows.append(("captions", f"{captions['count']}, {captions['different']} different"))
+    rows.append((what, f"{captions['count']}, {captions['different']} different"))
     if captions["images_with_several"]:
         several = captions["images_with_several"]
         have = "has" if several == 1 else "have"
         rows[-1] = ("captions", f"{rows[-1][1]}, {counted(several, 'image')} {have} several")
-    if captions["default"]:
+    if captions["default"] and what == "captions":
         rows.append(("", f"{captions['default']} from --instance_prompt or a folder's name"))
-    if captions["length"]:
+    if captions["length"] and what == "captions":
         low, middle, high = captions["length"]
         rows.append(("length", f"{low:g} to {high:g} characters, median {middle:g}"))
+    if what == "labels":
+        counts = [f"{name} {count}" for name, count in report["classes"].items()]
+        rows.append(("classes", first_names(counts)))
     skipped = len(report["bad"]) + len(report["missing"])
     if skipped:
         rows.append(("left out", f"{counted(skipped, 'image')}, see the remarks"))

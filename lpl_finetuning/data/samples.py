@@ -59,6 +59,10 @@ STREAMS = {
     "slots": 15,
     "phase": 16,
     "one_step": 17,
+    "shift": 18,
+    "erasing": 19,
+    "erasing_place": 20,
+    "classifier_dropout": 21,
 }
 
 

@@ -100,6 +100,7 @@ class DataSource:
     validation_data_dir: str | None = None
     validation_split: float | None = None
     max_validation_samples: int = 64
+    label_from_folder: bool = False  # no flag: whether the folders at the top are the classes of labelled images
 
 
 def find_images(source: DataSource) -> tuple[Scan, Sequence[CaptionedImage]]:
@@ -153,6 +154,7 @@ def _folder_options(source: DataSource) -> dict[str, Any]:
         "caption_from_folder": source.caption_from_folder,
         "caption_per_line": source.caption_per_line,
         "follow_links": source.follow_links,
+        "label_from_folder": source.label_from_folder,
     }
 
 
@@ -174,6 +176,7 @@ def scan_folder(
     on_bad_image: str = "error",
     cache_dir: str | os.PathLike | None = None,
     show: bool = True,
+    label_from_folder: bool = False,
 ) -> Scan:
     """Find the images below a folder and their captions, and check all of them.
 
@@ -194,13 +197,14 @@ def scan_folder(
         on_bad_image: "error", or "skip" to leave out and list what can't be used.
         cache_dir: `--cache_dir`; the user's cache if None.
         show: show a progress bar after one second.
+        label_from_folder: the only caption of each image is the name of the folder at the top that holds it.
 
     Raises:
         DataError: something is missing, unreadable, without a caption, or outside the folder.
     """
     request = ScanRequest(
         flag, str(folder), image_column, caption_column, default_caption, _skips(on_bad_image), show,
-        caption_from_folder, caption_per_line, follow_links, Path(folder),
+        caption_from_folder, caption_per_line, follow_links, Path(folder), label_from_folder=label_from_folder,
     )  # fmt: skip
     refuse_no_folder(flag, str(folder))
     key = os.fsencode(request.root.resolve())
@@ -231,6 +235,8 @@ def _scan_folder(findings: Findings) -> Scan:
 def _beside_images(findings: Findings) -> str:
     """Where the captions of pictures come from without a listing, in words."""
     used = "SELECT 1 FROM sidecars s JOIN pictures p ON p.stem = s.stem LIMIT 1"
+    if findings.request.label_from_folder:
+        return "the names of folders"
     if findings.has("nearly") or findings.db.execute(used).fetchone() or not findings.defaulted:
         return "caption files beside the images"
     return "the names of folders" if findings.request.default_caption is None else "--instance_prompt"

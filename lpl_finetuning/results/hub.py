@@ -152,6 +152,7 @@ PAPER = "https://openreview.net/forum?id=y4DtzADzd1"
 # The allow-list: names at the top of the folder, and names in the folders of a pipeline's parts.
 RESULT_FILES = re.compile(
     r"README\.md|image_\d+\.png|model_index\.json|(pytorch_lora_weights(_kohya)?|model)\.safetensors"
+    r"|config\.json|diffusion_pytorch_model\.safetensors"  # of a network that is no pipeline
 )
 PART_FILES = re.compile(
     r"(diffusion_pytorch_model|model)(\.\w+)?(-\d+-of-\d+)?\.safetensors"  # weights: variants, shards

@@ -37,6 +37,7 @@ LEFT_BY_A_RUN = (
     "checkpoint-*", "damaged-checkpoint-*", "validation", "image_*.png", "run.png", "data_report.json", "README.md",
     PROMPTS_FILE,
     "pytorch_lora_weights*.safetensors", "model.safetensors", "model_index.json",
+    "diffusion_pytorch_model.safetensors", "config.json",
     "unet", "transformer", "vae", "scheduler", "tokenizer", "tokenizer_[23]", "text_encoder", "text_encoder_[23]",
 )  # fmt: skip
 
@@ -402,6 +403,7 @@ def latest_checkpoint(output_dir):
 def run_identity(args):
     """Return the entries that must be equal for a run to resume from a checkpoint."""
     names = ["use_lora", "seed", "use_ema", "optimizer", "use_8bit_adam", "timestep_sampling"]
+    names += args.base_model.family.fixed_flags
     if args.use_lora:
         names += ["rank", "lora_alpha", "lora_layers", "use_dora", "train_text_encoder"]
     identity = {"recipe": args.base_model.family.title}

@@ -225,8 +225,8 @@ class Trainee:
                 yield next(batches)
             batches.make_ahead()
 
-    def backward(self, loss, terms):
-        """The backward pass of a micro-step; adds its (3,) `terms` to the step's means."""
+    def backward(self, loss, terms=0.0):
+        """The backward pass of a micro-step; adds its (3,) `terms`, if it has any, to the step's means."""
         with during("computing the gradients"):
             self.accelerator.backward(loss)
         self.terms += terms / self.settings.gradient_accumulation_steps

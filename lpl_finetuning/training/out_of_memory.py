@@ -72,8 +72,9 @@ def explanation(args, accelerator, peaks, error):
     which = f"rank {accelerator.process_index}: " if accelerator.num_processes > 1 else ""
     place = "the machine" if accelerator.device.type == "cpu" else "the GPU"
     fixed = run_identity(args) if found else {}  # what a checkpoint can't be resumed without
+    useless = {*fixed, *(vars(args).keys() - args.defaults.keys())}  # fixed by a checkpoint, or no flags of the script
     flags = [(size, flag) for size, flag in remedies(args, accelerator, peaks, doing)
-             if not any(name in fixed for name in re.findall(r"--(\w+)", flag))]  # fmt: skip
+             if not any(name in useless for name in re.findall(r"--(\w+)", flag))]  # fmt: skip
     flags = [f"{flag}{f' (about {format_bytes(size)})' if size else ''}"
              for size, flag in sorted(flags, key=lambda entry: -entry[0])[:MOST_FLAGS]]  # fmt: skip
     advice = f"what helps here, most first: {', '.join(flags)}"

@@ -165,8 +165,13 @@ def print_plan(args, report, accelerator, plan, gate, code):
     return print_memory(args, accelerator, plan, denoiser, code, not report["cached"])
 
 
-def print_run(args, report, accelerator, plan):
-    """Print the flags, the data, the steps and the validation of a run. report: on the data, from `check_data`."""
+def print_run(args, report, accelerator, plan, measured=None):
+    """Print the flags, the data, the steps and the validation of a run.
+
+    Args:
+        report: on the data, from `check_data`.
+        measured: what is measured of held-out images, in words; by default the loss at all noise levels.
+    """
     say, total_steps = accelerator.print, plan.total_steps
     batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     images, held_out = report["images"], report["held_out"]
@@ -185,7 +190,8 @@ def print_run(args, report, accelerator, plan):
     if entries := entries_of(args):
         what.append(f"{len(entries)} x {args.num_validation_images} images")
     if held_out:
-        what.append(f"the loss of {held_out} held-out images at {HELD_OUT_LEVELS} noise levels")
+        measured = measured or f"the loss of {held_out} held-out images at {HELD_OUT_LEVELS} noise levels"
+        what.append(measured)
     if args.validation_metrics:
         what.append("the one-step test")
     if what:

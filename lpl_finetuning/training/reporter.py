@@ -1,9 +1,12 @@
 """What a run reports: metrics, log rows, progress bar, trackers, `run.png`."""
 
 import contextlib
+import functools
 import json
 import math
 import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -104,6 +107,44 @@ class History:
         return [row["step"] for row in rows], [row[key] for row in rows]
 
 
+@dataclass(frozen=True)
+class Subject:
+    """What the reports of a run are about.
+
+    Attributes:
+        title: of `run.png`.
+        project: name of the run for the trackers.
+        names: the log keys of a training step, in the order of the packed read.
+        shown: function (row) -> {name: text} beside the progress bar; {} for a row without a step.
+        draw: function (history, path, title) that draws `run.png`.
+    """
+
+    title: str
+    project: str
+    names: list[str]
+    shown: Callable
+    draw: Callable
+
+
+def fine_tuning(args, stages):
+    """The `Subject` of a run that trains a denoiser. stages: names of the stages that the loss compares."""
+    kind, loss = "LoRA" if args.use_lora else "full", "with" if args.use_lpl else "without"
+    family = args.base_model.family
+    title = f"{family.title} {kind} fine-tuning, {loss} LPL"
+    return Subject(title, f"{family.name}-lpl", metric_names(len(stages)), shown_losses,
+                   functools.partial(plot_run, stages=stages))  # fmt: skip
+
+
+def shown_losses(values):
+    """{name: text} of a row's losses for the progress bar; {} where no step since the last row was finite."""
+    if "diffusion_loss" not in values:
+        return {}
+    shown = {"diffusion": f"{values['diffusion_loss']:.4f}", "lr": f"{values['lr']:.1e}"}
+    if "lpl/loss" in values:
+        shown |= {"LPL": f"{values['lpl/loss']:.4f}", "share": f"{100 * values.get('lpl/share', 0):.0f} %"}
+    return shown
+
+
 class Reporter:
     """What a run reports while it trains: progress bar, metrics file, trackers, `run.png`.
 
@@ -112,23 +153,21 @@ class Reporter:
         history: the `History` of all rows, on rank 0.
     """
 
-    def __init__(self, args, accelerator, stages, first_step, total_steps):
+    def __init__(self, args, accelerator, stages, first_step, total_steps, subject=None):
         """
         Args:
             stages: names of the stages whose features the loss compares; () without the loss.
             first_step: steps that the run has made already.
+            subject: the `Subject`; by default `fine_tuning`.
         """
-        self.args, self.accelerator, self.stages, self.names = args, accelerator, stages, metric_names(len(stages))
+        self.args, self.accelerator, self.subject = args, accelerator, subject or fine_tuning(args, stages)
         self.first_step, self.total_steps = first_step, total_steps
-        kind, loss = "LoRA" if args.use_lora else "full", "with" if args.use_lpl else "without"
-        family = args.base_model.family
-        self.title = f"{family.title} {kind} fine-tuning, {loss} LPL"
         self.metrics = Metrics(accelerator.device)
         self.output_dir = Path(args.output_dir)
         self.main = accelerator.is_main_process
         if self.main:
             self.history = History(self.output_dir / args.logging_dir / "metrics.jsonl", first_step)
-            accelerator.init_trackers(f"{family.name}-lpl", public_flags(args))
+            accelerator.init_trackers(self.subject.project, public_flags(args))
         self.bar, self.samples, self.since, self.warned = None, 0, time.perf_counter(), False
 
     def steps(self):
@@ -162,7 +201,7 @@ class Reporter:
         self.samples += batch_size
         if step % self.args.logging_steps and step < self.total_steps and not outcome.stop:
             return
-        read = self.metrics.read(self.accelerator, self.names)
+        read = self.metrics.read(self.accelerator, self.subject.names)
         now = time.perf_counter()
         read |= values | {"samples_per_second": self.samples / (now - self.since)}
         self.samples, self.since = 0, now
@@ -180,11 +219,8 @@ class Reporter:
 
     def _pass_on(self, step, values):
         self.log(step, values)
-        if "diffusion_loss" not in values:  # no step since the last row was finite
+        if not (shown := self.subject.shown(values)):
             return
-        shown = {"diffusion": f"{values['diffusion_loss']:.4f}", "lr": f"{values['lr']:.1e}"}
-        if "lpl/loss" in values:
-            shown |= {"LPL": f"{values['lpl/loss']:.4f}", "share": f"{100 * values.get('lpl/share', 0):.0f} %"}
         self.bar.set_postfix(shown)
         if self.args.use_lpl and not self.warned and step >= 100 and self.args.lpl_weight != "auto":
             shares = self.history.series("lpl/share")[1]
@@ -212,7 +248,7 @@ class Reporter:
         """Draw `run.png`: the run at a glance so far."""
         if self.main and self.history.series("train_loss")[0]:
             with dispensable("run.png"):
-                plot_run(self.history, self.output_dir / "run.png", self.title, self.stages)
+                self.subject.draw(self.history, self.output_dir / "run.png", self.subject.title)
 
     def stopped(self, step):
         """Report the end of a run that a signal stopped, after its checkpoint."""

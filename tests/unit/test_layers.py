@@ -8,20 +8,20 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow", "preview_data", "evaluate_models")
+SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow", "train_latent_classifier", "preview_data", "evaluate_models")
 FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("errors", "lpl_utils", "other_flags", "stages", "yaml_texts"),
     ("files", "sample_prompts"),
     ("base_model",),
-    ("lora_files", "tensor_files", "data.colours", "data.conventions", "data.formats", "data.png_files", "data.tables",
-     "data.store"),
+    ("lora_files", "tensor_files", "networks.latent_classifier", "data.colours", "data.conventions", "data.formats",
+     "data.png_files", "data.tables", "data.store"),
     ("data.images", "data.near_names"),
     ("data.samples", "data.findings"),
     ("data.rows",),
     ("data.walk", "data.wrong_source"),
     ("data.folders", "data.packed"),
     ("data.scan",),
-    ("data.report", "data.encoding", "data.contact_sheet"),
+    ("data.report", "data.encoding", "data.contact_sheet", "data.labels"),
     ("flags", "evaluation.networks"),
     ("flag_checks", "families", "start"),
     ("training.checkpoint_folders", "training.sharding", "training.guard", "training.signals",
@@ -32,11 +32,12 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
      "evaluation.features"),
     ("training.models", "training.reporter"),
     ("training.objective", "training.optimization", "training.checkpoints"),
-    ("training.measures", "training.step_memory"),
+    ("training.measures", "training.step_memory", "training.augmentation"),
     ("training.validation", "training.run", "training.estimates", "training.out_of_memory"),
-    ("training.plan",),
+    ("training.plan", "training.classification"),
     ("results.metadata",),
     ("results.export", "results.hub", "evaluation.comparison"),
+    ("results.classifier_card",),
     ("publish", "convert", *SCRIPTS),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
@@ -51,7 +52,7 @@ TORCH_FREE = ("errors", "other_flags", "stages", "yaml_texts", "files", "sample_
               "data.tables", "data.store", "data.samples",
               "data.findings", "data.rows", "data.walk", "data.wrong_source", "data.folders", "data.packed",
               "data.scan",
-              "data.report", "data.encoding", "data.contact_sheet")  # fmt: skip
+              "data.report", "data.encoding", "data.contact_sheet", "data.labels")  # fmt: skip
 
 
 def path_of(name):
@@ -104,7 +105,7 @@ def test_the_loss_imports_torch_only():
     assert imported - sys.stdlib_module_names <= {"torch", "diffusers"}  # diffusers for type checkers
 
 
-@pytest.mark.parametrize("name", ["train_sdxl_lpl", "train_sd3_lpl_flow"])
+@pytest.mark.parametrize("name", ["train_sdxl_lpl", "train_sd3_lpl_flow", "train_latent_classifier"])
 def test_a_script_can_be_read_from_top_to_bottom(name):
     """600 lines, and no function longer than a screen: whoever adds to a script takes something out."""
     text = path_of(name).read_text(encoding="utf-8")
