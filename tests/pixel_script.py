@@ -117,20 +117,22 @@ def encode_nothing(captions):
 
 
 def denoise(denoiser, latents, noise, timesteps, goal):
-    alpha, sigma = torch.stack(goal.schedule.levels(timesteps)).view(2, -1, 1, 1, 1)
+    levels = objective.to_device(torch.stack(goal.schedule.levels(timesteps)), goal.device)
+    alpha, sigma = levels.view(2, -1, 1, 1, 1)
     noisy_latents = alpha * latents + sigma * noise
-    model_pred = denoiser(noisy_latents, timesteps, {})
+    model_pred = denoiser(noisy_latents, objective.to_device(timesteps, goal.device), {})
     return (model_pred - noise).square().mean(dim=(1, 2, 3)), model_pred, noisy_latents
 
 
 def perceptual_loss(model_pred, noisy_latents, latents, timesteps, goal):
-    z0_pred = estimate_z0(model_pred, noisy_latents, *goal.schedule.levels(timesteps), "epsilon")
+    alpha, sigma = objective.to_device(torch.stack(goal.schedule.levels(timesteps)), goal.device)
+    z0_pred = estimate_z0(model_pred, noisy_latents, alpha, sigma, "epsilon")
     return goal.perceptual.loss(z0_pred, latents)
 
 
 def training_step(batch, denoiser, goal, step, metrics):
     latents = objective.sample_latents(batch, goal)
-    noise = batch["noise"]
+    noise = objective.to_device(batch["noise"], goal.device)
     timesteps = objective.sample_timesteps(batch["number"], latents, goal)
     errors, *tensors = denoise(denoiser, latents, noise, timesteps, goal)
     goal.guard.watch("diffusion loss", errors, batch["index"])

@@ -27,7 +27,6 @@ from lpl_finetuning.training.validation import HELD_OUT_LEVELS
 from lpl_utils import stage_features
 
 RESERVE = 1_000_000_000  # bytes of a GPU that CUDA itself, workspaces and fragmentation take; a guess
-SMALL = 50_000_000  # parameters up to which a step is counted at every start: a second or two
 NF4 = str(REPOSITORY / "configs" / "nf4.json")
 
 
@@ -256,7 +255,7 @@ def print_lpl_plan(args, gate, share, hint, stages, shape, say):
 def print_memory(args, accelerator, plan, denoiser, code, encodes):
     """Print the memory of a step on one device, by phases; on a dry run also whether it fits the card that is here.
 
-    A count of a large model takes many seconds, so an ordinary start reads the count of a dry run or counts nothing.
+    A count takes seconds, so an ordinary start reads the count of a dry run or counts nothing.
 
     Args:
         denoiser: on the meta device, for the count; code: the `RunCode`.
@@ -274,9 +273,8 @@ def print_memory(args, accelerator, plan, denoiser, code, encodes):
         [model] = denoiser.models().values()
         return {phase: share_of_rank(peak, model, accelerator) for phase, peak in peaks.items()}
 
-    count = args.dry_run or sum(parameter.numel() for parameter in denoiser.parameters()) < SMALL
     with accelerator.main_process_first():  # the other ranks read its count
-        peaks = shared(counted_peaks(args, plan, code, machine, count, None if sharded else denoiser))
+        peaks = shared(counted_peaks(args, plan, code, machine, args.dry_run, None if sharded else denoiser))
     if peaks is None:
         accelerator.print("Memory: not counted for these flags yet; --dry_run counts it once, in about ten seconds\n")
         kinds = kept_bytes(args, denoiser)

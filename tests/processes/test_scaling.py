@@ -286,7 +286,11 @@ def checkpoint(folder, step, content=b"weights"):
     state = TrainingState(
         optimizer, schedule, identity=run_identity(SimpleNamespace(**RUN, base_model=BaseModel(SDXL, "a/model")))
     )
-    return save_checkpoint(folder, step, state, lambda place: (place / "weights").write_bytes(content))
+
+    def save_model(place):
+        (place / "weights").write_bytes(content)
+
+    return save_checkpoint(folder, step, state, save_model)
 
 
 def test_the_first_rank_decides_and_the_others_look(tmp_path):
@@ -324,15 +328,28 @@ def test_the_first_rank_decides_and_the_others_look(tmp_path):
 # The page
 
 
+def rows_of_the_page():
+    """{row: memory of a GPU in GB, for each number of GPUs}."""
+    lines = [line for line in PAGE.splitlines() if re.match(r"\| SD[\w. -]+(, ZeRO-\d)? \| [\d.]+ GB", line)]
+    return {line.split("|")[1].strip(): [float(figure) for figure in re.findall(r"([\d.]+) GB", line)]
+            for line in lines}  # fmt: skip
+
+
 def test_the_memory_of_a_rank():
-    """A row of the page is computed anew; the gathered layers are those that accelerate makes units of."""
-    for model in memory.MODELS:
-        [line] = [line for line in PAGE.splitlines() if re.match(rf"\| {model} \| [\d.]+ GB", line)]
-        figures = [float(figure) for figure in re.findall(r"([\d.]+) GB", line)]
+    """More GPUs hold less each, and one GPU holds what the page on memory says."""
+    rows, memory_page = rows_of_the_page(), (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
+    assert rows.keys() == {model + suffix for model in memory.MODELS for suffix in memory.SHARDINGS}
+    for row, figures in rows.items():
         assert len(figures) == len(memory.RANKS) and figures == sorted(figures, reverse=True)
-    assert figures[memory.RANKS.index(8)] == pytest.approx(
-        sum(memory.estimate("SD3.5 large", "all weights", 1024, True, 8).values()) / 1e9, abs=0.051
-    )
+        assert f"| {row.partition(',')[0]}, all weights | {figures[0]} GB |" in memory_page
+
+
+@pytest.mark.slow
+def test_rows_of_the_page_are_counted_anew():
+    name = "SD3.5 medium, all weights"
+    shares, rows = memory.ranks_of(name, memory.count(name)), rows_of_the_page()
+    for (row, ranks), size in shares.items():
+        assert size / 1e9 == pytest.approx(rows[row][memory.RANKS.index(ranks)], abs=0.051), (row, ranks)
 
 
 def test_what_is_gathered():

@@ -605,7 +605,7 @@ def test_latent_features_load_no_decoder(flags, tmp_path, monkeypatch):
     load, devices = train_sdxl_lpl.load_vae, []
     monkeypatch.setattr(train_sdxl_lpl, "load_vae", lambda *args: devices.append(str(args[2])) or load(*args))
     rows = run(*flags, "--output_dir", tmp_path / "second", result=False)
-    assert set(devices) == {"meta"} and rows[0]["lpl/loss"] > 0
+    assert set(devices) <= {"meta"} and rows[0]["lpl/loss"] > 0
     args = train_sdxl_lpl.parse_args([*map(str, flags), "--output_dir", str(tmp_path)])
     assert "autoencoder" not in memory_of(train_sdxl_lpl, args, torch.float32)["LPL"].kinds
 

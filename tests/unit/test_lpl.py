@@ -541,7 +541,7 @@ def test_comparing_a_layer_block_by_block_changes_nothing(norm_type, loss_type, 
         pieces = (slice(i, i + 3) for i in range(0, features.shape[dim], 3))
         return [(*[slice(None)] * dim, piece) for piece in pieces]
 
-    monkeypatch.setattr(lpl_utils, "_blocks", blocks)
+    monkeypatch.setattr(lpl_utils, "blocks_of", blocks)
     output, found = evaluate(loss, z0, estimate)
     assert used
     for name in ("per_sample", "per_layer", "inlier_fraction"):
@@ -553,7 +553,7 @@ def test_blocks_cover_every_element_once():
     for shape, dim in itertools.product(((1, 7, 1024, 512), (3, 2, 9, 5), (1, 3, 2048, 2048)), (1, 2)):
         features = torch.empty(shape, dtype=torch.bool)
         seen = torch.zeros(shape, dtype=torch.uint8)
-        for index in lpl_utils._blocks(features, dim):
+        for index in lpl_utils.blocks_of(features, dim):
             seen[index] += 1
         assert (seen == 1).all()
 
@@ -776,7 +776,7 @@ def test_the_value_is_the_same_for_every_gradient_and_the_gradients_are_evenly_s
 def test_chunks_checkpointing_and_blocks_change_nothing_of_the_gradient_through_the_deviation(monkeypatch):
     z0, estimate = pair(decoder(), batch=3)
     monkeypatch.setattr(
-        lpl_utils, "_blocks", lambda x, dim: [(slice(None), slice(0, 3)), (slice(None), slice(3, None))]
+        lpl_utils, "blocks_of", lambda x, dim: [(slice(None), slice(0, 3)), (slice(None), slice(3, None))]
     )
     found = evaluate(lpl(norm_gradient="full", batch_size=2, checkpointing="stage"), z0, estimate)
     monkeypatch.undo()
