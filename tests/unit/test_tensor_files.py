@@ -62,8 +62,9 @@ def test_no_second_copy_in_memory(tmp_path):
     assert peak(lambda: write_tensors(tmp_path / "a.safetensors", here)) < 16 * MB
     with card():
         there = {name: here[name].to(CARD) for name in list(here)}
-        assert peak(lambda: write_tensors(tmp_path / "b.safetensors", there)) < 80 * MB
-        assert peak(lambda: save_file(there, tmp_path / "c.safetensors")) > 120 * MB
+        ours = peak(lambda: write_tensors(tmp_path / "b.safetensors", there))
+        theirs = peak(lambda: save_file(there, tmp_path / "c.safetensors"))
+        assert theirs > 120 * MB and ours < 0.75 * theirs, "less the pieces that the allocator keeps"
 
 
 def test_the_dtype_of_most_bytes(tmp_path):
