@@ -131,7 +131,7 @@ from lpl_finetuning.training.classification import ClassifierValidation, classif
 from lpl_finetuning.training.guard import Guard
 from lpl_finetuning.training.live_memory import Peak
 from lpl_finetuning.training.models import latent_channels, latent_space, load_vae, load_weights, save_weights
-from lpl_finetuning.training.objective import sample_latents, to_device
+from lpl_finetuning.training.objective import sample_latents, to_device, with_posterior_noise
 from lpl_finetuning.training.optimization import Trainee, optimizer_settings
 from lpl_finetuning.training.out_of_memory import explained_if_out_of_memory
 from lpl_finetuning.training.plan import check_data, plan_run, print_models, print_run
@@ -231,7 +231,6 @@ class StepSettings:
     """The flags about a training step; each field has the name of its flag."""
 
     seed: int
-    noise_offset: float  # of the noise that every batch brings, which a classifier has no use for
     label_smoothing: float
     latent_pad: int | None
     random_erasing: float
@@ -368,7 +367,8 @@ def train(args, images, held_out, classes, plan, accelerator, signals, hub_name)
     done = checkpoints.resume(plan.resume_from, plan.total_steps)
     if done == 0:
         validation.run(0)
-    with open_batches(args, data, accelerator, objective, done, plan.total_steps) as micro_batches:
+    steps = done, plan.total_steps
+    with open_batches(args, data, accelerator, objective, *steps, with_posterior_noise) as micro_batches:
         for step in reporter.steps():
             signals.step_began()
             for batch in trainee.micro_steps(micro_batches):

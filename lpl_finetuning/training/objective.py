@@ -288,22 +288,31 @@ def build_objective(args, accelerator, plan, data, space, stages, encoder, empty
 # Samples
 
 
+def latent_shape(batch, objective):
+    """(C, h, w) of the latents in a batch of the loader."""
+    if "mean" in batch:
+        return batch["mean"].shape[1:]
+    height, width = (size // objective.pixels for size in batch["pixel_values"].shape[-2:])
+    return objective.encoder.config.latent_channels, height, width
+
+
+def with_posterior_noise(batch, objective):
+    """The batch of the loader, with what `sample_latents` draws by: "posterior_noise" (B, C, h, w) on the CPU."""
+    shape = latent_shape(batch, objective)
+    noise = addressed_normal(objective.settings.seed, batch["number"], shape, "posterior")
+    return batch | {"posterior_noise": pinned(noise, objective.device)}
+
+
 def with_noise(batch, objective):
     """The batch of the loader, with the noise of its samples on the CPU: "posterior_noise" and "noise" (B, C, h, w).
 
     Under --noise_offset the noise has a part that is constant over each channel.
     """
-    settings, numbers = objective.settings, batch["number"]
-    if "mean" in batch:
-        shape = batch["mean"].shape[1:]
-    else:
-        height, width = (size // objective.pixels for size in batch["pixel_values"].shape[-2:])
-        shape = objective.encoder.config.latent_channels, height, width
+    settings, numbers, shape = objective.settings, batch["number"], latent_shape(batch, objective)
     noise = addressed_normal(settings.seed, numbers, shape, "noise")
     if settings.noise_offset:
         noise += settings.noise_offset * addressed_normal(settings.seed, numbers, (shape[0], 1, 1), "noise_offset")
-    drawn = {"noise": noise, "posterior_noise": addressed_normal(settings.seed, numbers, shape, "posterior")}
-    return batch | {name: pinned(value, objective.device) for name, value in drawn.items()}
+    return with_posterior_noise(batch, objective) | {"noise": pinned(noise, objective.device)}
 
 
 def sample_latents(batch, objective):

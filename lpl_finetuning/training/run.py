@@ -67,12 +67,13 @@ def start_accelerator(args):
 class Batches:
     """Iterator of this rank's micro-batches with their noise; the next one can be made while the device computes."""
 
-    def __init__(self, loaded, objective):
+    def __init__(self, loaded, objective, complete=with_noise):
         """
         Args:
             loaded: iterator of the loader's batches.
+            complete: function (batch of the loader, objective) -> the batch with its noise.
         """
-        self._loaded, self._objective, self._ahead = loaded, objective, None
+        self._loaded, self._objective, self._complete, self._ahead = loaded, objective, complete, None
 
     def __iter__(self):
         return self
@@ -93,7 +94,7 @@ class Batches:
             self._ahead = lambda: batch
 
     def _make(self):
-        return with_noise(next(self._loaded), self._objective)
+        return self._complete(next(self._loaded), self._objective)
 
 
 def _raise(error):
@@ -101,16 +102,17 @@ def _raise(error):
 
 
 @contextlib.contextmanager
-def open_batches(args, data, accelerator, objective, first_step, last_step):
+def open_batches(args, data, accelerator, objective, first_step, last_step, complete=with_noise):
     """Context manager: the `Batches` of this rank from `first_step` on; the loader ends with it.
 
     Args:
         data: the `RunData`.
+        complete: see `Batches`.
     """
     stage_ended("optimizer, first validation, checkpoint")
     iterator = batches(args, data, accelerator, first_step, last_step)
     with contextlib.closing(iterator), during("training"):
-        yield Batches(iterator, objective)
+        yield Batches(iterator, objective, complete)
 
 
 def batches(args, data, accelerator, first_step, last_step):

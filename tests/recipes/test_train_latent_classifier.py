@@ -20,6 +20,7 @@ import train_latent_classifier as script
 from lpl_finetuning.errors import DataError, UserError
 from lpl_finetuning.networks.latent_classifier import load_latent_classifier
 from lpl_finetuning.results import hub
+from lpl_finetuning.training import objective
 from lpl_finetuning.training.models import load_vae
 from lpl_finetuning.training.reporter import History
 from tests import children, runs
@@ -382,10 +383,13 @@ def test_the_page_s_second_command_runs(labelled, cache_dir, tmp_path):
     assert "validation/accuracy" in rows[-1] and (tmp_path / "README.md").is_file()
 
 
-def test_the_plain_command_runs_on_the_embedded_default(cache_dir, tmp_path, capsys):
-    """Shortened: no model, no data, no network."""
+def test_the_plain_command_runs_on_the_embedded_default(cache_dir, tmp_path, capsys, monkeypatch):
+    """Shortened: no model, no data, no network. A batch draws the posterior's noise, and none of a diffusion model."""
+    draw, streams = objective.addressed_normal, []
+    monkeypatch.setattr(objective, "addressed_normal", lambda *args: streams.append(args[3]) or draw(*args))
     args = ["--max_train_steps", 2, "--validation_steps", 2, "--lr_warmup_steps", 0, "--cache_dir", cache_dir]
     rows = runs.run(script, *args, "--output_dir", tmp_path)
     said = capsys.readouterr().out
     assert "No model and no data named" in said and "labels        72, 6 different" in said
     assert "Held-out accuracy" in said and "validation/top5_accuracy" in rows[-1]
+    assert streams == ["posterior"] * 2

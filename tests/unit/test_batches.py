@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from lpl_finetuning.errors import RankError
+from lpl_finetuning.training.objective import with_posterior_noise
 from lpl_finetuning.training.run import Batches
 
 OBJECTIVE = SimpleNamespace(settings=SimpleNamespace(seed=5, noise_offset=0.1), device=torch.device("cpu"))
@@ -35,6 +36,14 @@ def test_batches_made_ahead_are_the_same():
     for one, two in ((plain[0]["noise"], plain[0]["posterior_noise"]), (plain[0]["noise"], plain[1]["noise"])):
         pattern = [noise - noise.mean(dim=(2, 3), keepdim=True) for noise in (one, two)]
         assert not torch.allclose(*pattern, atol=0.01), "without the constant part of --noise_offset"
+
+
+def test_a_batch_is_completed_by_the_function_that_is_given():
+    """Without the noise of a diffusion model, the posterior's noise is the same."""
+    [full] = Batches(loaded(1), OBJECTIVE)
+    [plain] = Batches(loaded(1), OBJECTIVE, with_posterior_noise)
+    assert plain.keys() == {"mean", "number", "posterior_noise"}
+    assert torch.equal(plain["posterior_noise"], full["posterior_noise"])
 
 
 def test_one_batch_is_made_ahead_and_no_more():
