@@ -362,7 +362,7 @@ def train(args, images, held_out, classes, plan, accelerator, signals, hub_name)
         save_weights=lambda folder, learner: save_weights(folder, learner, None, use_lora=False),
         load_weights=lambda folder, learner: load_weights(folder, learner, use_lora=False),
     )  # fmt: skip
-    reporter = Reporter(args, accelerator, (), plan.first_step, plan.total_steps, classifier_subject())
+    reporter = Reporter(args, accelerator, classifier_subject(), plan.first_step, plan.total_steps)
     validation = ClassifierValidation(args, accelerator, trainee, objective, data, reporter, signals, held_out_step)
     done = checkpoints.resume(plan.resume_from, plan.total_steps)
     if done == 0:

@@ -127,7 +127,7 @@ from lpl_finetuning.training.objective import (
 from lpl_finetuning.training.optimization import Trainee, optimizer_settings
 from lpl_finetuning.training.out_of_memory import explained_if_out_of_memory
 from lpl_finetuning.training.plan import check_data, plan_run, print_plan
-from lpl_finetuning.training.reporter import Reporter
+from lpl_finetuning.training.reporter import Reporter, fine_tuning
 from lpl_finetuning.training.run import check_start, end, open_batches, open_output_dir, start_accelerator
 from lpl_finetuning.training.sharding import build_device, with_full_weights
 from lpl_finetuning.training.signals import StopSignals
@@ -512,7 +512,8 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
         load_weights=lambda folder, denoiser: load_weights(folder, denoiser, args.use_lora),
         save_more=checkpoint_exporter(args, images, plan),
     )  # fmt: skip
-    reporter = Reporter(args, accelerator, objective.stage_names, plan.first_step, plan.total_steps)
+    subject = fine_tuning(args, objective.stage_names)
+    reporter = Reporter(args, accelerator, subject, plan.first_step, plan.total_steps)
     pipeline = functools.partial(sampling_pipeline, args=args, vae=vae, schedule=plan.schedule)
     sampling = pipeline, functools.partial(decode_latents, vae), SAMPLING_STEPS
     validation = Validation(args, accelerator, trainee, objective, data, reporter, signals, sampling,

@@ -183,7 +183,8 @@ def train(args, images, held_out, settled, accelerator, signals, gate):
         save_weights=lambda folder, denoiser: models.save_weights(folder, denoiser, DDPMPipeline, args.use_lora),
         load_weights=lambda folder, denoiser: models.load_weights(folder, denoiser, args.use_lora),
     )  # fmt: skip
-    said = reporter.Reporter(args, accelerator, goal.stage_names, settled.first_step, settled.total_steps)
+    subject = reporter.fine_tuning(args, goal.stage_names)
+    said = reporter.Reporter(args, accelerator, subject, settled.first_step, settled.total_steps)
     validate = validation.Validation(args, accelerator, trainee, goal, data, said, signals, (None, None, 0),
                                      (lambda batch, goal, dropout: (), held_out_step, denoise))  # fmt: skip
     done = checkpoints.resume(settled.resume_from, settled.total_steps)

@@ -153,14 +153,13 @@ class Reporter:
         history: the `History` of all rows, on rank 0.
     """
 
-    def __init__(self, args, accelerator, stages, first_step, total_steps, subject=None):
+    def __init__(self, args, accelerator, subject, first_step, total_steps):
         """
         Args:
-            stages: names of the stages whose features the loss compares; () without the loss.
+            subject: the `Subject`.
             first_step: steps that the run has made already.
-            subject: the `Subject`; by default `fine_tuning`.
         """
-        self.args, self.accelerator, self.subject = args, accelerator, subject or fine_tuning(args, stages)
+        self.args, self.accelerator, self.subject = args, accelerator, subject
         self.first_step, self.total_steps = first_step, total_steps
         self.metrics = Metrics(accelerator.device)
         self.output_dir = Path(args.output_dir)

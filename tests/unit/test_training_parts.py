@@ -17,7 +17,7 @@ from lpl_finetuning.training import reporter as reporter_module
 from lpl_finetuning.training.guard import Fault, Guard
 from lpl_finetuning.training.objective import Objective, PerceptualTerm, lpl_config, needs_decoder
 from lpl_finetuning.training.optimization import Outcome, Trainee
-from lpl_finetuning.training.reporter import Metrics, Reporter
+from lpl_finetuning.training.reporter import Metrics, Reporter, fine_tuning
 from lpl_finetuning.training.signals import STOP_SIGNALS, StopSignals
 from lpl_finetuning.training.validation import Validation
 from lpl_utils import AutoWeight, LPLGate, _own_checkpointing_off, estimate_z0
@@ -117,7 +117,7 @@ def new_reporter(tmp_path, clock):
             use_lora=False, use_lpl=True, lpl_weight="auto", output_dir=str(tmp_path), logging_dir="logs",
             logging_steps=logging_steps, base_model=SimpleNamespace(family=SimpleNamespace(title="SDXL", name="sdxl")),
         )  # fmt: skip
-        return Reporter(args, accelerator(), (), first_step=0, total_steps=2)
+        return Reporter(args, accelerator(), fine_tuning(args, ()), first_step=0, total_steps=2)
 
     return make
 
