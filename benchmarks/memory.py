@@ -23,6 +23,7 @@ import torch
 
 import train_sd3_lpl_flow
 import train_sdxl_lpl
+from benchmarks.records import put_tables
 from lpl_finetuning.files import format_bytes
 from lpl_finetuning.training.live_memory import Peak
 from lpl_finetuning.training.sharding import memory_of_rank
@@ -30,7 +31,6 @@ from lpl_finetuning.training.step_memory import Machine, RunCode, autoencoder_ne
 
 PAGE, SCALING_PAGE = ROOT / "docs" / "memory.md", ROOT / "docs" / "scaling.md"
 NF4 = ROOT / "configs" / "nf4.json"
-START, END = "<!-- table -->", "<!-- end of table -->"
 VAE = {
     "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
     "down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4, "norm_num_groups": 32,
@@ -71,27 +71,25 @@ CLIP_L = {"hidden_size": 768, "intermediate_size": 3072, "num_attention_heads": 
 CLIP_G = {"hidden_size": 1280, "intermediate_size": 5120, "num_attention_heads": 20, "num_hidden_layers": 32,
           "projection_dim": 1280}  # fmt: skip
 STEP = "--resolution 1024 --use_lpl --center_crop --train_batch_size 1 --gradient_checkpointing --mixed_precision bf16"
-SETUPS = {  # name: (model, recipe, flags)
-    "`sdxl-lora-16gb`": ("SDXL", "sdxl-lora-16gb", ""),
-    "`sdxl-lora-16gb`, --lpl_num_blocks 3": ("SDXL", "sdxl-lora-16gb", "--lpl_num_blocks 3"),
-    "`sdxl-lora-16gb`, --no-gradient_checkpointing": ("SDXL", "sdxl-lora-16gb", "--no-gradient_checkpointing"),
-    "`sdxl-lora-16gb`, fp16": ("SDXL", "sdxl-lora-16gb", ""),
-    "`sdxl-lora-16gb`, fp16, --lpl_num_blocks 3": (
-        "SDXL", "sdxl-lora-16gb", "--lpl_num_blocks 3"),
-    "`sdxl-lora-16gb-fp16`": ("SDXL", "sdxl-lora-16gb-fp16", ""),
-    "`sdxl-subject-lora`": ("SDXL", "sdxl-subject-lora", ""),
-    "`sdxl-style-lora`": ("SDXL", "sdxl-style-lora", ""),
-    "`sdxl-lora-8gb`": ("SDXL", "sdxl-lora-8gb", ""),
-    "`sd35-medium-lora`": ("SD3.5 medium", "sd35-medium-lora", ""),
-    "`sd35-medium-lora`, --no-gradient_checkpointing": (
-        "SD3.5 medium", "sd35-medium-lora", "--no-gradient_checkpointing"),
-    "`sd35-large-lora-24gb`": ("SD3.5 large", "sd35-large-lora-24gb", ""),
-    "`sd35-large-lora-24gb`, 4 bits": ("SD3.5 large", "sd35-large-lora-24gb", ""),
-    "SDXL, all weights": ("SDXL", None, STEP),
-    "`sdxl-full-80gb`": ("SDXL", "sdxl-full-80gb", ""),
-    "SD3.5 medium, all weights": ("SD3.5 medium", None, STEP),
-    "SD3.5 large, all weights": ("SD3.5 large", None, STEP),
-}  # fmt: skip
+SETUPS = {  # the row's name, of a recipe and the flags after it, or of all weights: model
+    "`sdxl-lora-16gb`": "SDXL",
+    "`sdxl-lora-16gb`, --lpl_num_blocks 3": "SDXL",
+    "`sdxl-lora-16gb`, --no-gradient_checkpointing": "SDXL",
+    "`sdxl-lora-16gb`, fp16": "SDXL",
+    "`sdxl-lora-16gb`, fp16, --lpl_num_blocks 3": "SDXL",
+    "`sdxl-lora-16gb-fp16`": "SDXL",
+    "`sdxl-subject-lora`": "SDXL",
+    "`sdxl-style-lora`": "SDXL",
+    "`sdxl-lora-8gb`": "SDXL",
+    "`sd35-medium-lora`": "SD3.5 medium",
+    "`sd35-medium-lora`, --no-gradient_checkpointing": "SD3.5 medium",
+    "`sd35-large-lora-24gb`": "SD3.5 large",
+    "`sd35-large-lora-24gb`, 4 bits": "SD3.5 large",
+    "SDXL, all weights": "SDXL",
+    "`sdxl-full-80gb`": "SDXL",
+    "SD3.5 medium, all weights": "SD3.5 medium",
+    "SD3.5 large, all weights": "SD3.5 large",
+}
 RECIPES = ROOT / "configs" / "recipes"
 REPLACED = ("pretrained_model_name_or_path", "pretrained_vae_model_name_or_path", "bnb_quantization_config_path")
 
@@ -119,10 +117,17 @@ RANKS = (1, 2, 4, 8, 16)
 SHARDINGS = {"": 0, ", ZeRO-2": 2, ", ZeRO-3": 3}
 
 
+def parts_of(name):
+    """(recipe or None, flags) of a setup's name."""
+    first, *others = name.split(", ")
+    recipe = first.strip("`") if first.startswith("`") else None
+    return recipe, " ".join(part for part in others if part.startswith("--")) if recipe else STEP
+
+
 def arguments(name, folder):
     """(script, flags) of a setup, for the configurations in a folder. Flags of a recipe are read from its file."""
-    model, recipe, flags = SETUPS[name]
-    script, *configurations = MODELS[model]
+    script, *configurations = MODELS[SETUPS[name]]
+    recipe, flags = parts_of(name)
     text = (RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8") if recipe else ""
     if "pretrained_vae_model_name_or_path" in text:  # the autoencoder that does not overflow
         configurations[-1] = SDXL_VAE | {"force_upcast": False}
@@ -165,7 +170,7 @@ def ranks_of(name, peaks):
             sizes = [sum(peak.kinds.values()) if ranks == 1
                      else sum(size for _, size in memory_of_rank(list(peak.kinds.items()), model, ranks, stage))
                      for peak in peaks.values()]  # fmt: skip
-            found[SETUPS[name][0] + suffix, ranks] = max(sizes)
+            found[SETUPS[name] + suffix, ranks] = max(sizes)
     return found
 
 
@@ -192,12 +197,6 @@ def scaling_table(totals):
     return "\n".join(lines)
 
 
-def put_table(page, text):
-    """Replace the table between the marks of a page."""
-    old = page.read_text(encoding="utf-8")
-    page.write_text(f"{old.split(START)[0]}{START}\n{text}\n{END}{old.split(END)[1]}", encoding="utf-8")
-
-
 def kept_counts(path):
     """{setup: {phase: Peak}} of a file of figures; {} without such a file."""
     if not path or not Path(path).is_file():
@@ -222,12 +221,14 @@ def main():
             Path(args.json).write_text(json.dumps(content, indent=1))
     if args.only:
         return
-    put_table(PAGE, table({name: counts[name] for name in SETUPS}))
+    pages = {PAGE: table({name: counts[name] for name in SETUPS})}
     totals = {}
     for name in SETUPS:
         if name.endswith(", all weights"):
             totals |= ranks_of(name, counts[name])
-    put_table(SCALING_PAGE, scaling_table(totals))
+    pages[SCALING_PAGE] = scaling_table(totals)
+    for page, text in pages.items():
+        page.write_text(put_tables(page.read_text(encoding="utf-8"), {"table": text}), encoding="utf-8")
 
 
 if __name__ == "__main__":
