@@ -18,7 +18,7 @@ from lpl_finetuning.training.measures import held_out_batch
 from lpl_finetuning.training.objective import autocast
 from lpl_finetuning.training.reporter import Subject, draw_curve
 from lpl_finetuning.training.sharding import eval_mode
-from lpl_finetuning.training.validation import held_out_batches
+from lpl_finetuning.training.validation import Intervals, held_out_batches
 
 TOP = 5  # the label counts as found among so many classes, where there are more
 MOST_CLASSES = 1000  # up to which the confusion matrix is counted
@@ -96,7 +96,7 @@ class ClassifierSettings:
     train_batch_size: int
 
 
-class ClassifierValidation:
+class ClassifierValidation(Intervals):
     """Measures the held-out images while a run trains; each rank measures its part.
 
     Attributes:
@@ -115,16 +115,6 @@ class ClassifierValidation:
         self.accelerator, self.trainee, self.objective, self.data = accelerator, trainee, objective, data
         self.reporter, self.signals, self.held_out_step = reporter, signals, held_out_step
         self.values, self.confusion = {}, None
-
-    def due(self, step):
-        """Whether step `step`, from 1, ends an interval of --validation_steps, else of --validation_epochs."""
-        return self._number(step) > self._number(step - 1)
-
-    def _number(self, step):
-        settings = self.settings
-        if settings.validation_steps:
-            return step // settings.validation_steps
-        return step * self.objective.samples_per_step // (settings.validation_epochs * len(self.data.images))
 
     def run(self, step):
         """Measure the averaged weights: numbers and confusion matrix go to the reporter. All ranks call it."""

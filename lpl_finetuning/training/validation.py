@@ -41,7 +41,22 @@ class ValidationSettings:
     train_text_encoder: bool
 
 
-class Validation:
+class Intervals:
+    """When a run validates; for a class with `settings`, `objective` and `data`."""
+
+    def due(self, step):
+        """Whether step `step`, from 1, ends an interval of --validation_steps, else of --validation_epochs."""
+        return self.number(step) > self.number(step - 1)
+
+    def number(self, step):
+        """How many intervals have ended at step `step`."""
+        settings, size = self.settings, self.objective.samples_per_step
+        if settings.validation_steps:
+            return step // settings.validation_steps
+        return step * size // (settings.validation_epochs * len(self.data.images))
+
+
+class Validation(Intervals):
     """Samples the validation prompts and measures the held-out loss while a run trains.
 
     Ranks that share a sharded model sample and measure together; otherwise rank 0 samples, and every rank measures
@@ -71,17 +86,6 @@ class Validation:
             self.measures = Measures(measured, objective, data, self.conditioning, denoise, vae)
         if self.settings.validation_compare and self.samples_here:
             self.grids.keep_start(self.sample())
-
-    def due(self, step):
-        """Whether step `step`, from 1, ends an interval of --validation_steps, else of --validation_epochs."""
-        return self.number(step) > self.number(step - 1)
-
-    def number(self, step):
-        """How many intervals have ended at step `step`."""
-        settings, size = self.settings, self.objective.samples_per_step
-        if settings.validation_steps:
-            return step // settings.validation_steps
-        return step * size // (settings.validation_epochs * len(self.data.images))
 
     def run(self, step):
         """Validate with the averaged weights: losses and pictures go to the reporter. All ranks call it."""
