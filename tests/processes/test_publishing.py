@@ -140,3 +140,20 @@ def test_a_whole_model_is_published(flags, hub, tmp_path):
     assert StableDiffusionXLPipeline.from_pretrained(tmp_path / "downloaded").unet is not None
     assert "lpl" not in ModelCard.load(tmp_path / "downloaded" / "README.md").data.tags
     assert json.loads(files["model_index.json"])["_class_name"] == "StableDiffusionXLPipeline"
+
+
+def test_a_classifier_is_published_and_logged(hub, cache_dir, tmp_path):
+    """The embedded default of the third script: network, card and confusion matrix; accuracies go to the tracker."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    folder = tmp_path / "my-classifier"
+    flags = ["--max_train_steps", 1, "--lr_warmup_steps", 0, "--cache_dir", cache_dir, "--output_dir", folder,
+             "--push_to_hub", "--report_to", "tensorboard"]  # fmt: skip
+    words = [sys.executable, "train_latent_classifier.py", *map(str, flags)]
+    result = start(words, hub, tmp_path / "home")
+    assert result.returncode == 0, result.stderr[-2000:]
+    files = hub.repositories["me/my-classifier"].files
+    assert sorted(files) == ["README.md", "config.json", "diffusion_pytorch_model.safetensors", "image_0.png"]
+    assert 'load_latent_classifier("me/my-classifier")' in files["README.md"].decode()
+    logs = [EventAccumulator(str(path)).Reload().Tags() for path in folder.rglob("events.out.tfevents.*")]
+    assert any("validation/balanced_accuracy" in tags["scalars"] and tags["images"] for tags in logs)

@@ -256,6 +256,13 @@ def test_labels_that_cannot_be_learnt_are_refused(flags, labelled, tmp_path):
     assert "the label of some held-out images: pink" in told
     told = refusal(flags, "--label_column", "kind")
     assert "have no label" in told and "in metadata.csv with that column" in told and "caption" not in told
+    for path in few.rglob("*.png"):
+        path.with_suffix(".txt").write_text("a pattern")
+    told = refusal(flags, "--train_data_dir", few, "--label_column", "kind")
+    assert "has no listing with columns; add metadata.csv" in told
+    listing(few, *({"file_name": f"red/{number}.png", "kind": ["warm", "dark"]} for number in range(3)))
+    told = refusal(flags, "--train_data_dir", few, "--label_column", "kind")
+    assert "an image has several labels, warm and dark" in told
 
 
 def test_the_label_is_the_folder_at_the_top(flags, tmp_path):
@@ -325,6 +332,12 @@ def test_flags_are_refused(words, told, flags):
     with pytest.raises(UserError) as caught:
         script.parse_args([*flags, *words])
     assert told in str(caught.value)
+
+
+def test_a_sharded_model_is_refused(flags, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UserError, match=r"a latent classifier is too small: use configs/ddp\.yaml"):
+        script.parse_args(flags)
 
 
 def test_its_own_configuration_is_a_recipe(trained):
