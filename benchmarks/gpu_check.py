@@ -5,13 +5,14 @@
     python benchmarks/gpu_check.py --work WORK --device cpu --sizes tiny     # all stages in small, without a GPU
     python benchmarks/gpu_check.py --work WORK --only lifecycle-sdxl speed-sdxl
 
-`make true-sizes` runs the stages lifecycle-sdxl and lifecycle-sd3 at true sizes on the CPU, at 512 px. They need 16 GB
-of memory, 20 GB of disk and about half an hour.
+`make true-sizes` runs the stages lifecycle-sdxl and lifecycle-sd3 at true sizes on the CPU, at 512 px. They should
+need 16 GB of memory, 20 GB of disk and half an hour, which nobody has measured.
 
-A stage takes less than eight minutes on a GPU. Each writes `benchmarks/results/gpu-STAGE.json` (--results elsewhere)
-with the command, the machine, the date and what was measured; a stage whose file is there is not run again. A stage
-that fails is told, and the others go on. Then the tables of `docs/performance.md` are written from the files, unless
---results names another folder; `--table` does only that.
+A run that takes more than eight minutes is broken off (--limit). Each stage writes
+`benchmarks/results/gpu-STAGE.json` (--results elsewhere) with the command, the machine, the date and what was
+measured; a stage whose file is there is not run again. A stage that fails is told, and the others go on. Then the
+tables of `docs/performance.md` are written from the files, unless --results names another folder; `--table` does only
+that.
 """
 
 import argparse
