@@ -40,6 +40,14 @@ def arm_of(text):
     return arm, int(seed)
 
 
+def distances_of(found):
+    """{model: {network: row}} of a judgement's distances."""
+    rows = {}
+    for row in found["distances"]:
+        rows.setdefault(row["model"], {})[row["network"]] = row
+    return rows
+
+
 def judged(base, results=RESULTS):
     """[{"arm", "seed", NETWORK: Fréchet distance, "kernel", "change": (value, low, high) against the first model}] of
     all judgements of a base's arms at 1,000 steps and guidance 1."""
@@ -49,13 +57,10 @@ def judged(base, results=RESULTS):
         if "distances" not in found or "steps" in path.stem or "guidance" in path.stem:
             continue
         texts = {model["name"]: model["text"] for model in found["models"]}
-        by_model = {}
-        for row in found["distances"]:
-            by_model.setdefault(row["model"], {})[row["network"]] = row
         changes = {row["b"]: (row["value"], row["low"], row["high"]) for row in found["differences"]
                    if row["metric"] == "frechet" and row["network"] == JUDGE
                    and row["a"] == found["models"][0]["name"]}  # fmt: skip
-        for name, networks in by_model.items():
+        for name, networks in distances_of(found).items():
             arm, seed = arm_of(texts[name])
             rows.append({"arm": arm, "seed": seed, "kernel": networks[JUDGE]["kernel"], "change": changes.get(name),
                          **{network: values["frechet"] for network, values in networks.items()}})  # fmt: skip
@@ -103,10 +108,7 @@ def base_table(base, results=RESULTS):
     floors = {network["name"]: network["floor"]["frechet"] for network in found["networks"]}
     lines = [f"| {TITLES[base]}: steps | Fréchet distance (Lite2) | kernel (Lite2) | Fréchet distance (Lite0) |",
              "|---|---:|---:|---:|"]  # fmt: skip
-    by_model = {}
-    for row in found["distances"]:
-        by_model.setdefault(row["model"], {})[row["network"]] = row
-    for model, rows in by_model.items():
+    for model, rows in distances_of(found).items():
         lines.append(f"| {int(model):,} | {rows[JUDGE]['frechet']:.1f} | {rows[JUDGE]['kernel']:.4f} | "
                      f"{rows[OTHER]['frechet']:.1f} |")  # fmt: skip
     lines.append(f"| half of the real pictures against the other half | {floors[JUDGE]:.1f} | | {floors[OTHER]:.1f} |")
