@@ -21,6 +21,8 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageCms
 
+from lpl_finetuning.data.png_files import contents_before_pixels
+
 # The remarks of the report, by the code that a scan stores: (predicate for one image, for several images).
 COLOUR_REMARKS = {
     "broken": (
@@ -107,7 +109,7 @@ def colours_of(image: Image.Image, data: bytes) -> Colours:
 def _profile_of(image: Image.Image, data: bytes) -> bytes:
     """The ICC profile of a file, or a profile built from what the file names instead; b"" for sRGB or nothing."""
     if image.format == "PNG":
-        return _png_profile(image, png_chunks(data))
+        return _png_profile(image, contents_before_pixels(data))
     if "icc_profile" in image.info:
         return _whole(image.info["icc_profile"])
     found = None
@@ -168,19 +170,6 @@ def _whole(profile: Any) -> bytes:
 
 _EXIF, _INTEROPERABILITY, _COLOUR_SPACE = 0x8769, 0xA005, 0xA001
 _WHITE_POINT, _PRIMARIES = 0x013E, 0x013F
-
-
-def png_chunks(data: bytes) -> dict[bytes, bytes]:
-    """{name: content} of the chunks of a PNG before the pixels; of several with one name the first."""
-    chunks: dict[bytes, bytes] = {}
-    place = 8
-    while place + 8 <= len(data):
-        length, name = struct.unpack_from(">I4s", data, place)
-        if name == b"IDAT":
-            break
-        chunks.setdefault(name, data[place + 8 : place + 8 + length])
-        place += length + 12
-    return chunks
 
 
 def _png_profile(image: Image.Image, chunks: dict[bytes, bytes]) -> bytes:

@@ -26,7 +26,7 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from lpl_finetuning.data import png_files
-from lpl_finetuning.data.colours import AS_THEY_ARE, Colours, colours_of, png_chunks, to_srgb
+from lpl_finetuning.data.colours import AS_THEY_ARE, Colours, colours_of, to_srgb
 from lpl_finetuning.data.formats import is_installed, plugin_of, register, why_unknown
 from lpl_finetuning.errors import DataError
 
@@ -176,7 +176,7 @@ def _png_with_header(data: bytes) -> Image.Image:
     try:
         return _with_reader(data)
     except (UnidentifiedImageError, ValueError) as error:
-        if isinstance(error, DataError) or b"iCCP" not in png_chunks(data):
+        if isinstance(error, DataError) or b"iCCP" not in png_files.contents_before_pixels(data):
             raise
         image = _with_reader(png_files.without_profile(data))
         image.info["icc_profile"] = png_files.large_profile(data)

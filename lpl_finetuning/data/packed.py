@@ -24,6 +24,7 @@ import numpy as np
 
 from lpl_finetuning.data.findings import (
     Findings,
+    ScanRequest,
     caption_lines,
     decode_text,
     json_object,
@@ -226,7 +227,11 @@ def _list_shards(findings: Findings) -> None:
 
 
 def _add_members(findings: Findings) -> None:
-    """Add an entry for each image in the table `members`."""
+    """Add an entry for each image in the table `members`.
+
+    Raises:
+        DataError: a caption can't be used, or an image has no caption.
+    """
     request, bare, total, unread = findings.request, [], 0, []
     needing = PLUGIN_EXTENSIONS.keys() - taken_extensions()
     rows = findings.db.execute(
@@ -250,40 +255,20 @@ def _add_members(findings: Findings) -> None:
                 continue
             total += 1
             default, name = request.default(path), f"{path}/{member}"
-            place, what = f"{request.root / path}: {shown(caption_name or member)}", "the caption"
-            cell = text
-            if is_json:
-                row, what = json_object(text, place, line=False), f"the caption {request.caption_column!r}"
-                if default is None:
-                    require_column(request.caption_column, row, place, "--caption_column")
-                cell = row.get(request.caption_column)
-            elif text is not None and request.caption_per_line:
-                cell = caption_lines(text)
-            elif text is None and default is None:
+            if text is None and default is None:
                 bare.append(name if len(bare) <= FIRST_NAMES else "")
                 continue
+            place = f"{request.root / path}: {shown(caption_name or member)}"
+            cell, what = _caption_of(request, text, is_json, place, default is None)
+            beside = functools.partial(is_picture, path)
             with findings.noting():
                 captions = findings.captions(
-                    cell,
-                    default,
-                    place,
-                    what,
-                    "sample",
-                    path=path,
-                    member=name,
-                    is_picture=functools.partial(is_picture, path),
+                    cell, default, place, what, "sample", path=path, member=name, is_picture=beside
                 )
                 yield name, captions, path, offset, length, stamp, place
 
     findings.add_entries(entries())
-    if unread:
-        command = install_advice([os.path.splitext(name)[1].lower() for name in unread])
-        findings.remark(
-            {"count": len(unread), "first": unread[:FIRST_NAMES]},
-            "picture",
-            f"is not read without a plugin of Pillow ({command})",
-            f"are not read without a plugin of Pillow ({command})",
-        )
+    _remark_on_plugins(findings, unread)
     if bare:
         raise DataError(
             f"{request.flag}: {len(bare)} of {total} images in the shards of {request.place} have no caption: "
@@ -291,6 +276,37 @@ def _add_members(findings: Findings) -> None:
             "Each needs a .txt or .json member of the same name right beside it in the tar; or give all one with "
             "--instance_prompt.",
         )
+
+
+def _caption_of(request: ScanRequest, text: str | None, is_json: int, place: str, needed: bool) -> tuple[Any, str]:
+    """(caption or captions in the text of a member, what the caption is called in messages).
+
+    Args:
+        request: of the scan.
+        text: content of the caption's member; None for an image without a caption.
+        is_json: whether the text is JSON.
+        place: where the member stands.
+        needed: refuse JSON without the caption column.
+    """
+    if is_json:
+        row = json_object(text, place, line=False)
+        if needed:
+            require_column(request.caption_column, row, place, "--caption_column")
+        return row.get(request.caption_column), f"the caption {request.caption_column!r}"
+    if text is not None and request.caption_per_line:
+        return caption_lines(text), "the caption"
+    return text, "the caption"
+
+
+def _remark_on_plugins(findings: Findings, unread: list[str]) -> None:
+    """Add a warning about the images that are not read without a plugin, unless there are none."""
+    command = install_advice([os.path.splitext(name)[1].lower() for name in unread])
+    findings.remark(
+        {"count": len(unread), "first": unread[:FIRST_NAMES]},
+        "picture",
+        f"is not read without a plugin of Pillow ({command})",
+        f"are not read without a plugin of Pillow ({command})",
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ class Mended(NamedTuple):
 
     Attributes:
         data: the bytes, without the chunks that Pillow refuses.
-        faults: what was taken out: "checksum" and "large text", as in the notes of `data.images.ImageFacts`.
+        faults: what was taken out: "wrong checksum" and "large text", as in the notes of `data.images.ImageFacts`.
     """
 
     data: bytes
@@ -55,6 +55,16 @@ def chunks(data: bytes) -> Iterator[Chunk]:
         if name == b"IEND":
             return
         place = stop
+
+
+def contents_before_pixels(data: bytes) -> dict[bytes, bytes]:
+    """{name: content} of the chunks of a PNG before the pixels; of several with one name the first."""
+    contents: dict[bytes, bytes] = {}
+    for chunk in chunks(data):
+        if chunk.name == b"IDAT":
+            break
+        contents.setdefault(chunk.name, data[chunk.start + 8 : chunk.stop - 4])
+    return contents
 
 
 def mended(data: bytes) -> Mended:

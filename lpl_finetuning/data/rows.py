@@ -17,6 +17,7 @@ from lpl_finetuning.data.tables import ROWS_AT_ONCE
 from lpl_finetuning.errors import DataError, because, shown
 
 LISTING_NAMES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+DATASET_EXTENSIONS = (".arrow", ".parquet")  # of files that hold images and captions, unless called as a listing
 _SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab"}
 _DECLARED = re.compile(r'"?sep=([,;\t|])"?', re.IGNORECASE)  # the first line, for Excel
 

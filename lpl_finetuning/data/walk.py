@@ -20,7 +20,7 @@ from lpl_finetuning.data.conventions import is_of_the_system
 from lpl_finetuning.data.findings import USUAL_NAMES, Findings, is_utf8
 from lpl_finetuning.data.formats import PLUGIN_EXTENSIONS, install_advice, taken_extensions
 from lpl_finetuning.data.near_names import CAPTION_EXTENSIONS
-from lpl_finetuning.data.rows import LISTING_NAMES, column_names
+from lpl_finetuning.data.rows import DATASET_EXTENSIONS, LISTING_NAMES, column_names
 from lpl_finetuning.data.tables import ROWS_AT_ONCE, stamp_of
 from lpl_finetuning.errors import FIRST_NAMES, DataError, because, counted, first_names, is_or_are, shown
 
@@ -28,7 +28,6 @@ _LISTED_ONLY = (".psd", ".tga")  # pictures that are read where a listing names 
 _RAW = (".arw", ".cr2", ".cr3", ".dng", ".nef", ".orf", ".raf", ".rw2")  # photographs as the sensor saw them
 _NEVER_READ = (".svg", *_RAW)
 _PICTURES = {*_LISTED_ONLY, *_NEVER_READ, *PLUGIN_EXTENSIONS}  # that may not be read
-_DATASET_FILES = (".arrow", ".parquet")
 _LITTER = {"desktop.ini", "ehthumbs.db", "thumbs.db"}  # files of operating systems, in lower case
 _PACKED_TAR = re.compile(r"\.(tgz|tbz2?|txz|tar\.(gz|bz2|xz|zst|lz4?|z))$", re.IGNORECASE)
 _ABOUT = re.compile(  # texts beside pictures that are no captions, such as README.txt and LICENSE-MIT.txt
@@ -376,7 +375,7 @@ def _remark_on_unknown(findings: Findings) -> list[str]:
         kinds.append(f"and {counted(len(rows) - FIRST_NAMES, 'more ending')}")
     advice = f"Convert or rename what is meant, a picture to .png, a caption to .txt, a listing to {_LISTINGS}, and "
     advice += "move the rest elsewhere."
-    if any(ending in _DATASET_FILES for ending, *_ in rows):
+    if any(ending in DATASET_EXTENSIONS for ending, *_ in rows):
         advice = (
             f"A listing must be called {_LISTINGS}. Parquet and Arrow files that hold the pictures themselves are "
         )
@@ -412,7 +411,7 @@ def _usual(flag: str, names: list[str]) -> str | None:
 
 def dataset_files(findings: Findings) -> list[str]:
     """The first Parquet and Arrow files that no listing names: parts of a data set."""
-    return findings.named(f"SELECT path {_UNLISTED} AND ending IN {_DATASET_FILES} ORDER BY path")["first"]
+    return findings.named(f"SELECT path {_UNLISTED} AND ending IN {DATASET_EXTENSIONS} ORDER BY path")["first"]
 
 
 _LISTINGS = " or ".join(LISTING_NAMES)

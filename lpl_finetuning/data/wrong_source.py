@@ -9,10 +9,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from lpl_finetuning.data.formats import taken_extensions
-from lpl_finetuning.data.rows import LISTING_NAMES
+from lpl_finetuning.data.rows import DATASET_EXTENSIONS, LISTING_NAMES
 from lpl_finetuning.errors import DataError
 
-_DATASET_FILES = (".arrow", ".parquet")
 _PACKED = (".zip", ".7z", ".rar", ".tgz", ".gz", ".bz2", ".xz", ".zst")
 _MOST_LOOKED_AT = 10_000  # files of a folder, to find out whether it holds images
 
@@ -30,7 +29,7 @@ def refuse_no_folder(flag: str, folder: str) -> None:
         return
     advice, path = "Name the folder that holds the images.", Path(folder)
     above, suffix = os.path.dirname(folder) or ".", path.suffix.lower()
-    if suffix in _DATASET_FILES and path.name not in LISTING_NAMES and flag == "--train_data_dir":
+    if suffix in DATASET_EXTENSIONS and path.name not in LISTING_NAMES and flag == "--train_data_dir":
         advice = f"Is it part of a data set? Then give its folder: --dataset_name {above}"
     elif suffix in _PACKED:
         advice = "Unpack it, and name the folder that it makes."
@@ -48,7 +47,7 @@ def refuse_no_data_set(name: str) -> None:
     path, flag = Path(name), f"--dataset_name {name}"
     if path.is_file():
         above, suffix = os.path.dirname(name) or ".", path.suffix.lower()
-        if suffix in _DATASET_FILES and path.name not in LISTING_NAMES:
+        if suffix in DATASET_EXTENSIONS and path.name not in LISTING_NAMES:
             raise DataError(f"{flag} is a file.", f"Give the folder of the data set: --dataset_name {above}")
         raise DataError(f"{flag} is a file.", f"If images lie beside it, give their folder: --train_data_dir {above}")
     if path.is_dir() and _is_folder_of_images(path):
@@ -62,7 +61,7 @@ def _is_folder_of_images(folder: Path) -> bool:
         folders[:] = sorted(each for each in folders if not each.startswith("."))
         for file in files:
             suffix = os.path.splitext(file)[1].lower()
-            if file in LISTING_NAMES or suffix in _DATASET_FILES:
+            if file in LISTING_NAMES or suffix in DATASET_EXTENSIONS:
                 return False
             images = images or (suffix in taken and not file.startswith("."))
         looked_at += len(files)

@@ -21,7 +21,7 @@ from lpl_finetuning.base_model import Family, model_file, read_json
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.files import row_of
 from lpl_finetuning.flags import REPOSITORY
-from lpl_finetuning.lora_files import file_for_others
+from lpl_finetuning.lora_files import LORA_FILE, file_for_others
 from lpl_finetuning.results.metadata import trigger_of
 from lpl_finetuning.sample_prompts import KEYS, entries_of
 from lpl_finetuning.training.checkpoint_folders import output_name_of
@@ -51,25 +51,50 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         images: number of images that they were trained on.
         gate: the `LPLGate`.
     """
-    lpl, lora = {}, lora_facts(Path(args.output_dir)) if args.use_lora else {}
+    lora = lora_facts(Path(args.output_dir)) if args.use_lora else {}
     measures, measured_from = measures_of(Path(args.output_dir, args.logging_dir, "metrics.jsonl"))
-    if args.use_lpl:
-        threshold = "timesteps below" if gate.t_threshold is not None else "noise / signal up to"
-        lpl = {
-            "weight": f"auto, {args.lpl_share:g} of the loss" if args.lpl_weight == "auto" else args.lpl_weight,
-            f"applied at {threshold}": gate.limit,
-            "features": args.lpl_features,
-            "decoder stages": 1 + args.lpl_num_blocks if args.lpl_features != "latent" else None,
-            "normalization": args.lpl_norm_type,
-            "gradient through its deviation": args.lpl_norm_gradient if args.lpl_norm_gradient != "none" else None,
-            "loss": args.lpl_loss_type,
-            "depth weighting": args.lpl_pow_law,
-            "outliers masked": args.lpl_remove_outliers,
-            "mask's margin meant for (px)": args.lpl_outlier_reference_resolution or None,
-            "noise scale": args.lpl_scale,
-            "from step": args.lpl_start or None,
-        }
-    training = {
+    return Card(
+        name=hub_name or args.hub_model_id or Path(args.output_dir).resolve().name,
+        family=args.base_model.family,
+        base_model=args.base_model.name,
+        revision=args.base_model.revision,
+        lora=lora.get("kind"),
+        trigger=trigger_of(args),
+        lpl=lpl_rows(args, gate) if args.use_lpl else {},
+        training=training_rows(args, steps, images_per_step, lora),
+        dataset=args.dataset_name,
+        num_images=images,
+        prompts=tuple(entry.prompt for entry in entries_of(args)),
+        samples=tuple(entry.values() for entry in entries_of(args) if entry.place),
+        images_per_prompt=args.num_validation_images,
+        prediction_type=getattr(args, "prediction_type", None),
+        measures=measures,
+        measured_from=measured_from,
+    )
+
+
+def lpl_rows(args, gate):
+    """{setting: value} of the loss, for the card. gate: the `LPLGate`."""
+    threshold = "timesteps below" if gate.t_threshold is not None else "noise / signal up to"
+    return {
+        "weight": f"auto, {args.lpl_share:g} of the loss" if args.lpl_weight == "auto" else args.lpl_weight,
+        f"applied at {threshold}": gate.limit,
+        "features": args.lpl_features,
+        "decoder stages": 1 + args.lpl_num_blocks if args.lpl_features != "latent" else None,
+        "normalization": args.lpl_norm_type,
+        "gradient through its deviation": args.lpl_norm_gradient if args.lpl_norm_gradient != "none" else None,
+        "loss": args.lpl_loss_type,
+        "depth weighting": args.lpl_pow_law,
+        "outliers masked": args.lpl_remove_outliers,
+        "mask's margin meant for (px)": args.lpl_outlier_reference_resolution or None,
+        "noise scale": args.lpl_scale,
+        "from step": args.lpl_start or None,
+    }
+
+
+def training_rows(args, steps, images_per_step, lora):
+    """{setting: value} of the training, for the card. lora: the `lora_facts`; {} for a whole model."""
+    return {
         "steps": steps,
         "images per step": images_per_step,
         "resolution": args.resolution,
@@ -86,31 +111,13 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         "EMA": args.use_ema,
         "seed": args.seed,
     }
-    return Card(
-        name=hub_name or args.hub_model_id or Path(args.output_dir).resolve().name,
-        family=args.base_model.family,
-        base_model=args.base_model.name,
-        revision=args.base_model.revision,
-        lora=lora.get("kind"),
-        trigger=trigger_of(args),
-        lpl=lpl,
-        training=training,
-        dataset=args.dataset_name,
-        num_images=images,
-        prompts=tuple(entry.prompt for entry in entries_of(args)),
-        samples=tuple(entry.values() for entry in entries_of(args) if entry.place),
-        images_per_prompt=args.num_validation_images,
-        prediction_type=getattr(args, "prediction_type", None),
-        measures=measures,
-        measured_from=measured_from,
-    )
 
 
 def lora_facts(folder):
     """{"kind": LoRA or DoRA, "rank", "alpha"} of the LoRA file in a folder, from its metadata."""
     from safetensors import safe_open
 
-    with safe_open(folder / "pytorch_lora_weights.safetensors", "np") as file:
+    with safe_open(folder / LORA_FILE, "np") as file:
         config = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
 
     def values(field):
