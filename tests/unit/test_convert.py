@@ -190,3 +190,7 @@ def test_flags_and_folders_that_contradict_each_other(models, pictures, tmp_path
     assert parse("epsilon", unet, models["v"], "--prediction_type", "v_prediction")
     with pytest.raises(convert.UserError, match="its scheduler says rescale_betas_zero_snr True"):
         parse("v", unet, models["zero"])
+    (tmp_path / "prompts.txt").write_text("cat --ss heun")
+    assert not parse("v", "--validation_prompts_file", tmp_path / "prompts.txt")
+    with pytest.raises(convert.UserError, match="the sampler heun knows no zero terminal SNR"):
+        parse("zero", "--validation_prompts_file", tmp_path / "prompts.txt")

@@ -361,6 +361,11 @@ def test_broken_exif_of_an_avif():
         data = sound[:place] + damage + sound[place + len(damage) :]
         assert inspect(data).error == "" and np.array_equal(pixels(data), pixels(sound))
     assert inspect(sound[:place] + b"II*\0\xff\xff\xff\xff" + sound[place + 8 :]).notes == ("broken EXIF",)
+    # Pillow writes the EXIF of a turned AVIF anew, and can't where a resolution is a text.
+    make = struct.pack("<HHI", 0x10F, 2, 4)
+    turned = file_of("AVIF", quality=100, exif=entries(make + b"abc\0", struct.pack("<HHIHH", 0x112, 3, 1, 6, 0)))
+    data = turned.replace(make, struct.pack("<HHI", 0x11A, 2, 4))
+    assert inspect(data).notes == ("rotated", "broken EXIF") and np.array_equal(pixels(data), pixels(turned))
 
 
 def test_what_was_left_out_is_remarked_upon(tmp_path):

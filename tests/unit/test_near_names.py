@@ -492,6 +492,12 @@ def test_a_folder_of_pictures_is_no_data_set(tmp_path, monkeypatch):
             scan_dataset(str(tmp_path / name))
 
 
+def test_a_table_of_file_names_is_no_data_set(tmp_path):
+    texts(tmp_path / "set", **{"train.csv": "file_name,text\na.png,a\n"})
+    with pytest.raises(DataError, match=r"A table of file names is a listing: call it metadata\.csv or metadata"):
+        scan_dataset(str(tmp_path / "set"), cache_dir=tmp_path / "cache")
+
+
 def test_a_data_set_is_no_folder_of_pictures(tmp_path):
     for names in (["data/train-0.parquet"], ["dataset_info.json", "state.json", "data-0.arrow"]):
         texts(tmp_path / names[0], **dict.fromkeys(names, ""))

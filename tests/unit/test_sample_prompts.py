@@ -112,11 +112,11 @@ def test_what_the_model_can_not_do_is_refused_before_weights_load(script, entry,
 
 def test_prompts_of_flags_come_first_and_everything_is_encoded(tmp_path, capsys):
     """The plan lists what the file sets; without pictures the file is not even read."""
-    path = written(tmp_path, "a.yaml", "- {prompt: cat, negative: dog, width: 128, seed: 5}\n- dog\n")
+    path = written(tmp_path, "a.yaml", "- {prompt: cat, negative: fish, width: 128, seed: 5}\n- dog\n")
     args = parse(train_sdxl_lpl, path, "--validation_prompt", "cat", "--validation_compare")
-    cat = SamplePrompt("cat", "dog", width=128, seed=5)
+    cat = SamplePrompt("cat", "fish", width=128, seed=5)
     assert entries_of(args) == (SamplePrompt("cat"), cat, SamplePrompt("dog"))
-    assert encoding_settings(args).prompts == ("cat", "dog")
+    assert encoding_settings(args).prompts == ("cat", "fish", "dog")
     said = []
     plan = type("Plan", (), {"total_steps": 1, "resume_from": None, "first_step": 0})
     accelerator = type("One", (), {"num_processes": 1, "print": staticmethod(lambda text: said.append(text))})
@@ -126,7 +126,7 @@ def test_prompts_of_flags_come_first_and_everything_is_encoded(tmp_path, capsys)
         print_run(args, report, accelerator, plan)
     said = "\n".join(said)
     assert "Validation: 3 x 5 images" in said
-    assert "'cat': 128 x resolution, seed 5, without: dog" in said and "'dog': the defaults of the run" in said
+    assert "'cat': 128 x resolution, seed 5, without: fish" in said and "'dog': the defaults of the run" in said
     args = parse(train_sdxl_lpl, tmp_path / "none.yaml", "--num_validation_images", "0")
     assert entries_of(args) == () and args.validation_prompts_file is None
 
