@@ -40,7 +40,6 @@ NORM_GRADIENTS = ("none", "half", "full")
 LOSS_TYPES = ("mse", "l1")
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample", "flow")
 CHECKPOINTING = ("none", "stage")
-DIVISIONS = (torch.Tensor.div, torch.Tensor.__truediv__, torch.true_divide)
 NORM_BLOCK = 2**24  # elements of a group norm whose gradient is computed at a time
 
 
@@ -1038,7 +1037,8 @@ class InputGradientOnly(TorchFunctionMode):
                 frozen, version = getattr(normed, "_frozen_norm", (None, None))
                 if frozen is not None and normed._version == version:
                     return _FrozenGroupNorm.apply(*frozen, normed.detach())
-            if function in DIVISIONS and len(args) == 2 and type(args[1]) is float and args[1] == 1 and not kwargs:
+            by_float = function is torch.Tensor.div and len(args) == 2 and type(args[1]) is float and not kwargs
+            if by_float and args[1] == 1 and args[0].requires_grad:  # integers would become floats
                 return args[0]  # diffusers divides the output of each residual block by its scale, which is 1
         return function(*args, **kwargs)
 

@@ -292,7 +292,8 @@ def test_switches_reach_what_they_switch(flags, tmp_path, monkeypatch):
         assert moves == (["cpu", "cpu"] if more else []), "to the parameters' device for the step, and back"
         AcceleratorState._reset_state(True)
         torch.backends.cuda.matmul.allow_tf32 = False
-        run_module.start_accelerator(args)
+        ranks = run_module.start_accelerator(args).ddp_handler
+        assert ranks.gradient_as_bucket_view and not ranks.broadcast_buffers, "no copies of gradients and buffers"
         assert torch.backends.cuda.matmul.allow_tf32 == bool(more)
 
 

@@ -1,5 +1,6 @@
 """Micro-batches that are made one ahead."""
 
+import contextlib
 from types import SimpleNamespace
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from lpl_finetuning.errors import RankError
 from lpl_finetuning.training.objective import with_posterior_noise
+from lpl_finetuning.training.optimization import Trainee
 from lpl_finetuning.training.run import Batches
 
 OBJECTIVE = SimpleNamespace(settings=SimpleNamespace(seed=5, noise_offset=0.1), device=torch.device("cpu"))
@@ -67,3 +69,18 @@ def test_what_goes_wrong_ahead_is_raised_when_the_batch_is_asked_for():
         next(batches)
     with pytest.raises(StopIteration):
         next(batches)
+
+
+def test_the_loop_makes_each_batch_after_the_backward_pass_before_it():
+    """While the device computes it, and before the step waits for the device."""
+    log, trainee = [], object.__new__(Trainee)
+    trainee.accelerator = SimpleNamespace(
+        device=torch.device("cpu"), distributed_type=None, no_sync=lambda model: contextlib.nullcontext()
+    )
+    trainee.settings, trainee.denoiser = SimpleNamespace(gradient_accumulation_steps=2), None
+    batches = Batches(loaded(4, log=log), OBJECTIVE)
+    for _ in range(2):
+        for _ in trainee.micro_steps(batches):
+            log.append("backward")
+        log.append("step")
+    assert log == [0, "backward", 1, "backward", 2, "step", "backward", 3, "backward", "step"]

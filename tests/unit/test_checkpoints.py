@@ -25,7 +25,7 @@ from lpl_finetuning.base_model import BaseModel
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SDXL
 from lpl_finetuning.tensor_files import write_tensors
-from lpl_finetuning.training import checkpoints
+from lpl_finetuning.training import checkpoint_folders, checkpoints
 from lpl_finetuning.training.checkpoint_folders import (
     MANIFEST,
     check_resume,
@@ -221,6 +221,16 @@ def test_no_pickle(trained, save, monkeypatch):
             entries = json.loads(data[8 : 8 + header])
             end = max(entry["data_offsets"][1] for key, entry in entries.items() if key != "__metadata__")
             assert len(data) == 8 + header + end, "tensors and nothing else"
+
+
+def test_large_files_are_hashed_while_they_are_written(save, monkeypatch):
+    """Weights and state are not read again for the manifest, which has their hashes all the same."""
+    read, real = [], checkpoint_folders.sha256_of
+    monkeypatch.setattr(checkpoint_folders, "sha256_of", lambda path: (read.append(Path(path).name), real(path))[1])
+    folder = save(1)
+    assert sorted(read) == ["config.json", "training_state.json"]
+    listed = json.loads((folder / MANIFEST).read_text())["files"]
+    assert {name: real(folder / name) for name in listed} == {name: file["sha256"] for name, file in listed.items()}
 
 
 def test_a_pickle_in_the_folder_is_refused_not_read(save):

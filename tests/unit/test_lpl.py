@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from diffusers import AutoencoderTiny, VQModel
 
 import lpl_utils
+from lpl_finetuning.training.live_memory import LiveBytes
 from lpl_utils import (
     CHECKPOINTING,
     EPS,
@@ -1347,6 +1348,8 @@ CALLS = {
     "group_norm of three dimensions": lambda x, w, b: F.silu(F.group_norm(x.flatten(2), 2, b, b)),
     "group_norm of two dimensions": lambda x, w, b: F.silu(F.group_norm(x[:, :, 0, 0], 2, b, b)),
     "silu with names": lambda x, w, b: F.silu(input=F.group_norm(x, 2)),
+    "division by 1": lambda x, w, b: x / 1.0 + torch.arange(6) / 1.0 / 4,
+    "division by 2": lambda x, w, b: x / 2.0 + x.div(1.0, rounding_mode=None),
 }
 
 
@@ -1412,6 +1415,25 @@ def test_a_stage_of_the_decoder_keeps_half_as_much_as_under_plain_autograd():
     up_block = vae.decoder.up_blocks[1]
     x = torch.randn(1, up_block.resnets[0].in_channels, 8, 8, dtype=DOUBLE)
     assert saved_bytes(up_block, x, InputGradientOnly()) < 0.45 * saved_bytes(up_block, x, torch.enable_grad())
+
+
+def test_a_division_by_1_makes_no_copy():
+    x = torch.ones(3, requires_grad=True)
+    with InputGradientOnly():
+        assert x / 1.0 is x and x.detach() / 1.0 is not x
+
+
+def test_a_large_norm_writes_its_gradient_over_the_one_that_it_gets(monkeypatch):
+    """That of a frozen convolution, which nothing else holds: 3 maps at the peak of the backward pass, not 4."""
+    monkeypatch.setattr(lpl_utils, "NORM_BLOCK", 1024)
+    x = torch.randn(1, 8, 64, 64).requires_grad_()
+    with InputGradientOnly():
+        output = block(norm, torch.nn.SiLU, conv(padding=1)).float()(x)
+    gradient = torch.ones_like(output)
+    with LiveBytes("cpu") as counter:
+        torch.autograd.grad(output, x, gradient)
+    peak = max(peak.size for peak in counter.peaks.values())
+    assert peak / x.nbytes == pytest.approx(3, abs=0.1)
 
 
 def test_without_gradients_the_context_does_nothing():

@@ -1,5 +1,6 @@
 """Parts of a training step one by one: guard, metrics, reporter, signals, gate, average, plan."""
 
+import copy
 import math
 import signal
 from types import SimpleNamespace
@@ -12,10 +13,17 @@ from diffusers.training_utils import EMAModel
 import train_sdxl_lpl
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.flag_checks import check_lpl_flags
+from lpl_finetuning.training import optimization
 from lpl_finetuning.training import plan as plan_module
 from lpl_finetuning.training import reporter as reporter_module
 from lpl_finetuning.training.guard import Fault, Guard
-from lpl_finetuning.training.objective import Objective, PerceptualTerm, lpl_config, needs_decoder
+from lpl_finetuning.training.objective import (
+    Objective,
+    PerceptualTerm,
+    encode_in_chunks,
+    lpl_config,
+    needs_decoder,
+)
 from lpl_finetuning.training.optimization import Outcome, Trainee
 from lpl_finetuning.training.reporter import Metrics, Reporter, fine_tuning
 from lpl_finetuning.training.signals import STOP_SIGNALS, StopSignals
@@ -173,6 +181,66 @@ def test_the_weights_after_averaging_are_those_before_it():
     with trainee.averaged():
         assert parameter.tolist() == [1, 1, 1]
     assert parameter.tolist() == [5, 5, 5]
+
+
+def adamw(fused, monkeypatch):
+    """(parameter, AdamW of the package) as on a CUDA GPU, or as elsewhere."""
+    monkeypatch.setattr(optimization, "on_cuda", lambda groups: fused)
+    settings = SimpleNamespace(
+        optimizer="adamw", use_8bit_adam=False, learning_rate=0.1, adam_beta1=0.9, adam_beta2=0.999,
+        adam_weight_decay=0.01, adam_epsilon=1e-8,
+    )  # fmt: skip
+    parameter = torch.nn.Parameter(torch.ones(3))
+    return parameter, optimization.build_optimizer(settings, [{"params": [parameter]}])
+
+
+def test_adamw_is_fused_on_cuda_alone(monkeypatch):
+    assert optimization.on_cuda([{"params": [SimpleNamespace(device=torch.device("cuda", 1))]}])
+    assert not optimization.on_cuda([{"params": [torch.zeros(1)]}])
+    assert not adamw(False, monkeypatch)[1].defaults["fused"]
+
+
+@pytest.mark.parametrize("before", [True, False])
+def test_a_fused_adamw_stays_fused_whatever_wrote_the_checkpoint(before, monkeypatch):
+    (there, earlier), (here, ours) = adamw(before, monkeypatch), adamw(True, monkeypatch)
+    there.grad = here.grad = torch.tensor([1.0, -2.0, 3.0])
+    earlier.step()
+    here.data.copy_(there.data)
+    ours.load_state_dict(copy.deepcopy(earlier.state_dict()))
+    assert ours.param_groups[0]["fused"] is True and not ours.param_groups[0]["foreach"]
+    earlier.step()
+    ours.step()
+    assert torch.allclose(here, there) and ours.state[here]["step"] == 2
+
+
+def test_the_scaler_skips_a_fused_adamw(monkeypatch):
+    """A step that overflows changes nothing but the scale."""
+    parameter, optimizer = adamw(True, monkeypatch)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0)
+    for value, wanted in ((math.inf, 2.0), (1.0, 2.0)):
+        scaler.scale(value * parameter.sum()).backward()
+        scaler.unscale_(optimizer)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        assert scaler.get_scale() == wanted and bool((parameter == 1).all()) == math.isinf(value)
+    assert optimizer.state[parameter]["step"] == 1
+
+
+def test_images_are_encoded_one_of_1024_px_at_a_time():
+    seen = []
+
+    def encode(images):
+        seen.append(tuple(images.shape))
+        return SimpleNamespace(latent_dist=SimpleNamespace(mean=images[:, :, ::8, ::8], std=images[:, :, 1::8, 1::8]))
+
+    objective = SimpleNamespace(device=CPU, encoder=SimpleNamespace(encode=encode))
+    for shape, sizes in (((2, 1, 1024, 1024), [1, 1]), ((5, 1, 512, 1024), [2, 2, 1]), ((2, 1, 1536, 1536), [1, 1])):
+        pixels = torch.rand(shape)
+        mean, std = encode_in_chunks(pixels, objective)
+        assert torch.equal(mean, pixels[:, :, ::8, ::8]) and torch.equal(std, pixels[:, :, 1::8, 1::8])
+        assert [size[0] for size in seen] == sizes
+        seen.clear()
 
 
 def test_validation_by_epochs_comes_at_the_step_that_ends_one():
