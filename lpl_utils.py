@@ -258,11 +258,76 @@ class DecoderStages:
         block = self.decoder.up_blocks[index - 1] if 0 < index <= self.num_blocks else None
         if type(block).__name__ != "UpDecoderBlock2D":
             return [functools.partial(self.run, index)]
-        return [*(functools.partial(resnet, temb=None) for resnet in block.resnets), *(block.upsamplers or ())]
+        resnets = (
+            ResnetPiece(resnet) if ResnetPiece.suits(resnet) else functools.partial(resnet, temb=None)
+            for resnet in block.resnets
+        )
+        return [*resnets, *(block.upsamplers or ())]
 
     def finish(self, x):
         """Returns the picture (B, 3, H, W) from the last up block's output: norm, activation, last convolution."""
         return self.decoder.conv_out(self.decoder.conv_act(self.decoder.conv_norm_out(x)))
+
+
+class ResnetPiece:
+    """A frozen residual block of diffusers, x + conv(silu(norm(conv(silu(norm(x)))))), whose backward pass is lighter.
+
+    It computes again all but the last convolution, since no gradient follows from that one's values.
+
+    Args:
+        block: a ResnetBlock2D that `suits`.
+    """
+
+    def __init__(self, block):
+        self.block = block
+
+    @staticmethod
+    def suits(block):
+        """Returns whether a block computes exactly that: no other scale, size, activation or padding, no dropout."""
+        return (
+            type(block).__name__ == "ResnetBlock2D"
+            and block.output_scale_factor == 1
+            and block.upsample is None
+            and block.downsample is None
+            and block.time_emb_proj is None
+            and block.time_embedding_norm in ("default", "group")  # neither has an effect without a time embedding
+            and type(block.nonlinearity) is torch.nn.SiLU
+            and (block.dropout.p == 0 or not block.training)
+            and type(block.norm1) is type(block.norm2) is torch.nn.GroupNorm
+            and all(
+                type(conv) is torch.nn.Conv2d
+                and conv.stride == (1, 1)
+                and (conv.padding_mode, type(conv.padding)) == ("zeros", tuple)
+                for conv in (block.conv1, block.conv2, block.conv_shortcut)
+                if conv is not None
+            )
+        )
+
+    def __call__(self, x):
+        """Returns the output of the block, (B, D, H, W) from (B, C, H, W)."""
+        shortcut = self.block.conv_shortcut
+        output = self.block.conv2(self._before_last(x))
+        return output.add_(x if shortcut is None else shortcut(x))
+
+    def _before_last(self, x):
+        """Returns the input of the last convolution, (B, D, H, W)."""
+        return norm_silu(self.block.norm2, self.block.conv1(norm_silu(self.block.norm1, x)))
+
+    def input_gradient(self, x, held):
+        """Returns d loss / d x.
+
+        Args:
+            x: (B, C, H, W) the input, a leaf.
+            held: list with d loss / d output, (B, D, H, W), which is taken out: the list shall be its only holder.
+        """
+        with torch.enable_grad(), InputGradientOnly():
+            end = _Held.apply(self._before_last(x.requires_grad_()), through := [])
+        gradient = held.pop()
+        through.append(_conv_gradient(gradient, self.block.conv2))
+        through[0].held_by_norm = True  # see `_FrozenConv2d`
+        if self.block.conv_shortcut is not None:
+            gradient = _conv_gradient(gradient, self.block.conv_shortcut)
+        return torch.autograd.grad(end, x)[0].add_(gradient)
 
 
 def decoder_stage_names(num_blocks, rgb=False):
@@ -614,7 +679,8 @@ class LatentPerceptualLoss(torch.nn.Module):
         x, xh = target, estimate
         for index in range(len(self.stages)):
             with torch.no_grad():  # the target first: its temporaries come while the estimate keeps less
-                x = self._stage(index, x)
+                for piece in self._pieces(index):
+                    x = piece(x)
             xh, sources, output = self._estimate(index, xh, needs_gradient)
             height = self._as_map(index, x).shape[2]
             first_height = first_height or height
@@ -652,8 +718,9 @@ class LatentPerceptualLoss(torch.nn.Module):
         return x, sources if needs_gradient else None, None
 
     def _pieces(self, index):
-        """Returns the functions that compute a stage: more than one for the last stage, where memory peaks."""
-        if index and index == len(self.stages) - 1 and hasattr(self.stages, "pieces"):
+        """Returns the functions that compute a stage: with checkpointing several for the last, where memory peaks."""
+        last = index and index == len(self.stages) - 1
+        if last and self.config.checkpointing == "stage" and hasattr(self.stages, "pieces"):
             return self.stages.pieces(index)
         return [functools.partial(self._stage, index)]
 
@@ -700,7 +767,7 @@ class LatentPerceptualLoss(torch.nn.Module):
             mask = self._mask(x, kernels, dtype)
         count = None if by_channels else inlier_count(x, mask, dtype)
         loss, inliers = x.new_zeros(len(x), dtype=dtype), x.new_zeros((), dtype=dtype)
-        reuse = self.config.checkpointing == "stage" and len(self._pieces(index)) > 1  # a decoder's last features
+        reuse = len(self._pieces(index)) > 1  # a decoder's last features
         gradient = (xh if reuse else torch.empty_like(xh)) if needs_gradient else None
         factor = loss.new_full(loss.shape, weight * self._gradient_scale(image_size) / x.shape[1])
         for block in blocks_of(x, 1 if by_channels else 2):
@@ -738,6 +805,9 @@ class LatentPerceptualLoss(torch.nn.Module):
             del layer_gradient, gradient
             while sources:
                 source, piece = sources.pop(), pieces.pop()
+                if hasattr(piece, "input_gradient"):
+                    held.append(piece.input_gradient(source, held))
+                    continue
                 if output is None:
                     output = self._with_graph(index, piece, source)
                 end, output = _Held.apply(output, held), None
@@ -953,6 +1023,11 @@ class _FrozenConv2d(torch.autograd.Function):
         return torch.nn.grad.conv2d_input(ctx.shape, weight, grad, *ctx.arguments), *[None] * 6
 
 
+def _conv_gradient(grad, conv):
+    """Returns the gradient of the input of a Conv2d whose stride is 1 and whose padding is zeros."""
+    return F.conv_transpose2d(grad, conv.weight, None, 1, conv.padding, 0, conv.groups, conv.dilation)
+
+
 class _FrozenLinear(torch.autograd.Function):
     """Linear layer with constant weights; keeps no input."""
 
@@ -974,26 +1049,51 @@ class _FrozenGroupNorm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x, groups, weight, bias, eps, normed=None):
-        """normed: the norm's result if it is known; the output is then silu(normed)."""
+    def forward(ctx, x, groups, weight, bias, eps, silu_of=None):
+        """silu_of: (the norm's result, whether SiLU is to write over it) for SiLU behind the norm; None: without."""
         ctx.save_for_backward(x, weight, bias)
-        ctx.groups, ctx.eps, ctx.silu = groups, eps, normed is not None
-        return F.group_norm(x, groups, weight, bias, eps) if normed is None else F.silu(normed)
+        ctx.groups, ctx.eps, ctx.silu = groups, eps, silu_of is not None
+        if silu_of is None:
+            return _group_norm(x, groups, weight, bias, eps)
+        normed, inplace = silu_of
+        return F.silu(normed, inplace=inplace)
 
     @staticmethod
     def backward(ctx, grad):
         x, weight, bias = (None if t is None else t.detach() for t in ctx.saved_tensors)
-        step = max(1, ctx.groups * NORM_BLOCK // max(1, x.numel()))
-        if step >= ctx.groups:
+        blocks = _blocks_of_groups(x, ctx.groups)
+        if len(blocks) == 1:
             return _group_norm_gradient(x, grad, ctx.groups, weight, bias, ctx.eps, ctx.silu), *[None] * 5
         sole = getattr(grad, "held_by_norm", False) and grad.dtype == x.dtype
-        result, width = grad if sole else torch.empty_like(x), x.shape[1] // ctx.groups
-        for start in range(0, ctx.groups, step):
-            groups = min(step, ctx.groups - start)
-            part = slice(start * width, (start + groups) * width)
+        result = grad if sole else torch.empty_like(x)
+        for groups, part in blocks:
             own = (None if t is None else t[part] for t in (weight, bias))
             result[:, part] = _group_norm_gradient(x[:, part], grad[:, part], groups, *own, ctx.eps, ctx.silu)
         return result, *[None] * 5
+
+
+def _blocks_of_groups(x, groups):
+    """Returns [(number of groups, slice of channels)]: the groups of a norm, cut where x (B, C, H, W) is large."""
+    step, width = max(1, groups * NORM_BLOCK // max(1, x.numel())), x.shape[1] // groups
+    return [
+        (min(step, groups - start), slice(start * width, min(start + step, groups) * width))
+        for start in range(0, groups, step)
+    ]
+
+
+def _group_norm(x, groups, weight, bias, eps):
+    """Returns F.group_norm, for a large x block by block and in x's memory layout.
+
+    On a GPU PyTorch would copy all of a channels-last x, and the convolution behind the norm would copy it back.
+    """
+    blocks = _blocks_of_groups(x, groups)
+    if len(blocks) == 1 or x.is_contiguous():
+        return F.group_norm(x, groups, weight, bias, eps)
+    result = torch.empty_like(x)
+    for count, part in blocks:
+        own = (None if t is None else t[part] for t in (weight, bias))
+        result[:, part] = F.group_norm(x[:, part], count, *own, eps)
+    return result
 
 
 def _group_norm_gradient(x, grad, groups, weight, bias, eps, silu):
@@ -1004,6 +1104,14 @@ def _group_norm_gradient(x, grad, groups, weight, bias, eps, silu):
         values = normed.detach()
         grad = torch.ops.aten.silu_backward.grad_input(grad, values, grad_input=values)  # in the place of the values
     return torch.autograd.grad(normed, x, grad)[0]
+
+
+def norm_silu(norm, x):
+    """Returns silu(norm(x)) of a frozen GroupNorm, (B, C, H, W), differentiable in x, with one tensor for both."""
+    arguments = x, norm.num_groups, norm.weight, norm.bias, norm.eps
+    with torch.no_grad():
+        normed = _group_norm(*arguments)
+    return _FrozenGroupNorm.apply(*arguments, (normed, True))
 
 
 class InputGradientOnly(TorchFunctionMode):
@@ -1036,7 +1144,7 @@ class InputGradientOnly(TorchFunctionMode):
                 normed = args[0] if args else kwargs["input"]
                 frozen, version = getattr(normed, "_frozen_norm", (None, None))
                 if frozen is not None and normed._version == version:
-                    return _FrozenGroupNorm.apply(*frozen, normed.detach())
+                    return _FrozenGroupNorm.apply(*frozen, (normed.detach(), False))
             by_float = function is torch.Tensor.div and len(args) == 2 and type(args[1]) is float and not kwargs
             if by_float and args[1] == 1 and args[0].requires_grad:  # integers would become floats
                 return args[0]  # diffusers divides the output of each residual block by its scale, which is 1

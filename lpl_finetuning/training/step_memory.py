@@ -5,7 +5,6 @@ does not cover CUDA's context, workspaces of cuDNN and fragmentation.
 """
 
 import contextlib
-import functools
 import itertools
 import math
 from collections.abc import Callable
@@ -157,14 +156,14 @@ class NamedStages:
 
     def run(self, index, x):
         """See `FeatureStages.run`."""
-        return self._named(index, lambda x: self.stages.run(index, x), x)
+        return self.named(index, lambda x: self.stages.run(index, x), x)
 
     def pieces(self, index):
         """The pieces of a stage; one where the network has none."""
         pieces = self.stages.pieces(index) if hasattr(self.stages, "pieces") else [lambda x: self.stages.run(index, x)]
-        return [functools.partial(self._named, index, piece) for piece in pieces]
+        return [NamedPiece(self, index, piece) for piece in pieces]
 
-    def _named(self, index, compute, x):
+    def named(self, index, compute, x):
         """The features that a function computes of x, with the counter told what runs."""
         name, counter, again = self.stages.names[index], self.counter, torch.is_grad_enabled()
         counter.where = f"LPL: {'recomputation' if again else 'forward'} of the {name}"
@@ -173,6 +172,23 @@ class NamedStages:
             features.register_hook(lambda gradient: setattr(counter, "where", f"LPL: backward of the {name}"))
         counter.where = f"LPL: comparison of the {name}"
         return features
+
+
+class NamedPiece:
+    """A piece of a stage of `NamedStages`, which tells the counter that it runs."""
+
+    def __init__(self, stages, index, piece):
+        self.stages, self.index, self.piece = stages, index, piece
+        if hasattr(piece, "input_gradient"):
+            self.input_gradient = self._input_gradient
+
+    def __call__(self, x):
+        return self.stages.named(self.index, self.piece, x)
+
+    def _input_gradient(self, x, held):
+        """See `lpl_utils.ResnetPiece.input_gradient`."""
+        self.stages.counter.where = f"LPL: backward of the {self.stages.names[self.index]}"
+        return self.piece.input_gradient(x, held)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from diffusers import AutoencoderTiny, VQModel
+from diffusers.models.resnet import ResnetBlock2D
 
 import lpl_utils
 from lpl_finetuning.training.live_memory import LiveBytes
@@ -35,6 +36,7 @@ from lpl_utils import (
     LatentSpace,
     LPLConfig,
     LPLGate,
+    ResnetPiece,
     channel_norm,
     estimate_z0,
     inlier_mask,
@@ -1434,6 +1436,81 @@ def test_a_large_norm_writes_its_gradient_over_the_one_that_it_gets(monkeypatch)
         torch.autograd.grad(output, x, gradient)
     peak = max(peak.size for peak in counter.peaks.values())
     assert peak / x.nbytes == pytest.approx(3, abs=0.1)
+
+
+def frozen_resnet(channels, dtype=DOUBLE, **options):
+    """A ResnetBlock2D of diffusers from 8 channels, as decoders have it."""
+    torch.manual_seed(4)
+    options = dict(temb_channels=None, groups=4, eps=1e-6) | options
+    return ResnetBlock2D(in_channels=8, out_channels=channels, **options).to(dtype).eval().requires_grad_(False)
+
+
+@pytest.mark.parametrize("channels", [8, 12])
+@pytest.mark.parametrize("norm_block", [lpl_utils.NORM_BLOCK, 100])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_a_residual_block_as_a_piece_is_the_same_block(layout, norm_block, channels, monkeypatch):
+    """With a convolution as its shortcut (12 channels) and without; also where norms go block by block."""
+    monkeypatch.setattr(lpl_utils, "NORM_BLOCK", norm_block)
+    resnet = frozen_resnet(channels)
+    assert ResnetPiece.suits(resnet)
+    x = LAYOUTS[layout](torch.randn((2, 8, 5, 6), generator=torch.Generator().manual_seed(1), dtype=DOUBLE))
+    kept, plain = x.clone(), x.clone(memory_format=torch.preserve_format).requires_grad_()
+    expected, gradient = resnet(plain, temb=None), torch.randn(2, channels, 5, 6, dtype=DOUBLE)
+    (wanted,) = torch.autograd.grad(expected, plain, gradient)
+    with torch.no_grad():
+        assert_equal(ResnetPiece(resnet)(x), expected.detach(), 1e-12)
+    assert torch.equal(x, kept), "the input is not written over"
+    given = [gradient.clone()]
+    assert_equal(ResnetPiece(resnet).input_gradient(x, given), wanted, 1e-10)
+    assert not given, "the gradient is taken out, so that it can be freed"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"output_scale_factor": 2.0},
+        {"up": True},
+        {"down": True},
+        {"non_linearity": "gelu"},
+        {"temb_channels": 16},
+        {"time_embedding_norm": "scale_shift"},
+    ],
+)
+def test_other_residual_blocks_are_no_pieces(options):
+    assert not ResnetPiece.suits(frozen_resnet(8, **options))
+
+
+def test_dropout_reflection_and_strides_are_no_pieces():
+    changed = [frozen_resnet(8) for _ in range(5)]
+    assert all(ResnetPiece.suits(resnet) for resnet in changed)
+    changed[0].conv2.padding_mode, changed[1].conv1.padding, changed[2].conv2.stride = "reflect", "same", (2, 2)
+    changed[3].dropout.p = 0.1
+    changed[3].train()
+    changed[4].norm2 = torch.nn.BatchNorm2d(8)
+    assert not any(ResnetPiece.suits(resnet) for resnet in changed)
+
+
+def test_the_decoders_residual_blocks_are_pieces():
+    """In the last stage under checkpointing; that of every autoencoder here is built of them."""
+    for vae in (decoder(), fresh("sd3")):
+        stages = DecoderStages(vae)
+        assert [type(piece) for piece in stages.pieces(4)[:2]] == [ResnetPiece] * 2
+
+
+def test_a_piece_computes_no_values_of_its_last_convolution_and_keeps_three_maps(monkeypatch):
+    """At the peak: the gradient of the output, the input of the second norm, that norm's; and two parts of a map.
+
+    Not counted: the input. A part is a quarter, since the norms have four groups.
+    """
+    monkeypatch.setattr(lpl_utils, "NORM_BLOCK", 512)
+    resnet, x = frozen_resnet(8, torch.float32), torch.randn(1, 8, 64, 64)
+    calls = []
+    monkeypatch.setattr(resnet.conv2, "forward", lambda x: calls.append(x))
+    with LiveBytes("cpu") as counter:
+        given = [torch.ones(1, 8, 64, 64)]
+        ResnetPiece(resnet).input_gradient(x, given)
+    assert not calls
+    assert max(peak.size for peak in counter.peaks.values()) / x.nbytes == pytest.approx(3.5, abs=0.1)
 
 
 def test_without_gradients_the_context_does_nothing():
