@@ -37,8 +37,11 @@ demo-sd3: .venv/.requirements ## the same with the tiny Stable Diffusion 3; pict
 test: .venv/.requirements-dev ## run all tests
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(ARGS)
 
-test-quick: .venv/.requirements-dev ## run the unit tests and the tiny trainings only
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit tests/recipes $(ARGS)
+# One training of each kind of recipe, whose losses are known, stands for the others.
+test-quick: .venv/.requirements-dev ## run the unit tests and the trainings whose losses are known
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder tests/unit \
+		tests/recipes/test_train_sdxl.py::test_golden_curve tests/recipes/test_train_sd3.py::test_golden_curve \
+		tests/recipes/test_twins.py $(ARGS)
 
 chaos: .venv/.requirements-dev ## kill training runs 200 times at random moments, and see that nothing is lost
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python -m tests.chaos $(ARGS)
