@@ -616,7 +616,7 @@ def test_the_step_reads_nothing_from_the_device(flags, tmp_path, monkeypatch):
     What the host has drawn itself, it may read: which captions are dropped, and which samples get the loss.
     """
     reads, allowed = [], []
-    hosts = {("__bool__", "choose_prompts"), ("nonzero", "perceptual_term"), ("numpy", "perceptual_term")}
+    hosts = {("__bool__", "choose_prompts"), ("nonzero", "perceptual_terms"), ("numpy", "perceptual_terms")}
     for name in ("item", "tolist", "numpy", "cpu", "nonzero", "__array__", "__bool__", "__float__", "__int__",
                  "__index__"):  # fmt: skip
         original = getattr(torch.Tensor, name)

@@ -19,12 +19,10 @@ from lpl_finetuning.training import reporter as reporter_module
 from lpl_finetuning.training.guard import Fault, Guard
 from lpl_finetuning.training.objective import (
     Objective,
-    PerceptualTerm,
     encode_in_chunks,
-    lpl_config,
-    needs_decoder,
 )
 from lpl_finetuning.training.optimization import Outcome, Trainee
+from lpl_finetuning.training.perceptual import PerceptualTerm, lpl_config, needs_decoder
 from lpl_finetuning.training.reporter import Metrics, Reporter, fine_tuning
 from lpl_finetuning.training.signals import STOP_SIGNALS, StopSignals
 from lpl_finetuning.training.validation import Validation
