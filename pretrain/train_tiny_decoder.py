@@ -32,7 +32,7 @@ from tqdm import tqdm
 
 from lpl_utils import DecoderStages, LatentSpace, TinyDecoderStages, stage_features
 from pretrain.emoji_images import held_out, load_emoji
-from pretrain.resumable import load_state, save_state
+from pretrain.resumable import autocast, load_state, save_state
 from pretrain.train_autoencoder import SIZE, psnr, save_reconstructions
 
 FEATURES = (0, 1, 2, 4)  # stages of the full decoder with the sizes of the small one's: 1, 2, 4, 8 px per latent
@@ -46,7 +46,7 @@ def parse_args(argv=None):
     parser.add_argument("--vae", required=True, help="folder of the autoencoder whose decoder is copied")
     parser.add_argument("--output_dir", required=True)
     parser.add_argument("--width", type=int, default=16, help="channels of the small decoder; 64 in taesdxl")
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--minutes", type=float, help="end after so many, with the weights of that moment")
     parser.add_argument("--batch_size", type=int, default=8)
     parser.add_argument("--learning_rate", type=float, default=1e-3)
@@ -158,12 +158,13 @@ class Progress:
 
 def losses(student, teacher, latents):
     """(pixel loss, feature loss): scalars."""
-    pictures, wanted = teacher(latents)
-    made, predicted = student(latents)
-    error = made - pictures
+    with autocast():
+        pictures, wanted = teacher(latents)
+        made, predicted = student(latents)
+    error = made.float() - pictures.float()
     pixels = error.abs().mean() + 2 * error.square().mean()
     pairs = zip(predicted, wanted, strict=True)
-    return pixels, sum(F.mse_loss(x, y) for x, y in pairs) / len(wanted)
+    return pixels, sum(F.mse_loss(x.float(), y.float()) for x, y in pairs) / len(wanted)
 
 
 def main(argv=None):
