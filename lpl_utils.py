@@ -1148,6 +1148,21 @@ class _FrozenLinear(torch.autograd.Function):
         return grad @ ctx.saved_tensors[0], None, None
 
 
+class _FrozenReLU(torch.autograd.Function):
+    """ReLU that keeps one byte per element: autograd would keep the output, which no frozen layer behind it needs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.relu(x)
+        ctx.save_for_backward(y > 0)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (positive,) = ctx.saved_tensors
+        return torch.where(positive, grad, 0)
+
+
 class _FrozenGroupNorm(torch.autograd.Function):
     """Group normalization with constant weights, optionally followed by SiLU; keeps its input and nothing else.
 
@@ -1224,8 +1239,8 @@ def norm_silu(norm, x):
 class InputGradientOnly(TorchFunctionMode):
     """Context manager: inside, a network's layers are differentiated with respect to their input alone.
 
-    It replaces convolutions, linear layers and group norms (with the SiLU behind them) by functions with the same
-    values and the same input gradients that keep no more than they need. It leaves out divisions by 1. Layers whose
+    It replaces convolutions, linear layers, ReLUs and group norms (with the SiLU behind them) by functions with the
+    same values and the same input gradients that keep no more than they need. It leaves out divisions by 1. Layers whose
     weights are computed inside the network keep PyTorch's functions, since the gradient may run through those weights.
     The network stays as it is.
     """
@@ -1241,6 +1256,8 @@ class InputGradientOnly(TorchFunctionMode):
                 linear = _linear_arguments(*args, **kwargs)
                 if _constant(*linear[1:]):
                     return _FrozenLinear.apply(*linear)
+            if function is F.relu and not (args[1:] or kwargs.get("inplace")) and args:
+                return _FrozenReLU.apply(args[0])
             if function is F.group_norm:
                 norm = _group_norm_arguments(*args, **kwargs)
                 if _constant(*norm[2:4]):

@@ -421,7 +421,8 @@ def check_lpl_flags(args):
 def check_feature_flags(args):
     """The networks of --lpl_features with their parts, weights and files."""
     given = [args.lpl_features] if isinstance(args.lpl_features, str) else args.lpl_features
-    parts, flag = feature_parts(args), f"--lpl_features {' '.join(given)}"
+    parts, features = feature_parts(args), " ".join(given)
+    flag = f"--lpl_features {features}"
     require(len(parts) == len(given), f"{flag} names a network twice: name each once")
     require(not {"decoder", "rgb"} <= parts.keys(), f"{flag}: rgb has the features of the decoder too: leave decoder "
             "out")  # fmt: skip

@@ -60,7 +60,7 @@ def check_fingerprint(flag, trained_on, base, advice):
     """Refuse a classifier of another autoencoder's latents; warn where that can't be known.
 
     Args:
-        flag: with its value; trained_on: fingerprint of the classifier's autoencoder, or None; base: the `BaseModel`.
+        flag: with the value; trained_on: fingerprint of the classifier's autoencoder, or None; base: the `BaseModel`.
     """
     part = base.family.autoencoder.name
     if not trained_on or (Path(base.place(part).name).is_dir() and not weights_here(base, part)):

@@ -120,8 +120,9 @@ def new_reporter(tmp_path, clock):
 
     def make(logging_steps):
         args = SimpleNamespace(
-            use_lora=False, use_lpl=True, lpl_weight="auto", output_dir=str(tmp_path), logging_dir="logs",
-            logging_steps=logging_steps, base_model=SimpleNamespace(family=SimpleNamespace(title="SDXL", name="sdxl")),
+            use_lora=False, use_lpl=True, lpl_weight="auto", lpl_features="decoder", output_dir=str(tmp_path),
+            logging_dir="logs", logging_steps=logging_steps,
+            base_model=SimpleNamespace(family=SimpleNamespace(title="SDXL", name="sdxl")),
         )  # fmt: skip
         return Reporter(args, accelerator(), fine_tuning(args, ()), first_step=0, total_steps=2)
 
