@@ -1240,9 +1240,9 @@ class InputGradientOnly(TorchFunctionMode):
     """Context manager: inside, a network's layers are differentiated with respect to their input alone.
 
     It replaces convolutions, linear layers, ReLUs and group norms (with the SiLU behind them) by functions with the
-    same values and the same input gradients that keep no more than they need. It leaves out divisions by 1. Layers whose
-    weights are computed inside the network keep PyTorch's functions, since the gradient may run through those weights.
-    The network stays as it is.
+    same values and the same input gradients that keep no more than they need. It leaves out divisions by 1. Layers
+    whose weights are computed inside the network keep PyTorch's functions, since the gradient may run through those
+    weights. The network stays as it is.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
