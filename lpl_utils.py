@@ -30,7 +30,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 if TYPE_CHECKING:
-    from diffusers import AsymmetricAutoencoderKL, AutoencoderKL
+    from diffusers import AsymmetricAutoencoderKL, AutoencoderKL, AutoencoderTiny
 
 EPS = 1e-6  # added to every norm and standard deviation that something is divided by
 NORM_TYPES = ("standard", "shared", "default", "batch", "target", "none")
@@ -202,6 +202,7 @@ class DecoderStages:
                 f"{type(vae).__name__} has a {type(decoder).__name__}"
                 + (f" without {', '.join(missing)}" if missing else "")
                 + ("; pass the autoencoder, not its decoder" if decoder is None and hasattr(vae, "up_blocks") else "")
+                + ("; give TinyDecoderStages of it" if hasattr(decoder, "layers") else "")
             )
         there = len(decoder.up_blocks)
         num_blocks = there if num_blocks is None else num_blocks
@@ -349,6 +350,106 @@ def _own_checkpointing_off(decoder):
     finally:
         for module in on:
             module.gradient_checkpointing = True
+
+
+class TinyDecoderStages:
+    """The stages of diffusers' `AutoencoderTiny` decoder: a small copy of a decoder, such as taesdxl and taesd3.
+
+    Stage 0 is the clamp, 3 tanh(z / 3), and the layers before the first upsampling. Each further stage starts with an
+    upsampling. The last convolution, to the picture, is left out. The gradient is the network's own, clamp included:
+    the gradient of a latent is multiplied by 1 - tanh^2(z / 3), which is 0.90 at 1, 0.42 at 3 and 0.13 at 5. The
+    network was trained behind that clamp and knows no other input: beyond the clamp its features hardly change.
+
+    Args:
+        vae: an `AutoencoderTiny`. It is held by reference and stays as it is.
+        num_blocks: upsamplings whose features are compared, 0 to 3 for taesdxl and taesd3; None for all.
+
+    Raises:
+        TypeError: the decoder is built otherwise; names its class.
+        ValueError: the decoder has fewer upsamplings than num_blocks.
+    """
+
+    def __init__(self, vae: AutoencoderTiny, num_blocks: int | None = None):
+        decoder = getattr(vae, "decoder", None)
+        layers = getattr(decoder, "layers", None)
+        if not isinstance(layers, torch.nn.Sequential):
+            raise TypeError(f"TinyDecoderStages needs an AutoencoderTiny; {type(vae).__name__} has a "
+                            f"{type(decoder).__name__} without a Sequential called layers")  # fmt: skip
+        starts = [index for index, layer in enumerate(layers) if isinstance(layer, torch.nn.Upsample)]
+        num_blocks = len(starts) if num_blocks is None else num_blocks
+        if not 0 <= num_blocks <= len(starts):
+            raise ValueError(f"num_blocks is {num_blocks}; this decoder has {len(starts)} upsamplings")
+        self.upscaling = math.prod(int(layers[start].scale_factor) for start in starts)
+        self.vae, self.num_blocks, self.network = vae, num_blocks, layers
+        ends = [*starts, len(layers) - 1]
+        self._parts = [layers[start:end] for start, end in zip([0, *starts], ends, strict=True)][: num_blocks + 1]
+
+    @property
+    def names(self):
+        """One name per stage."""
+        return tuple(f"tiny block {number}" for number in range(1, self.num_blocks + 2))
+
+    def __len__(self):
+        return self.num_blocks + 1
+
+    @property
+    def dtype(self):
+        """The dtype that the decoder runs in."""
+        return self.network[0].weight.dtype
+
+    @property
+    def input_space(self):
+        """Model space, where scaling_factor and shift_factor in the config are 1 and 0, as of taesdxl and taesd3."""
+        return LatentSpace.of(self.vae)
+
+    def run(self, index, x):
+        """Returns the output of stage `index`, (B, C, H, W)."""
+        return self._parts[index](self._clamped(index, x))
+
+    def pieces(self, index):
+        """Returns functions that compute stage `index` one after the other: `run` in smaller steps."""
+        first, *blocks = _before_blocks(self._parts[index])
+        return [lambda x: first(self._clamped(index, x)), *blocks]
+
+    def _clamped(self, index, x):
+        return torch.tanh(x / 3) * 3 if index == 0 else x
+
+
+def _before_blocks(part):
+    """Returns the layers of a part of a tiny decoder: the first two as one module, then its residual blocks."""
+    return [part[:2], *part[2:]]
+
+
+class SelectedStages:
+    """Some stages of a network: the others up to the last of them are computed, but not compared.
+
+    Args:
+        network: `FeatureStages`.
+        chosen: numbers of the stages, from 0, in ascending order.
+    """
+
+    def __init__(self, network: FeatureStages, chosen: Sequence[int]):
+        if not chosen or list(chosen) != sorted({*chosen} & {*range(len(network))}):
+            raise ValueError(f"chosen is {list(chosen)}; it must be ascending numbers of stages, 0 to "
+                             f"{len(network) - 1}")  # fmt: skip
+        self.network, self.chosen = network, tuple(chosen)
+        self.names = tuple(network.names[index] for index in chosen)
+        self.upscaling, self.input_space = network.upscaling, network.input_space
+
+    def __len__(self):
+        return len(self.chosen)
+
+    @property
+    def dtype(self):
+        """The dtype that the network runs in."""
+        return self.network.dtype
+
+    def run(self, index, x):
+        """Returns the features of the chosen stage `index`; x: latents, or the previous chosen stage's features."""
+        first = self.chosen[index - 1] + 1 if index else 0
+        for stage in range(first, self.chosen[index] + 1):
+            x = self.network.run(stage, x)
+        return x
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -942,7 +1043,10 @@ class LPLGate:
 class AutoWeight(torch.nn.Module):
     """The weight that keeps LPL at a share of the whole loss (the paper's best weight makes it about a fifth).
 
-    w = min(1, n / ramp) * share / (1 - share) * mean(diffusion) / mean(LPL term, zeros included)
+    w = min(1, n / ramp) * fraction * share / (1 - share) * mean(diffusion) / mean(LPL term, zeros included)
+
+    With several networks each has a weight of its own, since their losses have different scales. All have the same
+    `share`; the `fraction` of each is its part of the LPL term, and the fractions add up to 1.
 
     n is the number of gated samples so far. The means weight all steps alike at first; a step counts for 1 / e of a
     new one after `window` more gated samples. Both are counted in gated samples because LPL's mean is as sure as their
@@ -952,19 +1056,22 @@ class AutoWeight(torch.nn.Module):
     its micro-steps and ranks. The weight is used from the next step on; it is 0 until a sample was gated.
     """
 
-    def __init__(self, share=0.2, window=500, ramp=32):
+    def __init__(self, share=0.2, window=500, ramp=32, fraction=1.0):
         """
         Args:
             share: of the LPL term in the whole loss, between 0 and 1.
             window: gated samples that the means remember.
             ramp: gated samples until the weight is whole.
+            fraction: of the LPL term that is this network's, above 0 and at most 1.
         """
         super().__init__()
         if not 0 < share < 1:
             raise ValueError(f"share is {share}; it must lie between 0 and 1, ends excluded")
         if window <= 0 or ramp <= 0:
             raise ValueError(f"window is {window} and ramp is {ramp}; both must be numbers above 0")
-        self.share, self.window, self.ramp = share, window, ramp
+        if not 0 < fraction <= 1:
+            raise ValueError(f"fraction is {fraction}; it must be above 0 and at most 1")
+        self.share, self.window, self.ramp, self.fraction = share, window, ramp, fraction
         self.register_buffer("sums", torch.zeros(3, dtype=torch.float64))  # diffusion, LPL term, steps; discounted
         self.register_buffer("gated", torch.zeros((), dtype=torch.float64))  # gated samples so far
 
@@ -991,7 +1098,7 @@ class AutoWeight(torch.nn.Module):
         diffusion, lpl, _ = self.sums
         ratio = torch.where(lpl > 0, diffusion / torch.where(lpl > 0, lpl, 1), 0)
         ramped = (self.gated / self.ramp).clamp_max(1)
-        return (ramped * self.share / (1 - self.share) * ratio).float()
+        return (ramped * self.share / (1 - self.share) * ratio * self.fraction).float()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -1039,6 +1146,21 @@ class _FrozenLinear(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return grad @ ctx.saved_tensors[0], None, None
+
+
+class _FrozenReLU(torch.autograd.Function):
+    """ReLU that keeps one byte per element: autograd would keep the output, which no frozen layer behind it needs."""
+
+    @staticmethod
+    def forward(ctx, x):
+        y = F.relu(x)
+        ctx.save_for_backward(y > 0)
+        return y
+
+    @staticmethod
+    def backward(ctx, grad):
+        (positive,) = ctx.saved_tensors
+        return torch.where(positive, grad, 0)
 
 
 class _FrozenGroupNorm(torch.autograd.Function):
@@ -1117,10 +1239,10 @@ def norm_silu(norm, x):
 class InputGradientOnly(TorchFunctionMode):
     """Context manager: inside, a network's layers are differentiated with respect to their input alone.
 
-    It replaces convolutions, linear layers and group norms (with the SiLU behind them) by functions with the same
-    values and the same input gradients that keep no more than they need. It leaves out divisions by 1. Layers whose
-    weights are computed inside the network keep PyTorch's functions, since the gradient may run through those weights.
-    The network stays as it is.
+    It replaces convolutions, linear layers, ReLUs and group norms (with the SiLU behind them) by functions with the
+    same values and the same input gradients that keep no more than they need. It leaves out divisions by 1. Layers
+    whose weights are computed inside the network keep PyTorch's functions, since the gradient may run through those
+    weights. The network stays as it is.
     """
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
@@ -1134,6 +1256,8 @@ class InputGradientOnly(TorchFunctionMode):
                 linear = _linear_arguments(*args, **kwargs)
                 if _constant(*linear[1:]):
                     return _FrozenLinear.apply(*linear)
+            if function is F.relu and not (args[1:] or kwargs.get("inplace")) and args:
+                return _FrozenReLU.apply(args[0])
             if function is F.group_norm:
                 norm = _group_norm_arguments(*args, **kwargs)
                 if _constant(*norm[2:4]):

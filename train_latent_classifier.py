@@ -131,7 +131,7 @@ from lpl_finetuning.training.classification import ClassifierValidation, classif
 from lpl_finetuning.training.guard import Guard
 from lpl_finetuning.training.live_memory import Peak
 from lpl_finetuning.training.models import latent_channels, latent_space, load_vae, load_weights, save_weights
-from lpl_finetuning.training.objective import sample_latents, to_device, with_posterior_noise
+from lpl_finetuning.training.objective import sample_latents, with_posterior_noise
 from lpl_finetuning.training.optimization import Trainee, optimizer_settings
 from lpl_finetuning.training.out_of_memory import explained_if_out_of_memory
 from lpl_finetuning.training.plan import check_data, plan_run, print_models, print_run
@@ -140,6 +140,7 @@ from lpl_finetuning.training.run import check_start, end, open_batches, open_out
 from lpl_finetuning.training.sharding import with_full_weights
 from lpl_finetuning.training.signals import StopSignals
 from lpl_finetuning.training.step_memory import kept_bytes
+from lpl_finetuning.training.transfer import to_device
 from lpl_utils import LatentSpace
 
 # ---------------------------------------------------------------------------------------------------------------------

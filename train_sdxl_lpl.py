@@ -115,23 +115,20 @@ from lpl_finetuning.training.models import (
 from lpl_finetuning.training.objective import (
     build_objective,
     choose_prompts,
-    gate_from_flags,
-    lpl_dtype,
-    lpl_stages,
-    needs_decoder,
     sample_latents,
     sample_timesteps,
     seed_lora_dropout,
-    to_device,
 )
 from lpl_finetuning.training.optimization import Trainee, optimizer_settings
 from lpl_finetuning.training.out_of_memory import explained_if_out_of_memory
+from lpl_finetuning.training.perceptual import gate_from_flags, lpl_dtype, lpl_stages, needs_decoder
 from lpl_finetuning.training.plan import check_data, plan_run, print_plan
 from lpl_finetuning.training.reporter import Reporter, fine_tuning
 from lpl_finetuning.training.run import check_start, end, open_batches, open_output_dir, start_accelerator
 from lpl_finetuning.training.sharding import build_device, with_full_weights
 from lpl_finetuning.training.signals import StopSignals
 from lpl_finetuning.training.step_memory import RunCode, autoencoder_networks
+from lpl_finetuning.training.transfer import to_device
 from lpl_finetuning.training.validation import Validation
 from lpl_utils import estimate_z0, noise_to_signal
 
@@ -376,9 +373,9 @@ def denoise(denoiser, latents, noise, timesteps, conditions, objective):
 
 
 def training_step(batch, denoiser, objective, step, metrics):
-    """One micro-step: (objective, a scalar with gradient; diffusion loss, LPL term, gated samples, (3,) detached).
+    """One micro-step: (objective, a scalar with gradient; [diffusion loss, LPL terms, gated samples], detached).
 
-    loss = diffusion + weight * (1 / B) * sum over gated samples of s_b * LPL_b
+    loss = diffusion + sum over networks of weight * (1 / B) * sum over gated samples of s_b * LPL_b
     """
     numbers = batch["number"]
     latents = sample_latents(batch, objective)
@@ -392,16 +389,16 @@ def training_step(batch, denoiser, objective, step, metrics):
     if objective.schedule.weights_losses:
         errors = to_device(objective.schedule.loss_weights(timesteps), objective.device) * errors
     diffusion_loss = errors.mean()
-    lpl_term, gated = torch.zeros_like(diffusion_loss), 0
+    lpl_terms, gated = (), 0
     if objective.lpl_applies(step):
         tensors = model_pred, noisy_latents, latents
-        lpl_term, gated = objective.perceptual_term(perceptual_loss, tensors, timesteps, batch["index"], metrics)
-    loss = objective.total(diffusion_loss, lpl_term, step, metrics)
-    return loss, torch.stack([diffusion_loss, lpl_term, torch.full_like(lpl_term, gated)]).detach()
+        lpl_terms, gated = objective.perceptual_terms(perceptual_loss, tensors, timesteps, batch, metrics)
+    loss = objective.total(diffusion_loss, lpl_terms, step, metrics)
+    return loss, torch.stack([diffusion_loss, *lpl_terms, torch.full_like(diffusion_loss, gated)]).detach()
 
 
 def perceptual_loss(model_pred, noisy_latents, latents, timesteps, objective):
-    """LPL between the estimate of z_0 and z_0 itself, an `LPLOutput`; tensors (B, C, h, w)."""
+    """LPL between the estimate of z_0 and z_0 itself, an `OutputOfNetworks`; tensors (B, C, h, w)."""
     alpha, sigma = to_device(torch.stack(objective.schedule.levels(timesteps)), objective.device)
     z0_pred = estimate_z0(model_pred, noisy_latents, alpha, sigma, objective.schedule.prediction_type)
     return objective.perceptual.loss(z0_pred, latents)
@@ -467,7 +464,7 @@ def prepare_objective(args, accelerator, plan, data):
     if needs_decoder(args, measured):
         vae = load_vae(base, lpl_dtype(args, accelerator.mixed_precision), accelerator.device)
     encoder = None if data.cached else load_vae(base, torch.float32, accelerator.device)
-    stages = lpl_stages(args, vae) if measured else None
+    stages = lpl_stages(args, vae, accelerator) if measured else None
     objective = build_objective(
         args, accelerator, plan, data, latent_space(base), stages, encoder, empty, empty_is_zero, lpl_gate(args)
     )

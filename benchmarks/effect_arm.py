@@ -15,6 +15,7 @@ import argparse
 import importlib
 import json
 import math
+import operator
 import os
 import sys
 from pathlib import Path
@@ -113,12 +114,12 @@ def log_gradients(script, steps):
         now["parameters"] = [parameter for parameter in denoiser.parameters() if parameter.requires_grad]
         return training_step(batch, denoiser, objective, step, metrics)
 
-    def total_with_gradients(self, diffusion_loss, lpl_term, step, metrics):
-        loss = total(self, diffusion_loss, lpl_term, step, metrics)
+    def total_with_gradients(self, diffusion_loss, lpl_terms, step, metrics):
+        loss = total(self, diffusion_loss, lpl_terms, step, metrics)
         if step in steps:
             metrics.add("gradient/diffusion", gradient_norm(diffusion_loss, now["parameters"]))
             if self.lpl_applies(step):
-                term = self.perceptual.weight() * lpl_term
+                term = sum(map(operator.mul, self.perceptual.weights(), lpl_terms))
                 metrics.add("gradient/lpl", gradient_norm(term, now["parameters"]))
         return loss
 
@@ -135,10 +136,10 @@ def main(argv=None):
     own, flags = parser.parse_args(argv[:cut]), argv[cut + 1 :]
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     script = importlib.import_module(Path(own.script).stem)
-    from lpl_finetuning.training import objective
+    from lpl_finetuning.training import perceptual
 
     if own.profile:  # --lpl_scale multiplies each sample by what this function returns
-        objective.lpl_noise_scale = level_weights(json.loads(own.profile.read_text()))
+        perceptual.lpl_noise_scale = level_weights(json.loads(own.profile.read_text()))
         flags = [*flags, "--lpl_scale"]
 
     def prepare(args):

@@ -667,12 +667,12 @@ def tensors_of(path):
     return header, 8 + length
 
 
-def weights_fingerprint(base):
-    """What tells the denoiser's weights from others: for files on disk samples of them, else the name on the Hub.
+def weights_fingerprint(base, part=None):
+    """What tells the weights of a part from others: for files on disk samples of them, else the name on the Hub.
 
-    Of a family without a denoiser the weights are the autoencoder's.
+    By default the part is the denoiser, or the autoencoder of a family without a denoiser.
     """
-    part = (base.family.denoiser or base.family.autoencoder).name
+    part = part or (base.family.denoiser or base.family.autoencoder).name
     place = base.place(part)
     if not Path(place.name).is_dir():
         return f"hub:{place.name}@{place.revision or 'main'}"

@@ -7,6 +7,7 @@ from pathlib import Path
 from lpl_finetuning.base_model import Family, Part, check_channels, model_file, read_object
 from lpl_finetuning.errors import require
 from lpl_finetuning.flags import framing_rules, mixed_precision
+from lpl_finetuning.networks.checks import check_feature_networks
 from lpl_finetuning.sample_prompts import check_zero_snr, entries_of
 
 VAE = Part("vae", "autoencoder", "AutoencoderKL", "pretrained_vae_model_name_or_path")
@@ -53,6 +54,7 @@ def check_sdxl(args, base, configs):
             f"{which} takes a pooled prompt and {(size or 0) - (pooled or 0)} numbers of micro-conditioning, SDXL has "
             f"{6 * each}; the refiner can't be trained here, give a base model's UNet")  # fmt: skip
     check_prediction(args, base)
+    check_feature_networks(args, base, configs["vae"])
 
 
 def check_prediction(args, base):
@@ -135,6 +137,7 @@ def check_sd3(args, base, configs):
             "them")  # fmt: skip
     check_attention(args, config)
     check_tokens(args, config)
+    check_feature_networks(args, base, configs["vae"])
 
 
 def check_attention(args, config):

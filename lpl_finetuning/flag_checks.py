@@ -13,7 +13,7 @@ from lpl_finetuning.base_model import hub_like, read_json
 from lpl_finetuning.data.wrong_source import refuse_no_folder
 from lpl_finetuning.errors import require
 from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, INSTALL, is_installed, missing_package
-from lpl_finetuning.flags import REPOSITORY, framing_rules, mixed_precision
+from lpl_finetuning.flags import REPOSITORY, feature_parts, framing_rules, mixed_precision
 from lpl_finetuning.sample_prompts import check_samplers, check_sizes, entries_of
 
 POSITIVE = (
@@ -47,6 +47,11 @@ def holds_out(args):
     return bool(args.validation_split or args.validation_data_dir)
 
 
+def decodes(args):
+    """Whether a network of --lpl_features is a decoder, full or tiny: its features grow beyond the latents' size."""
+    return bool(feature_parts(args).keys() & {"decoder", "rgb", "tiny_decoder"})
+
+
 DEAD_FLAGS = (  # (flags, when they do nothing, function of the flags that tells whether they work)
     (LORA_ONLY, "without --use_lora", lambda args: args.use_lora),
     (("lora_blocks",), "without --use_lora", lambda args: args.use_lora),
@@ -74,12 +79,16 @@ DEAD_FLAGS = (  # (flags, when they do nothing, function of the flags that tells
     (("mode_scale",), "without --weighting_scheme mode", lambda args: args.weighting_scheme == "mode"),
     (("lpl_weight", "lpl_share", "lpl_scale", "lpl_start"), "without --use_lpl", lambda args: args.use_lpl),
     (("lpl_share",), "beside a --lpl_weight", lambda args: args.lpl_weight == "auto"),
+    (("lpl_augment",), "without --use_lpl", lambda args: args.use_lpl),  # held-out images are measured without it
+    (("lpl_classifier", "lpl_classifier_stages"), "without --lpl_features classifier",
+     lambda args: "classifier" in feature_parts(args)),
+    (("lpl_tiny_decoder",), "without --lpl_features tiny_decoder", lambda args: "tiny_decoder" in feature_parts(args)),
     (("lpl_t_threshold", "lpl_sigma_threshold", "lpl_threshold_resolution", "lpl_loss_type", "lpl_features",
       "lpl_norm_type", "lpl_norm_gradient", "lpl_pow_law", "lpl_num_blocks", "lpl_remove_outliers",
       "lpl_outlier_reference_resolution", "lpl_batch_size", "lpl_checkpointing", "lpl_vae_dtype"), "without --use_lpl",
      lambda args: args.use_lpl or holds_out(args)),  # the loss of held-out images is measured either way
     (("lpl_num_blocks", "lpl_pow_law", "lpl_remove_outliers", "lpl_outlier_reference_resolution"),
-     "with --lpl_features latent", lambda args: args.lpl_features != "latent"),
+     "with --lpl_features classifier or latent alone", lambda args: decodes(args)),
     (("lpl_outlier_reference_resolution",), "with --no-lpl_remove_outliers", lambda args: args.lpl_remove_outliers),
     (("validation_steps", "validation_epochs"), "without --validation_prompt, --validation_prompts_file, "
      "--validation_split or --validation_data_dir", lambda args: entries_of(args) or holds_out(args)),
@@ -225,7 +234,8 @@ def check_output_dir(args, family):
         require(not inside, f"--output_dir {args.output_dir} lies in --{name} {getattr(args, name)}: the run's own "
                 "pictures would lie among those; name a folder outside")  # fmt: skip
     require(output_dir != REPOSITORY, f"--output_dir {args.output_dir} is this repository: name a folder of its own")
-    for name in ("pretrained_model_name_or_path", *(part.flag for part in family.replaceable), "init_lora"):
+    for name in ("pretrained_model_name_or_path", *(part.flag for part in family.replaceable), "init_lora",
+                 "lpl_classifier", "lpl_tiny_decoder"):  # fmt: skip
         value = getattr(args, name)
         inside = value and Path(value).exists() and Path(value).resolve().is_relative_to(output_dir)
         require(not inside, f"--{name} {value} lies in --output_dir {args.output_dir}, which the run will write to: "
@@ -405,6 +415,32 @@ def check_lpl_flags(args):
     require(args.lpl_norm_gradient == "none" or args.lpl_norm_type == "standard",
             f"--lpl_norm_gradient {args.lpl_norm_gradient} is for --lpl_norm_type standard only, found "
             f"{args.lpl_norm_type}: leave one out")  # fmt: skip
+    check_feature_flags(args)
+
+
+def check_feature_flags(args):
+    """The networks of --lpl_features with their parts, weights and files."""
+    given = [args.lpl_features] if isinstance(args.lpl_features, str) else args.lpl_features
+    parts, features = feature_parts(args), " ".join(given)
+    flag = f"--lpl_features {features}"
+    require(len(parts) == len(given), f"{flag} names a network twice: name each once")
+    require(not {"decoder", "rgb"} <= parts.keys(), f"{flag}: rgb has the features of the decoder too: leave decoder "
+            "out")  # fmt: skip
+    known = [part for part in parts.values() if part is not None]
+    require(len(known) in (0, len(parts)), f"{flag}: some networks have a part and others not: give each one, or none")
+    require(not known or abs(sum(known) - 1) < 1e-6,
+            f"{flag}: the parts add up to {sum(known):g}; they must add up to 1")  # fmt: skip
+    weights = args.lpl_weight if isinstance(args.lpl_weight, list) else [args.lpl_weight]
+    text = " ".join(weight if weight == "auto" else f"{weight:g}" for weight in weights)
+    require(weights == ["auto"] or "auto" not in weights, f"--lpl_weight {text}: auto is for all networks: give auto "
+            "alone, or numbers")  # fmt: skip
+    require(weights == ["auto"] or len(weights) == len(parts), f"--lpl_weight {text}: {flag} needs {len(parts)} "
+            "numbers in the order of the networks, whose losses have different scales; or give auto")  # fmt: skip
+    require(weights == ["auto"] or not known or len(parts) == 1,
+            f"{flag}: parts are for --lpl_weight auto, found {text}: leave the parts out")  # fmt: skip
+    for network in ("classifier", "tiny_decoder"):
+        require(network not in parts or getattr(args, f"lpl_{network}"), f"{flag} needs --lpl_{network}: name its "
+                "folder or Hub name")  # fmt: skip
 
 
 def check_data_flags(args):

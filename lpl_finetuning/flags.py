@@ -242,6 +242,9 @@ def resolved(values):
         require(not values["train_data_dir"],
                 "--train_data_dir and --instance_data_dir exclude each other: give one")  # fmt: skip
         values |= {"train_data_dir": values["instance_data_dir"], "instance_data_dir": None}
+    for name in ("lpl_features", "lpl_weight"):  # a single value stands alone, as in the files of older runs
+        if isinstance(values.get(name), list) and len(values[name]) == 1:
+            values[name] = values[name][0]
     if values.get("num_validation_images") == 0:
         values |= {"validation_prompt": None, "validation_prompts_file": None, "validation_compare": False}
     return values
@@ -299,6 +302,41 @@ def weight_or_auto(text):
     if not is_number(text) or not float(text) >= 0:
         raise argparse.ArgumentTypeError("it must be auto or a number, 0 or more")
     return float(text)
+
+
+FEATURES = ("decoder", "rgb", "tiny_decoder", "classifier", "latent")  # networks of --lpl_features
+
+
+def network_and_part(text):
+    """Type of --lpl_features: a network, or network=part with a number above 0 and at most 1. The text is kept."""
+    network, equals, part = text.partition("=")
+    if network not in FEATURES:
+        near = near_name(network, FEATURES)
+        meant = f"did you mean {near}? " if near else ""
+        raise argparse.ArgumentTypeError(f"{meant}choose from {', '.join(FEATURES)}")
+    if equals and not (is_number(part) and 0 < float(part) <= 1):
+        raise argparse.ArgumentTypeError(f"the part of {network} must be a number above 0 and at most 1")
+    return text
+
+
+def classifier_stage(text):
+    """Type of --lpl_classifier_stages: the number of a residual stage, from 1, or "pooled"."""
+    if text != "pooled" and not (text.isascii() and text.isdigit() and int(text)):
+        raise argparse.ArgumentTypeError("it must be pooled or the number of a residual stage, from 1")
+    return text
+
+
+def feature_parts(args):
+    """{network: its part of the perceptual loss, or None} of --lpl_features, in their order."""
+    given = [args.lpl_features] if isinstance(args.lpl_features, str) else args.lpl_features
+    pairs = [text.partition("=") for text in given]
+    return {network: float(part) if equals else None for network, equals, part in pairs}
+
+
+def feature_fractions(args):
+    """{network: its part of the perceptual loss} of --lpl_features; the parts are equal where none is given."""
+    parts = feature_parts(args)
+    return {network: 1 / len(parts) if part is None else part for network, part in parts.items()}
 
 
 def shift_or_auto(text):
@@ -469,8 +507,9 @@ def add_lpl_arguments(parser):
     group = parser.add_argument_group("latent perceptual loss")
     add = group.add_argument
     add("--use_lpl", action="store_true", help="add the latent perceptual loss to the objective")
-    add("--lpl_weight", type=weight_or_auto, default="auto", metavar="{auto,NUMBER}",
-        help="auto keeps the loss at --lpl_share of the total (default: %(default)s)")  # fmt: skip
+    add("--lpl_weight", type=weight_or_auto, nargs="+", default="auto", metavar="{auto,NUMBER}",
+        help="auto keeps the loss at --lpl_share of the total; with several --lpl_features a number for each, in the "
+        "same order (default: %(default)s)")  # fmt: skip
     add("--lpl_share", type=float, default=0.2, help="share of the total under auto (default: %(default)s)")
     add("--lpl_t_threshold", type=float, help="apply it where the timestep is below this, on a scale of 0 to 1000 "
         "(SDXL: 200 if no threshold is given)")  # fmt: skip
@@ -478,16 +517,26 @@ def add_lpl_arguments(parser):
         "threshold is given; the paper: 3 to 6)")  # fmt: skip
     add("--lpl_threshold_resolution", type=float, help="resolution that --lpl_sigma_threshold is meant for, px")
     add("--lpl_loss_type", choices=("mse", "l1"), default="mse", help="default: %(default)s")
-    add("--lpl_features", choices=("decoder", "latent", "rgb"), default="decoder",
-        help="features that are compared: of the decoder's stages; of these and of the decoded picture (rgb); or the "
-        "latents themselves, as a control (default: %(default)s)")  # fmt: skip
+    add("--lpl_features", type=network_and_part, nargs="+", default="decoder", metavar="NETWORK[=PART]",
+        help="networks whose features are compared: decoder; rgb, the decoder with the decoded picture; tiny_decoder; "
+        "classifier; latent, the latents themselves, as a control. Of several each has an equal part of the loss, or "
+        "PART, as in decoder=0.7 classifier=0.3 (default: %(default)s)")  # fmt: skip
+    add("--lpl_classifier", type=input_path, help="classifier of latents for --lpl_features classifier: the output "
+        "folder of train_latent_classifier.py, or its name on the Hub")  # fmt: skip
+    add("--lpl_classifier_stages", type=classifier_stage, nargs="+", metavar="STAGE", help="stages of it that are "
+        "compared: numbers of residual stages from 1, pooled (default: all that --lpl_norm_type takes)")  # fmt: skip
+    add("--lpl_tiny_decoder", type=input_path, help="AutoencoderTiny for --lpl_features tiny_decoder: a folder or "
+        "Hub name, such as madebyollin/taesdxl or madebyollin/taesd3")  # fmt: skip
+    add("--lpl_augment", action="store_true", help="flip, shift and cut out a rectangle of both latents alike, at "
+        "random, before any network sees them")  # fmt: skip
     add("--lpl_norm_type", choices=("standard", "shared", "default", "batch", "target", "none"), default="standard",
         help="how features are normalised; a weight means nothing without it (default: %(default)s)")  # fmt: skip
     add("--lpl_norm_gradient", choices=("none", "half", "full"), default="none",
         help="gradient through the deviation of --lpl_norm_type standard (default: %(default)s)")  # fmt: skip
     add("--lpl_pow_law", action="store_true", default=True,
         help="weight deeper layers by the inverse of their size (default: on; --no-lpl_pow_law)")  # fmt: skip
-    add("--lpl_num_blocks", type=int, default=4, help="up blocks of the decoder that are used (default: %(default)s)")
+    add("--lpl_num_blocks", type=int, default=4, help="up blocks of the decoder, full or tiny, that are used; a tiny "
+        "one has 3 (default: %(default)s)")  # fmt: skip
     add("--lpl_remove_outliers", action="store_true", default=True,
         help="leave out activations of huge magnitude (default: on; --no-lpl_remove_outliers)")  # fmt: skip
     add("--lpl_outlier_reference_resolution", type=float, default=256, help="resolution in px at which the mask of "
@@ -498,7 +547,7 @@ def add_lpl_arguments(parser):
     add(
         "--lpl_batch_size",
         type=int,
-        help="samples in the decoder at a time (default: by the resolution, 1 at 1024 px)",
+        help="samples in a network at a time (default: by the resolution, 1 at 1024 px; in a classifier more)",
     )
     add(
         "--lpl_checkpointing",
@@ -506,7 +555,7 @@ def add_lpl_arguments(parser):
         help="default: stage with --gradient_checkpointing, else none",
     )
     add("--lpl_vae_dtype", choices=("float32", "bfloat16", "float16"),
-        help="dtype of the decoder in the loss (default: bfloat16 under bf16, else float32)")  # fmt: skip
+        help="dtype of the networks in the loss (default: bfloat16 under bf16, else float32)")  # fmt: skip
 
 
 def add_classifier_arguments(parser):

@@ -34,6 +34,15 @@ def sdxl_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def feature_networks(sdxl_folder, tmp_path_factory):
+    """{flag: folder} of a classifier and a tiny decoder for the latents of the random SDXL."""
+    from lpl_finetuning.families import SDXL
+    from tests.tiny_models import save_feature_networks
+
+    return save_feature_networks(tmp_path_factory.mktemp("networks"), sdxl_folder, SDXL)
+
+
+@pytest.fixture(scope="session")
 def sd3_folder(tmp_path_factory):
     """A random SD3 pipeline on disk, with three text encoders."""
     from tests.tiny_models import sd3_pipeline

@@ -14,11 +14,12 @@ from lpl_finetuning.data.scan import find_images
 from lpl_finetuning.flag_checks import check_flags
 from lpl_finetuning.lora_files import check_init_lora
 from lpl_finetuning.results import export, hub
-from lpl_finetuning.training import models, objective, optimization, plan, reporter, run, validation
+from lpl_finetuning.training import models, objective, optimization, perceptual, plan, reporter, run, validation
 from lpl_finetuning.training.checkpoint_folders import check_resume
 from lpl_finetuning.training.checkpoints import Checkpoints
 from lpl_finetuning.training.signals import StopSignals
 from lpl_finetuning.training.step_memory import Networks, RunCode
+from lpl_finetuning.training.transfer import to_device
 from lpl_utils import LatentSpace, estimate_z0, noise_to_signal
 
 PIXELS = Family(
@@ -117,31 +118,31 @@ def encode_nothing(captions):
 
 
 def denoise(denoiser, latents, noise, timesteps, goal):
-    levels = objective.to_device(torch.stack(goal.schedule.levels(timesteps)), goal.device)
+    levels = to_device(torch.stack(goal.schedule.levels(timesteps)), goal.device)
     alpha, sigma = levels.view(2, -1, 1, 1, 1)
     noisy_latents = alpha * latents + sigma * noise
-    model_pred = denoiser(noisy_latents, objective.to_device(timesteps, goal.device), {})
+    model_pred = denoiser(noisy_latents, to_device(timesteps, goal.device), {})
     return (model_pred - noise).square().mean(dim=(1, 2, 3)), model_pred, noisy_latents
 
 
 def perceptual_loss(model_pred, noisy_latents, latents, timesteps, goal):
-    alpha, sigma = objective.to_device(torch.stack(goal.schedule.levels(timesteps)), goal.device)
+    alpha, sigma = to_device(torch.stack(goal.schedule.levels(timesteps)), goal.device)
     z0_pred = estimate_z0(model_pred, noisy_latents, alpha, sigma, "epsilon")
     return goal.perceptual.loss(z0_pred, latents)
 
 
 def training_step(batch, denoiser, goal, step, metrics):
     latents = objective.sample_latents(batch, goal)
-    noise = objective.to_device(batch["noise"], goal.device)
+    noise = to_device(batch["noise"], goal.device)
     timesteps = objective.sample_timesteps(batch["number"], latents, goal)
     errors, *tensors = denoise(denoiser, latents, noise, timesteps, goal)
     goal.guard.watch("diffusion loss", errors, batch["index"])
-    diffusion_loss, lpl_term, gated = errors.mean(), torch.zeros(()), 0
+    diffusion_loss, lpl_terms, gated = errors.mean(), (), 0
     if goal.lpl_applies(step):
         tensors = (*tensors, latents)
-        lpl_term, gated = goal.perceptual_term(perceptual_loss, tensors, timesteps, batch["index"], metrics)
-    loss = goal.total(diffusion_loss, lpl_term, step, metrics)
-    return loss, torch.stack([diffusion_loss, lpl_term, torch.full_like(lpl_term, gated)]).detach()
+        lpl_terms, gated = goal.perceptual_terms(perceptual_loss, tensors, timesteps, batch, metrics)
+    loss = goal.total(diffusion_loss, lpl_terms, step, metrics)
+    return loss, torch.stack([diffusion_loss, *lpl_terms, torch.full_like(diffusion_loss, gated)]).detach()
 
 
 def held_out_step(conditions, latents, noise, timesteps, with_lpl, denoiser, goal):
@@ -155,11 +156,11 @@ def example_batch(denoiser, args, size, dtype):
 
 
 def networks(args, machine):
-    return Networks(None, Edges().to(machine.device), None, LatentSpace())
+    return Networks(None, {"edges": Edges().to(machine.device)}, None, LatentSpace())
 
 
 def main(args, scan, held_out=()):
-    accelerator, gate = run.start_accelerator(args), objective.gate_from_flags(args, t_threshold=500)
+    accelerator, gate = run.start_accelerator(args), perceptual.gate_from_flags(args, t_threshold=500)
     settled = plan.plan_run(args, accelerator, Schedule(args), len(scan.images))
     report = plan.check_data(args, scan, held_out, [], accelerator)
     code = RunCode(build_denoiser, training_step, example_batch, networks)
@@ -173,7 +174,7 @@ def main(args, scan, held_out=()):
 def train(args, images, held_out, settled, accelerator, signals, gate):
     store = {"kind": "none"}, 4, 3, encode_nothing, encode
     data = encoding.fill_caches(flags.encoding_settings(args), images, held_out, accelerator, *store)
-    parts = LatentSpace(), Edges(), None, data.prompt(""), False, gate
+    parts = LatentSpace(), {"edges": Edges()}, None, data.prompt(""), False, gate
     goal = objective.build_objective(args, accelerator, settled, data, *parts)
     denoiser = build_denoiser(args, settled.dtype, accelerator.device)
     settings = optimization.optimizer_settings(args, settled.batch_size)

@@ -1,9 +1,12 @@
 """Random autoencoders and a whole random SDXL pipeline, small enough to be built in a second."""
 
+import json
+
 import torch
 from diffusers import (
     AsymmetricAutoencoderKL,
     AutoencoderKL,
+    AutoencoderTiny,
     EulerDiscreteScheduler,
     FlowMatchEulerDiscreteScheduler,
     SD3Transformer2DModel,
@@ -20,6 +23,8 @@ from transformers import (
     T5Tokenizer,
 )
 
+from lpl_finetuning.base_model import BaseModel, weights_fingerprint
+from lpl_finetuning.networks.latent_classifier import LatentClassifier
 from pretrain.train_tiny_sdxl import build_tokenizers
 
 WORDS = ["a red apple", "a photo of a dog", "the sun", "green leaves", "a blue house by the sea"]
@@ -61,6 +66,37 @@ def autoencoder(kind="sdxl", width=8, groups=4, seed=0, dtype=torch.float32):
                 module.weight.uniform_(0.5, 1.5)
                 module.bias.uniform_(-0.5, 0.5)
     return vae.to(dtype).eval()
+
+
+def tiny_decoder(width=4, channels=4, seed=0, dtype=torch.float32):
+    """A random `AutoencoderTiny` with two blocks in the first stage and one in each other."""
+    torch.manual_seed(seed)
+    tiny = AutoencoderTiny(
+        latent_channels=channels, decoder_block_out_channels=(width,) * 4, num_decoder_blocks=(2, 1, 1, 1),
+        encoder_block_out_channels=(1,) * 4, num_encoder_blocks=(1,) * 4,
+    )  # fmt: skip
+    return tiny.requires_grad_(False).eval().to(dtype)
+
+
+def latent_classifier(dtype=torch.float32, **config):
+    """A random `LatentClassifier` of three stages whose every weight matters."""
+    torch.manual_seed(0)
+    network = LatentClassifier(classes=("a", "b", "c"), block_widths=(8, 16, 24), blocks_per_stage=1, **config)
+    for parameter in network.parameters():  # a new block is its shortcut, and norms are trivial
+        torch.nn.init.normal_(parameter, std=0.3) if parameter.ndim > 1 else parameter.data.uniform_(0.5, 1.5)
+    return network.requires_grad_(False).eval().to(dtype)
+
+
+def save_feature_networks(folder, pipeline, family):
+    """{flag: folder} of a random classifier and a random tiny decoder for a pipeline's latents, with the flags."""
+    base = BaseModel(family, str(pipeline))
+    vae = json.loads((pipeline / "vae" / "config.json").read_text())
+    own = {"latent_channels": vae["latent_channels"], "scaling_factor": vae["scaling_factor"],
+           "shift_factor": vae["shift_factor"] or 0.0, "vae": "its own",
+           "vae_fingerprint": weights_fingerprint(base, "vae")}  # fmt: skip
+    latent_classifier(**own).save_pretrained(folder / "classifier")
+    tiny_decoder(channels=vae["latent_channels"]).save_pretrained(folder / "tiny")
+    return {"--lpl_classifier": folder / "classifier", "--lpl_tiny_decoder": folder / "tiny"}
 
 
 def clip_config(tokenizer, width=16):

@@ -63,6 +63,7 @@ STREAMS = {
     "erasing": 19,
     "erasing_place": 20,
     "classifier_dropout": 21,
+    "lpl_augment": 22,
 }
 
 

@@ -20,7 +20,7 @@ from pathlib import Path
 from lpl_finetuning.base_model import Family, model_file, read_json
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.files import row_of
-from lpl_finetuning.flags import REPOSITORY
+from lpl_finetuning.flags import REPOSITORY, feature_fractions
 from lpl_finetuning.lora_files import LORA_FILE, file_for_others
 from lpl_finetuning.results.metadata import trigger_of
 from lpl_finetuning.sample_prompts import KEYS, entries_of
@@ -70,17 +70,36 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         prediction_type=getattr(args, "prediction_type", None),
         measures=measures,
         measured_from=measured_from,
+        networks=" and of ".join(NETWORKS[network] for network in feature_fractions(args)),
     )
+
+
+NETWORKS = {  # of --lpl_features, in words
+    "decoder": "the VAE's decoder", "rgb": "the VAE's decoder with the decoded picture",
+    "tiny_decoder": "a tiny decoder", "classifier": "a classifier of latents", "latent": "the latents themselves",
+}  # fmt: skip
 
 
 def lpl_rows(args, gate):
     """{setting: value} of the loss, for the card. gate: the `LPLGate`."""
     threshold = "timesteps below" if gate.t_threshold is not None else "noise / signal up to"
+    fractions, several = feature_fractions(args), isinstance(args.lpl_weight, list)
+    auto = args.lpl_weight == "auto" and len(fractions) > 1
+    stages = " ".join(args.lpl_classifier_stages or ["all that the normalization takes"])
     return {
-        "weight": f"auto, {args.lpl_share:g} of the loss" if args.lpl_weight == "auto" else args.lpl_weight,
+        "weight": f"auto, {args.lpl_share:g} of the loss"
+        if args.lpl_weight == "auto"
+        else ", ".join(f"{weight:g}" for weight in args.lpl_weight)
+        if several
+        else args.lpl_weight,
         f"applied at {threshold}": gate.limit,
-        "features": args.lpl_features,
-        "decoder stages": 1 + args.lpl_num_blocks if args.lpl_features != "latent" else None,
+        "features": ", ".join(f"{network} {part:.3g}" if auto else network for network, part in fractions.items()),
+        "decoder stages": 1 + args.lpl_num_blocks if fractions.keys() & {"decoder", "rgb"} else None,
+        "tiny decoder": args.lpl_tiny_decoder if "tiny_decoder" in fractions else None,
+        "tiny decoder stages at most": 1 + args.lpl_num_blocks if "tiny_decoder" in fractions else None,
+        "classifier": args.lpl_classifier if "classifier" in fractions else None,
+        "classifier stages": stages if "classifier" in fractions else None,
+        "flipped, shifted and cut alike": args.lpl_augment or None,
         "normalization": args.lpl_norm_type,
         "gradient through its deviation": args.lpl_norm_gradient if args.lpl_norm_gradient != "none" else None,
         "loss": args.lpl_loss_type,
@@ -406,6 +425,7 @@ class Card:
     measured_from: str = "before"
     trigger: str | None = None
     samples: tuple[dict, ...] = ()
+    networks: str = "the VAE's decoder"  # whose features the loss compares
 
 
 def write_card(folder, card):
@@ -484,7 +504,7 @@ def description(card, base, dataset):
         f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else f"a private collection of {images}"
     )
     loss = (
-        f"with the [latent perceptual loss]({PAPER}) (LPL), which compares features of the VAE's decoder for the "
+        f"with the [latent perceptual loss]({PAPER}) (LPL), which compares features of {card.networks} for the "
         "predicted and the true latents"
         if card.lpl
         else "without the latent perceptual loss"

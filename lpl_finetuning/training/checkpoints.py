@@ -427,7 +427,8 @@ class TrainingState:
             if part["auto_weight"].keys() == self.auto_weight.state_dict().keys():
                 self.auto_weight.load_state_dict(part["auto_weight"])
             else:
-                print("An earlier version wrote the checkpoint: the automatic weight of LPL starts from 0 again")
+                print("The checkpoint has the automatic weight of LPL for other --lpl_features, or of an earlier "
+                      "version: it starts from 0 again")  # fmt: skip
         return info["step"]
 
     def _take_settings(self, settings):

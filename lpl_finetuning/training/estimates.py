@@ -13,16 +13,27 @@ import transformers
 import lpl_utils
 from lpl_finetuning.base_model import model_file, read_json
 from lpl_finetuning.files import cache_folder, digest, sha256_of, write_whole
-from lpl_finetuning.training import live_memory, models, objective, optimization, step_memory
+from lpl_finetuning.networks import latent_classifier
+from lpl_finetuning.training import (
+    augmentation,
+    live_memory,
+    models,
+    objective,
+    optimization,
+    perceptual,
+    step_memory,
+)
 from lpl_finetuning.training.live_memory import Peak
 
 LIBRARIES = {library.__name__: library.__version__ for library in (diffusers, peft, torch, transformers)}
-CODE = (live_memory, models, objective, optimization, step_memory, lpl_utils)  # modules that a count runs through
+CODE = (augmentation, latent_classifier, live_memory, models, objective, optimization, perceptual, step_memory,
+        lpl_utils)  # modules that a count runs through  # fmt: skip
 FLAGS = (  # that a count follows from
     "adam_beta1", "aspect_ratio_buckets", "foreach_ema", "gradient_accumulation_steps", "gradient_checkpointing",
-    "init_lora", "lora_alpha", "lora_blocks", "lora_dropout", "lora_layers", "lpl_batch_size", "lpl_checkpointing",
-    "lpl_features", "lpl_loss_type", "lpl_norm_gradient", "lpl_norm_type", "lpl_num_blocks",
-    "lpl_outlier_reference_resolution", "lpl_pow_law", "lpl_remove_outliers", "lpl_scale", "lpl_vae_dtype",
+    "init_lora", "lora_alpha", "lora_blocks", "lora_dropout", "lora_layers", "lpl_augment", "lpl_batch_size",
+    "lpl_checkpointing", "lpl_classifier_stages", "lpl_features", "lpl_loss_type", "lpl_norm_gradient",
+    "lpl_norm_type", "lpl_num_blocks", "lpl_outlier_reference_resolution", "lpl_pow_law", "lpl_remove_outliers",
+    "lpl_scale", "lpl_vae_dtype",
     "max_sequence_length", "noise_offset", "num_validation_images", "offload_ema", "optimizer",
     "precondition_outputs", "prediction_type", "proportion_empty_prompts", "rank", "resolution", "snr_gamma",
     "train_batch_size", "train_text_encoder", "use_8bit_adam", "use_dora", "use_ema", "use_lora", "use_lpl",
@@ -58,7 +69,7 @@ def place_of_count(args, plan, code, machine):
         flags={name: getattr(args, name, None) for name in FLAGS},
         prompts=bool(args.validation_prompt),
         quantization=read_json(quantized) if quantized else None,
-        models=configurations(args.base_model),
+        models=configurations(args.base_model) | network_configurations(args),
         dtype=str(plan.dtype),
         machine=asdict(machine),
         code=sorted(map(sha256_of, files)),
@@ -72,3 +83,9 @@ def configurations(base):
     places = {part: base.place(part) for part in base.models()}
     files = {part: model_file(it.name, "config.json", it.revision, it.subfolder) for part, it in places.items()}
     return {part: file and read_json(file) for part, file in files.items()}
+
+
+def network_configurations(args):
+    """{flag: content of config.json} of the networks of the loss that flags name."""
+    names = {flag: getattr(args, flag) for flag in ("lpl_classifier", "lpl_tiny_decoder")}
+    return {flag: read_json(model_file(name, "config.json")) for flag, name in names.items() if name}

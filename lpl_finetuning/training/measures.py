@@ -20,7 +20,8 @@ from lpl_finetuning.evaluation.generation import start_noise
 from lpl_finetuning.evaluation.models import sampling_scheduler
 from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, load_network
 from lpl_finetuning.evaluation.onestep import OneStepMeter, OneStepSettings, levels_of_schedule, noisy, to_bytes
-from lpl_finetuning.training.objective import autocast, to_device
+from lpl_finetuning.training.objective import autocast
+from lpl_finetuning.training.transfer import to_device
 from lpl_utils import estimate_z0
 
 SAMPLES_AT_ONCE = 1024**2  # pixels

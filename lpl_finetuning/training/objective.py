@@ -18,136 +18,13 @@ from lpl_finetuning.data.samples import (
     stratified_uniform,
 )
 from lpl_finetuning.errors import during
-from lpl_finetuning.flags import framing_rules, settings_from_flags
-from lpl_finetuning.sample_prompts import entries_of
+from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.stages import stage_ended
+from lpl_finetuning.training.augmentation import augment_alike
 from lpl_finetuning.training.guard import Guard
-from lpl_utils import (
-    AutoWeight,
-    DecoderStages,
-    IdentityStages,
-    LatentPerceptualLoss,
-    LatentSpace,
-    LPLConfig,
-    LPLGate,
-    lpl_noise_scale,
-    noise_to_signal,
-)
-
-
-def pinned(tensor, device):
-    """A CPU tensor in memory from which it can be copied to the device while the host goes on."""
-    return tensor.pin_memory() if torch.device(device).type == "cuda" and not tensor.is_pinned() else tensor
-
-
-def to_device(tensor, device, dtype=None):
-    """A CPU tensor on the device; by way of pinned memory on CUDA, so that the host does not wait."""
-    tensor = tensor.to(dtype=dtype)  # before it is pinned: a copy that converts goes by unpinned memory
-    return pinned(tensor, device).to(device, non_blocking=True)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# The perceptual loss, from flags
-
-
-def lpl_config(args):
-    """The `LPLConfig` of the flags. By default one image of 1024 px, or as many pixels, is decoded at a time."""
-    by_default = "stage" if args.gradient_checkpointing else "none"
-    return LPLConfig(
-        norm_type=args.lpl_norm_type,
-        norm_gradient=args.lpl_norm_gradient,
-        loss_type=args.lpl_loss_type,
-        pow_law=args.lpl_pow_law,
-        remove_outliers=args.lpl_remove_outliers,
-        outlier_reference_resolution=args.lpl_outlier_reference_resolution or None,
-        checkpointing=args.lpl_checkpointing or by_default,
-        batch_size=args.lpl_batch_size or max(1, round(1024**2 / math.prod(framing_rules(args).largest_size()))),
-    )
-
-
-def lpl_stages(args, vae):
-    """The `FeatureStages` of --lpl_features. vae: the autoencoder, which latent features do without."""
-    if args.lpl_features == "latent":
-        return IdentityStages(args.base_model.family.pixels_per_latent)
-    return DecoderStages(vae, args.lpl_num_blocks, rgb=args.lpl_features == "rgb")
-
-
-def needs_decoder(args, measured):
-    """Whether a run decodes latents. measured: whether it uses or measures the perceptual loss."""
-    features = measured and args.lpl_features != "latent"
-    return features or bool(entries_of(args)) or args.validation_metrics
-
-
-def gate_from_flags(args, **by_default):
-    """The `LPLGate` of the flags; by_default: the threshold where no flag gives one."""
-    if args.lpl_t_threshold is None and args.lpl_sigma_threshold is None:
-        return LPLGate(**by_default, resolution=args.resolution)
-    return LPLGate(args.lpl_t_threshold, args.lpl_sigma_threshold, args.lpl_threshold_resolution, args.resolution)
-
-
-def lpl_dtype(args, mixed_precision):
-    """The dtype of the decoder in the loss: --lpl_vae_dtype, else bfloat16 under bf16 and float32 otherwise."""
-    name = args.lpl_vae_dtype or ("bfloat16" if mixed_precision == "bf16" else "float32")
-    return getattr(torch, name)
-
-
-class PerceptualTerm:
-    """The latent perceptual loss as a term of the objective: its gate, its weight and its log values.
-
-    Attributes:
-        loss: the `LatentPerceptualLoss`.
-        gate: the `LPLGate`.
-        auto_weight: the `AutoWeight`, or None where --lpl_weight is a number.
-        start: first step (from 0) with the term; None where the loss is measured on held-out images only.
-    """
-
-    def __init__(self, loss, gate, weight=0.0, start=None, noise_scale=False):
-        """
-        Args:
-            weight: a number or an `AutoWeight`.
-            noise_scale: whether each sample is weighted by alpha^2 / (alpha^2 + sigma^2).
-        """
-        self.loss, self.gate, self.start, self.noise_scale = loss, gate, start, noise_scale
-        self.auto_weight = weight if isinstance(weight, AutoWeight) else None
-        self._weight = weight
-
-    def applies(self, step):
-        """Whether the objective has the term at a step, counted from 0."""
-        return self.start is not None and step >= self.start
-
-    def weight(self):
-        """The weight of the term: a number, or a scalar tensor on the device."""
-        return self._weight() if self.auto_weight is not None else float(self._weight)
-
-    def update_weight(self, step, terms, micro_batches, accelerator):
-        """Take a step into the automatic weight.
-
-        Args:
-            terms: (3,) diffusion loss, LPL term and number of gated samples of the average micro-batch of this rank.
-            micro_batches: of the step, on all ranks together.
-        """
-        if self.auto_weight is not None and self.applies(step):
-            diffusion, lpl, gated = accelerator.reduce(terms, "mean")
-            self.auto_weight.update(diffusion, lpl, gated * micro_batches)
-
-    def total(self, output, gated, levels, batch_size, metrics):
-        """(1 / B) * sum over gated samples of s_b * LPL_b: a scalar, divided by the batch size B.
-
-        Args:
-            output: `LPLOutput` of the gated samples, in their order.
-            gated: (b,) their indices in the batch.
-            levels: alpha, sigma of the gated samples, (b,) each, on the CPU.
-            metrics: takes the loss and the share of outliers of every layer.
-        """
-        for layer, values in enumerate(output.per_layer):
-            metrics.add(f"lpl/features/layer_{layer}/loss", values.sum(), len(gated))
-            outliers = (1 - output.inlier_fraction[layer]) * len(gated)
-            metrics.add(f"lpl/features/layer_{layer}/outlier_ratio", outliers, len(gated))
-        per_sample = output.per_sample
-        if self.noise_scale:
-            per_sample = to_device(lpl_noise_scale(*levels), per_sample.device) * per_sample
-        return per_sample.sum() / batch_size
-
+from lpl_finetuning.training.perceptual import PerceptualTerm, build_perceptual_term
+from lpl_finetuning.training.transfer import pinned, to_device
+from lpl_utils import LatentSpace, noise_to_signal
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The objective
@@ -187,7 +64,7 @@ class Objective:
     def stage_names(self):
         """Names of the stages of the perceptual term; () where the objective has none."""
         trains = self.perceptual is not None and self.perceptual.start is not None
-        return tuple(self.perceptual.loss.stages.names) if trains else ()
+        return self.perceptual.loss.stage_names if trains else ()
 
     def resolution(self, latents):
         """Of the images of latents (B, C, h, w): the side in px of a square of the same area."""
@@ -203,46 +80,47 @@ class Objective:
         return gate(timesteps, noise_to_signal(*self.schedule.levels(timesteps)))
 
     @during("computing the perceptual loss")
-    def perceptual_term(self, perceptual_loss, tensors, timesteps, images, metrics):
-        """(perceptual term of a micro-step, a scalar with gradient; number of its gated samples), with bookkeeping.
+    def perceptual_terms(self, perceptual_loss, tensors, timesteps, batch, metrics):
+        """(perceptual term of each network, scalars with gradient; number of gated samples), with bookkeeping.
+
+        Under --lpl_augment the tensors are flipped, shifted and cut alike. The estimate of the clean latents is a
+        linear function of them at each position, so it is augmented just as the clean latents are.
 
         Args:
             perceptual_loss: the script's function (model_pred, noisy_latents, latents, timesteps, objective) ->
-                `LPLOutput`; called with the gated samples only, and not at all where no sample is gated.
+                what `perceptual.loss` returns; called with the gated samples only, and not at all where no sample is
+                gated.
             tensors: (model_pred, noisy_latents, latents), (B, C, h, w) each.
             timesteps: (B,) on the CPU.
-            images: (B,) numbers of the images, for messages.
+            batch: of the loader: numbers of the samples, and of the images for messages.
         """
         gated = self.gated(timesteps, tensors[-1]).nonzero().flatten()
         metrics.add("lpl/num_samples", float(len(gated)))
         metrics.add("lpl/application_ratio", float(len(gated)), len(timesteps))
         if not len(gated):
-            metrics.add("lpl/loss", 0.0)
-            return tensors[-1].new_zeros(()), 0
+            return self.perceptual.nothing(tensors[-1], metrics), 0
         index = to_device(gated, self.device)
         chosen = [tensor.index_select(0, index) for tensor in tensors]
+        if self.perceptual.augments:
+            chosen = augment_alike(chosen, batch["number"][gated.numpy()], self.settings.seed)
         output = perceptual_loss(*chosen, timesteps[gated], self)
-        for name, values in zip(self.perceptual.loss.stages.names, output.per_layer, strict=True):
-            self.guard.watch(f"LPL of the {name}", values, images[gated.numpy()])
+        for name, values in zip(self.perceptual.loss.stage_names, output.per_layer, strict=True):
+            self.guard.watch(f"LPL of the {name}", values, batch["index"][gated.numpy()])
         levels = self.schedule.levels(timesteps[gated])
-        lpl_term = self.perceptual.total(output, gated, levels, len(timesteps), metrics)
-        metrics.add("lpl/loss", lpl_term)
-        return lpl_term, len(gated)
+        return self.perceptual.totals(output, gated, levels, len(timesteps), metrics), len(gated)
 
-    def total(self, diffusion_loss, lpl_term, step, metrics):
-        """diffusion loss + weight * LPL term, a scalar; without the term at steps that have none."""
+    def total(self, diffusion_loss, lpl_terms, step, metrics):
+        """diffusion loss + sum over networks of weight * LPL term, a scalar; without terms at steps that have none."""
         loss = diffusion_loss
         metrics.add("diffusion_loss", diffusion_loss)
         if self.lpl_applies(step):
-            weight = self.perceptual.weight()
-            loss = diffusion_loss + weight * lpl_term
-            metrics.add("lpl/weight", weight)
-            metrics.add("lpl/weighted_loss", weight * lpl_term)
+            weighted = self.perceptual.weighted(lpl_terms, metrics)
+            loss = diffusion_loss + weighted
         metrics.add("train_loss", loss)
         return loss
 
     def update_lpl_weight(self, step, terms, accelerator):
-        """Take a step's (diffusion loss, LPL term, gated samples), (3,) means over micro-steps, into the weight."""
+        """Take a step's diffusion loss, LPL terms and gated samples, means over micro-steps, into the weights."""
         if self.perceptual is not None:
             micro_batches = self.samples_per_step / self.settings.train_batch_size
             self.perceptual.update_weight(step, terms, micro_batches, accelerator)
@@ -254,20 +132,12 @@ def build_objective(args, accelerator, plan, data, space, stages, encoder, empty
     Args:
         plan: the `Plan`; data: the `RunData`.
         space: the `LatentSpace` of the autoencoder's latents.
-        stages: the `FeatureStages` that the loss compares; None where the loss is neither used nor measured.
+        stages: {network: `FeatureStages`} that the loss compares; None where it is neither used nor measured.
         encoder: the autoencoder, where images are encoded in every step; else None.
         empty_prompt: the tensors of the unconditional prompt; empty_is_zero: whether they stand for zeros.
         gate: the `LPLGate`.
     """
     stage_ended("captions and images in the caches; decoder")
-    perceptual = None
-    if stages is not None:
-        loss = LatentPerceptualLoss(stages, lpl_config(args))
-        weight = args.lpl_weight
-        if weight == "auto":
-            weight = AutoWeight(args.lpl_share).to(accelerator.device)
-        start = args.lpl_start if args.use_lpl else None
-        perceptual = PerceptualTerm(loss, gate, weight if args.use_lpl else 0.0, start, args.lpl_scale)
     return Objective(
         settings=settings_from_flags(SampleSettings, args),
         device=accelerator.device,
@@ -280,7 +150,7 @@ def build_objective(args, accelerator, plan, data, space, stages, encoder, empty
         empty_is_zero=empty_is_zero,
         guard=Guard(accelerator, args.max_nonfinite_steps, lambda index: data.images[index].name),
         encoder=encoder,
-        perceptual=perceptual,
+        perceptual=build_perceptual_term(args, stages, gate, accelerator.device) if stages else None,
     )
 
 

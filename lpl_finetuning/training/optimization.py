@@ -217,7 +217,7 @@ class Trainee:
         Args:
             batches: the `Batches` of the run.
         """
-        self.terms = torch.zeros(3, device=self.accelerator.device)
+        self.terms = 0.0
         for index in range(self.settings.gradient_accumulation_steps):
             last = index + 1 == self.settings.gradient_accumulation_steps
             each_time = last or is_sharded(self.accelerator)
@@ -226,10 +226,10 @@ class Trainee:
             batches.make_ahead()
 
     def backward(self, loss, terms=0.0):
-        """The backward pass of a micro-step; adds its (3,) `terms`, if it has any, to the step's means."""
+        """The backward pass of a micro-step; adds its `terms`, a vector if it has any, to the step's means."""
         with during("computing the gradients"):
             self.accelerator.backward(loss)
-        self.terms += terms / self.settings.gradient_accumulation_steps
+        self.terms = self.terms + terms / self.settings.gradient_accumulation_steps
 
     @during("making an optimizer step")
     def step(self, step, wishes, metrics):

@@ -10,9 +10,10 @@ import torch
 
 from lpl_finetuning.errors import RankError
 from lpl_finetuning.files import format_bytes
+from lpl_finetuning.flag_checks import decodes
 from lpl_finetuning.training.checkpoint_folders import list_checkpoints, run_identity
 from lpl_finetuning.training.live_memory import REST, Peak
-from lpl_finetuning.training.objective import lpl_config
+from lpl_finetuning.training.perceptual import lpl_config
 from lpl_finetuning.training.step_memory import AVERAGE, GRADIENTS, STATE, WEIGHTS, highest
 
 SIGNS = ("out of memory", "can't allocate memory", "not enough memory", "_STATUS_ALLOC_FAILED")
@@ -134,7 +135,7 @@ def always_saving(args, accelerator):
 
 def saving_in_a_step(args, accelerator):
     """[(flag, shares)] of the flags that lower what a training step needs; shares: see `saved_bytes`."""
-    batch, decoded = args.train_batch_size, args.use_lpl and args.lpl_features != "latent"
+    batch, decoded = args.train_batch_size, args.use_lpl and decodes(args)
     config = lpl_config(args)
     whole = accelerator.device.type != "cpu" and accelerator.mixed_precision == "no"
     at_once = min(batch, config.batch_size)

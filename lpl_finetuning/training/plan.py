@@ -12,7 +12,14 @@ from lpl_finetuning.data.encoding import in_chunks
 from lpl_finetuning.data.report import build_report, refuse_remarks, report_lines
 from lpl_finetuning.errors import require
 from lpl_finetuning.files import cache_folder, digest, format_bytes, write_whole
-from lpl_finetuning.flags import REPOSITORY, caption_rules, framing_rules, print_configuration
+from lpl_finetuning.flags import (
+    REPOSITORY,
+    caption_rules,
+    feature_fractions,
+    feature_parts,
+    framing_rules,
+    print_configuration,
+)
 from lpl_finetuning.lora_files import file_for_others
 from lpl_finetuning.sample_prompts import entries_of, plan_lines
 from lpl_finetuning.training.checkpoint_folders import changes_since, read_manifest
@@ -20,7 +27,7 @@ from lpl_finetuning.training.checkpoints import checkpoint_to_resume
 from lpl_finetuning.training.estimates import counted_peaks
 from lpl_finetuning.training.live_memory import Peak
 from lpl_finetuning.training.models import lora_config
-from lpl_finetuning.training.objective import lpl_config
+from lpl_finetuning.training.perceptual import lpl_config
 from lpl_finetuning.training.sharding import is_sharded, memory_of_rank, zero_stage
 from lpl_finetuning.training.step_memory import Machine, highest, kept_bytes, latent_size
 from lpl_finetuning.training.validation import HELD_OUT_LEVELS
@@ -226,23 +233,32 @@ def print_models(args, models, how, say):
 
 
 def print_lpl_plan(args, gate, share, hint, stages, shape, say):
-    """Print the gate, weight and stages of the loss.
+    """Print the gate, the weights and the networks of the loss with their stages.
 
     Args:
-        share: of gated samples; hint: the flag that would gate 20 %; shape: (C, h, w) of the latents.
+        share: of gated samples; hint: the flag that would gate 20 %; stages: {network: `FeatureStages`}; shape:
+            (C, h, w) of the latents.
     """
     config = lpl_config(args)
     rule = f"t < {gate.limit:g}" if gate.t_threshold is not None else f"sigma / alpha <= {gate.limit:g}"
-    say(f"LPL: where {rule}, {100 * share:.1f} % of samples; weight {args.lpl_weight}"
+    weight = ", ".join(map(str, args.lpl_weight)) if isinstance(args.lpl_weight, list) else args.lpl_weight
+    sizes = dict.fromkeys(lpl_config(args, network).batch_size for network in stages)
+    dtype = next(each.dtype for each in stages.values())
+    say(f"LPL: where {rule}, {100 * share:.1f} % of samples; weight {weight}"
         + (f" (a share of {args.lpl_share:g} of the loss)" if args.lpl_weight == "auto" else "")
         + f"; {config.norm_type} normalization"
         + (f" ({config.norm_gradient} gradient)" if config.norm_gradient != "none" else "")
-        + f", {config.loss_type}, at most {config.batch_size} samples at a time, checkpointing "
-        f"{config.checkpointing}, {str(stages.dtype)[6:]}")  # fmt: skip
-    with torch.device("meta"), torch.no_grad():
-        shapes = [features.shape[1:] for features in stage_features(stages, torch.zeros(1, *shape))]
-    named = zip(stages.names, shapes, strict=True)
-    say("     features: " + ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in named))
+        + f", {config.loss_type}, at most {' and '.join(map(str, sizes))} samples at a time, checkpointing "
+        f"{config.checkpointing}, {str(dtype)[6:]}" + (", flipped, shifted and cut alike" * args.lpl_augment)
+    )  # fmt: skip
+    fractions = feature_fractions(args)
+    for network, each in stages.items():
+        with torch.device("meta"), torch.no_grad():
+            shapes = [features.shape[1:] for features in stage_features(each, torch.zeros(1, *shape))]
+        named = zip(each.names, shapes, strict=True)
+        part = f" of the {network}" if len(stages) > 1 else ""
+        part += f", {fractions[network]:.3g} of the loss" if len(stages) > 1 and args.lpl_weight == "auto" else ""
+        say(f"     features{part}: " + ", ".join(f"{name} {'x'.join(map(str, shape))}" for name, shape in named))
     if share < 0.02:
         scaled = " without --lpl_threshold_resolution" if args.lpl_threshold_resolution else ""
         say(f"warning: LPL applies to under 2 % of the samples and will hardly matter; {hint}{scaled} would give 20 %")
@@ -331,7 +347,7 @@ def remedies(args):
         found.append(("--offload_ema", {"offload_ema": True}))
     if not args.use_lora and args.optimizer == "adamw" and not args.use_8bit_adam:
         found.append(("--use_8bit_adam", {"use_8bit_adam": True}))
-    if args.use_lpl and args.lpl_features == "decoder" and args.lpl_num_blocks > 3:
+    if args.use_lpl and "decoder" in feature_parts(args) and args.lpl_num_blocks > 3:
         found.append(("--lpl_num_blocks 3", {"lpl_num_blocks": 3}))
     if args.use_lora and not args.bnb_quantization_config_path:
         found.append(("--bnb_quantization_config_path configs/nf4.json", {"bnb_quantization_config_path": NF4}))

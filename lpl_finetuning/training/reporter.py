@@ -14,7 +14,7 @@ import torch
 from tqdm.auto import tqdm
 
 from lpl_finetuning.files import dispensable, row_of
-from lpl_finetuning.flags import SECRETS
+from lpl_finetuning.flags import SECRETS, feature_parts
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
@@ -71,10 +71,17 @@ METRICS = ["train_loss", "diffusion_loss", "grad_norm", "lpl/loss", "lpl/weighte
            "lpl/num_samples", "lpl/application_ratio"]  # fmt: skip
 
 
-def metric_names(stages):
-    """The log keys of a run whose loss has so many stages, in the order of the packed read."""
-    layers = range(stages)
-    return METRICS + [f"lpl/features/layer_{layer}/{what}" for layer in layers for what in ("loss", "outlier_ratio")]
+def metric_names(stages, networks=()):
+    """The log keys of a run, in the order of the packed read.
+
+    Args:
+        stages: number of the stages that the loss compares.
+        networks: names of the networks of the loss; of a single one the keys have no name.
+    """
+    layers, named = range(stages), networks if len(networks) > 1 else ()
+    names = [f"lpl/{network}/{what}" for network in named for what in ("loss", "weight", "weighted_loss")]
+    names += [f"lpl/features/layer_{layer}/{what}" for layer in layers for what in ("loss", "outlier_ratio")]
+    return METRICS + names
 
 
 def public_flags(args):
@@ -131,7 +138,7 @@ def fine_tuning(args, stages):
     kind, loss = "LoRA" if args.use_lora else "full", "with" if args.use_lpl else "without"
     family = args.base_model.family
     title = f"{family.title} {kind} fine-tuning, {loss} LPL"
-    return Subject(title, f"{family.name}-lpl", metric_names(len(stages)), shown_losses,
+    return Subject(title, f"{family.name}-lpl", metric_names(len(stages), [*feature_parts(args)]), shown_losses,
                    functools.partial(plot_run, stages=stages))  # fmt: skip
 
 
@@ -141,7 +148,9 @@ def shown_losses(values):
         return {}
     shown = {"diffusion": f"{values['diffusion_loss']:.4f}", "lr": f"{values['lr']:.1e}"}
     if "lpl/loss" in values:
-        shown |= {"LPL": f"{values['lpl/loss']:.4f}", "share": f"{100 * values.get('lpl/share', 0):.0f} %"}
+        shown |= {"LPL": f"{values['lpl/loss']:.4f}"}
+    if "lpl/weighted_loss" in values:
+        shown |= {"share": f"{100 * values.get('lpl/share', 0):.0f} %"}
     return shown
 
 
@@ -204,8 +213,9 @@ class Reporter:
         now = time.perf_counter()
         read |= values | {"samples_per_second": self.samples / (now - self.since)}
         self.samples, self.since = 0, now
-        if "lpl/weighted_loss" in read:
-            read["lpl/share"] = read["lpl/weighted_loss"] / max(read["train_loss"], 1e-12)
+        for name in [name for name in read if name.endswith("/weighted_loss")]:
+            share = f"{name.removesuffix('weighted_loss')}share"
+            read[share] = read[name] / max(read["train_loss"], 1e-12)
         if self.main:
             self._pass_on(step, read)
 

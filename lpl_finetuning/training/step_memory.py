@@ -21,13 +21,14 @@ from lpl_finetuning.flags import framing_rules
 from lpl_finetuning.stages import no_stages
 from lpl_finetuning.training.live_memory import LiveBytes, Peak, cuda_rules
 from lpl_finetuning.training.models import decode_latents, latent_space, load_vae
-from lpl_finetuning.training.objective import build_objective, lpl_dtype, lpl_stages, needs_decoder, with_noise
+from lpl_finetuning.training.objective import build_objective, with_noise
 from lpl_finetuning.training.optimization import Trainee, optimizer_settings, update_ema
+from lpl_finetuning.training.perceptual import lpl_dtype, lpl_stages, needs_decoder
 from lpl_finetuning.training.reporter import Metrics
 from lpl_utils import LatentSpace, LPLGate
 
 WEIGHTS, GRADIENTS, STATE, AVERAGE = "weights", "gradients", "optimizer state", "EMA"
-FROZEN = "autoencoder"
+FROZEN, FEATURES = "autoencoder", "other networks of the loss"
 
 
 class RunCode(NamedTuple):
@@ -50,13 +51,13 @@ class Networks(NamedTuple):
     """The frozen networks of a step; each may be None.
 
     Attributes:
-        decoder: decodes in the loss and for pictures; stages: `FeatureStages` of the loss.
+        decoder: decodes in the loss and for pictures; stages: {network: `FeatureStages`} of the loss.
         encoder: encodes the images of every step.
         space: the `LatentSpace` of the latents.
     """
 
     decoder: torch.nn.Module
-    stages: object
+    stages: dict
     encoder: torch.nn.Module
     space: LatentSpace
 
@@ -68,7 +69,7 @@ def autoencoder_networks(args, machine):
         vae = load_vae(base, lpl_dtype(args, machine.mixed_precision), machine.device)
     if machine.encodes:
         encoder = load_vae(base, torch.float32, machine.device)
-    return Networks(vae, lpl_stages(args, vae) if args.use_lpl else None, encoder, latent_space(base))
+    return Networks(vae, lpl_stages(args, vae, machine) if args.use_lpl else None, encoder, latent_space(base))
 
 
 @dataclass(frozen=True)
@@ -373,7 +374,11 @@ class NoData:
 def counting_objective(args, plan, code, machine, accelerator, denoiser):
     """(the run's `Objective` with a gate that takes every sample, decoder or None)."""
     networks = code.networks(args, machine)
-    stages = NamedStages(networks.stages, accelerator.counter) if args.use_lpl else None
+    stages = None
+    if args.use_lpl:
+        stages = {name: NamedStages(each, accelerator.counter) for name, each in networks.stages.items()}
+        held = [each.network for each in networks.stages.values() if hasattr(each, "network")]
+        accelerator.counter.hold(FEATURES, [tensor for network in held for tensor in network.parameters()])
     batch = counting_batch(args, plan, code, machine.encodes, denoiser)
     empty = {name: value[0] for name, value in batch.items() if name not in OWN_COLUMNS}
     gate = LPLGate(t_threshold=math.inf)
@@ -439,7 +444,7 @@ def one_step(args, plan, code, trainee, objective, counter):
     batch = counting_batch(args, plan, code, objective.encoder is not None, trainee.bare)
     batch = with_noise(batch, objective)
     metrics, step = Metrics(objective.device), args.lpl_start
-    trainee.terms = torch.zeros(3, device=objective.device)
+    trainee.terms = 0.0
     loss, terms = code.training_step(batch, trainee.denoiser, objective, step, metrics)
     trainee.backward(loss, terms)
     del loss, terms

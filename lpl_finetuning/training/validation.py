@@ -17,9 +17,10 @@ from lpl_finetuning.files import dispensable
 from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.sample_prompts import SamplePrompt, entries_of, scheduler_of
 from lpl_finetuning.training.measures import Measures, MeasureSettings, held_out_batch
-from lpl_finetuning.training.objective import autocast, to_device
+from lpl_finetuning.training.objective import autocast
 from lpl_finetuning.training.reporter import Metrics
 from lpl_finetuning.training.sharding import eval_mode, is_sharded
+from lpl_finetuning.training.transfer import to_device
 
 HELD_OUT_LEVELS = 10  # noise levels at which the held-out loss is measured
 HELD_OUT_SEED = 0  # of the held-out noise: not --seed, so that runs with different seeds can be compared

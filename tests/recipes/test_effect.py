@@ -12,7 +12,7 @@ from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.evaluation.generation import GenerationSettings, generate
 from lpl_finetuning.evaluation.models import find_source, load_pipeline
 from lpl_finetuning.evaluation.picture_sets import read_pictures
-from lpl_finetuning.training import objective, reporter
+from lpl_finetuning.training import perceptual, reporter
 from lpl_finetuning.training.objective import Objective
 from lpl_utils import estimate_z0
 from pretrain.emoji_images import in_domain
@@ -71,7 +71,7 @@ def test_an_arm_is_the_script_and_logs_gradients(flags, tmp_path, monkeypatch):
     rows = {}
     for number in (1.0, 3.0):
         profile = {"edges": [0, 1, 3], "weights": [number, number]}
-        monkeypatch.setattr(objective, "lpl_noise_scale", effect_arm.level_weights(profile))
+        monkeypatch.setattr(perceptual, "lpl_noise_scale", effect_arm.level_weights(profile))
         rows[number] = run(*flags, "--lpl_scale", "--output_dir", tmp_path / str(number))
     for row, same in zip(plain, rows[1.0], strict=True):
         logged = {key: value for key, value in same.items() if not key.startswith("gradient/")}

@@ -136,12 +136,14 @@ def start_and_kill(flags, output_dir, after):
     "kind",
     [
         "--use_lora --lora_dropout 0.3 --use_ema --gradient_accumulation_steps 2",
-        "--random_flip --dataloader_num_workers 2",
+        "--random_flip --dataloader_num_workers 2 --lpl_augment --lpl_features decoder classifier tiny_decoder",
     ],
-    ids=["lora-ema-accumulation", "full-workers"],
+    ids=["lora-ema-accumulation", "full-workers-networks"],
 )
-def test_a_killed_run_goes_on_bit_for_bit(kind, flags, tmp_path):
+def test_a_killed_run_goes_on_bit_for_bit(kind, flags, feature_networks, tmp_path):
     """SIGKILL in mid-epoch, resume: the same weights as a run that was never killed, to the last bit."""
+    if "classifier" in kind:
+        kind += "".join(f" {flag} {folder}" for flag, folder in feature_networks.items())
     flags = [*flags, *kind.split(), "--use_lpl", "--max_train_steps", 12, "--checkpointing_steps", 4]
     flags += ["--checkpoints_total_limit", 2]
     run(*flags, "--output_dir", tmp_path / "whole")
@@ -616,7 +618,7 @@ def test_the_step_reads_nothing_from_the_device(flags, tmp_path, monkeypatch):
     What the host has drawn itself, it may read: which captions are dropped, and which samples get the loss.
     """
     reads, allowed = [], []
-    hosts = {("__bool__", "choose_prompts"), ("nonzero", "perceptual_term"), ("numpy", "perceptual_term")}
+    hosts = {("__bool__", "choose_prompts"), ("nonzero", "perceptual_terms"), ("numpy", "perceptual_terms")}
     for name in ("item", "tolist", "numpy", "cpu", "nonzero", "__array__", "__bool__", "__float__", "__int__",
                  "__index__"):  # fmt: skip
         original = getattr(torch.Tensor, name)
@@ -705,7 +707,10 @@ MISTAKES = [
     ("--lpl_share 1.5", "--lpl_share"),
     ("--lpl_weight -1", "--lpl_weight"),
     ("--lpl_num_blocks 7 --use_lpl", "--lpl_num_blocks is 7; this decoder has 4"),
-    ("--use_lpl --lpl_features latent --lpl_num_blocks 2", "does nothing with --lpl_features latent"),
+    (
+        "--use_lpl --lpl_features latent --lpl_num_blocks 2",
+        "with --lpl_features classifier or latent alone",
+    ),
     ("--lpl_norm_gradient full --lpl_norm_type shared", "--lpl_norm_gradient full is for --lpl_norm_type standard"),
     ("--lpl_threshold_resolution 256", "--lpl_sigma_threshold"),
     ("--rank 0 --use_lora", "--rank"),

@@ -5,9 +5,9 @@ import csv
 import numpy as np
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 
-from pretrain import train_autoencoder
+from pretrain import train_autoencoder, train_tiny_decoder
 from pretrain.adversarial import AdversarialTerm, PatchDiscriminator, adaptive_weight, hinge_loss
 
 
@@ -99,3 +99,23 @@ def test_the_decoder_alone_is_trained_and_resumes(trained, monkeypatch):
     assert all(value.equal(after.state_dict()[name]) for name, value in resumed.state_dict().items())
     rows = list(csv.reader((whole / "progress.csv").open()))
     assert [int(row[0]) for row in rows] == [14002, 14004]
+
+
+def test_a_tiny_decoder_is_distilled_and_resumes(trained, tmp_path, monkeypatch):
+    """A run that was cut after a saved state ends with the weights of a whole run, and the loss falls."""
+    pictures = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)
+    monkeypatch.setattr(train_tiny_decoder, "load_pictures", lambda args: (pictures[2:], pictures[:2]))
+
+    def distil(name, *words):
+        words = ["--vae", trained[0], "--width", 4, "--batch_size", 4, "--steps", 6, "--save_every", 3, *words]
+        train_tiny_decoder.main([str(word) for word in (*words, "--output_dir", tmp_path / name)])
+        return AutoencoderTiny.from_pretrained(tmp_path / name).state_dict()
+
+    whole = distil("whole")
+    distil("cut", "--minutes", 0)
+    assert (tmp_path / "cut" / "progress.csv").read_text().startswith("1,")
+    resumed = distil("cut")
+    assert all(value.equal(whole[name]) for name, value in resumed.items())
+    assert all((value == 0).all() for name, value in whole.items() if name.startswith("encoder."))
+    rows = list(csv.reader((tmp_path / "whole" / "progress.csv").open()))
+    assert [int(row[0]) for row in rows] == [3, 6] and float(rows[1][3]) < float(rows[0][3]), "the feature loss falls"

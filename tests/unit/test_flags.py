@@ -147,6 +147,10 @@ sdxl | --lpl_num_blocks 2 --use_lpl --lpl_features latent | --lpl_features rgb
 sdxl | --lpl_outlier_reference_resolution 512 --use_lpl --lpl_features latent | --lpl_features rgb
 sdxl | --lpl_outlier_reference_resolution 512 --use_lpl --no-lpl_remove_outliers | --lpl_remove_outliers
 sdxl | --lpl_outlier_reference_resolution 512 | --use_lpl
+sdxl | --lpl_classifier x --use_lpl | --lpl_features classifier
+sdxl | --lpl_classifier_stages 1 --use_lpl | --lpl_features classifier
+sdxl | --lpl_tiny_decoder x --use_lpl | --lpl_features tiny_decoder
+sdxl | --lpl_augment --validation_split 3 | --use_lpl
 sdxl | --validation_steps 5 | --validation_prompt apple
 sdxl | --validation_epochs 5 | --validation_split 3
 sdxl | --num_validation_images 2 | --validation_prompt apple

@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 
 from lpl_finetuning.data.labels import Classes, in_words_of_labels
+from lpl_finetuning.data.samples import addressed_rng
 from lpl_finetuning.errors import DataError, UserError
 from lpl_finetuning.networks.latent_classifier import LatentClassifier, ResidualBlock, load_latent_classifier
 from lpl_finetuning.results.classifier_card import accuracy_table, save_classifier
@@ -147,7 +148,7 @@ def test_erasing_replaces_one_rectangle_by_noise():
 
 
 def test_the_area_of_the_rectangle_is_uniform():
-    shares = [rectangle(0, number, (64, 64), 1.0, 0.4).mean() for number in range(300)]
+    shares = [rectangle(addressed_rng(0, number, "erasing_place"), (64, 64), 1.0, 0.4).mean() for number in range(300)]
     assert np.mean(shares) == pytest.approx((SMALLEST_AREA + 0.4) / 2, abs=0.02) and max(shares) < 0.43
 
 

@@ -1308,6 +1308,8 @@ NETWORKS = {
     "norm, scaled, silu": [lambda: TwiceUsed(lambda y: F.silu(y * 2 + 1))],
     "norm, transposed": [lambda: TwiceUsed(lambda y: y.transpose(1, 3)), functools.partial(torch.nn.Linear, 8, 3)],
     "silu alone": [torch.nn.SiLU],
+    "conv, relu, conv": [conv(padding=1), torch.nn.ReLU, conv(padding=1)],
+    "relu in place": [conv(padding=1), functools.partial(torch.nn.ReLU, inplace=True), conv(padding=1)],
 }
 LAYOUTS = {
     "contiguous": lambda x: x,
@@ -1410,6 +1412,12 @@ def test_no_more_is_kept_than_the_input_gradient_needs(layers, maps):
     assert maps * size <= found < maps * size + size // 8
     plain = saved_bytes(network, x, torch.enable_grad())
     assert found < plain or layers == [norm]
+
+
+def test_a_relu_keeps_a_byte_per_element():
+    x = torch.randn(1, 8, 16, 16, dtype=DOUBLE)
+    network = block(conv(padding=1), torch.nn.ReLU, conv(padding=1))
+    assert saved_bytes(network, x, InputGradientOnly()) == x.numel()
 
 
 def test_a_stage_of_the_decoder_keeps_half_as_much_as_under_plain_autograd():

@@ -19,12 +19,10 @@ from lpl_finetuning.training import reporter as reporter_module
 from lpl_finetuning.training.guard import Fault, Guard
 from lpl_finetuning.training.objective import (
     Objective,
-    PerceptualTerm,
     encode_in_chunks,
-    lpl_config,
-    needs_decoder,
 )
 from lpl_finetuning.training.optimization import Outcome, Trainee
+from lpl_finetuning.training.perceptual import PerceptualTerm, lpl_config, needs_decoder
 from lpl_finetuning.training.reporter import Metrics, Reporter, fine_tuning
 from lpl_finetuning.training.signals import STOP_SIGNALS, StopSignals
 from lpl_finetuning.training.validation import Validation
@@ -122,8 +120,9 @@ def new_reporter(tmp_path, clock):
 
     def make(logging_steps):
         args = SimpleNamespace(
-            use_lora=False, use_lpl=True, lpl_weight="auto", output_dir=str(tmp_path), logging_dir="logs",
-            logging_steps=logging_steps, base_model=SimpleNamespace(family=SimpleNamespace(title="SDXL", name="sdxl")),
+            use_lora=False, use_lpl=True, lpl_weight="auto", lpl_features="decoder", output_dir=str(tmp_path),
+            logging_dir="logs", logging_steps=logging_steps,
+            base_model=SimpleNamespace(family=SimpleNamespace(title="SDXL", name="sdxl")),
         )  # fmt: skip
         return Reporter(args, accelerator(), fine_tuning(args, ()), first_step=0, total_steps=2)
 

@@ -31,6 +31,7 @@ from lpl_finetuning.training.checkpoints import kept_if_unwritten, write_error
 from lpl_finetuning.training.guard import Fault, Guard
 from lpl_finetuning.training.plan import print_lpl_plan, print_run, warnings_about
 from lpl_finetuning.training.reporter import History, Reporter
+from lpl_finetuning.training.step_memory import Machine
 from tests.picture_folders import captioned
 from tests.runs import ROOT
 
@@ -153,7 +154,7 @@ def test_the_threshold_that_is_proposed_is_meant_without_scaling(parse, scaled, 
     schedule = train_sd3_lpl_flow.Schedule(args)
     hint = schedule.threshold_for(0.2, by_timestep=False)
     vae = train_sd3_lpl_flow.load_vae(args.base_model, torch.float32, "meta")
-    stages = train_sd3_lpl_flow.lpl_stages(args, vae)
+    stages = train_sd3_lpl_flow.lpl_stages(args, vae, Machine("no"))
     print_lpl_plan(args, gate, schedule.gated_share(gate), hint, stages, (16, 8, 8), said.append)
     told = said[-1]
     assert ("without --lpl_threshold_resolution would give 20 %" in told) == scaled and "would give 20 %" in told
