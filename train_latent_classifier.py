@@ -43,6 +43,7 @@ EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-classifier" / "train.yaml"
 WITHDRAWN = (  # shared flags about captions, denoisers, LoRAs and sampling
     "single_file", "output_name", "metadata_title", "metadata_trigger_phrase", "save_tag_frequency",
     "checkpoints_kohya_format", "use_lora", "rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora",
+    "lora_blocks", "lora_pattern", "lora_type", "lokr_factor",
     "train_text_encoder", "init_lora", "bnb_quantization_config_path", "output_kohya_format", "instance_data_dir",
     "instance_prompt", "caption_column", "caption_from_folder", "caption_per_line", "trigger_word", "shuffle_tags",
     "keep_tags", "tag_shuffles", "proportion_empty_prompts", "gradient_checkpointing", "text_encoder_lr",

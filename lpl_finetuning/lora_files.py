@@ -311,6 +311,23 @@ def pattern_of(part, module):
 # Into a model
 
 
+def alpha_of(config):
+    """The alpha of a PEFT configuration; a layer's change is scaled by alpha / rank."""
+    return config.lora_alpha if hasattr(config, "lora_alpha") else config.alpha
+
+
+def kind_of(config):
+    """LoRA, DoRA, LoHa or LoKr: what a PEFT configuration, or its dictionary, is of."""
+    values = config if isinstance(config, dict) else vars(config)
+    kind = str(getattr(values.get("peft_type"), "value", values.get("peft_type"))).lower()
+    return {"loha": "LoHa", "lokr": "LoKr"}.get(kind, "DoRA" if values.get("use_dora") else "LoRA")
+
+
+def is_adapter(name):
+    """Whether a parameter belongs to an adapter, by its name."""
+    return any(f".{mark}" in name for mark in ("lora_", "lokr_", "hada_"))
+
+
 def adapter_state(model):
     """{PEFT's name: tensor} of a model's adapter."""
     from peft.utils import get_peft_model_state_dict
@@ -339,7 +356,7 @@ def put_lora(flag, part, model, layers, config, dtype):
     except ValueError as error:  # none of the layers is there, or PEFT has no LoRA for it
         raise UserError(f"{fit}: {str(error)[:300]}") from None
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if is_adapter(name):
             parameter.data = parameter.data.to(dtype)
     own = adapter_state(model)
     extra, absent = sorted(layers.keys() - own.keys()), sorted(own.keys() - layers.keys())

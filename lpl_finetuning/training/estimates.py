@@ -20,7 +20,8 @@ LIBRARIES = {library.__name__: library.__version__ for library in (diffusers, pe
 CODE = (live_memory, models, objective, optimization, step_memory, lpl_utils)  # modules that a count runs through
 FLAGS = (  # that a count follows from
     "adam_beta1", "aspect_ratio_buckets", "foreach_ema", "gradient_accumulation_steps", "gradient_checkpointing",
-    "init_lora", "lora_alpha", "lora_blocks", "lora_dropout", "lora_layers", "lpl_batch_size", "lpl_checkpointing",
+    "init_lora", "lora_alpha", "lora_blocks", "lora_dropout", "lora_layers",
+    "lora_pattern", "lora_type", "lokr_factor", "lpl_batch_size", "lpl_checkpointing",
     "lpl_features", "lpl_loss_type", "lpl_norm_gradient", "lpl_norm_type", "lpl_num_blocks",
     "lpl_outlier_reference_resolution", "lpl_pow_law", "lpl_remove_outliers", "lpl_scale", "lpl_vae_dtype",
     "max_sequence_length", "noise_offset", "num_validation_images", "offload_ema", "optimizer",

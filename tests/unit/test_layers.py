@@ -15,7 +15,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("base_model",),
     ("lora_files", "tensor_files", "networks.latent_classifier", "data.conventions", "data.formats", "data.png_files",
      "data.tables", "data.store"),
-    ("data.colours", "data.near_names"),
+    ("adapters", "data.colours", "data.near_names"),
     ("data.images",),
     ("data.samples", "data.findings"),
     ("data.rows",),
@@ -43,7 +43,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("errors", "other_flags", "stages", "yaml_texts", "files", "sample_prompts",
-              "base_model", "lora_files", "families", "start", "flags",
+              "base_model", "lora_files", "adapters", "families", "start", "flags",
               "flag_checks",
               "evaluation.models", "evaluation.verdict", "evaluation.charts", "evaluation.picture_sets",
               "evaluation.report", "evaluation.networks", "evaluation.distances", "evaluation.spectrum",

@@ -171,7 +171,8 @@ def test_dropout_is_the_flags_and_not_the_files(tmp_path):
 
 
 def test_a_new_adapter_is_float32_whatever_the_models_dtype():
-    args = SimpleNamespace(init_lora=None, rank=2, lora_alpha=None, lora_dropout=0.0, use_dora=True)
+    args = SimpleNamespace(init_lora=None, rank=2, lora_alpha=None, lora_dropout=0.0, use_dora=True, lora_type="dora",
+                           lora_blocks=None, lora_pattern=None, base_model=SimpleNamespace(family=SDXL))  # fmt: skip
     models = {"unet": sdxl_pipeline().unet.to(torch.bfloat16)}
     add_adapters(args, models, StableDiffusionXLPipeline, ["to_q"])
     trained = [value for value in models["unet"].parameters() if value.requires_grad]
