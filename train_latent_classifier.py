@@ -123,9 +123,10 @@ from lpl_finetuning.data.labels import Classes
 from lpl_finetuning.data.samples import addressed_rng
 from lpl_finetuning.files import format_bytes
 from lpl_finetuning.networks.latent_classifier import LatentClassifier
-from lpl_finetuning.results.classifier_card import result_dtype, save_classifier, write_classifier_card
+from lpl_finetuning.results.classifier_card import save_classifier, write_classifier_card
 from lpl_finetuning.results.hub import check_access, publish_result
 from lpl_finetuning.results.hub import hub_name as name_on_the_hub
+from lpl_finetuning.tensor_files import save_dtype
 from lpl_finetuning.training.augmentation import erase, shift
 from lpl_finetuning.training.checkpoints import Checkpoints
 from lpl_finetuning.training.classification import ClassifierValidation, classifier_subject
@@ -393,7 +394,7 @@ def train(args, images, held_out, classes, plan, accelerator, signals, hub_name)
     if checkpoints.writes_here:
         with checkpoints.kept_if_unwritten(done), trainee.averaged():
             network = with_full_weights(learner, accelerator.is_main_process).classifier
-            save_classifier(args.output_dir, network, result_dtype(args))
+            save_classifier(args.output_dir, network, save_dtype(args))
     validation.run(done)
     if accelerator.is_main_process:
         write_classifier_card(args, learner.classifier.config, classes, done, plan.batch_size, validation.values,

@@ -53,7 +53,6 @@ class Family:
     check: Callable  # (args, base, {part: config.json}) -> None; UserError for parts and sizes that do not fit
     optional_text_encoders: tuple[str, ...] = ()  # those that a pipeline may lack
     optional_tokenizers: tuple[str, ...] = ()
-    kohya_loras: bool = True  # whether diffusers reads LoRAs of this family in kohya's format
     pixels_per_latent: int = 8  # side of the square of pixels that one latent stands for
     schedulers: tuple[str, ...] = ()  # what the class of the scheduler must begin with; (): no rule
     foreign_schedulers: tuple[str, ...] = ()  # what that class must not begin with
@@ -356,7 +355,7 @@ def is_lora_file(path):
     """Whether a file holds layers of a LoRA: by its tensors, or by its name where they can't be read."""
     try:
         if path.suffix == ".safetensors":
-            return any("lora" in name.lower() for name in tensors_of(path)[0])
+            return any(re.search("lora|lokr|hada_", name.lower()) for name in tensors_of(path)[0])
     except (OSError, ValueError):
         pass
     return re.search("(?<![a-z])lora(?![a-z])", path.name.lower()) is not None

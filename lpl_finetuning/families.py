@@ -193,7 +193,6 @@ SD3 = Family(
     named_when_unused=("attn2",),
     numbered_blocks="transformer_blocks",
     check=check_sd3,
-    kohya_loras=False,
     schedulers=("FlowMatch",),
     special_channels={33: "inpainting"},
     example="stabilityai/stable-diffusion-3.5-medium",

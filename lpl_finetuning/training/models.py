@@ -25,6 +25,7 @@ from lpl_finetuning.adapters import (
 )
 from lpl_finetuning.base_model import read_json, safetensors_of
 from lpl_finetuning.errors import UserError, require
+from lpl_finetuning.kohya_files import nested_clip_name
 from lpl_finetuning.lora_files import (
     ADAPTER,
     LORA_FILE,
@@ -212,11 +213,6 @@ def lora_parts(models):
         part: ({name: value.float() for name, value in adapter_state(model).items()}, lora_config(model))
         for part, model in models.items()
     }
-
-
-def nested_clip_name(name):
-    """Return a name with the "text_model." that other programs expect and transformers 5 drops in `CLIPTextModel`."""
-    return name if name.startswith(("text_model.", "text_projection")) else "text_model." + name
 
 
 def save_lora(folder, parts, pipeline_class):
