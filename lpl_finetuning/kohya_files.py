@@ -95,13 +95,13 @@ def from_kohya(flag, path, tensors, models):
             own = dict(found)
             if third is not None:
                 own = third_of(f"{flag}: {path.name}", layer, found, third)
-            config = getattr(models[part], "config", None)
-            diffusers_order = layer == DIFFUSERS_PREFIX + underscored(module)
-            if part == "transformer" and not diffusers_order and swaps_halves(module, config.num_layers):
-                own = {ending: divided(f"{flag}: {path.name}", layer, value, 2, slice(None, None, -1))
-                       if ending in ROWS else value for ending, value in own.items()}  # fmt: skip
             if own is None:
                 continue
+            if part == "transformer" and swaps_halves(module, models[part].config.num_layers):
+                diffusers_order = layer == DIFFUSERS_PREFIX + underscored(module)  # ComfyUI turns the change itself
+                turned = ("dora_scale",) if diffusers_order else ROWS
+                own |= {ending: divided(f"{flag}: {path.name}", layer, value, 2, slice(None, None, -1))
+                        for ending, value in own.items() if ending in turned}  # fmt: skip
             if "alpha" in own:
                 alphas[part][module] = float(own.pop("alpha"))
             if {"lokr_w1", "lokr_w2"} <= own.keys():

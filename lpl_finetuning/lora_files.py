@@ -26,13 +26,15 @@ UP = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight", "_lora.up.weight",
 DORA_SCALE = ".dora_scale"  # DoRA's magnitudes in kohya's format; some programs give one per input
 PEFT_MAGNITUDE = ".lora_magnitude_vector"  # in PEFT's names
 MAGNITUDE = (PEFT_MAGNITUDE, f"{PEFT_MAGNITUDE}.weight", DORA_SCALE)
-LOHA = tuple(f".hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2"))
-LOKR = tuple(f".lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2"))
+KINDS = {  # of LyCORIS -> endings of their tensors
+    "LoHa": tuple(f".hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+    "LoKr": tuple(f".lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+}
 WHOLE_LAYERS = {  # kind -> for each factor of a layer the endings of tensors that make it, one set of them at least
     "LoHa": ([{".hada_w1_a", ".hada_w1_b"}], [{".hada_w2_a", ".hada_w2_b"}]),
     "LoKr": ([{".lokr_w1"}, {".lokr_w1_a", ".lokr_w1_b"}], [{".lokr_w2"}, {".lokr_w2_a", ".lokr_w2_b"}]),
 }  # fmt: skip
-LORA_ENDINGS = (*DOWN, *UP, *MAGNITUDE, *LOHA, *LOKR, ".lora_B.bias", ".alpha")
+LORA_ENDINGS = (*DOWN, *UP, *MAGNITUDE, *KINDS["LoHa"], *KINDS["LoKr"], ".lora_B.bias", ".alpha")
 DORA_NORM = "lpl_dora_norm"  # in a file's metadata: what the norm is of that divides its dora_scale
 OTHER_KINDS = {  # pattern in a tensor's name -> what such a tensor is of
     r"\.b?oft_|\.boft": "OFT", r"\.lora_mid": "a convolution in three matrices", r"^bundle_emb":
@@ -142,6 +144,10 @@ def check_layers(flag, path, header):
         kind = next((i for i, group in enumerate((DOWN, UP)) if ending in group), ending)
         layers[layer][kind] = tensor["shape"]
     kind = lycoris_kind(header)
+    others = [name for name in header if kind and not name.endswith((*KINDS[kind], DORA_SCALE, ".alpha"))]
+    require(not others, f"{flag}: {path.name} holds layers of a {kind} and {counted(len(others), 'tensor')} of "
+            f"another kind ({first_names(others[:1], len(others))}), which can't be trained together; give a file of "
+            "one kind")  # fmt: skip
     whole = [layer for layer, found in layers.items() if is_whole(found, kind)]
     halves = [layer for layer in layers if layer not in whole]
     require(not halves, f"{flag}: {path.name} has {counted(len(halves), 'layer')} without "
@@ -159,8 +165,7 @@ def check_layers(flag, path, header):
 
 def lycoris_kind(names):
     """LoHa or LoKr, if some of the tensors are of that kind; None of a LoRA."""
-    return next((kind for kind, endings in (("LoHa", LOHA), ("LoKr", LOKR))
-                 if any(name.endswith(endings) for name in names)), None)  # fmt: skip
+    return next((kind for kind, endings in KINDS.items() if any(name.endswith(endings) for name in names)), None)
 
 
 def is_whole(found, kind):
@@ -474,7 +479,7 @@ def put_lora(flag, part, model, layers, config, dtype):
     except ValueError as error:  # none of the layers is there, or PEFT has no LoRA for it
         raise UserError(f"{fit}: {str(error)[:300]}") from None
     if lycoris_kind(layers):
-        take_shapes(fit, model, layers)
+        take_shapes(flag, part, model, layers)
     for name, parameter in model.named_parameters():
         if is_adapter(name):
             parameter.data = parameter.data.to(dtype)
@@ -494,13 +499,13 @@ def put_lora(flag, part, model, layers, config, dtype):
             f"({first_names(wrong)}); the installed peft and diffusers do not fit each other")  # fmt: skip
 
 
-def take_shapes(fit, model, layers):
+def take_shapes(flag, part, model, layers):
     """Give the factors of a LoHa or LoKr the shapes that a file has, where they make a weight of the layer's shape.
 
     A Kronecker product can be divided in many ways, of which PEFT's configuration knows few.
 
     Args:
-        fit: begins the message.
+        flag: begins the message; part: the model's name in the pipeline.
     """
     import torch
 
@@ -522,4 +527,5 @@ def take_shapes(fit, model, layers):
                 layer.get_delta_weight(ADAPTER)
         except (AttributeError, RuntimeError):  # no adapter there, or shapes that do not fit each other
             wrong.append(module)
-    require(not wrong, f"{fit}: {len(wrong)} of its {len(files)} layers have another shape ({first_names(wrong)})")
+    require(not wrong, f"{flag}: it does not fit this model's {part}, give one made for it: {len(wrong)} of its "
+            f"{len(files)} layers have another shape ({first_names(wrong)})")  # fmt: skip

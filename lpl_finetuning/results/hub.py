@@ -503,14 +503,20 @@ def snippet(card, base):
     """Python that loads the result and draws the first prompt."""
     pipeline = card.family.pipeline_class
     loaded = (base or "path/to/the/base/model") if card.lora else card.name
+    merged = card.lora in ("LoHa", "LoKr")  # diffusers does not read these
     lines = [
+        f"# once, in a shell: python -m lpl_finetuning.merge {loaded} {card.name} merged",
+        "",
+    ] * merged
+    loaded = "merged" if merged else loaded
+    lines += [
         "import torch",
         f"from diffusers import {pipeline}",
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         f'pipe = {pipeline}.from_pretrained("{loaded}", dtype=torch.float16).to(device)',
     ]
-    if card.lora:
+    if card.lora and not merged:
         lines.append(f'pipe.load_lora_weights("{card.name}")')
     if card.lora and card.prediction_type:
         config = f'pipe.scheduler.config, prediction_type="{card.prediction_type}"'

@@ -39,7 +39,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("results.metadata",),
     ("results.export", "results.hub", "evaluation.comparison"),
     ("results.classifier_card",),
-    ("publish", "convert", *SCRIPTS),
+    ("publish", "convert", "merge", *SCRIPTS),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("errors", "other_flags", "stages", "yaml_texts", "files", "sample_prompts",

@@ -13,6 +13,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from lpl_finetuning import merge
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SD3, SDXL
 from lpl_finetuning.lora_files import ADAPTER, find_lora, put_lora, read_lora
@@ -68,6 +69,8 @@ def trained():
                 for name, value in model.named_parameters():
                     if "magnitude" in name:
                         value.data *= 1 + torch.rand_like(value)
+                    elif "hada" in name:
+                        value.data.normal_(0, 0.5)
         return made[kind, family]
 
     return build
@@ -132,7 +135,7 @@ def layer_in_file(part, module, model):
 
 def saved(models, folder, kind):
     """The tensors of our file for other programs."""
-    denoiser = next(iter(models.values()))
+    denoiser = models.get("unet") or models["transformer"]
     save_kohya(folder, lora_parts(models), denoiser.config, name="k.safetensors", models=models)
     with safe_open(folder / "k.safetensors", "pt") as file:
         assert f'"{ {"DoRA": "lora"}.get(kind, kind.lower()) }"' in file.metadata()["ss_network_args"]
@@ -239,8 +242,8 @@ def sd3_file(joined, dora=False):
     torch.manual_seed(2)
     transformer = sd3_pipeline(t5=False, sd35=True).transformer
     tensors, changes = {}, {}
-    for module in ("transformer_blocks.1.attn.to_q", "transformer_blocks.1.attn2.to_q", "transformer_blocks.0.attn.add_q_proj",
-                   "norm_out.linear", "transformer_blocks.0.ff.net.2"):  # fmt: skip
+    blocks = ("1.attn.to_q", "1.attn2.to_q", "0.attn.add_q_proj", "0.ff.net.2")
+    for module in (*(f"transformer_blocks.{name}" for name in blocks), "norm_out.linear"):
         weight, name = transformer.get_submodule(module).weight, mmdit_name(module)
         layer = "lora_unet_" + name.replace("qkv.0", "qkv").replace(".", "_")
         thirds = 3 if name.endswith("qkv.0") else 1
@@ -291,6 +294,9 @@ def test_a_projection_of_the_second_text_encoder(tmp_path):
     assert not torch.allclose(*pooled)
 
 
+LOKR = {"lora_unet_x.lokr_w1": [2, 2], "lora_unet_x.lokr_w2": [2, 2]}
+
+
 def test_a_kronecker_product_that_cant_be_divided(tmp_path):
     width = sd3_pipeline(t5=False).transformer.get_submodule("transformer_blocks.0.attn.to_q").weight.shape[1]
     name = "lora_unet_joint_blocks_0_x_block_attn_qkv"
@@ -310,10 +316,10 @@ def test_a_kronecker_product_that_cant_be_divided(tmp_path):
 @pytest.mark.parametrize(
     ("tensors", "told"),
     [
-        ({"lora_unet_x.hada_w1_a": [2, 2], "lora_unet_x.hada_w1_b": [2, 2]}, "1 layer without all the matrices of a LoHa"),
+        ({"lora_unet_x.hada_w1_a": [2, 2], "lora_unet_x.hada_w1_b": [2, 2]}, "without all the matrices of a LoHa"),
         ({"lora_unet_x.lokr_w1": [2, 2], "lora_unet_x.lokr_w2_a": [2, 2]}, "without all the matrices of a LoKr"),
-        ({"lora_unet_x.lokr_w1": [2, 2], "lora_unet_x.lokr_w2": [2, 2], "lora_unet_x.dora_scale": [1, 4]}, "with magnitudes"),
-        ({"lora_unet_x.lokr_w1": [2, 2], "lora_unet_x.lokr_w2": [2, 2]}, "1 of the 1 layers .* are no layers of this model"),
+        (LOKR | {"lora_unet_x.dora_scale": [1, 4]}, "with magnitudes"),
+        (LOKR, "1 of the 1 layers .* are no layers of this model"),
         ({"unet.to_x.lokr_w1": [2, 2], "unet.to_x.lokr_w2": [2, 2]}, "fit this model's unet"),
     ],
     ids=str,
@@ -337,3 +343,50 @@ def test_dropout_and_quantization_of_a_lycoris_file(tmp_path):
                                   "bnb_quantization_config_path": None} | more)  # fmt: skip
         with pytest.raises(UserError, match=told):
             check_init_lora(args, SDXL)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Merging
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """The folder of the tiny SDXL whose weights `models_of` has."""
+    folder = tmp_path_factory.mktemp("base") / "sdxl"
+    pipeline_of(SDXL).save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize(("kind", "strength"), [("DoRA", 1.0), ("LoKr", 0.5)])
+def test_merged_weights_are_those_of_the_formulas(kind, strength, base, trained, tmp_path, capsys):
+    """All layers, text encoders too; nothing else changes, and no adapter is left."""
+    models = trained(kind, SDXL)
+    tensors = saved(models, tmp_path, kind)
+    merge.main([str(base), str(tmp_path / "k.safetensors"), str(tmp_path / "out"), "--strength", str(strength)])
+    assert "2 layers of the text_encoder, 3 layers of the text_encoder_2" in capsys.readouterr().out
+    result = StableDiffusionXLPipeline.from_pretrained(tmp_path / "out")
+    for part, before in models_of(SDXL).items():
+        after = getattr(result, part).state_dict()
+        assert after.keys() == before.state_dict().keys()
+        adapted = adapted_layers(models[part])
+        for name, value in before.state_dict().items():
+            module = name.removesuffix(".weight")
+            if module in adapted and name.endswith(".weight"):
+                value = torch.lerp(value, theirs(tensors, layer_in_file(part, module, models[part]), value), strength)
+            assert torch.allclose(after[name], value, atol=2e-5), name
+
+
+def test_merging_refuses(base, trained, tmp_path):
+    """A folder that is there, a file that fits another model, and numbers that the base model's dtype can't hold."""
+    save_lora(tmp_path, lora_parts(trained("LoKr", SDXL)), StableDiffusionXLPipeline)
+    with pytest.raises(SystemExit):
+        merge.main([str(base), str(tmp_path), str(base)])
+    pipeline = pipeline_of(SDXL)
+    with pytest.raises(UserError, match="of the unet would not be finite numbers"):
+        source = merge.Base(SDXL, str(base), text=str(base))
+        pipeline.unet.half()
+        merge.add_lora(pipeline, source, str(tmp_path), 1e9)
+    sd3_lora, _ = sd3_file(False)
+    save_file(sd3_lora, tmp_path / "sd3.safetensors")
+    with pytest.raises(UserError, match="are no layers of this model"):
+        merge.add_lora(pipeline_of(SDXL), source, str(tmp_path / "sd3.safetensors"), 1.0)
