@@ -358,7 +358,7 @@ def remedies(args):
         found.append(("--use_8bit_adam", {"use_8bit_adam": True}))
     if args.use_lpl and args.lpl_features == "decoder" and args.lpl_num_blocks > 3:
         found.append(("--lpl_num_blocks 3", {"lpl_num_blocks": 3}))
-    if args.use_lora and not args.bnb_quantization_config_path:
+    if args.use_lora and not args.bnb_quantization_config_path and args.lora_type in ("lora", "dora"):
         found.append(("--bnb_quantization_config_path configs/nf4.json", {"bnb_quantization_config_path": NF4}))
     if not args.use_lora:
         found.append(("--use_lora", {"use_lora": True}))

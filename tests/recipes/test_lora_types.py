@@ -12,13 +12,12 @@ from tests import sd3, sdxl
 from tests.runs import assert_resume_is_exact
 
 
-@pytest.mark.parametrize("script", [train_sdxl_lpl], ids=["sdxl"])
-def test_a_lokr_with_patterns_resumes_bit_for_bit(script, flags, tmp_path):
+def test_a_lokr_with_patterns_resumes_bit_for_bit(flags, tmp_path):
     """Under autocast, with LPL, the average and two rates; the patterns are in config.yaml and on the card."""
     patterns = ["attn2=lr:1e-3", r"to_out\.0$=rank:0"]
     flags = [*flags, "--use_lora", "--lora_type", "lokr", "--rank", 2, "--use_lpl", "--use_ema", "--mixed_precision",
              "bf16", "--output_kohya_format", "--lora_pattern", *patterns]  # fmt: skip
-    assert_resume_is_exact(script, flags, tmp_path, steps=2, at=1)
+    assert_resume_is_exact(train_sdxl_lpl, flags, tmp_path, steps=2, at=1)
     recipe = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
     assert recipe["lora_pattern"] == patterns and recipe["lora_type"] == "lokr" and recipe["use_dora"] is False
     card = (tmp_path / "whole" / "README.md").read_text()
@@ -57,8 +56,10 @@ def test_a_loha_of_sd3_is_continued_from_its_file_for_others(sd3_flags, tmp_path
 
 def test_a_dora_for_other_programs_is_continued(flags, tmp_path):
     """The file for ComfyUI has magnitudes of another meaning, which are turned back."""
-    flags = [*flags, "--use_lora", "--lora_layers", "to_q", "--max_train_steps", 1, "--output_kohya_format"]
-    sdxl.run(*flags, "--lora_type", "dora", "--learning_rate", 0.1, "--output_dir", tmp_path / "a")
+    flags = [*flags, "--use_lora", "--max_train_steps", 1, "--output_kohya_format"]
+    sdxl.run(
+        *flags, "--lora_type", "dora", "--lora_layers", "to_q", "--learning_rate", 0.1, "--output_dir", tmp_path / "a"
+    )
     assert any(name.endswith("dora_scale") for name in load_file(tmp_path / "a" / KOHYA_FILE))
     sdxl.run(*flags, "--init_lora", tmp_path / "a" / KOHYA_FILE, "--learning_rate", 0, "--output_dir", tmp_path / "b")
     before, after = load_file(tmp_path / "a" / LORA_FILE), load_file(tmp_path / "b" / LORA_FILE)
