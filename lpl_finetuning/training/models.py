@@ -133,7 +133,7 @@ def leave_inputs_to_autocast(model):
 def compute_products_in_float32(model):
     """Let LoHa and LoKr compute the change of a weight without autocast, from their float32 factors.
 
-    Under autocast PEFT multiplies the factors in half precision, and LoHa's backward pass mixes dtypes.
+    Under autocast PEFT multiplies pairs of matrices in half precision.
     """
     for module in model.modules():
         if isinstance(module, LycorisLayer):

@@ -212,7 +212,7 @@ def test_shapes_that_peft_would_not_choose(tmp_path):
 
 @pytest.mark.parametrize("kind", ["LoHa", "LoKr"])
 def test_under_autocast_the_product_is_float32(kind):
-    """The pass and its gradients; PEFT alone multiplies in bfloat16, and its LoHa can't be differentiated there."""
+    """PEFT alone multiplies a pair of matrices in bfloat16."""
     model = models_of(SDXL)["unet"].bfloat16()
     model.add_adapter(config(kind, ["to_q"]), ADAPTER)
     for name, value in model.named_parameters():
