@@ -79,6 +79,7 @@ def build_parser() -> FlagParser:
     add("--instance_prompt", help="caption of pictures without one")
     add("--caption_column", default="text", help="column of the captions in listings (default: %(default)s)")
     add("--caption_from_folder", action="store_true", help="a folder's name for pictures without a caption")
+    add("--follow_links", action="store_true", help="use pictures outside the folders that links in them lead to")
     add("--on_bad_image", choices=("error", "skip"), default="error", help="leave out unreadable pictures, or stop "
         "(default: %(default)s)")  # fmt: skip
     add = parser.add_argument_group("how pictures are made").add_argument
@@ -240,7 +241,7 @@ def check_held_out(args: Flags, real: Sequence[CaptionedImage], held_out: Sequen
 def scan(args: Flags, flag: str, folder: str, options: dict) -> Sequence[CaptionedImage]:
     """The usable images of a folder; remarks on them are printed."""
     found = scan_folder(folder, flag=flag, caption_column=args.caption_column, on_bad_image=args.on_bad_image,
-                        cache_dir=args.cache_dir, **options)  # fmt: skip
+                        cache_dir=args.cache_dir, follow_links=args.follow_links, **options)  # fmt: skip
     for remark in found.warnings:
         print(f"warning: {flag}: {remark}", file=sys.stderr)
     return found.images

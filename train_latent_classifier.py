@@ -43,6 +43,7 @@ EMBEDDED_DEFAULT = REPOSITORY / "examples" / "tiny-classifier" / "train.yaml"
 WITHDRAWN = (  # shared flags about captions, denoisers, LoRAs and sampling
     "single_file", "output_name", "metadata_title", "metadata_trigger_phrase", "save_tag_frequency",
     "checkpoints_kohya_format", "use_lora", "rank", "lora_alpha", "lora_dropout", "lora_layers", "use_dora",
+    "lora_blocks", "lora_pattern", "lora_type", "lokr_factor",
     "train_text_encoder", "init_lora", "bnb_quantization_config_path", "output_kohya_format", "instance_data_dir",
     "instance_prompt", "caption_column", "caption_from_folder", "caption_per_line", "trigger_word", "shuffle_tags",
     "keep_tags", "tag_shuffles", "proportion_empty_prompts", "gradient_checkpointing", "text_encoder_lr",
@@ -122,9 +123,10 @@ from lpl_finetuning.data.labels import Classes
 from lpl_finetuning.data.samples import addressed_rng
 from lpl_finetuning.files import format_bytes
 from lpl_finetuning.networks.latent_classifier import LatentClassifier
-from lpl_finetuning.results.classifier_card import result_dtype, save_classifier, write_classifier_card
+from lpl_finetuning.results.classifier_card import save_classifier, write_classifier_card
 from lpl_finetuning.results.hub import check_access, publish_result
 from lpl_finetuning.results.hub import hub_name as name_on_the_hub
+from lpl_finetuning.tensor_files import save_dtype
 from lpl_finetuning.training.augmentation import erase, shift
 from lpl_finetuning.training.checkpoints import Checkpoints
 from lpl_finetuning.training.classification import ClassifierValidation, classifier_subject
@@ -393,7 +395,7 @@ def train(args, images, held_out, classes, plan, accelerator, signals, hub_name)
     if checkpoints.writes_here:
         with checkpoints.kept_if_unwritten(done), trainee.averaged():
             network = with_full_weights(learner, accelerator.is_main_process).classifier
-            save_classifier(args.output_dir, network, result_dtype(args))
+            save_classifier(args.output_dir, network, save_dtype(args))
     validation.run(done)
     if accelerator.is_main_process:
         write_classifier_card(args, learner.classifier.config, classes, done, plan.batch_size, validation.values,

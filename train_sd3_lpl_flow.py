@@ -19,6 +19,7 @@ import functools
 import math
 from pathlib import Path
 
+from lpl_finetuning.adapters import check_adapters
 from lpl_finetuning.base_model import check_base_model, lora_layers
 from lpl_finetuning.errors import require
 from lpl_finetuning.families import SD3
@@ -35,7 +36,6 @@ from lpl_finetuning.flags import (
     input_path,
     shift_or_auto,
 )
-from lpl_finetuning.lora_files import check_init_lora
 from lpl_finetuning.results.hub import check_publishing
 from lpl_finetuning.start import early, run_main
 from lpl_finetuning.training.checkpoint_folders import check_resume
@@ -67,7 +67,6 @@ def build_parser():
         help="1 weights the loss by sigma^2: the loss of the estimate of z_0 (default: %(default)s)")  # fmt: skip
     add("--timestep_shift", type=shift_or_auto, metavar="{auto,NUMBER}",
         help="moves noise levels up (default: the scheduler's; auto: that times resolution / 1024)")  # fmt: skip
-    add("--lora_blocks", help="comma-separated numbers of the transformer blocks that get a LoRA (default: all)")
     add_lpl_arguments(parser)
     add_run_arguments(parser, validation_epochs=50)
     return parser
@@ -83,12 +82,9 @@ def parse_args(argv=None):
     require(-1 <= args.mode_scale <= 2 / (math.pi - 2),
             f"--mode_scale is {args.mode_scale}; it must lie between -1 and {2 / (math.pi - 2):.3f}, where noise "
             "levels stay in order")  # fmt: skip
-    require(not (args.lora_blocks and args.init_lora), "--init_lora brings its own --lora_blocks: leave that out")
-    require(not args.lora_blocks or all(word.strip().isdigit() for word in args.lora_blocks.split(",")),
-            f"--lora_blocks {args.lora_blocks}: expected numbers such as 0,1,12")  # fmt: skip
     check_publishing(args)
     args = args.but(base_model=check_base_model(args, SD3))
-    check_init_lora(args, SD3)
+    check_adapters(args, SD3)
     check_resume(args)
     return args
 
@@ -289,14 +285,8 @@ def build_denoiser(args, dtype, device):
 
 
 def lora_targets(args):
-    """Layers of the transformer that get a LoRA: those of --lora_layers in the blocks of --lora_blocks."""
-    layers = lora_layers(args, SD3)
-    if not args.lora_blocks:
-        return layers
-    targets = [f"transformer_blocks.{int(block)}.{layer}" for block in args.lora_blocks.split(",") for layer in layers]
-    last = load_part_config(args.base_model, SD3Transformer2DModel, "transformer")["num_layers"] - 1
-    no_text_output = f"transformer_blocks.{last}.attn.to_add_out"  # the last block hands on no text
-    return [target for target in targets if args.lora_layers or target != no_text_output]
+    """Layers of the transformer that get a LoRA, in the blocks of --lora_blocks."""
+    return lora_layers(args, SD3)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

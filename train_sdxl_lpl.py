@@ -16,6 +16,7 @@ paper, `main` is the loop. Symbols: z_0 clean latents as the UNet sees them, z_t
 import functools
 from pathlib import Path
 
+from lpl_finetuning.adapters import check_adapters
 from lpl_finetuning.base_model import check_base_model, lora_layers
 from lpl_finetuning.errors import require
 from lpl_finetuning.families import SDXL
@@ -31,7 +32,6 @@ from lpl_finetuning.flags import (
     encoding_settings,
     input_path,
 )
-from lpl_finetuning.lora_files import check_init_lora
 from lpl_finetuning.results.hub import check_publishing
 from lpl_finetuning.start import early, run_main
 from lpl_finetuning.training.checkpoint_folders import check_resume
@@ -82,7 +82,7 @@ def parse_args(argv=None):
             f"--timestep_bias_portion is {args.timestep_bias_portion}; it must be above 0 and at most 1")  # fmt: skip
     check_publishing(args)
     args = args.but(base_model=check_base_model(args, SDXL))
-    check_init_lora(args, SDXL)
+    check_adapters(args, SDXL)
     check_resume(args)
     return args
 
@@ -275,7 +275,7 @@ def build_denoiser(args, dtype, device):
 
 
 def lora_targets(args):
-    """Layers of the UNet that get a LoRA."""
+    """Layers of the UNet that get a LoRA, in the blocks of --lora_blocks."""
     return lora_layers(args, SDXL)
 
 

@@ -53,7 +53,6 @@ class Family:
     check: Callable  # (args, base, {part: config.json}) -> None; UserError for parts and sizes that do not fit
     optional_text_encoders: tuple[str, ...] = ()  # those that a pipeline may lack
     optional_tokenizers: tuple[str, ...] = ()
-    kohya_loras: bool = True  # whether diffusers reads LoRAs of this family in kohya's format
     pixels_per_latent: int = 8  # side of the square of pixels that one latent stands for
     schedulers: tuple[str, ...] = ()  # what the class of the scheduler must begin with; (): no rule
     foreign_schedulers: tuple[str, ...] = ()  # what that class must not begin with
@@ -62,6 +61,10 @@ class Family:
     example: str = ""  # a pipeline of the family on the Hub
     missing_part: Mapping[str, str] = field(default_factory=dict)  # required part -> advice where it is missing
     other_scripts: Mapping[str, str] = field(default_factory=dict)  # pipeline of another family -> its script
+    layer_kinds: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # word in --lora_layers -> its layers
+    named_when_unused: tuple[str, ...] = ()  # kinds of layers that the plan names where none of them gets a LoRA
+    lora_blocks: Mapping[str, str] = field(default_factory=dict)  # word in --lora_blocks -> start of modules' names
+    numbered_blocks: str = ""  # what the numbers in --lora_blocks count: start of modules' names
     fixed_flags: tuple[str, ...] = ()  # further flags that a checkpoint can't be resumed with other values of
 
     @property
@@ -352,7 +355,7 @@ def is_lora_file(path):
     """Whether a file holds layers of a LoRA: by its tensors, or by its name where they can't be read."""
     try:
         if path.suffix == ".safetensors":
-            return any("lora" in name.lower() for name in tensors_of(path)[0])
+            return any(re.search("lora|lokr|hada_", name.lower()) for name in tensors_of(path)[0])
     except (OSError, ValueError):
         pass
     return re.search("(?<![a-z])lora(?![a-z])", path.name.lower()) is not None
@@ -704,8 +707,11 @@ def check_lora_layers(args, base):
 
 
 def lora_layers(args, family):
-    """The names in --lora_layers, or by default the family's."""
-    return [name.strip() for name in args.lora_layers.split(",")] if args.lora_layers else family.lora_layers
+    """The names in --lora_layers with those that its words stand for, or by default the family's."""
+    if not args.lora_layers:
+        return family.lora_layers
+    words = [word.strip() for word in args.lora_layers.split(",")]
+    return [layer for word in words for layer in family.layer_kinds.get(word, (word,))]
 
 
 def require_layers(part, wanted, names, flag="--lora_layers"):

@@ -4,6 +4,7 @@ import os
 import sys
 from pathlib import Path
 
+from lpl_finetuning.adapters import block_prefixes
 from lpl_finetuning.base_model import Family, Part, check_channels, model_file, read_object
 from lpl_finetuning.errors import require
 from lpl_finetuning.flags import framing_rules, mixed_precision
@@ -103,6 +104,12 @@ SDXL = Family(
     text_encoders=("text_encoder", "text_encoder_2"),
     tokenizers=("tokenizer", "tokenizer_2"),
     lora_layers=("to_k", "to_q", "to_v", "to_out.0"),
+    layer_kinds={"attention": ("to_k", "to_q", "to_v", "to_out.0"), "feed-forward": ("ff.net.0.proj", "ff.net.2")},
+    lora_blocks={  # style and content of B-LoRA, style and layout of InstantStyle
+        "style": "up_blocks.0.attentions.1",
+        "content": "up_blocks.0.attentions.0",
+        "layout": "down_blocks.2.attentions.1",
+    },
     check=check_sdxl,
     foreign_schedulers=("EDM", "FlowMatch"),
     half_vae="madebyollin/sdxl-vae-fp16-fix",
@@ -132,7 +139,7 @@ def check_sd3(args, base, configs):
             f"{which} takes text of width {width}, the text encoders give {' + '.join(map(str, widths))}"
             f"{f' and {t5}' if t5 else ''}; {belong}")  # fmt: skip
     blocks = config.get("num_layers", 18)
-    wrong = [block for block in (args.lora_blocks or "").split(",") if block.strip() and int(block) >= blocks]
+    wrong = [word for word in block_prefixes(args, SD3) if int(word) >= blocks]
     require(not wrong, f"--lora_blocks {args.lora_blocks}: the transformer has blocks 0 to {blocks - 1}: name some of "
             "them")  # fmt: skip
     check_attention(args, config)
@@ -166,6 +173,8 @@ def check_tokens(args, config):
                 "give less")  # fmt: skip
 
 
+SD3_ATTENTION = ("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_k",
+                 "attn.to_out.0", "attn.to_q", "attn.to_v")  # fmt: skip
 SD3 = Family(
     name="sd3",
     title="SD3",
@@ -179,10 +188,14 @@ SD3 = Family(
     optional_text_encoders=("text_encoder_3",),
     tokenizers=("tokenizer", "tokenizer_2"),
     optional_tokenizers=("tokenizer_3",),
-    lora_layers=("attn.add_k_proj", "attn.add_q_proj", "attn.add_v_proj", "attn.to_add_out", "attn.to_k",
-                 "attn.to_out.0", "attn.to_q", "attn.to_v"),
+    lora_layers=SD3_ATTENTION,
+    layer_kinds={
+        "attention": SD3_ATTENTION, "attn2": ("attn2.to_k", "attn2.to_q", "attn2.to_v", "attn2.to_out.0"),
+        "feed-forward": ("ff.net.0.proj", "ff.net.2", "ff_context.net.0.proj", "ff_context.net.2"),
+    },
+    named_when_unused=("attn2",),
+    numbered_blocks="transformer_blocks",
     check=check_sd3,
-    kohya_loras=False,
     schedulers=("FlowMatch",),
     special_channels={33: "inpainting"},
     example="stabilityai/stable-diffusion-3.5-medium",

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from packaging.version import Version
 
+from lpl_finetuning.adapters import patterns_of
 from lpl_finetuning.base_model import hub_like, read_json
 from lpl_finetuning.data.wrong_source import refuse_no_folder
 from lpl_finetuning.errors import require
@@ -35,7 +36,8 @@ AT_MOST = {  # beyond it is a slip of the finger, which would be noticed late
 }  # fmt: skip
 SHARES = ("proportion_empty_prompts", "lora_dropout", "ema_decay")
 LORA_ONLY = (
-    "rank", "lora_alpha", "lora_layers", "lora_dropout", "use_dora", "train_text_encoder", "init_lora",
+    "rank", "lora_alpha", "lora_layers", "lora_blocks", "lora_pattern", "lora_dropout", "use_dora",
+    "train_text_encoder", "init_lora",
     "output_kohya_format", "bnb_quantization_config_path",
 )  # fmt: skip
 ENDLESS = ("max_grad_norm", "lpl_sigma_threshold")  # may be infinite: no clipping, no gate
@@ -54,7 +56,8 @@ def decodes(args):
 
 DEAD_FLAGS = (  # (flags, when they do nothing, function of the flags that tells whether they work)
     (LORA_ONLY, "without --use_lora", lambda args: args.use_lora),
-    (("lora_blocks",), "without --use_lora", lambda args: args.use_lora),
+    (("lora_type",), "without --use_lora", lambda args: args.use_lora or args.use_dora),
+    (("lokr_factor",), "without --lora_type lokr", lambda args: args.lora_type == "lokr"),
     (("text_encoder_lr",), "without --train_text_encoder", lambda args: args.train_text_encoder),
     (("dataset_config_name",), "without --dataset_name", lambda args: args.dataset_name),
     (("keep_tags", "tag_shuffles"), "without --shuffle_tags", lambda args: args.shuffle_tags),
@@ -314,11 +317,24 @@ def check_lora_flags(args):
     """Flags that make no sense without --use_lora, or together."""
     require(not (args.single_file and args.use_lora),
             "--single_file is for whole models; a LoRA for other programs is --output_kohya_format")  # fmt: skip
-    for name in ("rank", "lora_alpha", "lora_layers", "use_dora"):
-        require(not (args.init_lora and getattr(args, name)), f"--init_lora brings its own --{name}: leave that out")
-    require(not (args.use_dora and args.output_kohya_format),
-            "--use_dora and --output_kohya_format exclude each other: kohya's format can't hold DoRA; "
+    given = [name for name in ("rank", "lora_alpha", "lora_layers", "lora_blocks", "use_dora") if getattr(args, name)]
+    given += ["lora_type"] if args.lora_type in ("loha", "lokr") else []
+    require(not (args.init_lora and given), f"--init_lora brings its own --{(given or [''])[0]}: leave that out")
+    patterns = patterns_of(args)
+    shaped = [pattern.text for pattern in patterns if (pattern.rank, pattern.alpha) != (None, None)]
+    require(not (args.init_lora and shaped), f"--init_lora brings its own rank and alpha, which --lora_pattern "
+            f"{(shaped or [''])[0]} sets too: leave them out; lr alone works")  # fmt: skip
+    kind = args.lora_type
+    require(kind in ("lora", "dora") or not args.lora_dropout,
+            f"--lora_dropout is for lora and dora: with --lora_type {kind} leave it out")  # fmt: skip
+    require(kind in ("lora", "dora") or not args.bnb_quantization_config_path,
+            f"--lora_type {kind} and --bnb_quantization_config_path exclude each other: it is added to whole weights; "
             "leave one out")  # fmt: skip
+    require(args.lokr_factor == -1 or args.lokr_factor > 0,
+            f"--lokr_factor is {args.lokr_factor}; it must be above 0, or -1")  # fmt: skip
+    rates = [pattern.text for pattern in patterns if pattern.lr is not None]
+    require(args.optimizer != "prodigy" or not rates, f"--optimizer prodigy has one step size for all: leave lr out "
+            f"of --lora_pattern {(rates or [''])[0]}")  # fmt: skip
 
 
 def check_quantization(args):

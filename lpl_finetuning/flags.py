@@ -10,6 +10,7 @@ from pathlib import Path
 
 import yaml
 
+from lpl_finetuning.adapters import pattern_text
 from lpl_finetuning.data.encoding import EncodingSettings, vae_identity
 from lpl_finetuning.data.images import INTERPOLATIONS
 from lpl_finetuning.data.samples import CaptionRules, FramingRules
@@ -23,6 +24,7 @@ from lpl_finetuning.yaml_texts import YamlTexts
 REPOSITORY = Path(__file__).resolve().parents[1]
 LR_SCHEDULERS = ("constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial")
 SAVE_DTYPES = ("float32", "bfloat16", "float16")
+LORA_TYPES = ("lora", "dora", "loha", "lokr")
 OPTIMIZERS = ("adamw", "prodigy", "adafactor")
 TRACKERS = ("tensorboard", "wandb", "comet_ml", "all", "none")
 MODEL_OR_DATA = {"pretrained_model_name_or_path", "dataset_name", "train_data_dir", "instance_data_dir"}
@@ -142,7 +144,7 @@ class FlagParser(argparse.ArgumentParser):
             recipe = self.read_recipe(embedded_default) | recipe
             place = embedded_default.relative_to(REPOSITORY)
             print(f"No model and no data named: using the embedded examples, {place}.")
-        values = resolved(self.withdrawn | defaults | recipe | given)
+        values = one_lora_type(resolved(self.withdrawn | defaults | recipe | given), given)
         file = values.get("validation_prompts_file")
         return Flags(values, defaults, given=frozenset(given), prompts=read_prompts_file(file) if file else ())
 
@@ -248,6 +250,23 @@ def resolved(values):
     if values.get("num_validation_images") == 0:
         values |= {"validation_prompt": None, "validation_prompts_file": None, "validation_compare": False}
     return values
+
+
+def one_lora_type(values, given):
+    """{flag: value} in which --use_dora and --lora_type dora say the same; the command line's word counts.
+
+    Args:
+        given: {flag: value} of the command line.
+    """
+    kind, dora = values.get("lora_type", "lora"), values.get("use_dora", False)
+    if ("use_dora" in given) == ("lora_type" in given):
+        require(
+            not dora or kind in ("lora", "dora"), f"--use_dora and --lora_type {kind} exclude each other: give one"
+        )
+        kind = "dora" if dora else kind
+    elif "use_dora" in given:
+        kind = "dora" if dora else ("lora" if kind == "dora" else kind)
+    return values | {"lora_type": kind, "use_dora": kind == "dora"}
 
 
 NOT_IN_RECIPES = ("config", "dry_run", "debug", "local_rank", "resume_from_checkpoint", *SECRETS)
@@ -401,8 +420,18 @@ def add_model_arguments(parser):
     add("--rank", type=int, help="rank of the LoRA (default: 4)")
     add("--lora_alpha", type=float, help="its strength is alpha / rank (default: the rank)")
     add("--lora_dropout", type=float, default=0.0, help="dropout in LoRA layers (default: %(default)s)")
-    add("--lora_layers", help="comma-separated layer names that get a LoRA (default: attention projections)")
-    add("--use_dora", action="store_true", help="learn magnitude and direction apart (DoRA); slower")
+    add("--lora_layers", help="comma-separated layer names that get a LoRA, or kinds of layers: attention, "
+        "feed-forward, for SD3.5 medium attn2 (default: attention)")  # fmt: skip
+    add("--lora_blocks", help="comma-separated blocks whose layers get a LoRA; SDXL: style, content, layout, or names "
+        "such as down_blocks.2; SD3: numbers (default: all)")  # fmt: skip
+    add("--lora_pattern", nargs="+", type=pattern_text, metavar="PATTERN=SETTINGS", help="rank, alpha and learning "
+        'rate of layers that a regular expression is found in: "attn2=rank:8,lr:5e-5"; rank:0 leaves them out; of '
+        "several that fit the last counts")  # fmt: skip
+    add("--lora_type", choices=LORA_TYPES, default="lora", help="lora; dora learns magnitude and direction apart, "
+        "slower; loha and lokr are Hadamard and Kronecker products, as in LyCORIS (default: %(default)s)")  # fmt: skip
+    add("--lokr_factor", type=int, default=-1, help="size of the smaller Kronecker factor of lokr; -1: near the "
+        "square root (default: %(default)s)")  # fmt: skip
+    add("--use_dora", action="store_true", help="the same as --lora_type dora")
     add("--train_text_encoder", action="store_true", help="give the CLIP text encoders a LoRA too")
     add(
         "--init_lora",

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lpl_finetuning.base_model import hub_like, hub_problem, tensors_of, weight_problem
 from lpl_finetuning.errors import UserError, counted, first_names, is_or_are, require
+from lpl_finetuning.kohya_files import KOHYA_STARTS, from_kohya
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
 KOHYA_FILE = "pytorch_lora_weights_kohya.safetensors"  # for other programs, without --output_name
@@ -25,11 +26,19 @@ UP = (".lora_B.weight", ".lora_up.weight", ".lora.up.weight", "_lora.up.weight",
 DORA_SCALE = ".dora_scale"  # DoRA's magnitudes in kohya's format; some programs give one per input
 PEFT_MAGNITUDE = ".lora_magnitude_vector"  # in PEFT's names
 MAGNITUDE = (PEFT_MAGNITUDE, f"{PEFT_MAGNITUDE}.weight", DORA_SCALE)
-LORA_ENDINGS = (*DOWN, *UP, *MAGNITUDE, ".lora_B.bias", ".alpha")
-KOHYA_STARTS = ("lora_unet_", "lora_te")
+KINDS = {  # of LyCORIS -> endings of their tensors
+    "LoHa": tuple(f".hada_{name}" for name in ("w1_a", "w1_b", "w2_a", "w2_b", "t1", "t2")),
+    "LoKr": tuple(f".lokr_{name}" for name in ("w1", "w1_a", "w1_b", "w2", "w2_a", "w2_b", "t2")),
+}
+WHOLE_LAYERS = {  # kind -> for each factor of a layer the endings of tensors that make it, one set of them at least
+    "LoHa": ([{".hada_w1_a", ".hada_w1_b"}], [{".hada_w2_a", ".hada_w2_b"}]),
+    "LoKr": ([{".lokr_w1"}, {".lokr_w1_a", ".lokr_w1_b"}], [{".lokr_w2"}, {".lokr_w2_a", ".lokr_w2_b"}]),
+}  # fmt: skip
+LORA_ENDINGS = (*DOWN, *UP, *MAGNITUDE, *KINDS["LoHa"], *KINDS["LoKr"], ".lora_B.bias", ".alpha")
+DORA_NORM = "lpl_dora_norm"  # in a file's metadata: what the norm is of that divides its dora_scale
 OTHER_KINDS = {  # pattern in a tensor's name -> what such a tensor is of
-    r"\.hada_[wt]": "LoHa", r"\.lokr_": "LoKr", r"\.b?oft_|\.boft": "OFT", r"\.lora_mid": "a convolution in three "
-    "matrices", r"^bundle_emb": "an embedding", r"\.diff(_b)?$": "a difference of whole weights", r"\.[wb]_norm$":
+    r"\.b?oft_|\.boft": "OFT", r"\.lora_mid": "a convolution in three matrices", r"^bundle_emb":
+    "an embedding", r"\.diff(_b)?$": "a difference of whole weights", r"\.[wb]_norm$":
     "a norm", r"\.modules_to_save": "whole weights", r"\.[ab][12]\.weight$": "GLoRA", r"\.on_input$": "IA3",
 }  # fmt: skip
 NEW_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT's starting points that change the base model's weights
@@ -58,9 +67,11 @@ def check_init_lora(args, family):
         return
     flag = f"--init_lora {args.init_lora}"
     path = check_lora(flag, args.init_lora, family)
-    dora = path and any(name.endswith(MAGNITUDE) for name in tensors_of(path)[0])
-    require(not (dora and args.output_kohya_format),
-            f"{flag} is a DoRA, which kohya's format can't hold: leave --output_kohya_format out")  # fmt: skip
+    kind = path and lycoris_kind(tensors_of(path)[0])
+    require(not (kind and args.lora_dropout),
+            f"{flag} is a {kind}: --lora_dropout is for LoRA and DoRA, leave it out")  # fmt: skip
+    require(not (kind and args.bnb_quantization_config_path), f"{flag} is a {kind}, which is added to whole weights: "
+            "leave --bnb_quantization_config_path out")  # fmt: skip
 
 
 def check_lora(flag, name, family):
@@ -104,7 +115,7 @@ def check_lora_file(flag, path, family):
     header = tensors_of(path)[0]
     foreign = [name for name in header if not name.endswith(LORA_ENDINGS)]
     kinds = sorted({kind for mark, kind in OTHER_KINDS.items() if any(re.search(mark, n) for n in foreign)})
-    require(kinds or any("lora" in name.lower() for name in header),
+    require(kinds or any("lora" in name.lower() for name in header) or lycoris_kind(header),
             f"{flag}: no LoRA could be read there: {path.name} holds {first_names(list(header)[:1]) or 'no tensors'} "
             "and no layers of a LoRA; a whole model is --pretrained_model_name_or_path")  # fmt: skip
     endings = sorted({re.search(r"[^.]+(\.weight|\.bias)?$", name)[0] for name in foreign})
@@ -117,16 +128,12 @@ def check_lora_file(flag, path, family):
 
 
 def check_family(flag, path, header, family):
-    """Refuse a file whose layers are those of another denoiser, or in a format that is not read for the family."""
+    """Refuse a file whose layers are those of another denoiser."""
     other = {"unet": "transformer", "transformer": "unet"}.get(family.denoiser.name)
     found = [name for name in header if name.startswith(f"{other}.")]
     require(not found, f"{flag}: {path.name} is not a LoRA for {family.title}: {len(found)} of its {len(header)} "
             f"tensors are of a {other}, and {family.title} has a {family.denoiser.name}; give the base model that the "
             "LoRA was made for")  # fmt: skip
-    kohya, beside = any(name.startswith(KOHYA_STARTS) for name in header), path.with_name(LORA_FILE)
-    require(family.kohya_loras or not kohya,
-            f"{flag}: {path.name} is in kohya's format, which is not read for {family.title}; give the LoRA in "
-            f"diffusers' format{f': {beside}' if beside.is_file() else ', called ' + LORA_FILE}")  # fmt: skip
 
 
 def check_layers(flag, path, header):
@@ -136,15 +143,36 @@ def check_layers(flag, path, header):
         layer, ending = split_name(name)
         kind = next((i for i, group in enumerate((DOWN, UP)) if ending in group), ending)
         layers[layer][kind] = tensor["shape"]
-    whole = [layer for layer, found in layers.items() if {0, 1} <= found.keys()]
+    kind = lycoris_kind(header)
+    others = [name for name in header if kind and not name.endswith((*KINDS[kind], DORA_SCALE, ".alpha"))]
+    require(not others, f"{flag}: {path.name} holds layers of a {kind} and {counted(len(others), 'tensor')} of "
+            f"another kind ({first_names(others[:1], len(others))}), which can't be trained together; give a file of "
+            "one kind")  # fmt: skip
+    whole = [layer for layer, found in layers.items() if is_whole(found, kind)]
     halves = [layer for layer in layers if layer not in whole]
-    require(not halves, f"{flag}: {path.name} has {counted(len(halves), 'layer')} without one of the two matrices "
-            f"({first_names(halves)}); download the file again")  # fmt: skip
+    require(not halves, f"{flag}: {path.name} has {counted(len(halves), 'layer')} without "
+            f"{f'all the matrices of a {kind}' if kind else 'one of the two matrices'} ({first_names(halves)}); "
+            "download the file again")  # fmt: skip
+    scaled = [layer for layer in whole if kind and DORA_SCALE in layers[layer]]
+    require(not scaled, f"{flag}: {len(scaled)} of the {len(whole)} layers in {path.name} are a {kind} with "
+            "magnitudes (dora_scale), which can't be trained here; give a file without them")  # fmt: skip
     turned = [layer for layer in whole if DORA_SCALE in layers[layer] and not is_per_output(layers[layer])]
     shape = layers[turned[0]][DORA_SCALE] if turned else None
     require(not turned, f"{flag}: {len(turned)} of the {len(whole)} layers in {path.name} are DoRA with a magnitude "
             f"per input (dora_scale of shape {shape}); only a magnitude per output can be trained here: give a LoRA, "
             "or a DoRA of that kind")  # fmt: skip
+
+
+def lycoris_kind(names):
+    """LoHa or LoKr, if some of the tensors are of that kind; None of a LoRA."""
+    return next((kind for kind, endings in KINDS.items() if any(name.endswith(endings) for name in names)), None)
+
+
+def is_whole(found, kind):
+    """Whether a layer has all its matrices. found: {ending, or 0 and 1 of LoRA's: shape}; kind: see `lycoris_kind`."""
+    if kind is None:
+        return {0, 1} <= found.keys()
+    return all(any(needed <= found.keys() for needed in choices) for choices in WHOLE_LAYERS[kind])
 
 
 def split_name(name):
@@ -209,23 +237,56 @@ def read_lora(flag, path, family, pipeline_class, models):
     try:
         tensors = load_file(path)
         with safe_open(path, "pt") as file:
-            metadata = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+            own = file.metadata() or {}
+            metadata = json.loads(own.get("lora_adapter_metadata", "{}"))
+    except Exception as error:  # a damaged file: many kinds
+        raise unreadable_lora(flag, error) from None
+    kind = lycoris_kind(tensors)
+    if any(name.startswith(KOHYA_STARTS) for name in tensors):
+        lora, alphas = from_kohya(flag, path, tensors, models)
+    elif kind:
+        lora, alphas = by_part(flag, path, tensors, family), defaultdict(dict)
+    else:
+        lora, alphas = from_diffusers(flag, path, tensors, family, pipeline_class, models)
+    for part, layers in lora.items():
+        lora[part] = {name: value.float() for name, value in with_magnitudes(layers).items()} if part in models else {}
+        if DORA_NORM in own and part in models:
+            restore_magnitudes(models[part], lora[part], alphas[part])
+    return {part: (layers, config_of(flag, part, kind, layers, alphas[part], metadata))
+            for part, layers in lora.items()}  # fmt: skip
+
+
+def by_part(flag, path, tensors, family):
+    """{part: {PEFT's name: tensor}} of tensors called part.name, the text encoders' names as PEFT has them."""
+    known, lora = (family.denoiser.name, *family.text_encoders), defaultdict(dict)
+    for name, value in tensors.items():
+        part, _, own = name.partition(".")
+        lora[part][own] = value
+    lost = [name for name in tensors if name.partition(".")[0] not in known]
+    require(not lost, f"{flag}: {len(lost)} of the {len(tensors)} tensors in {path.name} have names of no layer of "
+            f"{family.title} ({first_names(lost[:2], len(lost))}); give a file for {family.title}")  # fmt: skip
+    return lora
+
+
+def from_diffusers(flag, path, tensors, family, pipeline_class, models):
+    """({part: {PEFT's name: tensor}}, {part: {module: alpha}}) of a LoRA in a format that diffusers reads."""
+    try:
         apart = {name: tensors.pop(name) for name in list(tensors) if name.endswith((".alpha", *MAGNITUDE))}
         names = peft_names(tensors, pipeline_class, getattr(models.get("unet"), "config", None))
-    except Exception as error:  # a damaged file, names that diffusers can't follow: many kinds
+    except Exception as error:  # names that diffusers can't follow: many kinds
         raise unreadable_lora(flag, error) from None
     lost = sorted(set(tensors) - set(names))
     require(not lost, f"{flag}: diffusers drops {len(lost)} of the {len(tensors)} matrices in {path.name} "
             f"({first_names(lost[:2], len(lost))}), as it does where a file names layers in two ways; give a LoRA "
             "with one naming")  # fmt: skip
-    known, kohya = (family.denoiser.name, *family.text_encoders), " or kohya's" if family.kohya_loras else ""
+    known = (family.denoiser.name, *family.text_encoders)
     lost = sorted(name for name, (part, _) in names.items() if part not in known)
     require(not lost, f"{flag}: {len(lost)} of the {len(tensors)} matrices in {path.name} have names of no layer of "
-            f"{family.title} ({first_names(lost[:2], len(lost))}); give a LoRA for {family.title} in diffusers' "
-            f"format{kohya}")  # fmt: skip
+            f"{family.title} ({first_names(lost[:2], len(lost))}); give a LoRA for {family.title} in diffusers' or "
+            "kohya's format")  # fmt: skip
     lora, alphas = defaultdict(dict), defaultdict(dict)
     for name, (part, own) in names.items():
-        lora[part][own] = tensors[name].float()
+        lora[part][own] = tensors[name]
     places = {split_name(name)[0]: (part, split_name(own)[0]) for name, (part, own) in names.items()}
     for name, value in apart.items():
         layer, ending = split_name(name)
@@ -233,11 +294,47 @@ def read_lora(flag, path, family, pipeline_class, models):
         if ending == ".alpha":
             alphas[part][module] = float(value)
         else:
-            shape = (1, -1, 1, 1) if lora[part][f"{module}.lora_B.weight"].ndim == 4 else (-1,)
-            lora[part][module + PEFT_MAGNITUDE] = value.float().reshape(shape)
-    return {
-        part: (layers, lora_config_of(flag, part, layers, alphas[part], metadata)) for part, layers in lora.items()
-    }
+            lora[part][module + DORA_SCALE] = value
+    return lora, alphas
+
+
+def with_magnitudes(layers):
+    """The layers with DoRA's magnitudes as PEFT has them: (out,), of convolutions (1, out, 1, 1)."""
+    found = {}
+    for name, value in layers.items():
+        if name.endswith(DORA_SCALE):
+            module = name.removesuffix(DORA_SCALE)
+            shape = (1, -1, 1, 1) if layers[f"{module}.lora_B.weight"].ndim == 4 else (-1,)
+            name, value = module + PEFT_MAGNITUDE, value.reshape(shape)
+        found[name] = value
+    return found
+
+
+def restore_magnitudes(model, layers, alphas):
+    """Turn magnitudes for the norm of the model's weights W, in place, to those for the norm of W + change."""
+    for name in [name for name in layers if name.endswith(PEFT_MAGNITUDE)]:
+        module = name.removesuffix(PEFT_MAGNITUDE)
+        down, up = layers[f"{module}.lora_A.weight"], layers[f"{module}.lora_B.weight"]
+        weight = weight_of(model.get_submodule(module))
+        if not weight.is_meta:
+            ratio = norm_ratio(weight, down, up, alphas.get(module, len(down)) / len(down))
+            layers[name] = layers[name] * ratio.reshape(layers[name].shape).to(layers[name].device)
+
+
+def weight_of(layer):
+    """The weight of a layer in float32, which may be quantized."""
+    from peft.utils.integrations import dequantize_module_weight
+
+    if layer.weight.is_meta or layer.weight.is_floating_point():
+        return layer.weight.detach().float()
+    return dequantize_module_weight(layer).detach().float()
+
+
+def norm_ratio(weight, down, up, scale):
+    """(out,) the norms of W + scale up @ down by those of W, over all inputs of an output."""
+    rows = weight.flatten(1)
+    change = scale * up.to(rows).flatten(1) @ down.to(rows).flatten(1)
+    return (rows + change).norm(dim=1) / rows.norm(dim=1)
 
 
 def peft_names(tensors, pipeline_class, unet_config):
@@ -265,41 +362,67 @@ def peft_names(tensors, pipeline_class, unet_config):
     return names
 
 
-def lora_config_of(flag, part, layers, alphas, metadata):
+def config_of(flag, part, kind, layers, alphas, metadata):
     """The PEFT configuration of a part: the file's, else one made from the shapes and alphas of the layers.
 
     A layer without an alpha has its rank as alpha, in diffusers' format and in kohya's.
 
     Args:
+        kind: see `lycoris_kind`.
         layers: {PEFT's name: tensor}; alphas: {module: alpha}; metadata: {part.field: value} of the file.
     """
-    from peft import LoraConfig
+    from peft import LoHaConfig, LoKrConfig, LoraConfig
 
+    cls = {"LoHa": LoHaConfig, "LoKr": LoKrConfig}.get(kind, LoraConfig)
     own = {name.removeprefix(f"{part}."): value for name, value in metadata.items() if name.startswith(f"{part}.")}
     if own:
-        known = {field.name for field in fields(LoraConfig)}
-        unknown = sorted(name for name, value in own.items() if name not in known and value)
-        require(not unknown, f"{flag}: its configuration of the {part} has {first_names(unknown)}, which the "
-                "installed peft does not know: pip install -U peft")  # fmt: skip
-        config = LoraConfig(**{name: value for name, value in own.items() if name in known})
-        start = str(config.init_lora_weights).lower()
-        require(not start.startswith(NEW_BASE), f"{flag}: it was started with init_lora_weights {start}, which "
-                "changes the base model too, and can't be continued; save it as a plain LoRA")  # fmt: skip
-        config.inference_mode = False
-        config.alpha_pattern |= {pattern_of(part, module): alpha for module, alpha in alphas.items()}
-        return config
-    ranks = {name.removesuffix(".lora_A.weight"): len(value) for name, value in layers.items() if ".lora_A." in name}
+        return config_of_file(flag, part, cls, own, alphas)
+    ranks = ranks_of(layers)
     alphas = {module: alphas.get(module, rank) for module, rank in ranks.items()}
-    rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
-    return LoraConfig(
+    rank, alpha = (Counter(found.values()).most_common(1)[0][0] if found else 1 for found in (ranks, alphas))
+    shape = dict(
         r=rank,
-        lora_alpha=alpha,
         rank_pattern={pattern_of(part, module): own for module, own in ranks.items() if own != rank},
         alpha_pattern={pattern_of(part, module): own for module, own in alphas.items() if own != alpha},
         target_modules=[module.removeprefix("text_model.") for module in ranks],
+    )
+    if kind:
+        return cls(alpha=alpha, **shape)
+    return LoraConfig(
+        lora_alpha=alpha,
         use_dora=any(name.endswith(PEFT_MAGNITUDE) for name in layers),
         lora_bias=any(name.endswith(".lora_B.bias") for name in layers),
+        **shape,
     )
+
+
+def config_of_file(flag, part, cls, own, alphas):
+    """The PEFT configuration that a file has of a part. own: {field: value}; alphas: {module: alpha}."""
+    known = {field.name for field in fields(cls)}
+    unknown = sorted(name for name, value in own.items() if name not in known and value)
+    require(not unknown, f"{flag}: its configuration of the {part} has {first_names(unknown)}, which the "
+            "installed peft does not know: pip install -U peft")  # fmt: skip
+    config = cls(**{name: value for name, value in own.items() if name in known and name != "peft_type"})
+    start = str(getattr(config, "init_lora_weights", None)).lower()
+    require(not start.startswith(NEW_BASE), f"{flag}: it was started with init_lora_weights {start}, which "
+            "changes the base model too, and can't be continued; save it as a plain LoRA")  # fmt: skip
+    config.inference_mode = False
+    config.alpha_pattern |= {pattern_of(part, module): alpha for module, alpha in alphas.items()}
+    return config
+
+
+def ranks_of(layers):
+    """{module: rank} of layers under PEFT's names; 1 of a LoKr of two whole matrices."""
+    ranks = {}
+    for name, value in layers.items():
+        module, _, ending = name.partition(".lora_A.")
+        if ending:
+            ranks[module] = len(value)
+        for mark in (".lokr_w1", ".lokr_w1_b", ".lokr_w2_b", ".hada_w1_b"):
+            if name.endswith(mark):
+                module = name.removesuffix(mark)
+                ranks[module] = max(ranks.get(module, 1), 1 if mark == ".lokr_w1" else len(value))
+    return ranks
 
 
 def pattern_of(part, module):
@@ -309,6 +432,23 @@ def pattern_of(part, module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Into a model
+
+
+def alpha_of(config):
+    """The alpha of a PEFT configuration; a layer's change is scaled by alpha / rank."""
+    return config.lora_alpha if hasattr(config, "lora_alpha") else config.alpha
+
+
+def kind_of(config):
+    """LoRA, DoRA, LoHa or LoKr: what a PEFT configuration, or its dictionary, is of."""
+    values = config if isinstance(config, dict) else vars(config)
+    kind = str(getattr(values.get("peft_type"), "value", values.get("peft_type"))).lower()
+    return {"loha": "LoHa", "lokr": "LoKr"}.get(kind, "DoRA" if values.get("use_dora") else "LoRA")
+
+
+def is_adapter(name):
+    """Whether a parameter belongs to an adapter, by its name."""
+    return any(f".{mark}" in name for mark in ("lora_", "lokr_", "hada_"))
 
 
 def adapter_state(model):
@@ -338,8 +478,10 @@ def put_lora(flag, part, model, layers, config, dtype):
         model.add_adapter(config, adapter_name=ADAPTER)
     except ValueError as error:  # none of the layers is there, or PEFT has no LoRA for it
         raise UserError(f"{fit}: {str(error)[:300]}") from None
+    if lycoris_kind(layers):
+        take_shapes(flag, part, model, layers)
     for name, parameter in model.named_parameters():
-        if "lora_" in name:
+        if is_adapter(name):
             parameter.data = parameter.data.to(dtype)
     own = adapter_state(model)
     extra, absent = sorted(layers.keys() - own.keys()), sorted(own.keys() - layers.keys())
@@ -355,3 +497,35 @@ def put_lora(flag, part, model, layers, config, dtype):
     wrong = [name for name, value in adapter_state(model).items() if not (value.cpu() == layers[name].to(dtype)).all()]
     require(not wrong, f"{flag}: {len(wrong)} of the {len(own)} tensors for the {part} did not arrive in the model "
             f"({first_names(wrong)}); the installed peft and diffusers do not fit each other")  # fmt: skip
+
+
+def take_shapes(flag, part, model, layers):
+    """Give the factors of a LoHa or LoKr the shapes that a file has, where they make a weight of the layer's shape.
+
+    A Kronecker product can be divided in many ways, of which PEFT's configuration knows few.
+
+    Args:
+        flag: begins the message; part: the model's name in the pipeline.
+    """
+    import torch
+
+    files = defaultdict(dict)
+    for name, value in layers.items():
+        module, _, factor = name.rpartition(".")
+        files[module][factor] = value
+    wrong = []
+    for module, layer in ((name, module) for name, module in model.named_modules() if name in files):
+        for factor in getattr(layer, "adapter_layer_names", ()):
+            factors = getattr(layer, factor)
+            if factor in files[module]:
+                device = layer.get_base_layer().weight.device
+                factors[ADAPTER] = torch.nn.Parameter(files[module][factor].to(device))
+            elif ADAPTER in factors:
+                del factors[ADAPTER]
+        try:
+            with torch.no_grad():
+                layer.get_delta_weight(ADAPTER)
+        except (AttributeError, RuntimeError):  # no adapter there, or shapes that do not fit each other
+            wrong.append(module)
+    require(not wrong, f"{flag}: it does not fit this model's {part}, give one made for it: {len(wrong)} of its "
+            f"{len(files)} layers have another shape ({first_names(wrong)})")  # fmt: skip

@@ -65,7 +65,7 @@ _ADVICE: dict[str, str | tuple[str, ...]] = dict.fromkeys(
     "network_weights": "use --init_lora", "lora_target_modules": "use --lora_layers",
     "target_modules": "use --lora_layers", "network_train_unet_only": "leave it out: text encoders are trained with "
     "--train_text_encoder only", "network_train_text_encoder_only": "the denoiser is always trained; leave it out",
-    "use_blora": "B-LoRA is not in these scripts; name layers with --lora_layers",
+    "use_blora": "use --lora_blocks style,content",
     "lora_bias": "a LoRA has no biases here; leave it out",
     "lora_blocks": "it is of train_sd3_lpl_flow.py; use --lora_layers",
     "train_text_encoder_ti": "textual inversion is not in these scripts; leave it out",

@@ -20,6 +20,11 @@ NAMES = {name: dtype for dtype, name in DTYPES.items()}
 PIECE = 64 * 2**20  # bytes that are written and hashed at a time
 
 
+def save_dtype(args, default="float32"):
+    """The dtype of --save_dtype for what was trained. default: its name where the flag is not given."""
+    return getattr(torch, args.save_dtype or default)
+
+
 def write_tensors(path, tensors, metadata=None):
     """Write a safetensors file; returns the sha256 of its bytes, hex.
 

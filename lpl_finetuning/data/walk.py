@@ -194,8 +194,8 @@ class FolderWalk:
         """Sentences about folders that were not entered."""
         remarks = []
         for names, one, many in (
-            (self._links, f"is a link to a folder and was not entered{self._advice('it')}",
-             f"are links to folders and were not entered{self._advice('them')}"),
+            (self._links, "is a link to a folder and was not entered; --follow_links enters it",
+             "are links to folders and were not entered; --follow_links enters them"),
             (self._twice, "is a link to a folder that is read under another name, and was not entered again",
              "are links to folders that are read under other names, and were not entered again"),
             (self._closed, "is a folder of the system that can't be read, and was left out",
@@ -205,9 +205,6 @@ class FolderWalk:
                 listed = first_names([os.path.join(self.root, name) for name in sorted(names)])
                 remarks.append(f"{listed} {one if len(names) == 1 else many}.")
         return remarks
-
-    def _advice(self, what: str) -> str:
-        return f"; --follow_links enters {what}" if takes_links(self.flag) else ""
 
     def refuse_links(self, others: list[str]) -> None:
         """Raise a DataError where links lead out of the folder, or shards are compressed.
@@ -221,8 +218,7 @@ class FolderWalk:
             problems.append(DataError(
                 f"{self.flag}: {counted(len(self.outside), 'file')} in {self.root} {lead} out of the folder: "
                 f"{first_names(sorted(self.outside))}.",
-                "Copy what is meant into the folder, or use it where it is with --follow_links."
-                if takes_links(self.flag) else "Copy what is meant into the folder.",
+                "Copy what is meant into the folder, or use it where it is with --follow_links.",
             ))  # fmt: skip
         if self.packed:
             problems.append(DataError(
@@ -233,11 +229,6 @@ class FolderWalk:
         if problems:
             first, *more = problems
             raise DataError(first.problem, " ".join([first.advice, *map(str, more), *others]))
-
-
-def takes_links(flag: str) -> bool:
-    """Whether --follow_links is among the flags of the command whose flag names a folder."""
-    return flag in ("--train_data_dir", "--validation_data_dir")
 
 
 def _broken_link(entry: os.DirEntry) -> str:

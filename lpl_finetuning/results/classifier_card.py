@@ -2,8 +2,6 @@
 
 from pathlib import Path
 
-import torch
-
 from lpl_finetuning.files import follow_umask
 from lpl_finetuning.results.hub import base_licence, hub_name, table
 from lpl_finetuning.training.classification import TOP
@@ -134,8 +132,3 @@ def training_facts(args, steps, images_per_step, images):
         "mirrored": args.random_flip,
         "seed": args.seed,
     }
-
-
-def result_dtype(args):
-    """The dtype of the saved weights."""
-    return getattr(torch, args.save_dtype or "float32")

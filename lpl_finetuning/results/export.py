@@ -9,10 +9,12 @@ A1111 misplaces an upsampler, and diffusers itself loses `add_embedding`. Of SD3
 it reads its own file, which lies beside the kohya file.
 
 diffusers has `convert_state_dict_to_kohya`. It is not used here, because it writes alpha = rank, block names for SD3
-that ComfyUI does not read, and DoRA's vectors under names that no program knows.
+that ComfyUI does not read, and DoRA's vectors under names that no program knows. A DoRA's `dora_scale` is for the
+formula of ComfyUI and Forge, see `magnitude_in_file`; LyCORIS itself divides by another norm.
 """
 
 import functools
+import json
 import math
 import os
 import re
@@ -22,165 +24,41 @@ import torch
 from diffusers import AutoencoderKL, DiffusionPipeline, StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from peft.utils.other import get_pattern_key
 
-from lpl_finetuning.errors import require
+from lpl_finetuning.adapters import layer_of
+from lpl_finetuning.errors import first_names, require
 from lpl_finetuning.files import follow_umask
-from lpl_finetuning.lora_files import KOHYA_FILE, LORA_FILE, file_for_others
+from lpl_finetuning.kohya_files import (
+    DIFFUSERS_PREFIX,
+    KOHYA_PREFIXES,
+    nested_clip_name,
+    original_name,
+    underscored,
+)
+from lpl_finetuning.lora_files import (
+    DORA_NORM,
+    KOHYA_FILE,
+    LORA_FILE,
+    alpha_of,
+    file_for_others,
+    kind_of,
+    norm_ratio,
+    weight_of,
+)
+from lpl_finetuning.original_names import (
+    OPEN_CLIP_PARTS,
+    QKV_THIRD,
+    mmdit_name,
+    replace_all,
+    swaps_halves,
+    unet_name,
+    vae_name,
+)
 from lpl_finetuning.results.metadata import kohya_version, modelspec, tag_key, training_keys
-from lpl_finetuning.tensor_files import sha256_of_tensors, write_tensors
-from lpl_finetuning.training.models import in_dtype, lora_parts, nested_clip_name, save_lora
+from lpl_finetuning.tensor_files import save_dtype, sha256_of_tensors, write_tensors
+from lpl_finetuning.training.models import in_dtype, lora_parts, save_lora
 
-KOHYA_PREFIXES = {
-    "unet": "lora_unet_",
-    "transformer": "lora_unet_",
-    "text_encoder": "lora_te1_",
-    "text_encoder_2": "lora_te2_",
-}
 COMPONENTS = ("unet", "vae", "text_encoder", "text_encoder_2")
 SD3_COMPONENTS = ("transformer", "vae", "text_encoder", "text_encoder_2", "text_encoder_3")
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Original names of the names in diffusers and transformers
-
-UNET_MODULES = {
-    "conv_in": "input_blocks.0.0",
-    "time_embedding.linear_1": "time_embed.0",
-    "time_embedding.linear_2": "time_embed.2",
-    "add_embedding.linear_1": "label_emb.0.0",
-    "add_embedding.linear_2": "label_emb.0.2",
-    "conv_norm_out": "out.0",
-    "conv_out": "out.2",
-}
-UNET_LAYER = re.compile(
-    r"(?:(down|up)_blocks\.(\d+)|mid_block)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
-)
-UNET_PARTS = {
-    "norm1": "in_layers.0",
-    "conv1": "in_layers.2",
-    "time_emb_proj": "emb_layers.1",
-    "norm2": "out_layers.0",
-    "conv2": "out_layers.3",
-    "conv_shortcut": "skip_connection",
-    "conv": "conv",
-}
-MMDIT_MODULES = {
-    "pos_embed.proj": "x_embedder.proj",
-    "time_text_embed.timestep_embedder.linear_1": "t_embedder.mlp.0",
-    "time_text_embed.timestep_embedder.linear_2": "t_embedder.mlp.2",
-    "time_text_embed.text_embedder.linear_1": "y_embedder.mlp.0",
-    "time_text_embed.text_embedder.linear_2": "y_embedder.mlp.2",
-    "context_embedder": "context_embedder",
-    "norm_out.linear": "final_layer.adaLN_modulation.1",
-    "proj_out": "final_layer.linear",
-}
-MMDIT_PARTS = {  # in a block; qkv.0, .1 and .2 are the query, key and value thirds of one layer
-    "norm1.linear": "x_block.adaLN_modulation.1",
-    "attn.to_q": "x_block.attn.qkv.0",
-    "attn.to_k": "x_block.attn.qkv.1",
-    "attn.to_v": "x_block.attn.qkv.2",
-    "attn.norm_q": "x_block.attn.ln_q",
-    "attn.norm_k": "x_block.attn.ln_k",
-    "attn.to_out.0": "x_block.attn.proj",
-    "attn2.to_q": "x_block.attn2.qkv.0",
-    "attn2.to_k": "x_block.attn2.qkv.1",
-    "attn2.to_v": "x_block.attn2.qkv.2",
-    "attn2.norm_q": "x_block.attn2.ln_q",
-    "attn2.norm_k": "x_block.attn2.ln_k",
-    "attn2.to_out.0": "x_block.attn2.proj",
-    "ff.net.0.proj": "x_block.mlp.fc1",
-    "ff.net.2": "x_block.mlp.fc2",
-    "norm1_context.linear": "context_block.adaLN_modulation.1",
-    "attn.add_q_proj": "context_block.attn.qkv.0",
-    "attn.add_k_proj": "context_block.attn.qkv.1",
-    "attn.add_v_proj": "context_block.attn.qkv.2",
-    "attn.norm_added_q": "context_block.attn.ln_q",
-    "attn.norm_added_k": "context_block.attn.ln_k",
-    "attn.to_add_out": "context_block.attn.proj",
-    "ff_context.net.0.proj": "context_block.mlp.fc1",
-    "ff_context.net.2": "context_block.mlp.fc2",
-}
-MMDIT_LAYER = re.compile(r"transformer_blocks\.(\d+)\.(.+)")
-QKV_THIRD = re.compile(r"(.+qkv)[._]([012])(\..+)")  # (layer, third, rest) of a name in original or kohya form
-VAE_PARTS = {
-    "down_blocks.": "down.",
-    ".resnets.": ".block.",
-    "samplers.0.": "sample.",
-    "mid_block.attentions.0.group_norm": "mid.attn_1.norm",
-    "mid_block.attentions.0.to_out.0": "mid.attn_1.proj_out",
-    "mid_block.attentions.0.to_": "mid.attn_1.",
-    "conv_norm_out": "norm_out",
-    "conv_shortcut": "nin_shortcut",
-}
-OPEN_CLIP_PARTS = {
-    "text_model.": "",
-    "embeddings.token_embedding": "token_embedding",
-    "embeddings.position_embedding.weight": "positional_embedding",
-    "encoder.layers.": "transformer.resblocks.",
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
-    "mlp.fc1": "mlp.c_fc",
-    "mlp.fc2": "mlp.c_proj",
-    "self_attn.": "attn.",
-    "q_proj.": "in_proj_",
-    "final_layer_norm": "ln_final",
-    "text_projection.weight": "text_projection",
-}
-
-
-def unet_name(module, config):
-    """Return the original name of a module of the UNet: layers are numbered across blocks, samplers included.
-
-    Args:
-        config: the UNet's configuration.
-    """
-    if module in UNET_MODULES:
-        return UNET_MODULES[module]
-    match = UNET_LAYER.fullmatch(module)
-    part = match and (match[5] if match[3] == "attentions" else UNET_PARTS.get(match[5]))
-    require(part, f"unet.{module} has no place in SDXL's original layout, which other programs read: "
-            "leave --output_kohya_format or --single_file out")  # fmt: skip
-    side, block, kind, layer = match.groups()[:4]
-    layer, slot = int(layer), int(kind == "attentions")  # in a layer, slot 0 is the resnet and slot 1 the transformer
-    if side is None:
-        return f"middle_block.{2 * layer + slot}.{part}"
-    last = config.layers_per_block
-    if kind == "downsamplers":
-        layer, part = last, "op"
-    elif kind == "upsamplers":
-        layer, slot = last, 1 + ("Attn" in config.up_block_types[int(block)])
-    number = int(block) * (last + 1) + layer
-    return f"input_blocks.{1 + number}.{slot}.{part}" if side == "down" else f"output_blocks.{number}.{slot}.{part}"
-
-
-def mmdit_name(module):
-    """Return the original name of a module of SD3's transformer; queries, keys and values end in qkv.0, .1 and .2."""
-    match = MMDIT_LAYER.fullmatch(module)
-    part = MMDIT_PARTS.get(match[2]) if match else MMDIT_MODULES.get(module)
-    require(part, f"transformer.{module} has no place in SD3's original layout, which other programs read: "
-            "leave --output_kohya_format or --single_file out")  # fmt: skip
-    return f"joint_blocks.{match[1]}.{part}" if match else part
-
-
-def to_shift_and_scale(module, value, config):
-    """Return the rows of SD3's `module` in the original order.
-
-    Two modules give scale and shift in diffusers, shift and scale in the original. The rows of other modules stay.
-    """
-    last_context = f"transformer_blocks.{config.num_layers - 1}.norm1_context.linear"
-    return torch.cat(value.chunk(2)[::-1]) if module in ("norm_out.linear", last_context) else value
-
-
-def vae_name(parameter, num_blocks):
-    """Return the original name of a parameter of the autoencoder: up blocks count down, middle resnets from 1."""
-    parameter = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{num_blocks - 1 - int(match[1])}", parameter)
-    parameter = re.sub(r"mid_block\.resnets\.(\d+)", lambda match: f"mid.block_{int(match[1]) + 1}", parameter)
-    return replace_all(parameter, VAE_PARTS)
-
-
-def replace_all(name, parts):
-    """Return `name` with each key of `parts` replaced by its value, in order."""
-    for ours, original in parts.items():
-        name = name.replace(ours, original)
-    return name
 
 
 def write_safetensors(path, tensors, metadata):
@@ -191,46 +69,109 @@ def write_safetensors(path, tensors, metadata):
     os.replace(temporary, path)
 
 
+def to_shift_and_scale(module, value, config):
+    """Return the rows of SD3's `module` in the original order.
+
+    Two modules give scale and shift in diffusers, shift and scale in the original. The rows of other modules stay.
+    """
+    return torch.cat(value.chunk(2)[::-1]) if swaps_halves(module, config.num_layers) else value
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA
 
 
-def kohya_state_dict(parts, denoiser_config):
-    """Return the layers under kohya's names.
+def kohya_state_dict(parts, denoiser_config, models=None):
+    """Return the layers under kohya's names, LoHa and LoKr under those of LyCORIS.
 
-    These are `lora_unet_….lora_down.weight` (r, in), `.lora_up.weight` (out, r) and `.alpha` (), of rank r.
+    Args:
+        denoiser_config: configuration of the UNet or the transformer.
+        models: {part: model} with the adapters; only DoRA needs them.
+
+    Raises:
+        UserError: a layer has no original name.
+    """
+    tensors = {}
+    for part, (layers, config) in parts.items():
+        is_plain = kind_of(config) == "LoRA"
+        for module in dict.fromkeys(layer_of(key) for key in layers):
+            own = {key.removeprefix(f"{module}.").removesuffix(".weight"): value for key, value in layers.items()
+                   if layer_of(key) == module}  # fmt: skip
+            name = kohya_name(part, module, denoiser_config, is_plain)
+            if "lora_A" in own:
+                found = lora_tensors(part, module, own, config, denoiser_config, (models or {}).get(part))
+            else:
+                found = lycoris_tensors(module, own, config)
+            tensors |= {f"{name}.{ending}": value for ending, value in found.items()}
+    return fuse_thirds(tensors)
+
+
+def lora_tensors(part, module, own, config, denoiser_config, model):
+    """{ending: tensor} of a layer of LoRA or DoRA: `lora_down.weight` (r, in), `lora_up.weight` (out, r), `alpha` ().
 
     Programs scale a layer by alpha / r. diffusers loses alphas that differ within a model, so every alpha is
     `lora_alpha`. Where `alpha_pattern` or rank-stabilised LoRA asks for another strength, `lora_up` is multiplied.
 
     Args:
-        denoiser_config: configuration of the UNet or the transformer.
-
-    Raises:
-        UserError: a layer is no plain LoRA, or has no original name.
+        own: {matrix: tensor}; model: with the adapter, for DoRA.
     """
-    tensors = {}
-    for part, (layers, config) in parts.items():
-        for key, value in layers.items():
-            module, _, matrix = key.removesuffix(".weight").rpartition(".")
-            require(matrix in ("lora_A", "lora_B"), f"{part}.{key}: kohya's format holds plain LoRA only; drop "
-                    "--use_dora or --output_kohya_format")  # fmt: skip
-            name = KOHYA_PREFIXES[part] + original_name(part, module, denoiser_config).replace(".", "_")
-            if matrix == "lora_B":
-                alpha = config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), config.lora_alpha)
-                factor = alpha / config.lora_alpha * (math.sqrt(value.shape[1]) if config.use_rslora else 1)
-                value = value if factor == 1 else value * factor
-                value = to_shift_and_scale(module, value, denoiser_config) if part == "transformer" else value
-                tensors[f"{name}.alpha"] = torch.tensor(float(config.lora_alpha))  # read by the CPU only
-            tensors[f"{name}.{'lora_up' if matrix == 'lora_B' else 'lora_down'}.weight"] = value
-    return fuse_thirds(tensors)
+    other = sorted(own.keys() - {"lora_A", "lora_B", "lora_magnitude_vector"})
+    require(not other, f"{part}.{module}: kohya's format has no place for {first_names(other)}; leave "
+            "--output_kohya_format out")  # fmt: skip
+    is_plain = "lora_magnitude_vector" not in own
+    factor = alpha_of_layer(config, module) / config.lora_alpha
+    factor *= math.sqrt(len(own["lora_A"])) if config.use_rslora else 1
+    up = own["lora_B"] if factor == 1 else own["lora_B"] * factor
+    if part == "transformer" and is_plain:
+        up = to_shift_and_scale(module, up, denoiser_config)
+    alpha = torch.tensor(float(config.lora_alpha))  # read by the CPU only
+    found = {"lora_down.weight": own["lora_A"], "lora_up.weight": up, "alpha": alpha}
+    if not is_plain:
+        scale = magnitude_in_file(model, module, own, config)
+        scale = to_shift_and_scale(module, scale, denoiser_config) if part == "transformer" else scale
+        found["dora_scale"] = scale
+    return found
 
 
-def original_name(part, module, denoiser_config):
-    """Return the original name of a module of `part`."""
-    if part == "unet":
-        return unet_name(module, denoiser_config)
-    return mmdit_name(module) if part == "transformer" else nested_clip_name(module)
+def lycoris_tensors(module, own, config):
+    """{ending: tensor} of a layer of LoHa or LoKr. own: {factor: tensor}.
+
+    Programs do not scale a Kronecker product of two whole matrices, so that the first of them has the scale in it.
+    """
+    alpha = alpha_of_layer(config, module)
+    if {"lokr_w1", "lokr_w2"} <= own.keys():
+        rank = config.rank_pattern.get(get_pattern_key(config.rank_pattern, module), config.r)
+        own = own | {"lokr_w1": own["lokr_w1"] * (alpha / rank)}
+    return own | {"alpha": torch.tensor(float(alpha))}
+
+
+def alpha_of_layer(config, module):
+    """The alpha of a module by a PEFT configuration."""
+    return config.alpha_pattern.get(get_pattern_key(config.alpha_pattern, module), alpha_of(config))
+
+
+def kohya_name(part, module, denoiser_config, is_plain):
+    """The name of a layer in a kohya file.
+
+    SD3's layers have their names in diffusers where queries, keys and values can't be joined to one layer: in all
+    kinds but a plain LoRA. ComfyUI reads both.
+    """
+    if part == "transformer" and not is_plain:
+        return DIFFUSERS_PREFIX + underscored(module)
+    return KOHYA_PREFIXES[part] + underscored(original_name(part, module, denoiser_config))
+
+
+def magnitude_in_file(model, module, own, config):
+    """DoRA's magnitudes m of a module for ComfyUI and Forge, (out, 1) or (out, 1, 1, 1).
+
+    PEFT: W' = m V / |V| with V = W + change, norms over all inputs of an output. For a dora_scale with a number per
+    output ComfyUI and Forge compute W' = dora_scale V / |W|. Both are equal with dora_scale = m |W| / |V|.
+    """
+    down, up, magnitude = own["lora_A"], own["lora_B"], own["lora_magnitude_vector"]
+    strength = alpha_of_layer(config, module) / (math.sqrt(len(down)) if config.use_rslora else len(down))
+    weight = weight_of(model.get_submodule(module).get_base_layer())
+    ratio = norm_ratio(weight, down, up, strength)
+    return (magnitude.flatten().to(ratio) / ratio).reshape(-1, *[1] * (weight.ndim - 1))
 
 
 def fuse_thirds(tensors):
@@ -256,7 +197,7 @@ def fuse_thirds(tensors):
     return tensors
 
 
-def save_kohya(folder, parts, denoiser_config, dtype=torch.float32, name=KOHYA_FILE, about=None):
+def save_kohya(folder, parts, denoiser_config, dtype=torch.float32, name=KOHYA_FILE, about=None, models=None):
     """Write a LoRA for ComfyUI, sd-scripts and (SDXL only) A1111, with hashes of its tensors in the metadata.
 
     Programs that read a whole SD3 take heads of width 64 for granted. For a LoRA they do not, so that the LoRA of a
@@ -267,10 +208,13 @@ def save_kohya(folder, parts, denoiser_config, dtype=torch.float32, name=KOHYA_F
         dtype: of the matrices; alphas are float32.
         name: of the file.
         about: {key: text} for the file's metadata.
+        models: {part: model} with the adapters; only DoRA needs them.
     """
     tensors = {name: value if name.endswith(".alpha") else value.to(dtype)
-               for name, value in kohya_state_dict(parts, denoiser_config).items()}  # fmt: skip
+               for name, value in kohya_state_dict(parts, denoiser_config, models).items()}  # fmt: skip
     ranks = {value.shape[0] for name, value in tensors.items() if "lora_down" in name}
+    for _, config in () if ranks else parts.values():
+        ranks |= {config.r, *config.rank_pattern.values()}
     alphas = {value.item() for name, value in tensors.items() if name.endswith(".alpha")}
     module, version = kohya_version(denoiser_config)
     metadata = {
@@ -280,9 +224,23 @@ def save_kohya(folder, parts, denoiser_config, dtype=torch.float32, name=KOHYA_F
         "ss_network_dim": str(ranks.pop()) if len(ranks) == 1 else "Dynamic",
         "ss_network_alpha": f"{alphas.pop():g}" if len(alphas) == 1 else "Dynamic",
     }
+    metadata |= lycoris_keys(parts)
     sha256 = sha256_of_tensors(tensors)
     metadata |= {"sshs_model_hash": sha256, "modelspec.hash_sha256": f"0x{sha256}"} | (about or {})
     write_safetensors(Path(folder, name), tensors, metadata)
+
+
+def lycoris_keys(parts):
+    """{key: text} that tell programs which kind of LyCORIS' networks a file is of; {} for a plain LoRA."""
+    config = next(iter(parts.values()))[1]
+    kind = kind_of(config)
+    if kind == "LoRA":
+        return {}
+    arguments = {"algo": "lora" if kind == "DoRA" else kind.lower()}
+    arguments |= {"dora_wd": True, "wd_on_output": True} if kind == "DoRA" else {}
+    arguments |= {"factor": config.decompose_factor} if kind == "LoKr" else {}
+    found = {"ss_network_module": "lycoris.kohya", "ss_network_args": json.dumps(arguments)}
+    return found | ({DORA_NORM: "base weight"} if kind == "DoRA" else {})
 
 
 def kohya_exporter(args, images, plan):
@@ -297,8 +255,8 @@ def kohya_exporter(args, images, plan):
         config = next(iter(denoiser.models().values())).config
         about = modelspec(args, config, plan.schedule.prediction_type, is_lora=True)
         about |= training_keys(args, plan, images, step) | tags()
-        dtype = getattr(torch, args.save_dtype or "float32")
-        save_kohya(folder, lora_parts(denoiser.models()), config, dtype, name, about)
+        dtype = save_dtype(args)
+        save_kohya(folder, lora_parts(denoiser.models()), config, dtype, name, about, denoiser.models())
 
     return save
 
@@ -455,7 +413,7 @@ def save_result(args, denoiser, pipeline_class, result_pipeline, images, plan, s
         result_pipeline: function that returns the whole pipeline.
         images: the images that it was trained on; plan: the `Plan`; step: optimizer steps that were made.
     """
-    folder, dtype = Path(args.output_dir), getattr(torch, args.save_dtype or "float32")
+    folder, dtype = Path(args.output_dir), save_dtype(args)
     part, model = next(iter(denoiser.models().items()))
     if args.use_lora:
         parts = lora_parts(denoiser.models())
@@ -469,8 +427,7 @@ def save_result(args, denoiser, pipeline_class, result_pipeline, images, plan, s
     pipeline = result_pipeline()
     if args.single_file:
         about = modelspec(args, model.config, plan.schedule.prediction_type, is_lora=False)
-        half = getattr(torch, args.save_dtype or "float16")
-        save_single_file(pipeline, folder / file_for_others(args), half, about)
+        save_single_file(pipeline, folder / file_for_others(args), save_dtype(args, "float16"), about)
     if dtype != torch.float32:
         pipeline.register_modules(**{part: in_dtype(model, dtype)})
     pipeline.save_pretrained(folder)

@@ -21,7 +21,7 @@ from lpl_finetuning.base_model import Family, model_file, read_json
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.files import row_of
 from lpl_finetuning.flags import REPOSITORY, feature_fractions
-from lpl_finetuning.lora_files import LORA_FILE, file_for_others
+from lpl_finetuning.lora_files import LORA_FILE, file_for_others, kind_of
 from lpl_finetuning.results.metadata import trigger_of
 from lpl_finetuning.sample_prompts import KEYS, entries_of
 from lpl_finetuning.training.checkpoint_folders import output_name_of
@@ -126,6 +126,9 @@ def training_rows(args, steps, images_per_step, lora):
         "file for other programs": file_for_others(args),
         "rank": lora.get("rank"),
         "alpha": lora.get("alpha"),
+        "blocks": args.lora_blocks,
+        "layers": args.lora_layers,
+        "layers with settings of their own": "; ".join(args.lora_pattern or ()) or None,
         "continued from": args.init_lora,
         "EMA": args.use_ema,
         "seed": args.seed,
@@ -133,7 +136,7 @@ def training_rows(args, steps, images_per_step, lora):
 
 
 def lora_facts(folder):
-    """{"kind": LoRA or DoRA, "rank", "alpha"} of the LoRA file in a folder, from its metadata."""
+    """{"kind": LoRA, DoRA, LoHa or LoKr; "rank", "alpha"} of the LoRA file in a folder, from its metadata."""
     from safetensors import safe_open
 
     with safe_open(folder / LORA_FILE, "np") as file:
@@ -143,8 +146,12 @@ def lora_facts(folder):
         found = {value for name, value in config.items() if name.rpartition(".")[2] == field}
         return ", ".join(f"{value:g}" for value in sorted(found)) or None
 
-    dora = any(value for name, value in config.items() if name.endswith(".use_dora"))
-    return {"kind": "DoRA" if dora else "LoRA", "rank": values("r"), "alpha": values("lora_alpha")}
+    parts = {name.partition(".")[0] for name in config}
+    own = [{name.partition(".")[2]: value for name, value in config.items() if name.startswith(f"{part}.")}
+           for part in parts]  # fmt: skip
+    kinds = {kind_of(each) for each in own} | {"LoRA"}
+    kind = next(kind for kind in ("LoKr", "LoHa", "DoRA", "LoRA") if kind in kinds)
+    return {"kind": kind, "rank": values("r"), "alpha": values("lora_alpha") or values("alpha")}
 
 
 MEASURES = {  # log keys of --validation_metrics -> their names on the card
@@ -516,14 +523,20 @@ def snippet(card, base):
     """Python that loads the result and draws the first prompt."""
     pipeline = card.family.pipeline_class
     loaded = (base or "path/to/the/base/model") if card.lora else card.name
+    merged = card.lora in ("LoHa", "LoKr")  # diffusers does not read these
     lines = [
+        f"# once, in a shell: python -m lpl_finetuning.merge {loaded} {card.name} merged",
+        "",
+    ] * merged
+    loaded = "merged" if merged else loaded
+    lines += [
         "import torch",
         f"from diffusers import {pipeline}",
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
         f'pipe = {pipeline}.from_pretrained("{loaded}", dtype=torch.float16).to(device)',
     ]
-    if card.lora:
+    if card.lora and not merged:
         lines.append(f'pipe.load_lora_weights("{card.name}")')
     if card.lora and card.prediction_type:
         config = f'pipe.scheduler.config, prediction_type="{card.prediction_type}"'

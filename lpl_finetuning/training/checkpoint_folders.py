@@ -340,12 +340,17 @@ def check_identity(args, folder):
     )
 
 
+NEWER_FLAGS = {  # flags that older checkpoints do not have -> what their runs did
+    "lora_blocks": None, "lora_pattern": None, "lora_type": "lora", "lokr_factor": -1,
+}  # fmt: skip
+
+
 def differs(key, found, value):
     """Whether an entry of a checkpoint's identity shows that it belongs to another run."""
     if key == "base_weights":  # weights on the Hub and weights in a folder can't be compared
         before = found.get(key) or ""
         return bool(value) and before.partition(":")[0] == value.partition(":")[0] and before != value
-    return found.get(key) != value
+    return found.get(key, NEWER_FLAGS.get(key)) != value
 
 
 def named_folder(args):
@@ -406,9 +411,12 @@ def run_identity(args):
     names += args.base_model.family.fixed_flags
     if args.use_lora:
         names += ["rank", "lora_alpha", "lora_layers", "use_dora", "train_text_encoder"]
+        names += [name for name in NEWER_FLAGS if name != "lora_type"]
     identity = {"recipe": args.base_model.family.title}
     if args.use_lora:  # a LoRA only fits the weights that it is trained on
         identity["base_weights"] = args.base_model.weights
+    if args.use_lora:
+        identity["lora_type"] = "lora" if args.use_dora else args.lora_type  # use_dora is an entry of its own
     return identity | {name: getattr(args, name) for name in names}
 
 

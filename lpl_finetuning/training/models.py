@@ -9,29 +9,37 @@ import contextlib
 import diffusers
 import torch
 from diffusers.utils import SAFETENSORS_WEIGHTS_NAME
-from peft import LoraConfig
+from peft import LoHaConfig, LoKrConfig, LoraConfig
 from peft.tuners.lora import LoraLayer
+from peft.tuners.lycoris_utils import LycorisLayer
 from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
-from lpl_finetuning.base_model import read_json, require_layers, safetensors_of
+from lpl_finetuning.adapters import (
+    TEXT_ENCODER_TARGETS,
+    check_patterns,
+    chosen_layers,
+    patterns_of,
+    settings_of,
+)
+from lpl_finetuning.base_model import read_json, safetensors_of
 from lpl_finetuning.errors import UserError, require
+from lpl_finetuning.kohya_files import nested_clip_name
 from lpl_finetuning.lora_files import (
     ADAPTER,
     LORA_FILE,
     PEFT_MAGNITUDE,
     adapter_state,
     find_lora,
+    is_adapter,
+    pattern_of,
     put_lora,
     read_lora,
 )
 from lpl_finetuning.tensor_files import dtype_of_weights, write_tensors
 from lpl_finetuning.training.sharding import load_full_state
 from lpl_utils import LatentSpace
-
-TEXT_ENCODER_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj")  # layers of text encoders that get an adapter
-
 
 # ---------------------------------------------------------------------------------------------------------------------
 # LoRA
@@ -57,49 +65,127 @@ def add_adapters(args, models, pipeline_class, targets):
     """
     for model in models.values():
         model.requires_grad_(False)
-    loaded = load_init_lora(args, models, pipeline_class) if args.init_lora else set()
-    for part, model in models.items():
-        if part not in loaded:
-            add_new_adapter(args, part, model, TEXT_ENCODER_TARGETS if is_text_encoder(part) else targets)
+    if args.init_lora:
+        loaded = load_init_lora(args, models, pipeline_class)
+        check_rates(args, models)
+    else:
+        loaded = set()
+    layers = {part: TEXT_ENCODER_TARGETS if is_text_encoder(part) else targets for part in models.keys() - loaded}
+    chosen = layers_for_adapters(args, models, layers) if not loaded else {}
+    for part in (part for part in models if part in layers):
+        add_new_adapter(args, part, models[part], layers[part], chosen.get(part))
     for model in models.values():
         for name, parameter in model.named_parameters():
-            if "lora_" in name:
+            if is_adapter(name):
                 parameter.requires_grad_(True)
                 parameter.data = parameter.data.float()
         leave_inputs_to_autocast(model)
+        compute_products_in_float32(model)
+
+
+def layers_for_adapters(args, models, layers):
+    """{part: names of the layers that get an adapter} by --lora_blocks and --lora_pattern; {} without the flags.
+
+    Args:
+        models: {part: model}; layers: {part: names of layers, or ends of names}.
+
+    Raises:
+        UserError: a pattern or block fits no layer, or no layer is left.
+    """
+    patterns = patterns_of(args)
+    names = {part: [name for name, module in models[part].named_modules() if hasattr(module, "weight")]
+             for part in layers}  # fmt: skip
+    chosen = {part: chosen_layers(args, part, ends, names[part]) for part, ends in layers.items()}
+    check_patterns(patterns, names, chosen)
+    if not patterns and not args.lora_blocks:
+        return {}
+    return {part: [name for name in found if settings_of(patterns, part, name).get("rank") != 0]
+            for part, found in chosen.items()}  # fmt: skip
+
+
+def check_rates(args, models):
+    """Refuse a --lora_pattern that fits no layer of --init_lora."""
+    adapted = {part: adapted_layers(model) for part, model in models.items()}
+    names = {part: [name for name, module in model.named_modules() if hasattr(module, "weight")]
+             for part, model in models.items()}  # fmt: skip
+    check_patterns(patterns_of(args), names, adapted)
+
+
+def adapted_layers(model):
+    """The names of a model's layers that have an adapter."""
+    return [name for name, module in model.named_modules() if isinstance(module, LoraLayer | LycorisLayer)]
 
 
 def leave_inputs_to_autocast(model):
-    """Let a model's LoRA layers take their inputs as they are, where the result is the same to the last bit.
+    """Let a model's adapters take their inputs as they are, where the result is the same to the last bit.
 
-    PEFT casts an input in half precision to the float32 of the LoRA's weights, and autocast casts it back. Dropout and
-    DoRA compute with the float32 input in between, so that they keep it. Without autocast all weights are float32.
+    PEFT casts an input in half precision to the float32 of the adapter's weights, and autocast casts it back. Dropout
+    and DoRA compute with the float32 input in between, so that they keep it. Without autocast all weights are float32.
     """
     config = lora_config(model)
-    if config.lora_dropout or config.use_dora:
+    if getattr(config, "lora_dropout", 0) or getattr(config, "use_dora", False):
         return
     for module in model.modules():
-        if isinstance(module, LoraLayer):
+        if isinstance(module, LoraLayer | LycorisLayer):
             module.cast_input_dtype_enabled = False
 
 
-def add_new_adapter(args, part, model, layers):
-    """Give a model an adapter with the shape of the flags; `layers`: names of the layers, or ends of names."""
-    config = LoraConfig(
-        r=args.rank or 4,
-        lora_alpha=args.lora_alpha or args.rank or 4,
-        lora_dropout=args.lora_dropout,
-        use_dora=args.use_dora,
-        init_lora_weights="gaussian",
-        target_modules=list(layers),
-    )
-    blocks = getattr(args, "lora_blocks", None) if not is_text_encoder(part) else None  # SDXL's UNet has none
-    flag = f"--lora_blocks {blocks}" if blocks else "--lora_layers"
-    require_layers(part, layers, [name for name, _ in model.named_modules()], flag)
+def compute_products_in_float32(model):
+    """Let LoHa and LoKr compute the change of a weight without autocast, from their float32 factors.
+
+    Under autocast PEFT multiplies pairs of matrices in half precision.
+    """
+    for module in model.modules():
+        if isinstance(module, LycorisLayer):
+            module.get_delta_weight = WithoutAutocast(type(module).get_delta_weight, module)
+
+
+class WithoutAutocast:
+    """A method of a module that runs without autocast. A copy of the module gets a copy for itself."""
+
+    def __init__(self, method, module):
+        self.method, self.module = method, module
+
+    def __call__(self, *args, **more):
+        """What the method returns."""
+        with torch.autocast(next(self.module.parameters()).device.type, enabled=False):
+            return self.method(self.module, *args, **more)
+
+
+def add_new_adapter(args, part, model, layers, chosen=None):
+    """Give a model an adapter with the shape of the flags.
+
+    Args:
+        layers: names of the layers that get an adapter, or ends of names.
+        chosen: from `layers_for_adapters`; None: all layers with those names.
+    """
+    if chosen is None:
+        chosen = list(layers)
+    rank, alpha = args.rank or 4, args.lora_alpha or args.rank or 4
+    ranks, alphas = {}, {}
+    for name in chosen if args.lora_pattern else ():
+        found = settings_of(patterns_of(args), part, name)
+        own_rank = found.get("rank", rank)
+        own_alpha = found.get("alpha", alpha * own_rank / rank)
+        if own_rank != rank:
+            ranks[pattern_of(part, name)] = own_rank
+        if own_alpha != alpha:
+            alphas[pattern_of(part, name)] = own_alpha
+    config = new_config(args, rank, alpha, target_modules=chosen, rank_pattern=ranks, alpha_pattern=alphas)
     try:
         model.add_adapter(config, adapter_name=ADAPTER)
-    except ValueError as error:  # e.g. a kind of layer for which PEFT has no LoRA
+    except (ValueError, TypeError) as error:  # e.g. a kind of layer for which PEFT has no adapter
         raise UserError(f"--lora_layers: {error}") from None
+
+
+def new_config(args, rank, alpha, **more):
+    """PEFT's configuration of a new adapter of --lora_type, which changes nothing before it is trained."""
+    if args.lora_type == "loha":
+        return LoHaConfig(r=rank, alpha=alpha, init_weights=True, **more)
+    if args.lora_type == "lokr":
+        return LoKrConfig(r=rank, alpha=alpha, init_weights="lycoris", decompose_factor=args.lokr_factor, **more)
+    return LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=args.lora_dropout, use_dora=args.use_dora,
+                      init_lora_weights="gaussian", **more)  # fmt: skip
 
 
 def load_init_lora(args, models, pipeline_class):
@@ -110,7 +196,8 @@ def load_init_lora(args, models, pipeline_class):
     hint = "; add --train_text_encoder" if all(is_text_encoder(part) for part in left) else ""
     require(not left, f"{flag}: it has layers for {', '.join(left)}, which this run does not train{hint}")
     for part, (layers, config) in lora.items():
-        config.lora_dropout = args.lora_dropout
+        if hasattr(config, "lora_dropout"):
+            config.lora_dropout = args.lora_dropout
         put_lora(flag, part, models[part], layers, config, torch.float32)
     return lora.keys()
 
@@ -126,11 +213,6 @@ def lora_parts(models):
         part: ({name: value.float() for name, value in adapter_state(model).items()}, lora_config(model))
         for part, model in models.items()
     }
-
-
-def nested_clip_name(name):
-    """Return a name with the "text_model." that other programs expect and transformers 5 drops in `CLIPTextModel`."""
-    return name if name.startswith(("text_model.", "text_projection")) else "text_model." + name
 
 
 def save_lora(folder, parts, pipeline_class):
@@ -172,7 +254,7 @@ def load_lora(folder, models):
         result = set_peft_model_state_dict(model, layers, adapter_name=ADAPTER) if fits else None
         require(
             fits and not result.unexpected_keys,
-            f"{folder}: its LoRA has other layers for the {part} than this run's (--lora_layers, --rank, --use_dora)",
+            f"{folder}: its LoRA has other layers for the {part} than this run's (--lora_layers, --rank, --lora_type)",
         )
 
 

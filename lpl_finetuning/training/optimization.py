@@ -10,10 +10,11 @@
 
 import contextlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
+from lpl_finetuning.adapters import layer_of, patterns_of, settings_of
 from lpl_finetuning.errors import during
 from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.stages import stage_ended
@@ -25,7 +26,7 @@ class OptimizerSettings:
     """The flags about the optimizer step; each field has the name of its flag.
 
     `learning_rate` and `text_encoder_lr` are the rates in use: under --scale_lr already multiplied by the images of
-    an optimizer step.
+    an optimizer step, and so are those of `patterns`, the `LayerPattern`s of --lora_pattern.
     """
 
     optimizer: str
@@ -47,6 +48,7 @@ class OptimizerSettings:
     ema_update_after_step: int
     foreach_ema: bool
     offload_ema: bool
+    patterns: tuple = ()
 
 
 def optimizer_settings(args, batch_size):
@@ -54,7 +56,8 @@ def optimizer_settings(args, batch_size):
     factor = batch_size if args.scale_lr else 1
     text_rate = args.text_encoder_lr and args.text_encoder_lr * factor
     rates = {"learning_rate": args.learning_rate * factor, "text_encoder_lr": text_rate}
-    return settings_from_flags(OptimizerSettings, args, **rates)
+    patterns = tuple(replace(pattern, lr=pattern.lr and pattern.lr * factor) for pattern in patterns_of(args))
+    return settings_from_flags(OptimizerSettings, args, **rates, patterns=patterns)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -64,18 +67,21 @@ def optimizer_settings(args, batch_size):
 def parameter_groups(models, settings):
     """[{"params", "lr"}]: the trainable parameters of the denoiser, then those of the text encoders.
 
+    A model has one group, and one more for each other rate of --lora_pattern in it.
+
     Args:
         models: {name in diffusers: model}.
     """
     text_rate = settings.learning_rate if settings.text_encoder_lr is None else settings.text_encoder_lr
-    groups = [
-        {
-            "params": [parameter for parameter in model.parameters() if parameter.requires_grad],
-            "lr": text_rate if name.startswith("text_encoder") else settings.learning_rate,
-        }
-        for name, model in models.items()
-    ]
-    return [group for group in groups if group["params"]]
+    groups = {}
+    for part, model in models.items():
+        own = text_rate if part.startswith("text_encoder") else settings.learning_rate
+        groups[part, own] = []
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad:
+                rate = settings_of(settings.patterns, part, layer_of(name)).get("lr", own)
+                groups.setdefault((part, rate), []).append(parameter)
+    return [{"params": parameters, "lr": rate} for (_, rate), parameters in groups.items() if parameters]
 
 
 def build_optimizer(settings, groups):

@@ -126,7 +126,7 @@ def always_saving(args, accelerator):
     on_gpu = accelerator.device.type != "cpu"
     return [(flag, shares) for works, flag, shares in (
         (not args.use_lora, "--use_lora", {GRADIENTS: 1, STATE: 1, AVERAGE: 1, WEIGHTS: 0.5}),
-        (on_gpu and args.use_lora and not args.bnb_quantization_config_path,
+        (on_gpu and args.use_lora and not args.bnb_quantization_config_path and args.lora_type in ("lora", "dora"),
          "--bnb_quantization_config_path configs/nf4.json", {WEIGHTS: 0.6}),
         (on_gpu and args.optimizer == "adamw" and not args.use_8bit_adam, "--use_8bit_adam", {STATE: 0.75}),
         (on_gpu and args.use_ema and not args.offload_ema, "--offload_ema", {AVERAGE: 1}),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import torch
 
+from lpl_finetuning.adapters import block_prefixes, patterns_of, unused_kinds
 from lpl_finetuning.data.encoding import in_chunks
 from lpl_finetuning.data.report import build_report, refuse_remarks, report_lines
-from lpl_finetuning.errors import require
+from lpl_finetuning.errors import counted, require
 from lpl_finetuning.files import cache_folder, digest, format_bytes, write_whole
 from lpl_finetuning.flags import (
     REPOSITORY,
@@ -20,13 +21,13 @@ from lpl_finetuning.flags import (
     framing_rules,
     print_configuration,
 )
-from lpl_finetuning.lora_files import file_for_others
+from lpl_finetuning.lora_files import alpha_of, file_for_others, kind_of
 from lpl_finetuning.sample_prompts import entries_of, plan_lines
 from lpl_finetuning.training.checkpoint_folders import changes_since, read_manifest
 from lpl_finetuning.training.checkpoints import checkpoint_to_resume
 from lpl_finetuning.training.estimates import counted_peaks
 from lpl_finetuning.training.live_memory import Peak
-from lpl_finetuning.training.models import lora_config
+from lpl_finetuning.training.models import adapted_layers, lora_config
 from lpl_finetuning.training.perceptual import lpl_config
 from lpl_finetuning.training.sharding import is_sharded, memory_of_rank, zero_stage
 from lpl_finetuning.training.step_memory import Machine, highest, kept_bytes, latent_size
@@ -84,8 +85,30 @@ def warnings_about(args, total_steps, first_step):
 
 
 def describe_lora(config):
-    """A LoRA's configuration in a few words."""
-    return f"{'DoRA' if config.use_dora else 'LoRA'} of rank {config.r}, alpha {config.lora_alpha:g}"
+    """An adapter's configuration in a few words."""
+    more = f", factor {config.decompose_factor}" if getattr(config, "decompose_factor", -1) != -1 else ""
+    return f"{kind_of(config)} of rank {config.r}, alpha {alpha_of(config):g}{more}"
+
+
+def lines_on_layers(args, models):
+    """The lines of the plan on blocks, patterns and layers that one might expect to be trained."""
+    layers = {part: adapted_layers(model) for part, model in models.items()}
+    lines = []
+    if args.lora_blocks:
+        blocks = block_prefixes(args, args.base_model.family).items()
+        lines.append("blocks " + ", ".join(name if word == name else f"{word} ({name})" for word, name in blocks))
+    for pattern in patterns_of(args):
+        count = sum(pattern.matches(part, name) for part, names in layers.items() for name in names)
+        found = {"rank": pattern.rank, "alpha": pattern.alpha, "learning rate": pattern.lr}
+        what = ", ".join(f"{name} {value:g}" for name, value in found.items() if value is not None)
+        how = f"{what} ({counted(count, 'layer')})" if pattern.rank != 0 else "left out"
+        lines.append(f"{pattern.regex}: {how}")
+    family = args.base_model.family
+    part, model = next(iter(models.items()))
+    names = [name for name, module in model.named_modules() if hasattr(module, "weight")]
+    for kind, count in unused_kinds(names, layers[part], family).items():
+        lines.append(f"{counted(count, 'layer')} of {kind} have none; --lora_layers attention,{kind} trains them too")
+    return lines
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -229,6 +252,8 @@ def print_models(args, models, how, say):
         everything = sum(parameter.numel() for parameter in model.parameters())
         kind = describe_lora(lora_config(model)) if args.use_lora else "all"
         say(f"Training: {trainable:,} of {everything:,} parameters of the {name} ({kind})")
+    for line in lines_on_layers(args, models) if args.use_lora else ():
+        say(f"          {line}")
     say(f"          {how}, {args.optimizer}")
 
 
@@ -349,7 +374,7 @@ def remedies(args):
         found.append(("--use_8bit_adam", {"use_8bit_adam": True}))
     if args.use_lpl and "decoder" in feature_parts(args) and args.lpl_num_blocks > 3:
         found.append(("--lpl_num_blocks 3", {"lpl_num_blocks": 3}))
-    if args.use_lora and not args.bnb_quantization_config_path:
+    if args.use_lora and not args.bnb_quantization_config_path and args.lora_type in ("lora", "dora"):
         found.append(("--bnb_quantization_config_path configs/nf4.json", {"bnb_quantization_config_path": NF4}))
     if not args.use_lora:
         found.append(("--use_lora", {"use_lora": True}))

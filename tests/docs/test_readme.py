@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from lpl_finetuning import merge
 from tests import children
 from tests.hub_server import HubServer
 from tests.tiny_models import picture_folder, random_lora
@@ -44,7 +45,8 @@ def commands(start):
 def test_every_kind_of_command_is_covered():
     """A new kind of command in the README needs a test here."""
     known = ("make demo", "python3 -m venv", "pip install", "accelerate launch", "python preview_data.py",
-             "python -m lpl_finetuning.publish", "python -m lpl_finetuning.convert", "python evaluate_models.py"
+             "python -m lpl_finetuning.publish", "python -m lpl_finetuning.convert", "python evaluate_models.py",
+             "python -m lpl_finetuning.merge"
     )  # fmt: skip
     assert [line for line in BASH if line.strip() and not line.startswith(known)] == []
     assert len(commands("accelerate launch")) == 5
@@ -69,6 +71,16 @@ def test_a_single_file_becomes_a_base_model(sdxl_folder, tmp_path):
     replaced = {name: str(tmp_path / name) for name in ("model.safetensors", "my-base")}
     said = launch([replaced.get(word, word) for word in words], "--config_from", sdxl_folder)
     assert "prediction_type epsilon" in said and (tmp_path / "my-base" / "model_index.json").is_file()
+
+
+def test_the_merging_commands_are_understood():
+    """What the command does is in tests/unit/test_lycoris_files.py."""
+    page = (ROOT / "docs" / "lora.md").read_text(encoding="utf-8")
+    lines = [line for line in (README + page).splitlines() if line.startswith("python -m lpl_finetuning.merge")]
+    assert len(lines) == 2
+    for line in lines:
+        args = merge.build_parser().parse(shlex.split(line)[3:])
+        assert args.folder == "my-model" and args.lora
 
 
 def test_comparing_two_models(sdxl_folder, tmp_path):

@@ -744,7 +744,6 @@ MISTAKES = [
     ("--validation_split 6", "--validation_split 6 of 6 images leaves 0"),
     ("--validation_data_dir /no/such/folder", "/no/such/folder"),
     ("--validation_compare", "--validation_compare needs a --validation_prompt"),
-    ("--use_lora --use_dora --output_kohya_format", "exclude each other"),
     ("--use_dora", "--use_dora does nothing without --use_lora"),
     ("--train_text_encoder", "--train_text_encoder does nothing without --use_lora"),
     ("--use_lora --text_encoder_lr 1e-5", "--text_encoder_lr does nothing without --train_text_encoder"),

@@ -19,7 +19,7 @@ OWN_FLAGS = {
     "timestep_bias_end", "timestep_bias_portion",  # SDXL's discrete schedule
     "pretrained_unet_model_name_or_path", "pretrained_transformer_model_name_or_path",
     "max_sequence_length", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "precondition_outputs",
-    "timestep_shift", "lora_blocks",
+    "timestep_shift",
 }  # fmt: skip
 DEFAULTS = {  # as in the diffusers scripts for SDXL and SD3
     "resolution": (1024, 512), "train_batch_size": (16, 4), "num_train_epochs": (100, 1),

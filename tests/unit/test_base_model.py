@@ -497,7 +497,11 @@ FLAGS = """
 --rank 8 | --rank | does nothing | without --use_lora
 --train_text_encoder | --train_text_encoder | does nothing | without --use_lora
 --use_lora --text_encoder_lr 1e-5 | --text_encoder_lr | does nothing | without --train_text_encoder
---use_lora --use_dora --output_kohya_format | --use_dora and --output_kohya_format | can't hold DoRA | exclude
+--use_lora --use_dora --lora_type lokr | --use_dora and --lora_type lokr | exclude each other | give one
+--use_lora --lora_type lokr --lora_dropout 0.1 | --lora_dropout is for lora and dora | with --lora_type lokr | leave
+--use_lora --lora_pattern down_blokcs=rank:8 | --lora_pattern down_blokcs=rank:8 | none of the | did you mean down_b
+--use_lora --lora_blocks layout | --lora_blocks layout | the unet has no block | layout stands for
+--use_lora --lora_pattern attn2=lr:1 --optimizer prodigy | --optimizer prodigy | one step size for all | leave lr out
 --use_lora --single_file | --single_file | is for whole models | --output_kohya_format
 --use_lpl --lpl_t_threshold 100 --lpl_sigma_threshold 3 | --lpl_t_threshold and | --lpl_sigma_threshold | give one
 --use_lpl --lpl_t_threshold 2000 | --lpl_t_threshold | is 2000 | up to 1000

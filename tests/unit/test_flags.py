@@ -138,6 +138,9 @@ sd3 | --logit_mean 1 --weighting_scheme mode | --weighting_scheme logit_normal
 sd3 | --logit_std 2 --weighting_scheme none | --weighting_scheme logit_normal
 sd3 | --mode_scale 1 | --weighting_scheme mode
 sd3 | --lora_blocks 1 | --use_lora
+sdxl | --lora_pattern attn1=rank:2 | --use_lora
+sdxl | --lora_type loha | --use_lora
+sdxl | --lokr_factor 4 --use_lora | --lora_type lokr
 sdxl | --lpl_weight 3 | --use_lpl
 sdxl | --lpl_start 3 | --use_lpl
 sdxl | --lpl_share 0.3 --lpl_weight 3 --use_lpl | --lpl_weight auto

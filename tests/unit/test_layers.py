@@ -11,11 +11,11 @@ ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow", "train_latent_classifier", "preview_data", "evaluate_models")
 FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("errors", "lpl_utils", "other_flags", "stages", "yaml_texts"),
-    ("files", "sample_prompts"),
-    ("base_model",),
+    ("files", "sample_prompts", "original_names"),
+    ("base_model", "kohya_files"),
     ("lora_files", "tensor_files", "networks.latent_classifier", "data.conventions", "data.formats", "data.png_files",
      "data.tables", "data.store"),
-    ("data.colours", "data.near_names"),
+    ("adapters", "data.colours", "data.near_names"),
     ("data.images",),
     ("data.samples", "data.findings"),
     ("data.rows",),
@@ -40,12 +40,12 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("results.metadata",),
     ("results.export", "results.hub", "evaluation.comparison"),
     ("results.classifier_card",),
-    ("publish", "convert", *SCRIPTS),
+    ("publish", "convert", "merge", *SCRIPTS),
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("errors", "other_flags", "stages", "yaml_texts", "files", "sample_prompts",
-              "base_model", "lora_files", "families", "start", "flags",
-              "flag_checks", "networks.checks",
+               "base_model", "original_names", "kohya_files", "lora_files", "adapters", "families", "start", "flags",
+               "flag_checks", "networks.checks",
               "evaluation.models", "evaluation.verdict", "evaluation.charts", "evaluation.picture_sets",
               "evaluation.report", "evaluation.networks", "evaluation.distances", "evaluation.spectrum",
               "evaluation.uncertainty",

@@ -171,7 +171,8 @@ def test_dropout_is_the_flags_and_not_the_files(tmp_path):
 
 
 def test_a_new_adapter_is_float32_whatever_the_models_dtype():
-    args = SimpleNamespace(init_lora=None, rank=2, lora_alpha=None, lora_dropout=0.0, use_dora=True)
+    args = SimpleNamespace(init_lora=None, rank=2, lora_alpha=None, lora_dropout=0.0, use_dora=True, lora_type="dora",
+                           lora_blocks=None, lora_pattern=None, base_model=SimpleNamespace(family=SDXL))  # fmt: skip
     models = {"unet": sdxl_pipeline().unet.to(torch.bfloat16)}
     add_adapters(args, models, StableDiffusionXLPipeline, ["to_q"])
     trained = [value for value in models["unet"].parameters() if value.requires_grad]
@@ -197,8 +198,8 @@ def test_no_library_warns(trained, tmp_path, capfd):
 @pytest.mark.parametrize(
     ("more", "told"),
     [
-        ({"lora_unet_x.hada_w1_a": [2, 2], "lora_unet_x.hada_w1_b": [2, 2]}, r"2 of .* \(hada_w1_a, hada_w1_b: LoHa"),
-        ({"lora_unet_x.lokr_w1": [2, 2]}, "1 of the .* is not a LoRA's .*LoKr"),
+        ({"lora_unet_x.hada_w1_a": [2, 2], "lora_unet_x.hada_w1_b": [2, 2]}, "a LoHa and .* of another kind"),
+        ({"lora_unet_x.lokr_w1": [2, 2]}, "holds layers of a LoKr and .* of another kind"),
         ({"lora_unet_x.oft_blocks": [2, 2]}, "oft_blocks: OFT"),
         ({"lora_unet_x.diff": [2, 2], "lora_unet_x.diff_b": [2]}, "diff, diff_b: a difference of whole weights"),
         ({"lora_unet_x.w_norm": [2]}, "w_norm: a norm"),
@@ -208,10 +209,8 @@ def test_no_library_warns(trained, tmp_path, capfd):
         ({"lora_unet_x.secret": [2]}, r"not a LoRA's \(secret\)"),
         ({"lora_unet_x.alpha": []}, r"1 layer without one of the two matrices \(lora_unet_x\)"),
         ({"lora_unet_x.dora_scale": [2, 1]}, "without one of the two matrices"),
-        ({"lora_unet_down_blocks_1_x.lora_down.weight": [2, 2], "lora_unet_down_blocks_1_x.lora_up.weight": [2, 2]},
-         "diffusers drops .* of the .* matrices .* names layers in two ways"),
         ({"lora_unet_x.lora_down.weight": [2, 2], "lora_unet_x.lora_up.weight": [2, 2]},
-         r"of which this model takes .* \(not x.lora_A.weight, x.lora_B.weight\)"),
+         r"1 of the .* layers .* are no layers of this model \(lora_unet_x\)"),
     ],
     ids=lambda value: next(iter(value)).split(".", 1)[1] if isinstance(value, dict) else "",
 )  # fmt: skip

@@ -233,9 +233,9 @@ def test_flags_about_files_are_proposed_where_there_are_such_flags():
 
 
 def test_layers_that_are_missing_in_a_block_are_told_by_the_flag_that_was_given(parse):
-    args = parse("sd3", "--use_lora", "--lora_blocks", "2", "--lora_layers", "attn.to_add_out")
-    told = refused(train_sd3_lpl_flow.build_denoiser, args, torch.float32, "meta")
-    assert told.startswith("--lora_blocks 2: the transformer has no layer called transformer_blocks.2.attn.to_add_out")
+    words = ("--use_lora", "--lora_blocks", "2", "--lora_layers", "attn.to_add_out")
+    told = refused(parse, "sd3", *words)
+    assert told.startswith("--lora_blocks 2: the transformer has no layer called attn.to_add_out")
     assert "leave that block out" in told
     assert refused(require_layers, "unet", ["x"], ["to_q"]).startswith("--lora_layers: the unet has no layer called x")
 

@@ -1,0 +1,67 @@
+"""LoHa, LoKr and layers with settings of their own, through whole runs of both recipes."""
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+import train_sdxl_lpl
+from lpl_finetuning.errors import UserError
+from lpl_finetuning.lora_files import KOHYA_FILE, LORA_FILE
+from tests import sd3, sdxl
+from tests.runs import assert_resume_is_exact
+
+
+def test_a_lokr_with_patterns_resumes_bit_for_bit(flags, tmp_path):
+    """Under autocast, with LPL, the average and two rates; the patterns are in config.yaml and on the card."""
+    patterns = ["attn2=lr:1e-3", r"to_out\.0$=rank:0"]
+    flags = [*flags, "--use_lora", "--lora_type", "lokr", "--rank", 2, "--use_lpl", "--use_ema", "--mixed_precision",
+             "bf16", "--output_kohya_format", "--lora_pattern", *patterns]  # fmt: skip
+    assert_resume_is_exact(train_sdxl_lpl, flags, tmp_path, steps=2, at=1)
+    recipe = yaml.safe_load((tmp_path / "whole" / "config.yaml").read_text())
+    assert recipe["lora_pattern"] == patterns and recipe["lora_type"] == "lokr" and recipe["use_dora"] is False
+    card = (tmp_path / "whole" / "README.md").read_text()
+    assert "A LoKr for" in card and "attn2=lr:1e-3; to_out" in card and "lpl_finetuning.merge" in card
+    assert "load_lora_weights" not in card, "diffusers does not read it"
+    tensors = load_file(tmp_path / "whole" / LORA_FILE)
+    assert tensors and not any("to_out" in name for name in tensors)
+    assert all(".lokr_" in name for name in tensors)
+    assert any(name.endswith(".lokr_w1") for name in load_file(tmp_path / "whole" / KOHYA_FILE))
+    start = flags[: flags.index("--lora_pattern")]
+    with pytest.raises(UserError, match=r"lora_pattern was .*, is None"):
+        sdxl.run(*start, "--output_dir", tmp_path / "resumed", "--max_train_steps", 3, "--resume_from_checkpoint",
+                 "latest")  # fmt: skip
+
+
+@pytest.fixture
+def sd3_flags(sd3_folder, pictures, cache_dir):
+    """The flags of a run of the SD3 recipe."""
+    return (
+        f"--pretrained_model_name_or_path {sd3_folder} --train_data_dir {pictures} --cache_dir {cache_dir} "
+        "--resolution 64 --train_batch_size 4 --report_to none --seed 3 --logging_steps 1 --mixed_precision no"
+    ).split()
+
+
+def test_a_loha_of_sd3_is_continued_from_its_file_for_others(sd3_flags, tmp_path):
+    """With LPL; a rate of zero leaves every value as it is."""
+    flags = [*sd3_flags, "--use_lora", "--use_lpl", "--output_kohya_format", "--max_train_steps", 1]
+    sd3.run(*flags, "--lora_type", "loha", "--lora_blocks", "0,1", "--rank", 2, "--learning_rate", 0.1,
+            "--output_dir", tmp_path / "a")  # fmt: skip
+    before = load_file(tmp_path / "a" / LORA_FILE)
+    assert any(value.abs().max() > 0 for name, value in before.items() if name.endswith("hada_w2_b"))
+    sd3.run(*flags, "--init_lora", tmp_path / "a" / KOHYA_FILE, "--learning_rate", 0, "--output_dir", tmp_path / "b")
+    after = load_file(tmp_path / "b" / LORA_FILE)
+    assert before.keys() == after.keys() and all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_a_dora_for_other_programs_is_continued(flags, tmp_path):
+    """The file for ComfyUI has magnitudes of another meaning, which are turned back."""
+    flags = [*flags, "--use_lora", "--max_train_steps", 1, "--output_kohya_format"]
+    sdxl.run(
+        *flags, "--lora_type", "dora", "--lora_layers", "to_q", "--learning_rate", 0.1, "--output_dir", tmp_path / "a"
+    )
+    assert any(name.endswith("dora_scale") for name in load_file(tmp_path / "a" / KOHYA_FILE))
+    sdxl.run(*flags, "--init_lora", tmp_path / "a" / KOHYA_FILE, "--learning_rate", 0, "--output_dir", tmp_path / "b")
+    before, after = load_file(tmp_path / "a" / LORA_FILE), load_file(tmp_path / "b" / LORA_FILE)
+    assert before.keys() == after.keys()
+    assert all(torch.allclose(before[name], after[name], rtol=1e-5, atol=1e-6) for name in before)
