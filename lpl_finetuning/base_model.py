@@ -402,8 +402,7 @@ def instead_of_pipeline(folder, example):
     if (folder / "config.json").is_file():
         return "it is one part of a pipeline; give the whole pipeline's folder"
     if files:
-        return (f"it holds single files ({files[0]}): python -m lpl_finetuning.convert {folder / files[0]} FOLDER "
-                "makes a pipeline of one")  # fmt: skip
+        return f"it holds single files ({files[0]}): give one of them, such as {folder / files[0]}"
     if not any(folder.iterdir()):
         return "it is empty; give the folder of a whole pipeline"
     return "a whole pipeline in diffusers' layout is needed"

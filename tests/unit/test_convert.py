@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import train_sdxl_lpl
 from lpl_finetuning import convert
+from lpl_finetuning.errors import UserError
 from lpl_finetuning.files import sha256_of
 from lpl_finetuning.results.export import LAYOUTS, save_single_file
 from lpl_finetuning.results.metadata import SOURCE
@@ -138,12 +139,12 @@ def test_files_and_places_that_are_refused(made, tmp_path, capsys):
     (tmp_path / "model" / "mine.txt").touch()
     assert "is there already" in refused(capsys, path)
     (tmp_path / "old.ckpt").write_bytes(b"PK")
-    assert ".ckpt is not read" in refused(capsys, tmp_path / "old.ckpt")
+    assert "is a pickle (.ckpt)" in refused(capsys, tmp_path / "old.ckpt")
     save_file({"lora_unet_a.lora_up.weight": MARK}, tmp_path / "lora.safetensors")
-    assert "is no SDXL or SD3 in one file" in refused(capsys, tmp_path / "lora.safetensors")
+    assert "is a LoRA; give the model" in refused(capsys, tmp_path / "lora.safetensors")
     with pytest.raises(SystemExit):
         convert.main([str(path), str(tmp_path / "new")])
-    assert "HF_HUB_OFFLINE is set; give --config_from" in capsys.readouterr().err
+    assert "or --config_from with a pipeline of the same sizes" in capsys.readouterr().err
 
 
 def test_sd3_without_t5(made):
@@ -185,12 +186,12 @@ def test_flags_and_folders_that_contradict_each_other(models, pictures, tmp_path
     told = parse("epsilon", "--prediction_type", "v_prediction", "--use_lora")
     assert "wherever the LoRA is loaded, the scheduler must be set to it" in told
     for place in (models["v"], models["v"] / "unet"):
-        with pytest.raises(convert.UserError, match="is of a model of v_prediction, and the base model's"):
+        with pytest.raises(UserError, match="is of a model of v_prediction, and the base model's"):
             parse("epsilon", unet, place)
     assert parse("epsilon", unet, models["v"], "--prediction_type", "v_prediction")
-    with pytest.raises(convert.UserError, match="its scheduler says rescale_betas_zero_snr True"):
+    with pytest.raises(UserError, match="its scheduler says rescale_betas_zero_snr True"):
         parse("v", unet, models["zero"])
     (tmp_path / "prompts.txt").write_text("cat --ss heun")
     assert not parse("v", "--validation_prompts_file", tmp_path / "prompts.txt")
-    with pytest.raises(convert.UserError, match="the sampler heun knows no zero terminal SNR"):
+    with pytest.raises(UserError, match="the sampler heun knows no zero terminal SNR"):
         parse("zero", "--validation_prompts_file", tmp_path / "prompts.txt")
