@@ -46,7 +46,9 @@ from lpl_finetuning.single_file import (
 )
 
 PIPELINES = Path(__file__).parent / "pipelines"
-SOURCE = "source.json"  # in an unpacked folder: {"file": name, "sha256": hex} of the single file; written last
+SOURCE = (
+    "source.json"  # in an unpacked folder, written last: {"file": name, "sha256": hex, "stamp"} of the single file
+)
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}  # of the dtypes that are read
 CHUNK = 64 * 2**20  # bytes that are copied at a time
 WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"
@@ -71,10 +73,24 @@ class Unpacked:
 
     @property
     def is_made(self):
-        """Whether all weights are in the folder."""
+        """Whether all weights are in the folder, from the file as it is now."""
+        return self._kept().get("stamp") == self._stamp() and self._has_weights()
+
+    def _kept(self):
+        """The content of the folder's `SOURCE`; {} without."""
+        path = self.folder / SOURCE
+        return read_object(path) if path.is_file() else {}
+
+    def _stamp(self):
+        """What changes when the single file's content does: size and time of the last change, in ns."""
+        status = self.path.stat()
+        return [status.st_size, status.st_mtime_ns]
+
+    def _has_weights(self):
+        """Whether the folder has the weights of all parts."""
         linked = [self.folder / part for part in self.borrowed]
-        files = [self.folder / SOURCE, *(self.folder / file for file in self.parts)]
-        return all(file.is_file() for file in files) and all(any(part.glob("*.safetensors")) for part in linked)
+        own = all((self.folder / file).is_file() for file in self.parts)
+        return own and all(path.is_file() for part in linked for path in [*part.glob("*.safetensors")] or [part])
 
     @functools.cached_property
     def size(self):
@@ -89,11 +105,19 @@ class Unpacked:
             return
         try:
             with alone(self.folder / ".lock"):
-                if not self.is_made:
+                if not self.is_made and not self._is_same_copy():
                     self._write()
         except OSError as error:
             raise UserError(f"{self.folder}: {self.path.name} can't be unpacked there ({error.strerror or error}); "
                             "make room, or name a folder on another disk with --cache_dir") from None  # fmt: skip
+
+    def _is_same_copy(self):
+        """Whether the folder has the weights of this very content, whose file was copied or touched since."""
+        kept = self._kept()
+        if not self._has_weights() or kept.get("sha256") != remembered_sha256(self.path):
+            return False
+        write_whole(self.folder / SOURCE, json.dumps(kept | {"stamp": self._stamp()}).encode())
+        return True
 
     def _write(self):
         check_free_space(self.folder, self.size, f"{self.path.name}, unpacked,")
@@ -102,7 +126,7 @@ class Unpacked:
             write_part(self.path, prefix, pieces, self.folder / file)
         for part, folder in self.borrowed.items():
             link_weights(folder, self.folder / part)
-        kept = {"file": self.path.name, "sha256": remembered_sha256(self.path)}
+        kept = {"file": self.path.name, "sha256": remembered_sha256(self.path), "stamp": self._stamp()}
         write_whole(self.folder / SOURCE, json.dumps(kept).encode())
 
 

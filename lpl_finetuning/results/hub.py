@@ -134,10 +134,8 @@ def schedule_of_base(base):
 
 def source_in_words(base):
     """The single file that a base model is, with the start of its sha256 by which sites find it; None without."""
-    if not single_file_of(base):
-        return None
-    name, sha256 = base_source(base)
-    return f"{name}, sha256 {sha256[:10]}" if sha256 else name
+    name, (_, sha256) = single_file_of(base), base_source(base)
+    return f"{name}, sha256 {sha256[:10]}" if name and sha256 else name
 
 
 def lora_facts(folder):
@@ -412,9 +410,9 @@ class Card:
 
     name: owner/name on the Hub, or only a name; base_model, dataset: as given to the run, a name on the Hub or a path
     (paths are never shown); lora: LoRA or DoRA, None for a whole model; trigger: the words that call what was learnt;
-    prediction_type, schedule: when the run was given one, or the base model is a single file, so that a LoRA's snippet
-    sets it; base_file: name of that file; samples: {key: value} of each prompt of --validation_prompts_file. Image number n of prompt p is
-    `image_{p * images_per_prompt + n}.png`.
+    prediction_type: when the run was given one, so that a LoRA's snippet sets it; base_file: name of the single file
+    that the base model is; schedule: further settings of the scheduler for that snippet; samples: {key: value} of each
+    prompt of --validation_prompts_file. Image number n of prompt p is `image_{p * images_per_prompt + n}.png`.
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from types import SimpleNamespace
 
 import diffusers
@@ -16,15 +17,14 @@ import train_latent_classifier
 import train_sd3_lpl_flow
 import train_sdxl_lpl
 from lpl_finetuning import unpacking
-from lpl_finetuning.base_model import tensors_of
-from lpl_finetuning.errors import UserError
+from lpl_finetuning.errors import DataError, UserError
 from lpl_finetuning.files import sha256_of
-from lpl_finetuning.results.export import original_sd3_state_dict, original_state_dict, original_vae
+from lpl_finetuning.results.export import original_state_dict, original_transformer, original_vae
 from lpl_finetuning.results.hub import schedule_of_base, snippet, source_in_words
 from lpl_finetuning.single_file import SD3_FILE, SDXL_FILE, read_single_file, transformer_config
 from lpl_finetuning.training.models import load_part, load_part_config, load_pipeline
 from tests import sdxl
-from tests.runs import ROOT, weights
+from tests.runs import ROOT
 
 SCRIPTS = {"sdxl": train_sdxl_lpl, "sd3": train_sd3_lpl_flow}
 EXAMPLES = {name: ROOT / "examples" / f"tiny-{name}" for name in SCRIPTS}
@@ -70,7 +70,7 @@ def start(pictures, tmp_path):
 
 def refused(parse, *words, **more):
     """The message of a refused start."""
-    with pytest.raises(UserError) as raised:
+    with pytest.raises((UserError, DataError)) as raised:
         parse(*words, **more)
     return str(raised.value)
 
@@ -79,9 +79,19 @@ def refused(parse, *words, **more):
 # True sizes, from headers
 
 
+def config_in_package(folder, part):
+    """A configuration of the package."""
+    return json.loads((unpacking.PIPELINES / folder / part / "config.json").read_text())
+
+
+TINY_MMDIT = {"num_layers": 2, "num_attention_heads": 1, "attention_head_dim": 64, "caption_projection_dim": 64,
+              "joint_attention_dim": 4096, "pooled_projection_dim": 2048, "in_channels": 16, "out_channels": 16,
+              "patch_size": 2, "pos_embed_max_size": 192}  # fmt: skip
+
+
 def on_meta(folder, part, cls):
     """A model of the package's configurations without weights."""
-    config = json.loads((unpacking.PIPELINES / folder / part / "config.json").read_text())
+    config = config_in_package(folder, part)
     with torch.device("meta"):
         if part.startswith("text_encoder"):
             kind = transformers.T5Config if part == "text_encoder_3" else transformers.CLIPTextConfig
@@ -132,16 +142,16 @@ def test_sdxl_of_true_size_is_planned_without_weights(start, tmp_path):
 
 
 SIZES = {  # of SD3's transformers: what differs, and how many parameters they have
-    "3 medium": ({"num_layers": 24, "pos_embed_max_size": 192}, 2.08e9),
+    "3 medium": ({"num_layers": 24, "pos_embed_max_size": 192}, 2.03e9),
     "3.5 medium": ({"num_layers": 24, "pos_embed_max_size": 384, "qk_norm": "rms_norm",
-                    "dual_attention_layers": list(range(13))}, 2.47e9),
+                    "dual_attention_layers": list(range(13))}, 2.24e9),
     "3.5 large": ({"num_layers": 38, "pos_embed_max_size": 192, "qk_norm": "rms_norm"}, 8.06e9),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_sd3_of_true_size(size, start, tmp_path):
-    """The transformer's configuration follows from the header, with and without T5."""
+def test_sd3s_transformers_of_true_size(size):
+    """The configuration follows from the header."""
     changes, parameters = SIZES[size]
     heads = changes["num_layers"]
     config = {"num_attention_heads": heads, "caption_projection_dim": 64 * heads, "attention_head_dim": 64,
@@ -149,22 +159,36 @@ def test_sd3_of_true_size(size, start, tmp_path):
               "patch_size": 2, "sample_size": 128} | changes  # fmt: skip
     with torch.device("meta"):
         transformer = SD3Transformer2DModel.from_config(config)
+        tensors = original_transformer(transformer)
     assert sum(value.numel() for value in transformer.parameters()) == pytest.approx(parameters, rel=0.02)
-    parts = [on_meta("sd3", "vae", AutoencoderKL)]
-    parts += [on_meta("sd3", f"text_encoder{suffix}", CLIPS[1]) for suffix in ("", "_2")]
-    parts.append(on_meta("sd3", "text_encoder_3", transformers.T5EncoderModel) if size != "3.5 large" else None)
-    shapes = {name: tuple(value.shape) for name, value in original_sd3_state_dict(transformer, *parts).items()}
-    path = write_file(tmp_path / "sd3.safetensors", shapes)
-    found = transformer_config(tensors_of(path)[0], UNET)
+    header = {UNET + name: {"dtype": "F16", "shape": list(value.shape)} for name, value in tensors.items()}
+    found = transformer_config(header, UNET)
     assert {name: found[name] for name in config} == config
-    args = start(path, "--dry_run", family="sd3", config=False)
-    pieces = pieces_of(args.base_model)
-    assert {name: piece.shape for name, piece in pieces["transformer"].items()} == shapes_of(transformer)
-    assert ("text_encoder_3" in pieces) == args.base_model.has("tokenizer_3") == (size != "3.5 large")
-    if parts[-1] is not None:
-        assert {name: piece.shape for name, piece in pieces["text_encoder_3"].items()} == shapes_of(parts[-1])
-        told = train_sd3_lpl_flow.load_tokenizers(args)[2]("A photo of the cat").input_ids
-        assert told == [71, 1202, 13, 8, 1712, 1]
+    pieces = SD3_FILE.parts["transformer"].pieces(found)
+    assert {name: piece.shape for name, piece in pieces.items()} == shapes_of(transformer)
+    assert {UNET + piece.source: list(piece.source_shape) for piece in pieces.values()} == {
+        name: entry["shape"] for name, entry in header.items()
+    }
+
+
+def test_sd3s_text_encoders_of_true_size(start, tmp_path):
+    """Beside a small transformer: T5 and CLIP of the package's configurations, and their vocabularies."""
+    encoders = {"text_encoder": CLIPS[1], "text_encoder_2": CLIPS[1], "text_encoder_3": transformers.T5EncoderModel}
+    shapes = tiny_shapes("sd3", without=("text_encoders.", "first_stage_model.", UNET))
+    pieces = {}
+    for name, part in SD3_FILE.parts.items():
+        config = dict(TINY_MMDIT) if name == "transformer" else config_in_package("sd3", name)
+        pieces[name] = part.pieces(config)
+        if name in encoders:
+            assert {key: piece.shape for key, piece in pieces[name].items()} == shapes_of(
+                on_meta("sd3", name, encoders[name])
+            )
+        shapes |= {part.prefix + piece.source: piece.source_shape for piece in pieces[name].values() if piece.source}
+    args = start(write_file(tmp_path / "sd3.safetensors", shapes), "--dry_run", family="sd3", config=False)
+    assert pieces_of(args.base_model) == pieces
+    tokenizers = train_sd3_lpl_flow.load_tokenizers(args)
+    assert tokenizers[2]("A photo of the cat").input_ids == [71, 1202, 13, 8, 1712, 1]
+    assert tokenizers[1]("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -195,7 +219,7 @@ def test_diffusers_reads_the_same_models(family, singles, start):
         assert ours.keys() == theirs.keys()
         assert all(torch.equal(ours[name], theirs[name]) for name in theirs), part
     source = json.loads((unpacking.Path(base.name) / unpacking.SOURCE).read_text())
-    assert source == {"file": f"{family}.safetensors", "sha256": sha256_of(singles[family])}
+    assert (source["file"], source["sha256"]) == (f"{family}.safetensors", sha256_of(singles[family]))
     assert base.weights == start(singles[family], family=family).base_model.weights, "the same before and after"
 
 
@@ -217,8 +241,14 @@ def test_it_is_unpacked_once_and_again_where_it_is_gone(start, tmp_path):
     assert not again.is_unpacked
     again.unpack()
     assert file.is_file() and not list(folder.rglob(".tmp-*"))
+    before = file.stat().st_mtime_ns
+    os.utime(path, ns=(1, 1))
+    again.unpack()
+    assert file.stat().st_mtime_ns == before and again.is_unpacked, "the same content, touched"
     path.write_bytes(path.read_bytes()[:-2] + b"\0\1")
-    assert start(path).base_model.name != base.name, "another content is another model"
+    assert not start(path).base_model.is_unpacked
+    again.unpack()
+    assert file.stat().st_mtime_ns != before, "another content where no sample of the fingerprint lies"
 
 
 def test_a_disk_without_room_is_refused_at_the_start(start, tmp_path, monkeypatch):
@@ -264,10 +294,13 @@ def test_an_autoencoder_in_a_single_file(sdxl_folder, start, tmp_path):
     plain = {name: piece.shape for name, piece in unpacking.plain_vae_pieces(config).items()}
     base = start(single, flag, write_file(tmp_path / "plain.safetensors", plain)).base_model
     assert len(base.unpacked) == 2 and base.flag() == f"--pretrained_model_name_or_path {single}"
-    for path, words in ((single, None), (write_file(tmp_path / "u.safetensors", {"input_blocks.0": (1,)}), "has no auto"),
-                        (write_file(tmp_path / "s.safetensors", plain | {"decoder.conv_in.bias": (7,)}), "is 7, and this"),
-                        (write_file(tmp_path / "c.ckpt", {}), "is a pickle (.ckpt)")):  # fmt: skip
-        assert words is None or words in refused(start, single, flag, path)
+    wrong = {
+        "unet.safetensors": ({"input_blocks.0": (1,)}, "has no autoencoder"),
+        "old.ckpt": ({}, "is a pickle (.ckpt)"),
+        "wide.safetensors": (plain | {"decoder.conv_in.bias": (7,)}, "is 7, and this autoencoder needs 128"),
+    }
+    for name, (shapes, words) in wrong.items():
+        assert words in refused(start, single, flag, write_file(tmp_path / name, shapes))
 
 
 def test_the_latent_classifier_takes_the_autoencoder_alone(pictures, tmp_path):
@@ -291,7 +324,7 @@ SAID = {  # case: (tensors, metadata, flags) -> (prediction type, zero terminal 
     "predict_key": ((), {"modelspec.predict_key": "v"}, (), "v_prediction", False, "modelspec.predict_key"),
     "without zero": (("v_pred", "ztsnr"), {}, ("--no-rescale_betas_zero_snr",), "v_prediction", False, "ztsnr"),
     "with zero": (("v_pred",), {}, ("--rescale_betas_zero_snr",), "v_prediction", True, "v_pred"),
-    "flag alone": ((), {}, ("--prediction_type", "v_prediction", "--rescale_betas_zero_snr"), "v_prediction", True, ""),
+    "flags": ((), {}, ("--prediction_type", "v_prediction", "--rescale_betas_zero_snr"), "v_prediction", True, ""),
     "contradiction": (("v_pred",), {"modelspec.prediction_type": "epsilon"}, ("--prediction_type", "epsilon"),
                       "epsilon", False, "modelspec.prediction_type says epsilon"),
 }  # fmt: skip
@@ -319,7 +352,8 @@ def test_zero_terminal_snr_by_flag_is_trained_and_saved(sdxl_folder, start, tmp_
     pipeline = load_pipeline(args.base_model, diffusers.StableDiffusionXLPipeline)
     assert pipeline.scheduler.config.rescale_betas_zero_snr and type(pipeline.scheduler).__name__.startswith("Euler")
     card = SimpleNamespace(family=args.base_model.family, lora="LoRA", name="x/y", base_file="pony.safetensors",
-                           schedule=args.base_model.schedule, prediction_type="v_prediction", prompts=(), trigger=None)  # fmt: skip
+                           schedule=args.base_model.schedule, prediction_type="v_prediction", prompts=(),
+                           trigger=None)  # fmt: skip
     text = snippet(card, None)
     assert 'from_single_file("path/to/pony.safetensors"' in text
     assert 'rescale_betas_zero_snr=True, timestep_spacing="trailing", prediction_type="v_prediction")' in text
@@ -358,17 +392,17 @@ WRONG = {  # case: (shapes or function that returns them, words of the message)
     "CLIP": ({"text_model.final_layer_norm.bias": (4,)}, "is a text encoder alone"),
     "T5": ({"encoder.block.0.layer.0.layer_norm.weight": (4,), "shared.weight": (4, 4)}, "is a text encoder alone"),
     "embedding": ({"clip_g": (4, 8), "clip_l": (4, 8)}, "is an embedding of textual inversion"),
-    "diffusers UNet": ({"down_blocks.0.resnets.0.conv1.bias": (4,), "conv_in.bias": (4,)}, "UNet in diffusers' layout"),
+    "diffusers UNet": ({"down_blocks.0.resnets.0.conv1.bias": (4,), "conv_in.bias": (4,)}, "is a UNet in diffusers'"),
     "fp8 scaled": (plus(model__diffusion_model__out__2__scale_weight=(1,)), "is quantized"),
     "other": ({"blocks.0.weight": (4,)}, "is no SDXL or SD3 in one file: it holds blocks.0.weight"),
     "nothing": ({}, "it holds no tensor"),
     "EDM": (plus(edm_vpred__sigma_max=()), "has EDM's noise levels"),
-    "other family": (lambda: tiny_shapes("sd3"), "is SD3 in one file; this script trains StableDiffusionXL models: use "
-                     "train_sd3_lpl_flow.py"),
+    "other family": (lambda: tiny_shapes("sd3"), "is SD3 in one file; this script trains StableDiffusionXL models: "
+                     "use train_sd3_lpl_flow.py"),
     "a tensor less": (lambda: {name: shape for name, shape in tiny_shapes("sdxl").items() if name != CLIP_L},
                       f"lacks 1 of the 52 tensors of the first text encoder ({CLIP_L})"),
     "a tensor more": (plus(model__diffusion_model__more__weight=(2,)), "1 of its"),
-    "another shape": (plus(**{f"{UNET}out.2.bias".replace(".", "__"): (5,)}), "out.2.bias is 5, and this UNet needs 4"),
+    "another shape": (plus(**{f"{UNET}out.2.bias".replace(".", "__"): (5,)}), "bias is 5, and this UNet needs 4"),
 }  # fmt: skip
 
 
@@ -412,23 +446,19 @@ def test_files_that_are_no_model_are_refused(start, tmp_path):
 # A run
 
 
-def test_a_run_from_a_single_file_is_that_from_its_folder(singles, pictures, cache_dir, tmp_path, capsys):
-    """A LoRA with LPL: the same to the last bit; resumed after the unpacked folder was deleted; with card and plan."""
+def test_a_run_from_a_single_file(singles, pictures, cache_dir, tmp_path, capsys):
+    """A LoRA with LPL, resumed after the unpacked folder was deleted; plan, card and the file for other programs."""
     common = ["--train_data_dir", pictures, "--cache_dir", cache_dir, "--resolution", 64, "--train_batch_size", 2,
-              "--report_to", "none", "--use_lora", "--use_lpl", "--output_kohya_format", "--checkpointing_steps", 1]  # fmt: skip
+              "--report_to", "none", "--use_lora", "--use_lpl", "--output_kohya_format",
+              "--checkpointing_steps", 1]  # fmt: skip
     file = ["--pretrained_model_name_or_path", singles["sdxl"], "--config_from", EXAMPLES["sdxl"], *common]
     sdxl.run(*file, "--max_train_steps", 1, "--output_dir", tmp_path / "file")
     said = capsys.readouterr().out
     assert "Base model: sdxl.safetensors is SDXL in one file" in said and "Unpacking sdxl.safetensors once" in said
     base = train_sdxl_lpl.parse_args([str(word) for word in (*file, "--output_dir", tmp_path / "x")]).base_model
-    folder = tmp_path / "folder"
-    os.rename(base.name, folder)
-    assert source_in_words(base) == "sdxl.safetensors"
+    assert source_in_words(base).startswith("sdxl.safetensors, sha256 ")
+    shutil.rmtree(base.name)
     sdxl.run(*file, "--max_train_steps", 2, "--output_dir", tmp_path / "file", "--resume_from_checkpoint", "latest")
-    sdxl.run(
-        "--pretrained_model_name_or_path", folder, *common, "--max_train_steps", 2, "--output_dir", tmp_path / "b"
-    )
-    assert weights(tmp_path / "file") == weights(tmp_path / "b")
     card = (tmp_path / "file" / "README.md").read_text()
     assert 'from_single_file("path/to/sdxl.safetensors"' in card and str(cache_dir) not in card
     assert f"| base model | sdxl.safetensors, sha256 {sha256_of(singles['sdxl'])[:10]} |" in card
