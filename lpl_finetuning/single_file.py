@@ -258,7 +258,7 @@ def read_header(what, path):
     require(path.suffix not in PICKLES, f"{what} is a pickle ({path.suffix}), which can run programs when it is read; "
             "give the same model as .safetensors")  # fmt: skip
     require(path.suffix == ".safetensors", f"{what}: {path.suffix or 'a file without an ending'} is not read; give a "
-            "model in a single .safetensors file")  # fmt: skip
+            "folder in diffusers' layout, or a single .safetensors file")  # fmt: skip
     problem = weight_problem(path)
     require(not problem, f"{what} {problem}")
     return tensors_of(path)

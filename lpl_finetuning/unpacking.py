@@ -46,9 +46,8 @@ from lpl_finetuning.single_file import (
 )
 
 PIPELINES = Path(__file__).parent / "pipelines"
-SOURCE = (
-    "source.json"  # in an unpacked folder, written last: {"file": name, "sha256": hex, "stamp"} of the single file
-)
+SOURCE = "source.json"  # in an unpacked folder, written last: {"file": name, "sha256": hex, "stamp": [size, time]}
+
 BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1}  # of the dtypes that are read
 CHUNK = 64 * 2**20  # bytes that are copied at a time
 WEIGHTS, TEXT_WEIGHTS = "diffusion_pytorch_model.safetensors", "model.safetensors"

@@ -192,7 +192,7 @@ def weights_file(path):
 def test_a_file_in_the_place_of_a_folder_is_called_what_it_is(parse, tmp_path):
     notes = tmp_path / "notes.md"
     notes.write_text("x")
-    assert "is a file; give the folder" in refused(parse, model=notes)
+    assert ".md is not read; give a folder in diffusers' layout" in refused(parse, model=notes)
     assert "is a LoRA" in refused(parse, model=lora_file(tmp_path / "style.safetensors"))
     whole = weights_file(tmp_path / "explorations.safetensors")
     assert f"python -m lpl_finetuning.convert {whole} " in refused(parse, model=whole)
