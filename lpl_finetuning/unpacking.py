@@ -18,6 +18,7 @@ from lpl_finetuning.base_model import (
     hub_like,
     hub_problem,
     is_listed,
+    is_lora_file,
     read_object,
     tensors_of,
     weight_files,
@@ -474,6 +475,7 @@ def open_vae_file(args, base):
         return base
     path, what = Path(base.vae), f"--{part.flag} {base.vae}"
     header, _ = read_header(what, path)
+    require(not is_lora_file(path), f"{what} is a LoRA; give an AutoencoderKL as .safetensors, or a folder")
     config = base.file("config.json", part.name)
     require(config, f"{base.flag()}: {part.name}/config.json is missing, which the single file of --{part.flag} needs "
             "too; download the model again")  # fmt: skip
