@@ -209,7 +209,7 @@ class Schedule:
 
     def describe(self):
         """The schedule in a few words."""
-        return f"{self.prediction_type} prediction"
+        return f"{self.prediction_type} prediction" + ", zero terminal SNR" * bool(self.alphas[-1] < 1e-3)
 
     def threshold_for(self, share, by_timestep):
         """The flag with a threshold that would take a share of the samples."""

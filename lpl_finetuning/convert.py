@@ -25,14 +25,14 @@ def check_folder(folder):
             f"{folder} is there already; name a new folder")  # fmt: skip
 
 
-def save_whole(single, folder, files, parts, borrowed):
+def save_whole(single, folder, files, parts, borrowed, config_from):
     """Write a pipeline's folder, which is complete or not there.
 
     Args:
-        single: the `SingleFile`; files, parts, borrowed: see `opened`.
+        single: the `SingleFile`; files, parts, borrowed: see `opened`; config_from: the flag's value.
     """
     temporary = folder.with_name(f".tmp-{folder.name}")
-    unpacked = Unpacked(single.path, temporary, parts, borrowed)
+    unpacked = Unpacked(single.path, temporary, parts, borrowed, config_from)
     check_free_space(folder, unpacked.size, str(folder))
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -102,7 +102,7 @@ def main(argv=None):
         left, settings = surplus(args.file, single, parts), None
         if single.layout is SDXL_FILE:
             files, settings = with_schedule(files, prediction_type, zero_snr)
-        save_whole(single, folder, files, parts, borrowed)
+        save_whole(single, folder, files, parts, borrowed, args.config_from)
         tell(single, settings, left)
         print(f"{args.folder} is a base model now: --pretrained_model_name_or_path {args.folder}")
 

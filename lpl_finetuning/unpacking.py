@@ -62,6 +62,7 @@ class Unpacked:
     Attributes:
         parts: {weight file below the folder: (prefix of its names in the single file, {name: Piece})}.
         borrowed: {part: folder} of parts that the file lacks, whose weights are linked to.
+        config_from: where these parts come from: a folder, or a name on the Hub, from which the weights are fetched.
         said: lines of the plan on what the file is and says.
     """
 
@@ -69,6 +70,7 @@ class Unpacked:
     folder: Path
     parts: Mapping
     borrowed: Mapping = field(default_factory=dict)
+    config_from: str | None = None
     said: tuple = ()
 
     @property
@@ -122,11 +124,15 @@ class Unpacked:
     def _write(self):
         check_free_space(self.folder, self.size, f"{self.path.name}, unpacked,")
         print(f"Unpacking {self.path.name} once, {format_bytes(self.size)}, into {self.folder}", flush=True)
+        stamp = self._stamp()
+        (self.folder / SOURCE).unlink(missing_ok=True)
         for file, (prefix, pieces) in self.parts.items():
             write_part(self.path, prefix, pieces, self.folder / file)
-        for part, folder in self.borrowed.items():
-            link_weights(folder, self.folder / part)
-        kept = {"file": self.path.name, "sha256": remembered_sha256(self.path), "stamp": self._stamp()}
+        if self.borrowed:
+            flag, source = f"--config_from {self.config_from}", config_folder(self.config_from, tuple(self.borrowed))
+            for part in self.borrowed:
+                link_weights(borrowed_weights(flag, source, part), self.folder / part)
+        kept = {"file": self.path.name, "sha256": remembered_sha256(self.path), "stamp": stamp}
         write_whole(self.folder / SOURCE, json.dumps(kept).encode())
 
 
@@ -261,17 +267,21 @@ def files_from(folder):
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in [folder / "model_index.json", *paths]}
 
 
-def config_folder(config_from, layout, weights_of=()):
-    """The folder of --config_from, fetched where it is a name on the Hub; UserError for another pipeline.
+def config_folder(config_from, weights_of=()):
+    """The folder of --config_from, fetched where it is a name on the Hub.
 
     Args:
         weights_of: parts whose weights are needed too.
     """
     flag = f"--config_from {config_from}"
-    folder = Path(config_from)
-    if not folder.is_dir():
-        require(hub_like(config_from), f"{flag}: there is no such folder, and Hub names have the form owner/name")
-        folder = fetched(flag, config_from, weights_of)
+    if Path(config_from).is_dir():
+        return Path(config_from)
+    require(hub_like(config_from), f"{flag}: there is no such folder, and Hub names have the form owner/name")
+    return fetched(flag, config_from, weights_of)
+
+
+def check_configurations(flag, folder, layout):
+    """Refuse a --config_from of another family."""
     index = folder / "model_index.json"
     kind = str(read_object(index).get("_class_name")) if index.is_file() else "folder without a model_index.json"
     require(kind.startswith(layout.pipeline), f"{flag} is a {kind}; the file is {layout.title}: give a "
@@ -312,12 +322,16 @@ def opened(what, single, config_from=None, only=None):
     layout, parts, borrowed = single.layout, {}, {}
     wanted = only or tuple(layout.parts)
     missing = [part for part in wanted if part not in single.prefixes]
-    folder = config_folder(config_from, layout, missing) if config_from else None
+    folder = config_folder(config_from) if config_from else None
+    if folder:
+        check_configurations(f"--config_from {config_from}", folder, layout)
     files = files_from(folder) if folder else packaged_files(layout.folder)
     index = json.loads(files["model_index.json"])
     for part in missing:
         if folder and is_listed(index, part):
-            borrowed[part] = borrowed_weights(f"--config_from {config_from}", folder, part)
+            borrowed[part] = folder / part
+            if Path(config_from).is_dir():
+                borrowed_weights(f"--config_from {config_from}", folder, part)
         elif part not in layout.optional:
             absent = " and no ".join(layout.parts[each].title for each in missing if each not in layout.optional)
             require(False, f"{what} has no {absent} of {layout.title}; give a file with all parts, or --config_from "
@@ -506,7 +520,7 @@ def placed(args, base, path, files, parts, borrowed, lines, part=None):
         part: the `Part` that the file replaces; None for the whole pipeline.
     """
     folder = folder_of(args.cache_dir, path, files, parts, borrowed)
-    unpacked = Unpacked(path, folder, parts, borrowed)
+    unpacked = Unpacked(path, folder, parts, borrowed, args.config_from)
     try:
         write_small(folder, files)
     except OSError as error:

@@ -271,6 +271,19 @@ def test_what_a_file_lacks_comes_from_another_pipeline(start, tmp_path):
     assert "no first text encoder and no second text encoder of SD3" in told and "--config_from" in told
 
 
+def test_what_a_file_lacks_is_fetched_when_the_run_begins(start, tmp_path, monkeypatch):
+    """From a pipeline on the Hub: small files when the flags are checked, weights when the file is unpacked."""
+    asked = []
+    path = write_file(tmp_path / "model.safetensors", tiny_shapes("sd3", without=("text_encoders.clip_g",)))
+    told = refused(start, path, "--config_from", "someone/sd3", family="sd3", config=False)
+    assert "--config_from someone/sd3: can't be had from the Hub (HF_HUB_OFFLINE is set)" in told
+    monkeypatch.setattr(unpacking, "fetched", lambda flag, name, weights: asked.append(weights) or EXAMPLES["sd3"])
+    base = start(path, "--config_from", "someone/sd3", family="sd3", config=False).base_model
+    assert asked == [()]
+    base.unpack()
+    assert asked == [(), ("text_encoder_2",)] and base.is_unpacked
+
+
 def test_an_autoencoder_in_a_single_file(sdxl_folder, start, tmp_path):
     """In LDM's layout and in diffusers' own, beside a pipeline's folder and beside a single file."""
     torch.manual_seed(1)
@@ -337,6 +350,7 @@ def test_the_schedule_is_that_of_file_and_flags(case, start, tmp_path):
     args = start(path, *flags)
     base, schedule = args.base_model, train_sdxl_lpl.Schedule(args)
     assert schedule.prediction_type == kind and (schedule.alphas[-1] < 1e-3) == zero
+    assert schedule.describe() == f"{kind} prediction" + ", zero terminal SNR" * zero
     assert words in base.unpacked[base.name].said[0]
     config = load_part_config(base, diffusers.DDPMScheduler, "scheduler")
     assert config["rescale_betas_zero_snr"] == zero and (not zero or config["timestep_spacing"] == "trailing")
@@ -452,7 +466,7 @@ def test_a_run_from_a_single_file(singles, pictures, cache_dir, tmp_path, capsys
               "--report_to", "none", "--use_lora", "--use_lpl", "--output_kohya_format",
               "--checkpointing_steps", 1]  # fmt: skip
     file = ["--pretrained_model_name_or_path", singles["sdxl"], "--config_from", EXAMPLES["sdxl"], *common]
-    sdxl.run(*file, "--max_train_steps", 1, "--output_dir", tmp_path / "file", result=False)
+    sdxl.run(*file, "--max_train_steps", 1, "--output_dir", tmp_path / "file")
     said = capsys.readouterr().out
     assert "Base model: sdxl.safetensors is SDXL in one file" in said and "Unpacking sdxl.safetensors once" in said
     base = train_sdxl_lpl.parse_args([str(word) for word in (*file, "--output_dir", tmp_path / "x")]).base_model
