@@ -54,6 +54,8 @@ def build_parser():
         help="another UNet: a folder or Hub name with its config.json, or with unet/",
     )
     add("--prediction_type", choices=("epsilon", "v_prediction", "sample"), help="default: the base model's")
+    add("--rescale_betas_zero_snr", action="store_true", default=None, help="train at zero terminal SNR, for "
+        "v-prediction; --no-rescale_betas_zero_snr: not (default: the base model's)")  # fmt: skip
     add("--snr_gamma", type=float, help="weight the diffusion loss by min(SNR, gamma); 5 is usual (default: off)")
     add("--timestep_bias_strategy", choices=("none", "earlier", "later", "range"), default="none",
         help="draw some timesteps more often (default: %(default)s)")  # fmt: skip
@@ -204,7 +206,7 @@ class Schedule:
 
     def describe(self):
         """The schedule in a few words."""
-        return f"{self.prediction_type} prediction"
+        return f"{self.prediction_type} prediction" + ", zero terminal SNR" * bool(self.alphas[-1] < 1e-3)
 
     def threshold_for(self, share, by_timestep):
         """The flag with a threshold that would take a share of the samples."""

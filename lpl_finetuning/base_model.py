@@ -66,6 +66,8 @@ class Family:
     lora_blocks: Mapping[str, str] = field(default_factory=dict)  # word in --lora_blocks -> start of modules' names
     numbered_blocks: str = ""  # what the numbers in --lora_blocks count: start of modules' names
     fixed_flags: tuple[str, ...] = ()  # further flags that a checkpoint can't be resumed with other values of
+    open_base_file: Callable | None = None  # (args, base) -> base, with a single file's folder for the pipeline
+    open_vae_file: Callable | None = None  # the same for the autoencoder
 
     @property
     def components(self):
@@ -106,6 +108,8 @@ class BaseModel:
     denoiser: str | None = None  # folder or name of another denoiser
     allow_pickle: bool = False
     weights: str | None = None  # fingerprint of the denoiser's weights, else the autoencoder's: `weights_fingerprint`
+    unpacked: Mapping = field(default_factory=dict)  # {folder: `Unpacked`} of single files, for name and vae
+    schedule: Mapping = field(default_factory=dict)  # settings of the scheduler that win over the pipeline's own
 
     def replacement(self, part):
         """(the `Part`, folder or name) of the model that a flag puts in the place of a part; None without such."""
@@ -126,8 +130,22 @@ class BaseModel:
     def flag(self, part=None):
         """The flag that a part comes from, with its value; without a part that of the pipeline."""
         if found := self.replacement(part):
-            return f"--{found[0].flag} {found[1]}"
-        return f"--pretrained_model_name_or_path {self.name}"
+            return f"--{found[0].flag} {self.given(found[1])}"
+        return f"--pretrained_model_name_or_path {self.given(self.name)}"
+
+    def given(self, name):
+        """A folder or name as the flag has it: the single file, where the folder is an unpacked one."""
+        return self.unpacked[name].path if name in self.unpacked else name
+
+    @property
+    def is_unpacked(self):
+        """Whether the weights of all single files are in their folders."""
+        return all(each.is_made for each in self.unpacked.values())
+
+    def unpack(self):
+        """Write the weights of single files into their folders, unless they are there."""
+        for each in self.unpacked.values():
+            each.make()
 
     def loading_flags(self, part):
         """Names of the flags that say which files of a part are loaded. --variant is for the pipeline's own parts."""
@@ -177,7 +195,16 @@ def base_model_of(args, family):
         vae=replaced.get(family.autoencoder),
         denoiser=replaced.get(family.denoiser),
         allow_pickle=args.allow_pickle,
+        schedule=schedule_from_flags(args),
     )
+
+
+def schedule_from_flags(args):
+    """Settings of the scheduler from --rescale_betas_zero_snr; at zero SNR sampling begins at the last timestep."""
+    zero = getattr(args, "rescale_betas_zero_snr", None)
+    if zero is None:
+        return {}
+    return {"rescale_betas_zero_snr": zero} | ({"timestep_spacing": "trailing"} if zero else {})
 
 
 def is_listed(index, part):
@@ -192,12 +219,14 @@ def check_base_model(args, family):
         UserError: a part is missing, damaged, unsafe or of another family, or the parts do not fit together.
     """
     base = base_model_of(args, family)
+    base = family.open_base_file(args, base) if family.open_base_file else base
     check_pipeline(base)
+    base = family.open_vae_file(args, base) if family.open_vae_file else base
     configs = check_parts(base)
     check_small_parts(base)
     if family.autoencoder:
         check_autoencoder(args, base, configs[family.autoencoder.name])
-    if not (args.dry_run and is_plan_only(base)):
+    if base.is_unpacked and not (args.dry_run and is_plan_only(base)):
         check_weights(base)
         check_files(base)
         if family.denoiser:
@@ -376,8 +405,7 @@ def instead_of_pipeline(folder, example):
     if (folder / "config.json").is_file():
         return "it is one part of a pipeline; give the whole pipeline's folder"
     if files:
-        return (f"it holds single files ({files[0]}): python -m lpl_finetuning.convert {folder / files[0]} FOLDER "
-                "makes a pipeline of one")  # fmt: skip
+        return f"it holds single files ({files[0]}): give one of them, such as {folder / files[0]}"
     if not any(folder.iterdir()):
         return "it is empty; give the folder of a whole pipeline"
     return "a whole pipeline in diffusers' layout is needed"
@@ -679,15 +707,21 @@ def weights_fingerprint(base, part=None):
     place = base.place(part)
     if not Path(place.name).is_dir():
         return f"hub:{place.name}@{place.revision or 'main'}"
+    single = base.unpacked.get(place.name)
+    return f"sha256:{fingerprint_of([single.path] if single else weights_here(base, part))[:16]}"
+
+
+def fingerprint_of(paths):
+    """sha256, hex, of samples of files and of their sizes."""
     content = hashlib.sha256()
-    for path in weights_here(base, part):
+    for path in paths:
         size = path.stat().st_size
         with open(path, "rb") as file:
             for piece in range(PIECES):
                 file.seek(size * piece // PIECES)
                 content.update(file.read(4096))
         content.update(size.to_bytes(8, "little"))
-    return f"sha256:{content.hexdigest()[:16]}"
+    return content.hexdigest()
 
 
 # ---------------------------------------------------------------------------------------------------------------------

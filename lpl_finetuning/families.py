@@ -10,6 +10,8 @@ from lpl_finetuning.errors import require
 from lpl_finetuning.flags import framing_rules, mixed_precision
 from lpl_finetuning.networks.checks import check_feature_networks
 from lpl_finetuning.sample_prompts import check_zero_snr, entries_of
+from lpl_finetuning.single_file import SD3_FILE, SDXL_FILE
+from lpl_finetuning.unpacking import open_base_file, open_vae_file
 
 VAE = Part("vae", "autoencoder", "AutoencoderKL", "pretrained_vae_model_name_or_path")
 
@@ -30,6 +32,8 @@ LATENTS = Family(
     check=lambda args, base, configs: None,
     example="stabilityai/stable-diffusion-xl-base-1.0",
     fixed_flags=("block_widths", "blocks_per_stage"),
+    open_base_file=open_base_file,
+    open_vae_file=open_vae_file,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -65,12 +69,15 @@ def check_prediction(args, base):
     """
     said, zero_snr = scheduler_says(base.name, base.revision) or ("epsilon", False)
     other, other_zero_snr = (base.denoiser and scheduler_says(base.denoiser)) or (said, zero_snr)
-    which, given = base.flag("unet"), args.prediction_type
+    which, given, zero_flag = base.flag("unet"), args.prediction_type, args.rescale_betas_zero_snr
     require(given or other == said, f"{which} is of a model of {other}, and the base model's scheduler says {said}; "
             "give --prediction_type")  # fmt: skip
-    require(other_zero_snr == zero_snr, f"{which}: its scheduler says rescale_betas_zero_snr {other_zero_snr}, and "
-            f"the base model's {zero_snr}; give the UNet's own pipeline as --pretrained_model_name_or_path"
-    )  # fmt: skip
+    require(zero_flag is not None or other_zero_snr == zero_snr,
+            f"{which}: its scheduler says rescale_betas_zero_snr {other_zero_snr}, and the base model's {zero_snr}; "
+            "give the UNet's own pipeline as --pretrained_model_name_or_path")  # fmt: skip
+    zero_snr = zero_snr if zero_flag is None else zero_flag
+    require(not zero_flag or (given or said) != "epsilon", "--rescale_betas_zero_snr: at zero terminal SNR a model of "
+            "epsilon learns nothing; give --prediction_type v_prediction, or leave it out")  # fmt: skip
     check_zero_snr(entries_of(args), zero_snr)
     if given in (None, said) or os.environ.get("RANK", "0") != "0":
         return
@@ -114,9 +121,11 @@ SDXL = Family(
     foreign_schedulers=("EDM", "FlowMatch"),
     half_vae="madebyollin/sdxl-vae-fp16-fix",
     example="stabilityai/stable-diffusion-xl-base-1.0",
-    special_channels={9: "inpainting", 8: "InstructPix2Pix"},
+    special_channels=SDXL_FILE.special_channels,
     missing_part={"text_encoder": "the refiner can't be trained here, give the base model"},
     other_scripts={"StableDiffusion3": "train_sd3_lpl_flow.py"},
+    open_base_file=open_base_file,
+    open_vae_file=open_vae_file,
 )
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -197,7 +206,9 @@ SD3 = Family(
     numbered_blocks="transformer_blocks",
     check=check_sd3,
     schedulers=("FlowMatch",),
-    special_channels={33: "inpainting"},
+    special_channels=SD3_FILE.special_channels,
     example="stabilityai/stable-diffusion-3.5-medium",
     other_scripts={"StableDiffusionXL": "train_sdxl_lpl.py"},
+    open_base_file=open_base_file,
+    open_vae_file=open_vae_file,
 )  # fmt: skip

@@ -105,7 +105,7 @@ def remembered_sha256(path: Path) -> str:
         return sha256_of(path)
     name = os.path.abspath(path)
     place = cache_folder() / "hashes" / f"{digest(path=name)[:32]}.json"
-    with _alone(place.with_suffix(".lock")):
+    with alone(place.with_suffix(".lock")):
         stamp = _stamp(path)
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
             kept = json.loads(place.read_text(encoding="utf-8"))
@@ -127,7 +127,7 @@ def _stamp(path: Path) -> list[int]:
 
 
 @contextlib.contextmanager
-def _alone(lock: Path):
+def alone(lock: Path):
     """Context manager: at most one process of the machine is inside; all are where the lock can't be written."""
     with contextlib.ExitStack() as stack:
         with contextlib.suppress(OSError):

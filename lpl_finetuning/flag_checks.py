@@ -62,6 +62,10 @@ DEAD_FLAGS = (  # (flags, when they do nothing, function of the flags that tells
     (("dataset_config_name",), "without --dataset_name", lambda args: args.dataset_name),
     (("keep_tags", "tag_shuffles"), "without --shuffle_tags", lambda args: args.shuffle_tags),
     (("revision",), "with a base model in a folder", lambda args: not is_folder(args.pretrained_model_name_or_path)),
+    (("revision", "variant"), "with a base model in a single file",
+     lambda args: not is_file(args.pretrained_model_name_or_path)),
+    (("config_from",), "with a base model that is no single file",
+     lambda args: is_file(args.pretrained_model_name_or_path)),
     (("lr_warmup_steps",), "with --lr_scheduler constant; constant_with_warmup warms up",
      lambda args: args.lr_scheduler != "constant" or args.lr_warmup_steps == 0),
     (("lr_num_cycles",), "without --lr_scheduler cosine_with_restarts",
@@ -126,6 +130,11 @@ def check_dead_flags(args):
 def is_folder(name):
     """Whether a name, or None, is that of a folder."""
     return name is not None and Path(name).is_dir()
+
+
+def is_file(name):
+    """Whether a name, or None, is that of a file."""
+    return name is not None and Path(name).is_file()
 
 
 def check_flags(args, family):

@@ -390,8 +390,11 @@ def add_model_arguments(parser):
     add(
         "--pretrained_model_name_or_path",
         type=input_path,
-        help="Hub name or folder of the base pipeline (diffusers layout)",
+        help="Hub name or folder of the base pipeline (diffusers layout), or a whole model in a single .safetensors "
+        "file",
     )
+    add("--config_from", type=input_path, help="folder or Hub name of a pipeline with what a single file lacks: "
+        "configurations, tokenizers, text encoders (default: the package's, which has no text encoders)")  # fmt: skip
     add("--revision", help="revision of the base model on the Hub")
     add("--variant", help="file variant of the base model, e.g. fp16")
     add("--allow_pickle", action="store_true", help="load weights that are there as pickles (.bin) only, which can "
@@ -399,7 +402,7 @@ def add_model_arguments(parser):
     add(
         "--pretrained_vae_model_name_or_path",
         type=input_path,
-        help="another autoencoder, e.g. madebyollin/sdxl-vae-fp16-fix",
+        help="another autoencoder, e.g. madebyollin/sdxl-vae-fp16-fix, or a .safetensors file",
     )
     add("--single_file", action="store_true", help="save a whole model as one file too, model.safetensors for ComfyUI "
         "and (SDXL) A1111")  # fmt: skip

@@ -11,7 +11,7 @@ import shutil
 from pathlib import Path
 
 from lpl_finetuning.errors import counted, errors_for_people, first_names, quiet_libraries, require
-from lpl_finetuning.evaluation.models import EvaluatedModel, check_evaluated, family_of
+from lpl_finetuning.evaluation.models import EvaluatedModel, check_evaluated, family_of, opened
 from lpl_finetuning.files import follow_umask
 from lpl_finetuning.flags import SAVE_DTYPES, FlagParser
 from lpl_finetuning.lora_files import ADAPTER, SINGLE_FILE, check_lora, find_lora, put_lora, read_lora
@@ -21,7 +21,7 @@ def build_parser():
     """The flags of the command."""
     parser = FlagParser(__doc__)
     add = parser.add_argument
-    add("base", help="the base model: folder or Hub name of a pipeline")
+    add("base", help="the base model: folder or Hub name of a pipeline, or a whole model in a single file")
     add("lora", help="what is added to it: a file, folder or Hub name")
     add("folder", help="new folder for the result")
     add("--strength", type=float, default=1.0, help="share of the change that is added (default: %(default)s)")
@@ -44,9 +44,8 @@ def checked(args):
     require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
             f"{folder} is there already; name a new folder")  # fmt: skip
     family = family_of(args.base, args.base)
-    base = check_evaluated(Base(family, args.base, text=args.base))
     check_lora(args.lora, args.lora, family)
-    return base
+    return check_evaluated(opened(Base(family, args.base, text=args.base)))
 
 
 def add_lora(pipeline, base, lora, strength):

@@ -109,7 +109,9 @@ _ADVICE: dict[str, str | tuple[str, ...]] = dict.fromkeys(
     "weighting_scheme": "it is of train_sd3_lpl_flow.py; SDXL has --snr_gamma and --timestep_bias_strategy",
     "training_shift": "use --timestep_shift", "loss_type": "the diffusion loss is the squared error; LPL has "
     "--lpl_loss_type", "offset_noise": "use --noise_offset", "lpl_threshold": "use --lpl_t_threshold or "
-    "--lpl_sigma_threshold", "zero_terminal_snr": "the noise levels are the base model's; leave it out",
+    "--lpl_sigma_threshold",
+    "zero_terminal_snr": ("use --rescale_betas_zero_snr", "rectified flow has no choice; leave it out"),
+    "rescale_betas_zero_snr": "rectified flow has no choice; leave it out",
     "max_sequence_length": "it is of train_sd3_lpl_flow.py; SDXL's text encoders take 77 tokens",
     "max_token_length": ("use --max_sequence_length, for T5", "SDXL's text encoders take 77 tokens; leave it out"),
     "t5xxl_max_token_length": ("use --max_sequence_length", "SDXL has no T5; leave it out"),

@@ -1,10 +1,11 @@
 """Models to be evaluated: what a text names, checked before torch is imported; loading them; their samplers.
 
-A text is the folder or Hub name of a pipeline, BASE+LORA, BASE+CHECKPOINT, or a folder of pictures.
+A text is the folder, single file or Hub name of a pipeline, BASE+LORA, BASE+CHECKPOINT, or a folder of pictures.
 """
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 from lpl_finetuning.base_model import (
     BaseModel,
@@ -14,6 +15,7 @@ from lpl_finetuning.base_model import (
     check_small_parts,
     check_weights,
     hub_like,
+    is_lora_file,
     model_file,
     read_object,
     unreadable,
@@ -24,6 +26,8 @@ from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.families import SD3, SDXL
 from lpl_finetuning.files import sha256_of
 from lpl_finetuning.lora_files import check_lora, find_lora, put_lora, read_lora
+from lpl_finetuning.single_file import read_single_file
+from lpl_finetuning.unpacking import open_base_file
 
 FAMILIES = (SDXL, SD3)
 SAMPLERS = ("auto", "ddim", "euler", "own")
@@ -94,11 +98,11 @@ def find_source(text):
                 "before the +")  # fmt: skip
         if is_picture_folder(path):
             return ModelSource(text, pictures=path)
-        base = check_evaluated(EvaluatedModel(family_of(flag, text), text, text=text))
+        base = check_evaluated(pipeline_of(flag, text, text))
         return ModelSource(text, base, weights=weights_fingerprint(base))
     name, _, addition = text.rpartition("+")
     require(name and addition, f"{flag}: nothing stands {'after' if name else 'before'} the +; write BASE+LORA")
-    base = EvaluatedModel(family_of(flag, name), name, text=text)
+    base = pipeline_of(flag, name, text)
     if Path(addition, base.family.denoiser.name, "config.json").is_file():
         base = check_evaluated(replace(base, denoiser=addition))
         return ModelSource(text, base, weights=weights_fingerprint(base))
@@ -106,6 +110,18 @@ def find_source(text):
     base = check_evaluated(base)
     added = f"sha256:{sha256_of(path)[:16]}" if path else f"hub:{addition}"
     return ModelSource(text, base, addition, weights=f"{weights_fingerprint(base)}+{added}")
+
+
+def pipeline_of(flag, name, text):
+    """The `EvaluatedModel` of a folder, a name on the Hub, or a single file, which is unpacked into the cache."""
+    return opened(EvaluatedModel(family_of(flag, name), name, text=text))
+
+
+def opened(base):
+    """An `EvaluatedModel` whose files can be read: a single file is unpacked into the cache."""
+    base = open_base_file(SimpleNamespace(cache_dir=None, config_from=None, dry_run=False), base)
+    base.unpack()
+    return base
 
 
 def is_picture_folder(path):
@@ -120,7 +136,7 @@ def is_picture_folder(path):
 def is_trained_part(path):
     """Whether a path is a LoRA's file, or a folder with a LoRA or a checkpoint and no pipeline."""
     if path.is_file():
-        return path.suffix == ".safetensors"
+        return path.suffix == ".safetensors" and is_lora_file(path)
     if not path.is_dir() or (path / "model_index.json").is_file():
         return False
     marks = ("training_state.json", "pytorch_lora_weights.safetensors", "adapter_config.json")
@@ -128,7 +144,10 @@ def is_trained_part(path):
 
 
 def family_of(flag, name):
-    """The family of a pipeline's folder or Hub name, from its model_index.json."""
+    """The family of a pipeline's folder or Hub name, from its model_index.json, or of a single file, by its header."""
+    if Path(name).is_file():
+        single = read_single_file(name, f"{flag}: {name}")
+        return next(family for family in FAMILIES if single.layout.pipeline == family.pipeline)
     if not Path(name).is_dir() and not hub_like(name):
         return SDXL  # `check_pipeline` tells what is wrong
     try:

@@ -22,7 +22,7 @@ from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.files import row_of
 from lpl_finetuning.flags import REPOSITORY, feature_fractions
 from lpl_finetuning.lora_files import LORA_FILE, file_for_others, kind_of
-from lpl_finetuning.results.metadata import trigger_of
+from lpl_finetuning.results.metadata import base_source, trigger_of
 from lpl_finetuning.sample_prompts import KEYS, entries_of
 from lpl_finetuning.training.checkpoint_folders import output_name_of
 
@@ -68,6 +68,8 @@ def model_card(args, steps, images_per_step, images, gate, hub_name=None):
         samples=tuple(entry.values() for entry in entries_of(args) if entry.place),
         images_per_prompt=args.num_validation_images,
         prediction_type=getattr(args, "prediction_type", None),
+        base_file=single_file_of(args.base_model),
+        schedule=schedule_of_base(args.base_model),
         measures=measures,
         measured_from=measured_from,
         networks=" and of ".join(NETWORKS[network] for network in feature_fractions(args)),
@@ -121,6 +123,7 @@ def training_rows(args, steps, images_per_step, lora):
         "schedule": args.lr_scheduler,
         "optimizer": "8-bit AdamW" if args.use_8bit_adam else args.optimizer,
         "precision": {"no": "float32", None: None}.get(args.mixed_precision, args.mixed_precision),
+        "base model": source_in_words(args.base_model),
         "trained": lora.get("kind", "all weights") + (" with the text encoders" * args.train_text_encoder),
         "saved in": args.save_dtype or "float32",
         "file for other programs": file_for_others(args),
@@ -133,6 +136,28 @@ def training_rows(args, steps, images_per_step, lora):
         "EMA": args.use_ema,
         "seed": args.seed,
     }
+
+
+def single_file_of(base):
+    """The name of the single file that a base model is; None for a folder or a name on the Hub."""
+    return base.unpacked[base.name].path.name if base.name in base.unpacked else None
+
+
+def schedule_of_base(base):
+    """Settings of the scheduler that a LoRA's user has to make: those of a single file, and those of the flags."""
+    if not single_file_of(base):
+        return dict(base.schedule)
+    own = read_json(Path(base.name, "scheduler", "scheduler_config.json"))
+    kept = {name: own[name] for name in ("prediction_type", "rescale_betas_zero_snr") if name in own}
+    kept |= {"timestep_spacing": "trailing"} if kept.get("rescale_betas_zero_snr") else {}
+    is_usual = kept in ({}, {"prediction_type": "epsilon", "rescale_betas_zero_snr": False})
+    return ({} if is_usual else kept) | base.schedule
+
+
+def source_in_words(base):
+    """The single file that a base model is, with the start of its sha256 by which sites find it; None without."""
+    name, (_, sha256) = single_file_of(base), base_source(base)
+    return f"{name}, sha256 {sha256[:10]}" if name and sha256 else name
 
 
 def lora_facts(folder):
@@ -411,9 +436,9 @@ class Card:
 
     name: owner/name on the Hub, or only a name; base_model, dataset: as given to the run, a name on the Hub or a path
     (paths are never shown); lora: LoRA or DoRA, None for a whole model; trigger: the words that call what was learnt;
-    prediction_type: when the run was given one, so that a LoRA's snippet
-    sets it; samples: {key: value} of each prompt of --validation_prompts_file. Image number n of prompt p is
-    `image_{p * images_per_prompt + n}.png`.
+    prediction_type: when the run was given one, so that a LoRA's snippet sets it; base_file: name of the single file
+    that the base model is; schedule: further settings of the scheduler for that snippet; samples: {key: value} of each
+    prompt of --validation_prompts_file. Image number n of prompt p is `image_{p * images_per_prompt + n}.png`.
     """
 
     name: str
@@ -428,6 +453,8 @@ class Card:
     prompts: tuple[str, ...] = ()
     images_per_prompt: int = 0
     prediction_type: str | None = None
+    base_file: str | None = None
+    schedule: dict = field(default_factory=dict)
     measures: dict = field(default_factory=dict)
     measured_from: str = "before"
     trigger: str | None = None
@@ -506,6 +533,7 @@ def description(card, base, dataset):
     """What it is, in a sentence or two."""
     what = f"A {card.lora} for" if card.lora else "A fine-tuned version of"
     model = f"[{base}](https://huggingface.co/{base})" if base else f"a local {card.family.long_name} model"
+    model += f" ({in_code(card.base_file)})" if card.base_file else ""
     images = f"{card.num_images} images" if card.num_images else "images"
     data = (
         f"[{dataset}](https://huggingface.co/datasets/{dataset})" if dataset else f"a private collection of {images}"
@@ -522,25 +550,29 @@ def description(card, base, dataset):
 def snippet(card, base):
     """Python that loads the result and draws the first prompt."""
     pipeline = card.family.pipeline_class
-    loaded = (base or "path/to/the/base/model") if card.lora else card.name
+    loaded, how = (base or "path/to/the/base/model") if card.lora else card.name, "from_pretrained"
+    if card.lora and card.base_file:
+        loaded, how = f"path/to/{card.base_file}", "from_single_file"
     merged = card.lora in ("LoHa", "LoKr")  # diffusers does not read these
     lines = [
         f"# once, in a shell: python -m lpl_finetuning.merge {loaded} {card.name} merged",
         "",
     ] * merged
-    loaded = "merged" if merged else loaded
+    loaded, how = ("merged", "from_pretrained") if merged else (loaded, how)
     lines += [
         "import torch",
         f"from diffusers import {pipeline}",
         "",
         'device = "cuda" if torch.cuda.is_available() else "cpu"',
-        f'pipe = {pipeline}.from_pretrained("{loaded}", dtype=torch.float16).to(device)',
+        f'pipe = {pipeline}.{how}("{loaded}", dtype=torch.float16).to(device)',
     ]
     if card.lora and not merged:
         lines.append(f'pipe.load_lora_weights("{card.name}")')
-    if card.lora and card.prediction_type:
-        config = f'pipe.scheduler.config, prediction_type="{card.prediction_type}"'
-        lines.append(f"pipe.scheduler = pipe.scheduler.from_config({config})")
+    settings = card.schedule | ({"prediction_type": card.prediction_type} if card.prediction_type else {})
+    if card.lora and settings:
+        given = [json.dumps(value) if isinstance(value, str) else str(value) for value in settings.values()]
+        config = ", ".join(f"{name}={value}" for name, value in zip(settings, given, strict=True))
+        lines.append(f"pipe.scheduler = pipe.scheduler.from_config(pipe.scheduler.config, {config})")
     prompt = card.prompts[0] if card.prompts else card.trigger or "a photo of a red apple"
     if card.trigger and card.trigger.lower() not in prompt.lower():
         prompt = f"{card.trigger}, {prompt}"

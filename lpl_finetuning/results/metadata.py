@@ -11,6 +11,7 @@ from pathlib import Path
 
 from lpl_finetuning.base_model import hub_like, read_object
 from lpl_finetuning.flags import caption_rules
+from lpl_finetuning.unpacking import SOURCE
 
 SPEC = "1.0.0"  # version of modelspec
 IMPLEMENTATION = "sgm"  # the code base whose names the tensors have: Stability AI's
@@ -21,7 +22,6 @@ ARCHITECTURES = {  # version of the base model as sd-scripts calls it -> modelsp
     "3-5-large": "stable-diffusion-v3.5-large",
 }
 PREDICTIONS = {"epsilon": "epsilon", "v_prediction": "v"}  # modelspec's names; it has none for flow and sample
-SOURCE = "source.json"  # in a folder that `convert` made: {"file": name, "sha256": hex} of the single file
 MOST_TAGS = 1000  # tags that a file lists: a header is read into memory whenever a program lists its files
 
 
@@ -104,7 +104,7 @@ def training_keys(args, plan, images, step):
 def base_source(base):
     """(name, sha256) of the base model, each None where it is not known or would tell a local path.
 
-    The sha256 is that of the single file that `convert` made the folder from; nothing is hashed here.
+    The sha256 is that of the single file that the folder was made from; nothing is hashed here.
     """
     folder = Path(base.name)
     if not folder.is_dir():

@@ -31,13 +31,12 @@ CODE = (augmentation, latent_classifier, live_memory, models, objective, optimiz
 FLAGS = (  # that a count follows from
     "adam_beta1", "aspect_ratio_buckets", "foreach_ema", "gradient_accumulation_steps", "gradient_checkpointing",
     "init_lora", "lokr_factor", "lora_alpha", "lora_blocks", "lora_dropout", "lora_layers", "lora_pattern",
-    "lora_type", "lpl_augment", "lpl_batch_size", "lpl_checkpointing", "lpl_classifier_stages", "lpl_features", "lpl_loss_type",
-    "lpl_norm_gradient", "lpl_norm_type", "lpl_num_blocks", "lpl_outlier_reference_resolution", "lpl_pow_law",
-    "lpl_remove_outliers", "lpl_scale", "lpl_vae_dtype",
-    "max_sequence_length", "noise_offset", "num_validation_images", "offload_ema", "optimizer",
-    "precondition_outputs", "prediction_type", "proportion_empty_prompts", "rank", "resolution", "snr_gamma",
-    "train_batch_size", "train_text_encoder", "use_8bit_adam", "use_dora", "use_ema", "use_lora", "use_lpl",
-    "weighting_scheme",
+    "lora_type", "lpl_augment", "lpl_batch_size", "lpl_checkpointing", "lpl_classifier_stages", "lpl_features",
+    "lpl_loss_type", "lpl_norm_gradient", "lpl_norm_type", "lpl_num_blocks", "lpl_outlier_reference_resolution",
+    "lpl_pow_law", "lpl_remove_outliers", "lpl_scale", "lpl_vae_dtype", "max_sequence_length", "noise_offset",
+    "num_validation_images", "offload_ema", "optimizer", "precondition_outputs", "prediction_type",
+    "proportion_empty_prompts", "rank", "resolution", "snr_gamma", "train_batch_size", "train_text_encoder",
+    "use_8bit_adam", "use_dora", "use_ema", "use_lora", "use_lpl", "weighting_scheme",
 )  # fmt: skip
 
 

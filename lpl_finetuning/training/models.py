@@ -278,13 +278,15 @@ def quantization(args, dtype):
 
 def load_part(base, cls, part, **more):
     """A part of the base pipeline without weights: a tokenizer, a scheduler or a configuration."""
+    more |= base.schedule if part == "scheduler" else {}
     return cls.from_pretrained(base.name, subfolder=part, revision=base.revision, **more)
 
 
 def load_part_config(base, cls, part):
     """The configuration of a part, from where its weights come from, as a dictionary."""
     place = base.place(part)
-    return cls.load_config(place.name, subfolder=place.subfolder, revision=place.revision)
+    config = cls.load_config(place.name, subfolder=place.subfolder, revision=place.revision)
+    return dict(config) | base.schedule if part == "scheduler" else config
 
 
 def load_model(base, cls, part, **more):
@@ -309,6 +311,9 @@ def load_pipeline(base, pipeline_class, **parts):
         part = base.family.autoencoder
         cls, dtype = getattr(diffusers, part.class_name), dtypes.pop(part.name)
         parts[part.name] = load_model(base, cls, part.name, dtype=dtype)
+    if base.schedule:
+        config = load_part_config(base, diffusers.DDPMScheduler, "scheduler")
+        parts["scheduler"] = getattr(diffusers, config["_class_name"]).from_config(config)
     return pipeline_class.from_pretrained(
         base.name, revision=base.revision, variant=base.variant, dtype=dtypes | {"default": torch.float32},
         use_safetensors=safetensors_only(base), **dict.fromkeys(base.absent_parts()), **parts,

@@ -205,6 +205,8 @@ def print_run(args, report, accelerator, plan, measured=None):
     batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
     images, held_out = report["images"], report["held_out"]
     print_configuration(args, say)
+    for line in [line for each in args.base_model.unpacked.values() for line in each.said]:
+        say(line)
     say("\n" + "\n".join(report_lines(report)) + "\n")
     for warning in warnings_about(args, total_steps, plan.first_step):
         say(f"warning: {warning}")

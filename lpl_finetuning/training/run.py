@@ -154,8 +154,8 @@ def end(accelerator):
 def open_output_dir(args, accelerator, resume_from, report, check_access):
     """Context manager: --output_dir with the flags and the report on the data in it, locked against other runs.
 
-    What an earlier run left there is moved aside. The context's value is the name on the Hub under --push_to_hub, on
-    rank 0, else None.
+    A base model in a single file is unpacked before. What an earlier run left in the folder is moved aside. The
+    context's value is the name on the Hub under --push_to_hub, on rank 0, else None.
 
     Args:
         check_access: function (name, token, private) -> owner/name, asked under --push_to_hub.
@@ -164,6 +164,7 @@ def open_output_dir(args, accelerator, resume_from, report, check_access):
         UserError: another run is writing there, or the Hub would refuse the result.
     """
     stage_ended("plan")
+    args.base_model.unpack()
     output_dir = Path(args.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     hub_name = None

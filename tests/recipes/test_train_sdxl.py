@@ -729,7 +729,7 @@ MISTAKES = [
     ("--train_data_dir {listed} --caption_column prompt", "prompt"),
     ("--pretrained_model_name_or_path {sd15}", "StableDiffusionPipeline"),
     ("--pretrained_model_name_or_path {gutted}", "text_encoder_2"),
-    ("--pretrained_model_name_or_path {single}", "single file"),
+    ("--pretrained_model_name_or_path {single}", "is empty (0 bytes)"),
     ("--pretrained_model_name_or_path {empty}", "model_index.json"),
     ("--pretrained_model_name_or_path ./nowhere", "./nowhere"),
     ("--config {recipe}", "learning_rat"),

@@ -15,8 +15,8 @@ OWN_FUNCTIONS = {
     "join_embeds": "SD3 joins three encoders' outputs",
 }
 OWN_FLAGS = {
-    "snr_gamma", "prediction_type", "timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_begin",
-    "timestep_bias_end", "timestep_bias_portion",  # SDXL's discrete schedule
+    "snr_gamma", "prediction_type", "rescale_betas_zero_snr", "timestep_bias_strategy", "timestep_bias_multiplier",
+    "timestep_bias_begin", "timestep_bias_end", "timestep_bias_portion",  # SDXL's discrete schedule
     "pretrained_unet_model_name_or_path", "pretrained_transformer_model_name_or_path",
     "max_sequence_length", "weighting_scheme", "logit_mean", "logit_std", "mode_scale", "precondition_outputs",
     "timestep_shift",

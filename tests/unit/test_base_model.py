@@ -366,7 +366,7 @@ MODELS = f"""
 {BASE} {{refiner}} | model_index.json has no text_encoder | the refiner can't be trained | give the base model
 {BASE} {{inpaint}} | unet takes 9 channels | made for inpainting | give a plain text-to-image model
 {BASE} {{pix2pix}} | unet takes 8 channels | made for InstructPix2Pix | give a plain text-to-image model
-{BASE} {{single}} | {BASE} | is a single file | python -m lpl_finetuning.convert
+{BASE} {{single}} | {BASE} | is a UNet in diffusers' layout | put it into a folder
 {BASE} {{gutted}} | {BASE} | the folder text_encoder_2/ | download the model again
 {BASE} {{emptyindex}} | {BASE} | without a class name | give one of those
 {BASE} {{blankindex}} | model_index.json | not valid JSON | download the model again
@@ -396,7 +396,7 @@ MODELS = f"""
 {BASE} {{overflows}} --use_lpl --lpl_vae_dtype float16 | --lpl_vae_dtype float16 | overflows | use bfloat16 or float32
 {BASE} {{lora}} | {BASE} | it is a LoRA | the LoRA as --init_lora
 {BASE} {{onefolderdown}} | {BASE} | further down | give {{onefolderdown}}/model
-{BASE} {{civitai}} | {BASE} | single files (dreamy.safetensors) | python -m lpl_finetuning.convert
+{BASE} {{civitai}} | {BASE} | single files (dreamy.safetensors) | give one of them, such as
 {BASE} {{nothing}} | {BASE} | it is empty | no model_index.json
 {BASE} {{sdxl}}/unet | {BASE} | one part of a pipeline | give the whole pipeline's folder
 {BASE} ./nowhere | {BASE} ./nowhere | there is no such folder | the form owner/name
@@ -407,7 +407,7 @@ MODELS = f"""
 {VAE} {{tinyvae}}/vae | {VAE} | found AutoencoderTiny | expected AutoencoderKL
 {VAE} {{vae16}}/vae | unet takes 4 channels | makes 16 | give another {VAE}
 {VAE} {{sdxl}} | {VAE} | no config.json there | give {{sdxl}}/vae
-{VAE} {{single}} | {VAE} | is a single file | AutoencoderKL.from_single_file
+{VAE} {{single}} | {VAE} | has no autoencoder | give an AutoencoderKL as .safetensors
 {UNET} {{sd3}}/transformer | {UNET} | found SD3Transformer2DModel | expected UNet2DConditionModel
 {UNET} {{widths}}/unet | {UNET} | takes text of width 768 | belong together
 {UNET} {{truncated}} | {UNET} | is cut short | download the model again

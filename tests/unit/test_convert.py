@@ -9,6 +9,7 @@ from safetensors.torch import load_file, save_file
 
 import train_sdxl_lpl
 from lpl_finetuning import convert
+from lpl_finetuning.errors import UserError
 from lpl_finetuning.files import sha256_of
 from lpl_finetuning.results.export import LAYOUTS, save_single_file
 from lpl_finetuning.results.metadata import SOURCE
@@ -43,7 +44,8 @@ def made(singles, tmp_path):
 def run(path, *flags, config="sdxl"):
     """Convert a file: the folder, and its scheduler's configuration."""
     folder = path.with_suffix("")
-    convert.main([str(path), str(folder), "--config_from", str(EXAMPLES[config]), *flags])
+    config_from = ["--config_from", str(EXAMPLES[config])] if config else []
+    convert.main([str(path), str(folder), *config_from, *flags])
     return folder, json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
 
 
@@ -63,7 +65,8 @@ def test_every_tensor_arrives(family, singles, made):
     vae = load_file(folder / "vae" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in vae.values()} == {torch.float16}, "no tensor is widened"
     sha256 = sha256_of(folder.with_suffix(".safetensors"))
-    assert json.loads((folder / SOURCE).read_text()) == {"file": "model.safetensors", "sha256": sha256}
+    source = json.loads((folder / SOURCE).read_text())
+    assert (source["file"], source["sha256"]) == ("model.safetensors", sha256)
     components, layout = LAYOUTS[type(pipeline)]
     again, file = layout(*(getattr(pipeline, name) for name in components)), load_file(singles[family])
     assert again.keys() == file.keys()
@@ -114,21 +117,23 @@ WRONG = {  # case -> (what is made, flags, words of the message)
     "ztsnr alone": ({"ztsnr": MARK}, [], "the tensor ztsnr asks for zero terminal SNR"),
     "zero epsilon": ({}, ["--zero_snr"], "--zero_snr is given"),
     "edm": ({"edm_vpred__sigma_max": torch.tensor(120.0)}, [], "EDM's noise levels"),
-    "no vae": ({"without": "first_stage_model."}, [], "has no autoencoder of SDXL"),
+    "no vae": ({"without": "first_stage_model.", "config": None}, [], "has no autoencoder of SDXL"),
     "a tensor less": ({"without": "model.diffusion_model.out.2.weight"}, [], "lacks"),
     "a tensor more": ({"model__diffusion_model__more__weight": torch.zeros(2)}, [], "1 of its"),
     "inpainting": ({"model__diffusion_model__input_blocks__0__0__weight": torch.zeros(8, 9, 3, 3)}, [], "inpainting"),
     "sd3 v": ({"family": "sd3", "v_pred": MARK}, [], "the tensor v_pred contradicts that"),
     "sd3 flag": ({"family": "sd3"}, ["--prediction_type", "epsilon"], "leave --prediction_type and --zero_snr out"),
-    "sd3 text": ({"family": "sd3", "without": "text_encoders."}, [], "no first text encoder and no second"),
+    "sd3 text": ({"family": "sd3", "without": "text_encoders.", "config": None}, [],
+                 "no first text encoder and no second"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("case", WRONG)
 def test_what_is_refused(case, made, capsys):
     content, flags, words = WRONG[case]
-    path = made(**content)
-    assert words in refused(capsys, path, *flags, config=content.get("family", "sdxl"))
+    config = content.get("config", content.get("family", "sdxl"))
+    path = made(**{name: value for name, value in content.items() if name != "config"})
+    assert words in refused(capsys, path, *flags, config=config)
 
 
 def test_files_and_places_that_are_refused(made, tmp_path, capsys):
@@ -138,17 +143,22 @@ def test_files_and_places_that_are_refused(made, tmp_path, capsys):
     (tmp_path / "model" / "mine.txt").touch()
     assert "is there already" in refused(capsys, path)
     (tmp_path / "old.ckpt").write_bytes(b"PK")
-    assert ".ckpt is not read" in refused(capsys, tmp_path / "old.ckpt")
+    assert "is a pickle (.ckpt)" in refused(capsys, tmp_path / "old.ckpt")
     save_file({"lora_unet_a.lora_up.weight": MARK}, tmp_path / "lora.safetensors")
-    assert "is no SDXL or SD3 in one file" in refused(capsys, tmp_path / "lora.safetensors")
+    assert "is a LoRA; give the model" in refused(capsys, tmp_path / "lora.safetensors")
     with pytest.raises(SystemExit):
         convert.main([str(path), str(tmp_path / "new")])
-    assert "HF_HUB_OFFLINE is set; give --config_from" in capsys.readouterr().err
+    assert "or --config_from with a pipeline of the same sizes" in capsys.readouterr().err
 
 
-def test_sd3_without_t5(made):
-    folder, scheduler = run(made("sd3", without="text_encoders.t5xxl."), config="sd3")
-    assert not (folder / "text_encoder_3").exists() and scheduler["_class_name"].startswith("FlowMatch")
+def test_what_a_file_lacks_comes_from_the_other_pipeline(made):
+    """As copies: the folder stands on its own."""
+    folder, scheduler = run(made("sd3", without="text_encoders."), config="sd3")
+    assert scheduler["_class_name"].startswith("FlowMatch")
+    assert not [path for path in folder.rglob("*") if path.is_symlink()]
+    for part in ("text_encoder", "text_encoder_3"):
+        copy, original = folder / part / "model.safetensors", EXAMPLES["sd3"] / part / "model.safetensors"
+        assert copy.read_bytes() == original.read_bytes()
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -185,12 +195,12 @@ def test_flags_and_folders_that_contradict_each_other(models, pictures, tmp_path
     told = parse("epsilon", "--prediction_type", "v_prediction", "--use_lora")
     assert "wherever the LoRA is loaded, the scheduler must be set to it" in told
     for place in (models["v"], models["v"] / "unet"):
-        with pytest.raises(convert.UserError, match="is of a model of v_prediction, and the base model's"):
+        with pytest.raises(UserError, match="is of a model of v_prediction, and the base model's"):
             parse("epsilon", unet, place)
     assert parse("epsilon", unet, models["v"], "--prediction_type", "v_prediction")
-    with pytest.raises(convert.UserError, match="its scheduler says rescale_betas_zero_snr True"):
+    with pytest.raises(UserError, match="its scheduler says rescale_betas_zero_snr True"):
         parse("v", unet, models["zero"])
     (tmp_path / "prompts.txt").write_text("cat --ss heun")
     assert not parse("v", "--validation_prompts_file", tmp_path / "prompts.txt")
-    with pytest.raises(convert.UserError, match="the sampler heun knows no zero terminal SNR"):
+    with pytest.raises(UserError, match="the sampler heun knows no zero terminal SNR"):
         parse("zero", "--validation_prompts_file", tmp_path / "prompts.txt")

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
+from lpl_finetuning import unpacking
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.evaluation.models import (
     denoiser_of,
@@ -16,6 +17,7 @@ from lpl_finetuning.evaluation.models import (
     prediction_kind,
     sampling_scheduler,
 )
+from lpl_finetuning.results.export import save_single_file
 from lpl_utils import estimate_z0
 from tests import children
 from tests.tiny_models import sd3_pipeline, sdxl_pipeline
@@ -55,6 +57,18 @@ def test_base_and_lora(sdxl_folder, lora_folder, where):
     added = {"text_embeds": torch.randn(1, 16), "time_ids": torch.zeros(1, 6)}
     with_lora, without = (each.unet(*inputs, added_cond_kwargs=added).sample for each in pipelines)
     assert not torch.allclose(with_lora, without), "the LoRA does nothing"
+
+
+def test_a_single_file_is_unpacked(tmp_path, sdxl_folder, lora_folder, monkeypatch):
+    """Alone and below a LoRA, with the configurations of the tiny pipeline in the place of the package's."""
+    monkeypatch.setattr(unpacking, "packaged_files", lambda folder: unpacking.files_from(sdxl_folder))
+    save_single_file(sdxl_folder, tmp_path / "model.safetensors", torch.float32)
+    source = find_source(str(tmp_path / "model.safetensors"))
+    assert source.kind == "pipeline" and source.base.is_unpacked
+    ours, theirs = (load_pipeline(each, torch.float32, "cpu").unet.state_dict()
+                    for each in (source, find_source(str(sdxl_folder))))  # fmt: skip
+    assert all(torch.equal(ours[name], value) for name, value in theirs.items())
+    assert find_source(f"{tmp_path / 'model.safetensors'}+{lora_folder}").kind == "LoRA"
 
 
 def test_a_plus_in_a_path(tmp_path, sdxl_folder, lora_folder):

@@ -166,6 +166,8 @@ sdxl | --checkpoints_kohya_format | --use_lora --output_kohya_format
 sdxl | --hub_model_id me/x | --push_to_hub
 sdxl | --hub_private_repo | --push_to_hub
 sdxl | --revision main --pretrained_model_name_or_path docs | --pretrained_model_name_or_path a/b
+sdxl | --variant fp16 --pretrained_model_name_or_path README.md | --pretrained_model_name_or_path docs
+sdxl | --config_from x --pretrained_model_name_or_path docs | --pretrained_model_name_or_path README.md
 """
 
 

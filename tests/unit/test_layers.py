@@ -10,12 +10,12 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = ("train_sdxl_lpl", "train_sd3_lpl_flow", "train_latent_classifier", "preview_data", "evaluate_models")
 FLOORS = (  # from the ground up: a file imports from floors below its own only
-    ("errors", "lpl_utils", "other_flags", "stages", "yaml_texts"),
+    ("errors", "lpl_utils", "other_flags", "stages", "yaml_texts", "architectures"),
     ("files", "sample_prompts", "original_names"),
     ("base_model", "kohya_files"),
-    ("lora_files", "tensor_files", "networks.latent_classifier", "data.conventions", "data.formats", "data.png_files",
-     "data.tables", "data.store"),
-    ("adapters", "data.colours", "data.near_names"),
+    ("lora_files", "tensor_files", "single_file", "networks.latent_classifier", "data.conventions", "data.formats",
+     "data.png_files", "data.tables", "data.store"),
+    ("adapters", "data.colours", "data.near_names", "unpacking"),
     ("data.images",),
     ("data.samples", "data.findings"),
     ("data.rows",),
@@ -44,7 +44,8 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
 )  # fmt: skip
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}
 TORCH_FREE = ("errors", "other_flags", "stages", "yaml_texts", "files", "sample_prompts",
-               "base_model", "original_names", "kohya_files", "lora_files", "adapters", "families", "start", "flags",
+               "architectures", "original_names", "single_file", "unpacking",
+               "base_model", "kohya_files", "lora_files", "adapters", "families", "start", "flags",
                "flag_checks", "networks.checks",
               "evaluation.models", "evaluation.verdict", "evaluation.charts", "evaluation.picture_sets",
               "evaluation.report", "evaluation.networks", "evaluation.distances", "evaluation.spectrum",

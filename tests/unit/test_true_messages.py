@@ -193,14 +193,12 @@ def weights_file(path):
 def test_a_file_in_the_place_of_a_folder_is_called_what_it_is(parse, tmp_path):
     notes = tmp_path / "notes.md"
     notes.write_text("x")
-    assert "is a file; give the folder" in refused(parse, model=notes)
+    assert ".md is not read; give a folder in diffusers' layout" in refused(parse, model=notes)
     assert "is a LoRA" in refused(parse, model=lora_file(tmp_path / "style.safetensors"))
     whole = weights_file(tmp_path / "explorations.safetensors")
-    assert f"python -m lpl_finetuning.convert {whole} " in refused(parse, model=whole)
+    assert "is no SDXL or SD3 in one file: it holds model.diffusion_model.weight" in refused(parse, model=whole)
     told = refused(parse, "sdxl", "--pretrained_vae_model_name_or_path", tmp_path / "style.safetensors")
-    assert (
-        told.endswith("is a LoRA; give a folder with a model of the class AutoencoderKL") and "init_lora" not in told
-    )
+    assert told.endswith("is a LoRA; give an AutoencoderKL as .safetensors, or a folder") and "init_lora" not in told
     (tmp_path / "lora-v2.ckpt").write_bytes(b"x")
     assert "is a LoRA" in instead_of_folder(tmp_path / "lora-v2.ckpt", "X")
 
