@@ -94,9 +94,11 @@ def kohya_state_dict(parts, denoiser_config, models=None):
     tensors = {}
     for part, (layers, config) in parts.items():
         is_plain = kind_of(config) == "LoRA"
-        for module in dict.fromkeys(layer_of(key) for key in layers):
-            own = {key.removeprefix(f"{module}.").removesuffix(".weight"): value for key, value in layers.items()
-                   if layer_of(key) == module}  # fmt: skip
+        modules = {}
+        for key, value in layers.items():
+            module = layer_of(key)
+            modules.setdefault(module, {})[key.removeprefix(f"{module}.").removesuffix(".weight")] = value
+        for module, own in modules.items():
             name = kohya_name(part, module, denoiser_config, is_plain)
             if "lora_A" in own:
                 found = lora_tensors(part, module, own, config, denoiser_config, (models or {}).get(part))

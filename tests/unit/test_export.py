@@ -191,8 +191,8 @@ def test_kohya_metadata_is_what_the_file_holds(tmp_path):
 
 def test_what_kohya_cannot_hold_is_refused():
     pipeline = sdxl_pipeline()
-    loras = add_loras(pipeline, lora_configs(["unet"], use_dora=True))
-    with pytest.raises(UserError, match="plain LoRA only; drop --use_dora"):
+    loras = add_loras(pipeline, lora_configs(["unet"], lora_bias=True))
+    with pytest.raises(UserError, match=r"format has no place for lora_B\.bias; leave --output_kohya_format out"):
         export.kohya_state_dict(loras, pipeline.unet.config)
     for module in ("down_blocks.0.motion_modules.0.proj_in", "up_blocks.0.resnets.0.attention"):
         layers = {f"{module}.lora_A.weight": torch.zeros(4, 4)}
@@ -226,10 +226,10 @@ def test_kohya_names_of_the_true_sdxl(sdxl):
     """Each layer has one name, which is how ComfyUI, A1111 and sd-scripts name the same module of their own UNet."""
     models = dict(zip(PARTS, (sdxl[0], *sdxl[2:]), strict=True))
     config = LoraConfig(r=4, lora_alpha=10)
-    loras = {part: ({f"{name}.lora_A.weight": torch.zeros(4, 1) for name in layers_of(model)}, config)
-             for part, model in models.items()}  # fmt: skip
-    ours = {name.removesuffix(".lora_down.weight") for name in export.kohya_state_dict(loras, sdxl[0].config)}
-    assert len(ours) == sum(len(layers) for layers, _ in loras.values())
+    loras = {part: ({f"{name}.lora_{which}.weight": torch.zeros(4, 1) for name in layers_of(model) for which in "AB"},
+                    config) for part, model in models.items()}  # fmt: skip
+    ours = {name.partition(".")[0] for name in export.kohya_state_dict(loras, sdxl[0].config)}
+    assert 2 * len(ours) == sum(len(layers) for layers, _ in loras.values())
     assert ours >= KOHYA_NAMES
     file = export.original_unet(sdxl[0])
     theirs = {"lora_unet_" + name.removesuffix(".weight").replace(".", "_") for name in file}

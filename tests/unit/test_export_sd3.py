@@ -197,9 +197,9 @@ def test_kohya_metadata_names_the_model(tmp_path):
 
 
 def test_what_kohya_cannot_hold_is_refused(pipeline):
-    config = LoraConfig(r=4, target_modules=["to_q"], use_dora=True)
+    config = LoraConfig(r=4, target_modules=["to_q"], lora_bias=True)
     loras = add_loras(pipeline, {"transformer": config})
-    with pytest.raises(UserError, match="plain LoRA only; drop --use_dora"):
+    with pytest.raises(UserError, match=r"format has no place for lora_B\.bias; leave --output_kohya_format out"):
         export.kohya_state_dict(loras, pipeline.transformer.config)
     for module in ("transformer_blocks.0.attn.to_qkv", "proj_in", "transformer_blocks.proj_out", "pos_embed.proj.0"):
         layers = {f"{module}.lora_A.weight": torch.zeros(4, 4)}
