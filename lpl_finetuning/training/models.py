@@ -5,6 +5,7 @@
 """
 
 import contextlib
+from collections import Counter
 
 import diffusers
 import torch
@@ -162,15 +163,15 @@ def add_new_adapter(args, part, model, layers, chosen=None):
     if chosen is None:
         chosen = list(layers)
     rank, alpha = args.rank or 4, args.lora_alpha or args.rank or 4
-    ranks, alphas = {}, {}
-    for name in chosen if args.lora_pattern else ():
-        found = settings_of(patterns_of(args), part, name)
-        own_rank = found.get("rank", rank)
-        own_alpha = found.get("alpha", alpha * own_rank / rank)
-        if own_rank != rank:
-            ranks[pattern_of(part, name)] = own_rank
-        if own_alpha != alpha:
-            alphas[pattern_of(part, name)] = own_alpha
+    patterns, ranks, alphas = patterns_of(args), {}, {}
+    for name in chosen if patterns else ():
+        found = settings_of(patterns, part, name)
+        own = found.get("rank", rank)
+        ranks[pattern_of(part, name)], alphas[pattern_of(part, name)] = own, found.get("alpha", alpha * own / rank)
+    if patterns:  # PEFT searches all keys of its patterns for each layer: the fewer, the better
+        rank, alpha = (Counter(found.values()).most_common(1)[0][0] for found in (ranks, alphas))
+        ranks = {key: own for key, own in ranks.items() if own != rank}
+        alphas = {key: own for key, own in alphas.items() if own != alpha}
     config = new_config(args, rank, alpha, target_modules=chosen, rank_pattern=ranks, alpha_pattern=alphas)
     try:
         model.add_adapter(config, adapter_name=ADAPTER)
