@@ -102,7 +102,7 @@ def test_the_decoder_alone_is_trained_and_resumes(trained, monkeypatch):
 
 
 def test_a_tiny_decoder_is_distilled_and_resumes(trained, tmp_path, monkeypatch):
-    """A run that was cut after a saved state ends with the weights of a whole run, and the loss falls."""
+    """A run that was cut after a saved state ends with the weights of a whole run."""
     pictures = np.random.default_rng(0).integers(0, 255, (8, 64, 64, 3), np.uint8)
     monkeypatch.setattr(train_tiny_decoder, "load_pictures", lambda args: (pictures[2:], pictures[:2]))
 
@@ -118,4 +118,22 @@ def test_a_tiny_decoder_is_distilled_and_resumes(trained, tmp_path, monkeypatch)
     assert all(value.equal(whole[name]) for name, value in resumed.items())
     assert all((value == 0).all() for name, value in whole.items() if name.startswith("encoder."))
     rows = list(csv.reader((tmp_path / "whole" / "progress.csv").open()))
-    assert [int(row[0]) for row in rows] == [3, 6] and float(rows[1][3]) < float(rows[0][3]), "the feature loss falls"
+    assert [int(row[0]) for row in rows] == [3, 6]
+
+
+def test_a_small_decoder_learns_pictures_and_features(trained):
+    vae = AutoencoderKL.from_pretrained(trained[0]).requires_grad_(False)
+    latents = torch.randn(4, 4, 4, 4, generator=torch.Generator().manual_seed(0))
+    teacher = train_tiny_decoder.Teacher(vae, latents)
+    tiny = train_tiny_decoder.build_tiny(vae, width=8)
+    student = train_tiny_decoder.Student(tiny, [mean.shape[1] for mean, _ in teacher.statistics])
+    optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
+    history = []
+    for _ in range(30):
+        history.append(train_tiny_decoder.losses(student, teacher, latents))
+        sum(history[-1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    (pixels, features), (pixels_now, features_now) = history[0], history[-1]
+    assert pixels_now < 0.6 * pixels and features_now < 0.9 * features
+    torch.testing.assert_close(student(latents)[0], tiny.decode(latents).sample)
