@@ -52,6 +52,9 @@ def test_stages_are_kept_skipped_or_told(tmp_path, capsys):
     page = gpu_check.tables(tmp_path)
     assert "| works | tiny | 0.500 | 25% | 3.00 GB | 1.0 | Memory 2.0 GB |" in page["cpu"] and not page["gpu"]
     assert "| skips | tiny | not run: needs a GPU |" in page["cpu"]
+    kept["found"] |= {"seconds_a_step": None, "share_of_loss": None}  # of a single step, which warms up
+    (tmp_path / "gpu-works.json").write_text(json.dumps(kept))
+    assert "| works | tiny |  |  | 3.00 GB |" in gpu_check.tables(tmp_path)["cpu"]
 
 
 def test_the_page_is_what_the_results_say():
