@@ -84,12 +84,10 @@ def poison(monkeypatch, script, term, calls):
 
         def spoilt_loss(*args):
             output = loss(*args)
-            output.per_layer[1][:1] *= math.nan if count[0] in calls else 1
-            return (
-                output._replace(per_sample=spoil(output.per_sample))
-                if hasattr(output, "_replace")
-                else (type(output)(**{**vars(output), "per_sample": spoil(output.per_sample)}))
-            )
+            of_decoder = output.outputs["decoder"]
+            of_decoder.per_layer[1][:1] *= math.nan if count[0] in calls else 1
+            of_decoder.per_sample = spoil(of_decoder.per_sample)
+            return output
 
         monkeypatch.setattr(script, "perceptual_loss", spoilt_loss)
 

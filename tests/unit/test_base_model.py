@@ -414,11 +414,9 @@ MODELS = f"""
 {UNET} {{single}} | {UNET} | is a single file | python -m lpl_finetuning.convert
 {UNET} ./nowhere | {UNET} ./nowhere | there is no such folder | the form owner/name
 --use_lora --init_lora {{notlora}} | --init_lora | holds model.diffusion_model.out.0.bias | {BASE}
---use_lora --init_lora {{lokr}} | --init_lora | 1 of the 1 tensors | not a LoRA's (lokr_w1: LoKr)
---use_lora --init_lora {{lokr}} | --init_lora | is not a LoRA's | give a LoRA
+--use_lora --init_lora {{lokr}} | --init_lora | 1 layer without all the matrices of a LoKr | download the file again
 --use_lora --init_lora {{halflora}} | --init_lora | 1 layer without one of the two matrices | download the file again
 --use_lora --init_lora {{rows}} | --init_lora | 1 of the 1 layers | a magnitude per input
---use_lora --init_lora {{dora}} --output_kohya_format | --init_lora | is a DoRA | leave --output_kohya_format out
 --use_lora --init_lora {{twoloras}} | --init_lora | 2 .safetensors files there (a.safetensors, | give the file
 --use_lora --init_lora {{cutlora}} | --init_lora | is cut short | download
 --use_lora --init_lora {{old}} | --init_lora | .ckpt is not read | save the LoRA in that format
@@ -462,8 +460,7 @@ MODELS_SD3 = f"""
 --precondition_outputs 2 | --precondition_outputs | is '2' | choose from 0, 1
 --snr_gamma 5 | unknown flag | --snr_gamma | rectified flow has --weighting_scheme
 --num_processes 2 | unknown flag | --num_processes | before the script's name
---use_lora --init_lora {{lokr}} | --init_lora | not a LoRA's (lokr_w1: LoKr) | give a LoRA
---use_lora --init_lora {{kohya}} | --init_lora | kohya's format, which is not read for SD3 | diffusers' format
+--use_lora --init_lora {{lokr}} | --init_lora | 1 layer without all the matrices of a LoKr | download the file again
 --config {{r_none}} | r_none.yaml | resolution has no value | remove the line
 NODATA | no data | no data | give --train_data_dir FOLDER
 --use_lora --lora_layers attn.to_q,attn.to_x | --lora_layers | the transformer has no layer called attn.to_x | such
