@@ -67,7 +67,6 @@ _ADVICE: dict[str, str | tuple[str, ...]] = dict.fromkeys(
     "--train_text_encoder only", "network_train_text_encoder_only": "the denoiser is always trained; leave it out",
     "use_blora": "use --lora_blocks style,content",
     "lora_bias": "a LoRA has no biases here; leave it out",
-    "lora_blocks": "it is of train_sd3_lpl_flow.py; use --lora_layers",
     "train_text_encoder_ti": "textual inversion is not in these scripts; leave it out",
     "train_text_encoder_frac": "--train_text_encoder trains them in all steps; leave it out",
     "stop_text_encoder_training": "--train_text_encoder trains them in all steps; leave it out",
