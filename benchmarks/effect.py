@@ -8,6 +8,7 @@
     python benchmarks/effect.py --work WORK judge --base epsilon --arm none decoder-full --seed 0
     python benchmarks/effect.py --work WORK gain --base epsilon --seed 0           # *none*, estimates scaled
     python benchmarks/effect.py --work WORK judge --base epsilon --arm none gain --seed 0
+    python benchmarks/effect.py --work WORK reconstructions                        # what the decoders lose
     python benchmarks/effect.py --work WORK autoencoder                            # an adversarial decoder
     python benchmarks/effect.py --work WORK train --base epsilon --arm none l1 --steps 400
     python benchmarks/effect.py --work WORK one-step --base epsilon --arm none l1 --steps 400
@@ -40,8 +41,8 @@ from pretrain.emoji_images import DOMAINS
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SAMPLES, STEPS, DECODER_STEPS = 1536, 1000, 3000  # pictures and training steps of an arm; steps of a decoder
-STAGES = ("data", "pipelines", "judge-base", "profile", "train", "gain", "judge", "one-step", "autoencoder", "cost",
-          "state")  # fmt: skip
+STAGES = ("data", "pipelines", "judge-base", "profile", "train", "gain", "judge", "one-step", "reconstructions",
+          "autoencoder", "cost", "state")  # fmt: skip
 AUTOENCODERS = {"sdxl": ROOT / "examples" / "tiny-sdxl" / "vae", "sd3": ROOT / "examples" / "tiny-sd3" / "vae"}
 
 
@@ -91,15 +92,22 @@ def arm_folder(work, base, arm, seed, steps=STEPS):
 # Pictures and base models
 
 
+def pictures_of(work, domain):
+    """All pictures of 64 px, uint8 (N, 64, 64, 3); their captions; masks (N,) of a domain's two parts: training, held out."""
+    from pretrain.emoji_images import held_out, in_domain, load_emoji
+
+    images, captions = load_emoji(work / "pictures", 64)
+    inside, hidden = in_domain(work / "pictures", captions, domain), held_out(captions)
+    return images, captions, (inside & ~hidden, inside & hidden)
+
+
 def make_data(work, domain):
     """WORK/train and WORK/held_out: a domain's pictures of 64 px, named by number, with captions."""
     from PIL import Image
 
-    from pretrain.emoji_images import held_out, in_domain, load_emoji
-
-    images, captions = load_emoji(work / "pictures", 64)
-    inside, hidden, counts = in_domain(work / "pictures", captions, domain), held_out(captions), {}
-    for name, mask in (("train", inside & ~hidden), ("held_out", inside & hidden)):
+    images, captions, masks = pictures_of(work, domain)
+    counts = {}
+    for name, mask in zip(("train", "held_out"), masks, strict=True):
         folder, part = work / name, [index for index, chosen in enumerate(mask) if chosen]
         counts[name] = len(part)
         if (folder / "metadata.csv").is_file():
@@ -264,12 +272,19 @@ def judge_one_step(work, base, arms, seed, steps):
                 {"base": base, "seed": seed, "steps": steps, "pictures": len(images), "rows": rows})  # fmt: skip
 
 
-def make_autoencoder(work, steps):
-    """WORK/vae-adversarial: the base's decoder, trained further with the patch-adversarial term; and WORK/vae-plain,
-    trained as long without it. Then both are compared with the decoder that they began with."""
+def measure_decoders(work, domain, decoders):
+    """Reconstructions of a domain's pictures by decoders, {name: folder}, beside the pictures."""
     from benchmarks.effect_measures import compare_decoders
-    from pretrain.emoji_images import held_out, load_emoji
 
+    images, _, (train, hidden) = pictures_of(work, domain)
+    found = compare_decoders(decoders, images[train], images[hidden])
+    return {"domain": domain, "pictures": [int(train.sum()), int(hidden.sum())], "decoders": found}
+
+
+def make_autoencoder(work, steps, domain):
+    """WORK/vae-adversarial: the base's decoder, trained further with the patch-adversarial term; and WORK/vae-plain,
+    trained as long without it, both on all kinds of pictures. Then both are compared with the decoder that they began
+    with."""
     began, decoders = time.time(), {"base": AUTOENCODERS["sdxl"]}
     for name, weight in (("vae-plain", 0), ("vae-adversarial", 0.5)):
         decoders[name] = work / name
@@ -278,10 +293,8 @@ def make_autoencoder(work, steps):
                      "--adversarial_weight", weight, "--work_dir", work / "pictures", "--save_every", 250,
                      "--output_dir", work / name]  # fmt: skip
             run(words, work / "logs" / f"{name}.log")
-    images, captions = load_emoji(work / "pictures", 64)
-    hidden = held_out(captions)
-    found = compare_decoders(decoders, images[~hidden], images[hidden])
-    keep_result(work, "effect-autoencoder", time.time() - began, {"steps": steps, "decoders": found})
+    found = {"steps": steps} | measure_decoders(work, domain, decoders)
+    keep_result(work, "effect-autoencoder", time.time() - began, found)
 
 
 def measure_cost(work, base, arms):
@@ -318,7 +331,7 @@ def parse_args(argv=None):
     parser.add_argument(
         "--work", type=lambda text: Path(text).resolve(), required=True, help="folder of everything large"
     )
-    parser.add_argument("--domain", choices=DOMAINS, default="people", help="of the stage data (default: %(default)s)")
+    parser.add_argument("--domain", choices=DOMAINS, default="people", help="kinds of pictures (default: %(default)s)")
     parser.add_argument("--base", choices=BASES, help="kind of base model")
     parser.add_argument("--arm", nargs="+", choices=ALL, default=["none"], help="the baseline first")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
@@ -328,7 +341,7 @@ def parse_args(argv=None):
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
     parser.add_argument("--samples", type=int, default=SAMPLES, help="default: %(default)s")
     args = parser.parse_args(argv)
-    if args.base is None and args.stage not in ("data", "autoencoder", "state"):
+    if args.base is None and args.stage not in ("data", "reconstructions", "autoencoder", "state"):
         parser.error(f"{args.stage} needs --base")
     return args
 
@@ -375,8 +388,12 @@ def main(argv=None):
         judge_arms(work, args, steps)
     elif args.stage == "one-step":
         judge_one_step(work, base, args.arm, args.seed[0], steps)
+    elif args.stage == "reconstructions":
+        began = time.time()
+        found = measure_decoders(work, args.domain, AUTOENCODERS)
+        keep_result(work, "effect-reconstructions", time.time() - began, found)
     elif args.stage == "autoencoder":
-        make_autoencoder(work, args.steps or DECODER_STEPS)
+        make_autoencoder(work, args.steps or DECODER_STEPS, args.domain)
     elif args.stage == "cost":
         measure_cost(work, base, args.arm)
     else:

@@ -166,9 +166,9 @@ def ablation_table(base="epsilon", results=RESULTS):
     return "\n".join([*lines, "", source(found)])
 
 
-def decoder_table(results=RESULTS):
-    """Reconstructions of the decoders."""
-    found = read("effect-autoencoder", results)
+def decoder_table(name, results=RESULTS):
+    """Reconstructions of the decoders of a result."""
+    found = read(name, results)
     if not found:
         return ""
     lines = ["| decoder | held-out PSNR, dB | held-out perceptual (Lite2) | Fréchet distance (Lite2) |",
@@ -183,7 +183,8 @@ def all_tables(results=RESULTS):
     tables = {
         "base epsilon-all": base_table("epsilon-all", results),
         "ablations": ablation_table(results=results),
-        "decoders": decoder_table(results),
+        "reconstructions": decoder_table("effect-reconstructions", results),
+        "decoders": decoder_table("effect-autoencoder", results),
     }
     for kind, table in (("base", base_table), ("arms", arm_table), ("seeds", seeds_table)):
         for base in BASES:
