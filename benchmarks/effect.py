@@ -93,7 +93,8 @@ def arm_folder(work, base, arm, seed, steps=STEPS):
 
 
 def pictures_of(work, domain):
-    """All pictures of 64 px, uint8 (N, 64, 64, 3); their captions; masks (N,) of a domain's two parts: training, held out."""
+    """Pictures of 64 px, uint8 (N, 64, 64, 3), of all kinds; their captions; masks (N,) of a domain's training and
+    held-out pictures."""
     from pretrain.emoji_images import held_out, in_domain, load_emoji
 
     images, captions = load_emoji(work / "pictures", 64)
