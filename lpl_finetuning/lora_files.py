@@ -127,13 +127,21 @@ def check_lora_file(flag, path, family):
     check_layers(flag, path, header)
 
 
+DENOISERS = {  # starts of the names of their layers, in diffusers' format and in those of sd-scripts and OneTrainer
+    "unet": r"unet\.|lora_unet_(input|middle|output|down|mid|up)_",
+    "transformer": r"transformer\.|lora_unet_joint_blocks_|lora_transformer_transformer_blocks_",
+    "Flux transformer": r"lora_unet_(double|single)_blocks_",
+}
+
+
 def check_family(flag, path, header, family):
     """Refuse a file whose layers are those of another denoiser."""
-    other = {"unet": "transformer", "transformer": "unet"}.get(family.denoiser.name)
-    found = [name for name in header if name.startswith(f"{other}.")]
-    require(not found, f"{flag}: {path.name} is not a LoRA for {family.title}: {len(found)} of its {len(header)} "
-            f"tensors are of a {other}, and {family.title} has a {family.denoiser.name}; give the base model that the "
-            "LoRA was made for")  # fmt: skip
+    for other, starts in DENOISERS.items():
+        found = [name for name in header if re.match(starts, name)]
+        require(not found or other == family.denoiser.name,
+                f"{flag}: {path.name} is not a LoRA for {family.title}: {len(found)} of its {len(header)} tensors "
+                f"are of a {other}, and {family.title} has a {family.denoiser.name}; give the base model that the "
+                "LoRA was made for")  # fmt: skip
 
 
 def check_layers(flag, path, header):

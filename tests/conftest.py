@@ -53,6 +53,19 @@ def sd3_folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def singles(tmp_path_factory):
+    """{family: single file of a tiny example, in float16}"""
+    from lpl_finetuning.results.export import save_single_file
+    from tests.runs import ROOT
+
+    folder = tmp_path_factory.mktemp("singles")
+    files = {family: folder / f"{family}.safetensors" for family in ("sdxl", "sd3")}
+    for family, file in files.items():
+        save_single_file(ROOT / "examples" / f"tiny-{family}", file)
+    return files
+
+
+@pytest.fixture(scope="session")
 def pictures(tmp_path_factory):
     """Six captioned pictures of 64 px."""
     from tests.tiny_models import picture_folder

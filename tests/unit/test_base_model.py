@@ -162,6 +162,9 @@ def make_models(places):
     places.file("lokr.safetensors", safetensors("lora_unet_a.lokr_w1"))
     layer = {"lora_down__weight": [4, 8], "lora_up__weight": [6, 4]}
     places.file("kohya.safetensors", safetensors(**layer, alpha=[1]))
+    for name, start in {"ofunet": "lora_unet_down_blocks_1_x", "ofmmdit": "lora_unet_joint_blocks_0_x",
+                        "offlux": "lora_unet_double_blocks_0_x"}.items():  # fmt: skip
+        places.file(f"{name}.safetensors", safetensors(f"{start}.lora_down.weight", f"{start}.lora_up.weight"))
     places.file("halflora.safetensors", safetensors(lora_down__weight=[4, 8], alpha=[1]))
     places.file("rows.safetensors", safetensors(**layer, dora_scale=[1, 8]))
     places.file("dora.safetensors", safetensors(**layer, dora_scale=[6, 1]))
@@ -415,6 +418,8 @@ MODELS = f"""
 {UNET} ./nowhere | {UNET} ./nowhere | there is no such folder | the form owner/name
 --use_lora --init_lora {{notlora}} | --init_lora | holds model.diffusion_model.out.0.bias | {BASE}
 --use_lora --init_lora {{lokr}} | --init_lora | 1 layer without all the matrices of a LoKr | download the file again
+--use_lora --init_lora {{ofmmdit}} | --init_lora | 2 of its 2 tensors are of a transformer | made for
+--use_lora --init_lora {{offlux}} | --init_lora | of a Flux transformer | made for
 --use_lora --init_lora {{halflora}} | --init_lora | 1 layer without one of the two matrices | download the file again
 --use_lora --init_lora {{rows}} | --init_lora | 1 of the 1 layers | a magnitude per input
 --use_lora --init_lora {{twoloras}} | --init_lora | 2 .safetensors files there (a.safetensors, | give the file
@@ -461,6 +466,7 @@ MODELS_SD3 = f"""
 --snr_gamma 5 | unknown flag | --snr_gamma | rectified flow has --weighting_scheme
 --num_processes 2 | unknown flag | --num_processes | before the script's name
 --use_lora --init_lora {{lokr}} | --init_lora | 1 layer without all the matrices of a LoKr | download the file again
+--use_lora --init_lora {{ofunet}} | --init_lora | 2 of its 2 tensors are of a unet | made for
 --config {{r_none}} | r_none.yaml | resolution has no value | remove the line
 NODATA | no data | no data | give --train_data_dir FOLDER
 --use_lora --lora_layers attn.to_q,attn.to_x | --lora_layers | the transformer has no layer called attn.to_x | such

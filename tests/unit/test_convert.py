@@ -11,21 +11,12 @@ import train_sdxl_lpl
 from lpl_finetuning import convert
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.files import sha256_of
-from lpl_finetuning.results.export import LAYOUTS, save_single_file
+from lpl_finetuning.results.export import LAYOUTS
 from lpl_finetuning.results.metadata import SOURCE
 from tests.runs import ROOT
 
 EXAMPLES = {"sdxl": ROOT / "examples" / "tiny-sdxl", "sd3": ROOT / "examples" / "tiny-sd3"}
 MARK = torch.tensor([])
-
-
-@pytest.fixture(scope="module")
-def singles(tmp_path_factory):
-    """{family: single file of an example, in float16}"""
-    folder = tmp_path_factory.mktemp("singles")
-    for name, example in EXAMPLES.items():
-        save_single_file(DiffusionPipeline.from_pretrained(example), folder / f"{name}.safetensors")
-    return {name: folder / f"{name}.safetensors" for name in EXAMPLES}
 
 
 @pytest.fixture

@@ -13,12 +13,12 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lpl_finetuning import merge
+from lpl_finetuning import merge, unpacking
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SD3, SDXL
 from lpl_finetuning.lora_files import ADAPTER, find_lora, put_lora, read_lora
 from lpl_finetuning.original_names import mmdit_name, unet_name
-from lpl_finetuning.results.export import save_kohya
+from lpl_finetuning.results.export import save_kohya, save_single_file
 from lpl_finetuning.training.models import (
     adapted_layers,
     compute_products_in_float32,
@@ -376,6 +376,18 @@ def test_merged_weights_are_those_of_the_formulas(kind, strength, base, trained,
             assert torch.allclose(after[name], value, atol=2e-5), name
 
 
+def test_a_lora_is_merged_into_a_single_file(base, trained, tmp_path, monkeypatch):
+    """As into the folder of the same pipeline, whose configurations stand for the package's."""
+    monkeypatch.setattr(unpacking, "packaged_files", lambda folder: unpacking.files_from(base))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    save_single_file(base, tmp_path / "model.safetensors", torch.float32)
+    saved(trained("LoHa", SDXL), tmp_path, "LoHa")
+    for source, name in ((base, "a"), (tmp_path / "model.safetensors", "b")):
+        merge.main([str(source), str(tmp_path / "k.safetensors"), str(tmp_path / name)])
+    ours, theirs = (load_file(next((tmp_path / name / "unet").glob("*.safetensors"))) for name in "ab")
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_merging_refuses(base, trained, tmp_path):
     """A folder that is there, a file that fits another model, and numbers that the base model's dtype can't hold."""
     save_lora(tmp_path, lora_parts(trained("LoKr", SDXL)), StableDiffusionXLPipeline)
@@ -388,5 +400,5 @@ def test_merging_refuses(base, trained, tmp_path):
         merge.add_lora(pipeline, source, str(tmp_path), 1e9)
     sd3_lora, _ = sd3_file(False)
     save_file(sd3_lora, tmp_path / "sd3.safetensors")
-    with pytest.raises(UserError, match="are no layers of this model"):
+    with pytest.raises(UserError, match="12 of its 15 tensors are of a transformer"):
         merge.add_lora(pipeline_of(SDXL), source, str(tmp_path / "sd3.safetensors"), 1.0)

@@ -195,17 +195,6 @@ def test_sd3s_text_encoders_of_true_size(start, tmp_path):
 # Unpacking
 
 
-@pytest.fixture(scope="module")
-def singles(tmp_path_factory):
-    """{family: single file of an example, in float16}"""
-    from lpl_finetuning.results.export import save_single_file
-
-    folder = tmp_path_factory.mktemp("singles")
-    for name, example in EXAMPLES.items():
-        save_single_file(example, folder / f"{name}.safetensors")
-    return {name: folder / f"{name}.safetensors" for name in EXAMPLES}
-
-
 @pytest.mark.parametrize("family", EXAMPLES)
 def test_diffusers_reads_the_same_models(family, singles, start):
     """Its own conversion of a single file is the reference."""
