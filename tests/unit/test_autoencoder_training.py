@@ -117,6 +117,9 @@ def test_a_tiny_decoder_is_distilled_and_resumes(trained, tmp_path, monkeypatch)
     resumed = distil("cut")
     assert all(value.equal(whole[name]) for name, value in resumed.items())
     assert all((value == 0).all() for name, value in whole.items() if name.startswith("encoder."))
+    vae = AutoencoderKL.from_pretrained(trained[0])
+    before = train_tiny_decoder.build_tiny(vae, width=4, seed=0).decoder.state_dict()
+    assert not any(whole[f"decoder.{name}"].equal(value) for name, value in before.items()), "every tensor is trained"
     rows = list(csv.reader((tmp_path / "whole" / "progress.csv").open()))
     assert [int(row[0]) for row in rows] == [3, 6]
 
