@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from diffusers import AutoencoderKL
 
 from benchmarks import gpu_check, measured_run, random_pipelines
 from lpl_utils import LatentPerceptualLoss
@@ -78,6 +80,15 @@ def test_stages_run_on_the_tiny_pipelines(tmp_path):
     found = gpu_check.all_stages()["lifecycle-sdxl"](check)
     assert found["resumed_is_equal"] and found["tensors_read_back"][0] == found["tensors_read_back"][1] > 0
     assert found["first"]["share_of_loss"] > 0 and found["pictures"] > 0
+
+
+def test_the_float16_recipe_has_an_autoencoder_of_its_own(tmp_path):
+    """That of the pipeline with the same weights, which says that it does not overflow in float16."""
+    check = gpu_check.Check(tmp_path, "cpu", tiny=True)
+    ours, source = AutoencoderKL.from_pretrained(check.half_vae("SDXL")), check.model("SDXL") / "vae"
+    assert ours.config.force_upcast is False and check.half_vae("SDXL").is_relative_to(tmp_path)
+    theirs = AutoencoderKL.from_pretrained(source).state_dict()
+    assert all(torch.equal(value, theirs[name]) for name, value in ours.state_dict().items())
 
 
 def test_every_recipe_and_architecture_has_a_stage():
