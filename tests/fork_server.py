@@ -295,9 +295,10 @@ class Forked:
         return texts.get("stdout"), texts.get("stderr")
 
     def send_signal(self, number):
-        """Send a signal to the process."""
+        """Send a signal to the process, if it has not ended: its parent may reap it between the question and this."""
         if self.poll() is None:
-            os.kill(self.pid, number)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
 
     def terminate(self):
         """SIGTERM."""

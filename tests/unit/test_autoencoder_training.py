@@ -132,7 +132,7 @@ def test_a_small_decoder_learns_pictures_and_features(trained):
     student = train_tiny_decoder.Student(tiny, [mean.shape[1] for mean, _ in teacher.statistics])
     optimizer = torch.optim.Adam(student.parameters(), lr=0.01)
     history = []
-    for _ in range(30):
+    for _ in range(100):
         history.append(train_tiny_decoder.losses(student, teacher, latents))
         sum(history[-1]).backward()
         optimizer.step()
