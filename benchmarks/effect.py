@@ -27,10 +27,13 @@ import argparse
 import csv
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -121,6 +124,29 @@ def make_data(work, domain):
     print(", ".join(f"{count:,} pictures in {work / name}" for name, count in counts.items()))
 
 
+def make_reconstructions(work, family):
+    """WORK/reconstructions/FAMILY: the training pictures, encoded and decoded again. Returns the folder."""
+    import torch
+    from diffusers import AutoencoderKL
+    from PIL import Image
+
+    from benchmarks.effect_measures import reconstructions
+    from lpl_finetuning.evaluation.onestep import to_bytes
+
+    source, folder = work / "train", work / "reconstructions" / family
+    if (folder / "metadata.csv").is_file():
+        return folder
+    folder.mkdir(parents=True, exist_ok=True)
+    vae = AutoencoderKL.from_pretrained(AUTOENCODERS[family]).eval()
+    names = sorted(path.name for path in source.glob("*.png"))
+    pictures = np.stack([np.asarray(Image.open(source / name).convert("RGB")) for name in names])
+    decoded = torch.cat([to_bytes(decoded) for _, _, decoded in reconstructions(vae, pictures)])
+    for name, picture in zip(names, decoded.numpy(), strict=True):
+        Image.fromarray(picture).save(folder / name)
+    shutil.copy(source / "metadata.csv", folder / "metadata.csv")  # last: a started folder has none
+    return folder
+
+
 def make_pipelines(work, base):
     """WORK/BASE/pipelines/STEP for every average that the base's training has kept."""
     import torch
@@ -154,24 +180,43 @@ def make_pipelines(work, base):
         print(f"wrote {folder}")
 
 
-def judge(work, name, models, guidance, samples):
-    """Compare models with `evaluate_models.py`; a report page and a result. models: folders, the baseline first."""
+def judge(work, base, name, models, guidance, samples):
+    """Compare models with `evaluate_models.py`, against the training pictures and against their reconstructions; two
+    report pages and two results.
+
+    A model draws what the decoder can show: the reconstructions are training pictures that went through the
+    autoencoder, so that a model with perfect latents is at the floor of their distance.
+
+    Args:
+        models: folders, the baseline first.
+        guidance: scales; the first one's pictures are compared with the reconstructions.
+        samples: pictures of each model.
+    """
+    shown = make_reconstructions(work, BASES[base])
+    held_out = ["--held_out", work / "held_out"]
+    found = evaluate(work, name, work / "train", models, samples, ["--guidance", *guidance, *held_out])
+    report = work / "reports" / name
+    pictures = [report / model["pictures_folder"][f"{guidance[0]:g}"] for model in found["models"]]
+    evaluate(work, f"shown-{name}", shown, pictures, samples, [])
+
+
+def evaluate(work, name, real, models, samples, words):
+    """Run `evaluate_models.py`, keep its report page and a result. Returns the contents of `metrics.json`."""
     began, output = time.time(), work / "reports" / name
-    words = ["evaluate_models.py", "--real", work / "train", "--held_out", work / "held_out", "--output", output,
-             "--guidance", *guidance, "--max_captions", samples, "--size", 64, "--batch_size", 64,
-             "--cache_dir", work / "cache"]  # fmt: skip
+    words = ["evaluate_models.py", "--real", real, "--output", output, "--max_captions", samples, "--size", 64,
+             "--batch_size", 64, "--cache_dir", work / "cache", *words]  # fmt: skip
     for model in models:
         words += ["--model", model]
     run(words, work / "logs" / f"judge-{name}.log")
     found = json.loads((output / "metrics.json").read_text())
     kept = ("settings", "models", "networks", "distances", "differences", "one_step", "spectrum", "verdict")
-    if found["one_step"]:  # means over noise levels; the report has the rest
-        rows = found["one_step"]["differences"]
-        found["one_step"]["differences"] = [row for row in rows if row["level"] is None]
-    keep_result(
-        work, f"effect-{name}", time.time() - began, {"report": found["command"]} | {key: found[key] for key in kept}
-    )
+    content = {"report": found["command"]} | {key: found[key] for key in kept}
+    if content["one_step"]:  # means over noise levels; the report has the rest
+        rows = content["one_step"]["differences"]
+        content["one_step"] |= {"differences": [row for row in rows if row["level"] is None]}
+    keep_result(work, f"effect-{name}", time.time() - began, content)
     print("\n".join(found["verdict"]))
+    return found
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -358,7 +403,7 @@ def judge_arms(work, args, steps):
             folders.append(folder)
     name = arm_name(args.base, "-".join(map(str, args.seed)), steps)
     name += "" if args.guidance == [1.0] else "-guidance-" + "-".join(f"{value:g}" for value in args.guidance)
-    judge(work, name, folders, args.guidance, args.samples)
+    judge(work, args.base, name, folders, args.guidance, args.samples)
 
 
 def main(argv=None):
@@ -371,7 +416,7 @@ def main(argv=None):
         make_pipelines(work, base)
     elif args.stage == "judge-base":
         pipelines = sorted((work / base / "pipelines").glob("[0-9]*"))
-        judge(work, f"base-{base}", pipelines, args.guidance, args.samples)
+        judge(work, base, f"base-{base}", pipelines, args.guidance, args.samples)
     elif args.stage == "profile":
         from benchmarks.effect_arm import measure_profile
 

@@ -51,7 +51,21 @@ def one_step_table(results):
     return rows
 
 
-def compare_decoders(decoders, train, held_out, batch_size=64):
+def reconstructions(vae, pictures, batch_size=64):
+    """Batches of (pictures, the same in [-1, 1], what the autoencoder makes of them), the last two (B, 3, H, W).
+
+    Latents are the means of the posterior. pictures: uint8 (N, H, W, 3).
+    """
+    import torch
+
+    for first in range(0, len(pictures), batch_size):
+        images = torch.from_numpy(pictures[first : first + batch_size])
+        x = images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        with torch.no_grad():
+            yield images, x, vae.decode(vae.encode(x).latent_dist.mean).sample
+
+
+def compare_decoders(decoders, train, held_out):
     """{decoder: {"psnr", "perceptual", "frechet"}} of reconstructions from the mean of the posterior.
 
     PSNR (dB) and the perceptual distance (EfficientNet-Lite2, unit-normalised features) are of the held-out pictures,
@@ -69,13 +83,6 @@ def compare_decoders(decoders, train, held_out, batch_size=64):
     from lpl_finetuning.evaluation.onestep import to_bytes, unit_length
 
     network, found, real = load_network("efficientnet-lite2"), {}, None
-
-    @torch.no_grad()
-    def reconstructions(vae, pictures):
-        for first in range(0, len(pictures), batch_size):
-            images = torch.from_numpy(pictures[first : first + batch_size])
-            x = images.permute(0, 3, 1, 2).float().div(127.5).sub(1)
-            yield images, x, vae.decode(vae.encode(x).latent_dist.mean).sample
 
     for name, folder in decoders.items():
         vae = AutoencoderKL.from_pretrained(folder).eval()
