@@ -113,8 +113,10 @@ class Check:
                 Image.fromarray(pixels).resize((resolution, resolution), Image.Resampling.BICUBIC).save(path)
         return folder
 
-    def train(self, name, model, *flags, launcher=()):
+    def train(self, name, model, *flags, launcher=(), base=None):
         """Run a training script; returns what `measured_run` measured, "output" (folder) and "said" (text).
+
+        base: folder or file of the base model; by default the folder of `model`.
 
         Raises:
             RuntimeError: the run failed or took too long; has the last lines of its output.
@@ -124,7 +126,7 @@ class Check:
         file = self.work / "runs" / f"{name}.json"
         file.parent.mkdir(parents=True, exist_ok=True)
         words = [*(launcher or [sys.executable]), "benchmarks/measured_run.py", file, SCRIPTS[family], *flags,
-                 "--resolution", resolution, "--pretrained_model_name_or_path", self.model(model),
+                 "--resolution", resolution, "--pretrained_model_name_or_path", base or self.model(model),
                  "--train_data_dir", self.pictures(resolution), "--output_dir", output, "--report_to", "none",
                  "--cache_dir", self.work / "cache"]  # fmt: skip
         said = run([*map(str, words)], self.limit, self.work / "runs" / f"{name}.log", self.device)
@@ -276,6 +278,42 @@ def lifecycle(check, model):
             "first": summary(whole), "resumed": summary(resumed)}  # fmt: skip
 
 
+def single_file(check, model):
+    """Pack the model into one file, train from it, and compare what was unpacked with what was packed."""
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    from lpl_finetuning.results.export import save_single_file
+
+    source, name = check.model(model), f"single-file-{family_of(model)}"
+    path = check.work / "models" / f"{name}.safetensors"
+    if not path.is_file():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        save_single_file(source, path, torch.bfloat16)
+    flags = [*LORA, *precision_flags(check), *EVERY_STEP, "--max_train_steps", 1]
+    found = check.train(name, model, *flags, base=path)
+    with safe_open(path, "pt") as file:
+        count = len(file.keys())
+    [unpacked] = [file.parent for file in (check.work / "cache" / "base-models").glob(f"{name}-*/model_index.json")]
+    compared = 0
+    for part in sorted(folder for folder in unpacked.iterdir() if any(folder.glob("*.safetensors"))):
+        packed = tensors_in(source / part.name)
+        for tensor, value in tensors_in(part).items():
+            if not torch.equal(value.bfloat16(), packed[tensor].bfloat16()):
+                raise RuntimeError(f"{part.name}: {tensor} is not what was packed")
+            compared += 1
+    trained = load_file(Path(found["output"]) / "pytorch_lora_weights.safetensors")
+    return {"tensors_in_file": count, "equal_tensors": compared, "trained_tensors": len(trained),
+            "run": summary(found)}  # fmt: skip
+
+
+def tensors_in(folder):
+    """{name: tensor} of a model's weight files."""
+    from safetensors.torch import load_file
+
+    return {name: value for path in folder.glob("*.safetensors") for name, value in load_file(path).items()}
+
+
 def ranks(check, config, *flags):
     """All weights of SDXL, shared by the GPUs of this machine."""
     count = torch.cuda.device_count() if check.device == "cuda" else 0
@@ -306,6 +344,7 @@ def all_stages():
     }  # fmt: skip
     for model in ("SDXL", "SD3.5 medium"):
         found[f"lifecycle-{family_of(model)}"] = lambda check, model=model: lifecycle(check, model)
+        found[f"single-file-{family_of(model)}"] = lambda check, model=model: single_file(check, model)
     for config in ("fsdp2.yaml", "zero2.yaml", "zero3.yaml"):
         found[f"ranks-{Path(config).stem}"] = lambda check, config=config: ranks(check, config)
     return found

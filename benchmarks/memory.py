@@ -155,7 +155,8 @@ def count(name):
             batch_size=args.train_batch_size,
             total_steps=1,
         )
-        code = RunCode(script.build_denoiser, script.training_step, script.example_batch, autoencoder_networks)
+        code = RunCode(script.build_denoiser, script.training_step, script.example_batch, autoencoder_networks,
+                       script.HELD_OUT)  # fmt: skip
         return count_step(args, plan, code, Machine(args.mixed_precision))
 
 

@@ -13,6 +13,7 @@ import transformers
 import lpl_utils
 from lpl_finetuning.base_model import model_file, read_json
 from lpl_finetuning.files import cache_folder, digest, sha256_of, write_whole
+from lpl_finetuning.flag_checks import holds_out
 from lpl_finetuning.networks import latent_classifier
 from lpl_finetuning.training import (
     augmentation,
@@ -62,11 +63,14 @@ def counted_peaks(args, plan, code, machine, count=True, denoiser=None):
 
 def place_of_count(args, plan, code, machine):
     """The file for a count: its name follows from flags, models, precision, code and libraries."""
-    files = {module.__file__ for module in CODE} | {inspect.getfile(function) for function in code}
+    files = {module.__file__ for module in CODE} | {
+        inspect.getfile(function) for function in (*code[:-1], *(code.held_out or ()))
+    }
     quantized = args.bnb_quantization_config_path
     key = digest(
         flags={name: getattr(args, name, None) for name in FLAGS},
         prompts=bool(args.validation_prompt),
+        held_out=holds_out(args),
         quantization=read_json(quantized) if quantized else None,
         models=configurations(args.base_model) | network_configurations(args),
         dtype=str(plan.dtype),

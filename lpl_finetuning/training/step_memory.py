@@ -17,6 +17,7 @@ from accelerate.utils import DistributedType, convert_outputs_to_fp32
 
 import lpl_utils
 from lpl_finetuning.base_model import read_json
+from lpl_finetuning.flag_checks import holds_out
 from lpl_finetuning.flags import framing_rules
 from lpl_finetuning.stages import no_stages
 from lpl_finetuning.training.live_memory import LiveBytes, Peak, cuda_rules
@@ -25,6 +26,7 @@ from lpl_finetuning.training.objective import build_objective, with_noise
 from lpl_finetuning.training.optimization import Trainee, optimizer_settings, update_ema
 from lpl_finetuning.training.perceptual import lpl_dtype, lpl_stages, needs_decoder
 from lpl_finetuning.training.reporter import Metrics
+from lpl_finetuning.training.validation import HELD_OUT_LEVELS
 from lpl_utils import LatentSpace, LPLGate
 
 WEIGHTS, GRADIENTS, STATE, AVERAGE = "weights", "gradients", "optimizer state", "EMA"
@@ -39,12 +41,14 @@ class RunCode(NamedTuple):
         training_step: (batch, denoiser, objective, step, metrics) -> (loss, terms).
         example_batch: (denoiser, args, (h, w), dtype) -> a micro-batch as the loader gives it, on the CPU.
         networks: (args, machine) -> the frozen `Networks`.
+        held_out: the functions that `Validation` measures held-out images with; None: the script measures none.
     """
 
     build_denoiser: Callable
     training_step: Callable
     example_batch: Callable
     networks: Callable
+    held_out: tuple | None = None
 
 
 class Networks(NamedTuple):
@@ -65,11 +69,12 @@ class Networks(NamedTuple):
 def autoencoder_networks(args, machine):
     """The `Networks` of a family with an autoencoder."""
     base, vae, encoder = args.base_model, None, None
-    if needs_decoder(args, args.use_lpl):
+    measured = args.use_lpl or holds_out(args)
+    if needs_decoder(args, measured):
         vae = load_vae(base, lpl_dtype(args, machine.mixed_precision), machine.device)
     if machine.encodes:
         encoder = load_vae(base, torch.float32, machine.device)
-    return Networks(vae, lpl_stages(args, vae, machine) if args.use_lpl else None, encoder, latent_space(base))
+    return Networks(vae, lpl_stages(args, vae, machine) if measured else None, encoder, latent_space(base))
 
 
 @dataclass(frozen=True)
@@ -341,6 +346,8 @@ def count_step(args, plan, code, machine, denoiser=None):
         counter.where = "forward: inputs"
         counter.peaks.clear()
         one_step(args, plan, code, trainee, objective, counter)
+        if holds_out(args) and code.held_out:
+            held_out_once(args, plan, trainee, objective, code, counter)
         if args.validation_prompt:
             sample_once(args, trainee, vae, objective, code, counter)
     return counter.peaks
@@ -375,7 +382,7 @@ def counting_objective(args, plan, code, machine, accelerator, denoiser):
     """(the run's `Objective` with a gate that takes every sample, decoder or None)."""
     networks = code.networks(args, machine)
     stages = None
-    if args.use_lpl:
+    if networks.stages:
         stages = {name: NamedStages(each, accelerator.counter) for name, each in networks.stages.items()}
         held = [each.network for each in networks.stages.values() if hasattr(each, "network")]
         accelerator.counter.hold(FEATURES, [tensor for network in held for tensor in network.parameters()])
@@ -456,6 +463,19 @@ def one_step(args, plan, code, trainee, objective, counter):
         counter.where = "optimizer step: EMA"
         update_ema(trainee.ema, trainee.parameters, args.offload_ema)
     counter.where = "between steps"
+
+
+def held_out_once(args, plan, trainee, objective, code, counter):
+    """The losses of a batch of held-out images at a noise level within the gate, as `Validation` measures them."""
+    conditioning, held_out_step, _ = code.held_out
+    batch = counting_batch(args, plan, code, False, trainee.bare)
+    latents = batch["mean"].to(objective.device)
+    timesteps = objective.schedule.held_out_timesteps(HELD_OUT_LEVELS)[:1].repeat(len(latents))
+    trainee.bare.eval()
+    with torch.no_grad(), counter.at("held-out loss: denoiser"):
+        conditions = conditioning(batch, objective, 0)
+        held_out_step(conditions, latents, torch.zeros_like(latents), timesteps, True, trainee.denoiser, objective)
+    trainee.bare.train()
 
 
 def sample_once(args, trainee, vae, objective, code, counter):

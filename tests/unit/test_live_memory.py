@@ -152,11 +152,12 @@ def test_checkpointing_keeps_the_input_alone():
 FLAGS = {
     "sdxl lora": ("sdxl", "--use_lora --use_lpl"),
     "sdxl lora, stages": ("sdxl", "--use_lora --use_lpl --gradient_checkpointing --lpl_norm_type shared"),
-    "sdxl full, EMA": ("sdxl", "--use_lpl --use_ema --gradient_accumulation_steps 2"),
+    "sdxl full, EMA": ("sdxl", "--use_lpl --use_ema --gradient_accumulation_steps 2 --validation_split 2"),
+    "sdxl held out, no LPL": ("sdxl", "--use_lora --validation_split 2"),
     "sdxl text encoders": ("sdxl", "--use_lora --train_text_encoder --gradient_checkpointing"),
     "sd3 lora": ("sd3", "--use_lora --use_lpl"),
     "sd3 full, adafactor": ("sd3", "--optimizer adafactor --gradient_checkpointing"),
-    "sd3 prodigy": ("sd3", "--use_lora --optimizer prodigy --use_lpl --lpl_batch_size 1"),
+    "sd3 prodigy": ("sd3", "--use_lora --validation_split 2 --optimizer prodigy --use_lpl --lpl_batch_size 1"),
 }
 
 
@@ -169,7 +170,8 @@ def count(script, flags, folder, pictures, machine):
     plan = SimpleNamespace(
         schedule=script.Schedule(args), dtype=torch.float32, batch_size=2, total_steps=5, first_step=0
     )
-    code = RunCode(script.build_denoiser, script.training_step, script.example_batch, autoencoder_networks)
+    code = RunCode(script.build_denoiser, script.training_step, script.example_batch, autoencoder_networks,
+                   script.HELD_OUT)  # fmt: skip
     denoiser = script.build_denoiser(args, torch.float32, "meta")
     batch = counting_batch(args, plan, code, machine.encodes, denoiser)
     held = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in tensors_of(batch)}

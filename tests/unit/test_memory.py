@@ -120,12 +120,13 @@ def place(few_flags, tmp_path):
 
 
 CODE = RunCode(train_sdxl_lpl.build_denoiser, train_sdxl_lpl.training_step, train_sdxl_lpl.example_batch,
-               autoencoder_networks)  # fmt: skip
+               autoencoder_networks, train_sdxl_lpl.HELD_OUT)  # fmt: skip
 DECIDE = (
     "--resolution 128", "--aspect_ratio_buckets 64,64;64,128", "--train_batch_size 1", "--gradient_checkpointing",
     "--rank 8", "--lora_layers to_q", "--use_dora", "--train_text_encoder", "--lpl_num_blocks 2", "--use_ema",
     "--lpl_norm_type batch", "--lpl_batch_size 1", "--lpl_checkpointing stage", "--no-lpl_remove_outliers",
     "--optimizer prodigy", "--gradient_accumulation_steps 2", "--validation_prompt x",
+    "--validation_split 2",
 )  # fmt: skip
 
 
