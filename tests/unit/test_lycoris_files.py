@@ -47,7 +47,10 @@ def models_of(family):
 
 def config(kind, layers):
     """A configuration whose layers differ in rank and alpha."""
-    more = {"target_modules": layers, "rank_pattern": {"to_q": 2, "to_k": 2}, "alpha_pattern": {"to_q": 5, "conv1": 1}}
+    patterns = {"rank_pattern": {"to_q": 2, "to_k": 2}, "alpha_pattern": {"to_q": 5, "conv1": 1}}
+    patterns = {name: {key: value for key, value in pattern.items() if key in layers}
+                for name, pattern in patterns.items()}  # fmt: skip
+    more = {"target_modules": layers, **patterns}
     if kind == "LoHa":
         return LoHaConfig(r=3, alpha=4, init_weights=False, use_effective_conv2d=True, **more)
     if kind == "LoKr":
