@@ -3,11 +3,12 @@
     python benchmarks/effect.py --work WORK data                                   # the pictures, split by concept
     python benchmarks/effect.py --work WORK pipelines --base epsilon               # of the averages of a base model
     python benchmarks/effect.py --work WORK judge-base --base epsilon
-    python benchmarks/effect.py --work WORK profile --base epsilon                 # once the base is chosen
+    python benchmarks/effect.py --work WORK profile --base epsilon                 # of the loss over noise levels
     python benchmarks/effect.py --work WORK train --base epsilon --arm none decoder-full --seed 0
     python benchmarks/effect.py --work WORK judge --base epsilon --arm none decoder-full --seed 0
     python benchmarks/effect.py --work WORK gain --base epsilon --seed 0           # *none*, estimates scaled
     python benchmarks/effect.py --work WORK judge --base epsilon --arm none gain --seed 0
+    python benchmarks/effect.py --work WORK report --base epsilon --arm none decoder-full --seed 1    # a page
     python benchmarks/effect.py --work WORK reconstructions                        # what the decoders lose
     python benchmarks/effect.py --work WORK autoencoder                            # an adversarial decoder
     python benchmarks/effect.py --work WORK train --base epsilon --arm none l1 --steps 400
@@ -25,27 +26,26 @@ and a seed see the same pictures, noise and timesteps in the same order.
 
 import argparse
 import csv
+import functools
 import json
 import shlex
-import shutil
 import subprocess
 import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.effect_arms import ALL, BASES, COMMON, FAMILY_FLAGS, SCRIPTS
+from benchmarks.effect_arms import ALL, BASES, COMMON, FAMILY_FLAGS, SCRIPTS, STARTS
+from benchmarks.effect_judge import JUDGE, judge, make_reconstructions, sample
 from benchmarks.records import facts
 from pretrain.emoji_images import DOMAINS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 SAMPLES, STEPS, DECODER_STEPS = 1536, 1000, 3000  # pictures and training steps of an arm; steps of a decoder
-STAGES = ("data", "pipelines", "judge-base", "profile", "train", "gain", "judge", "one-step", "reconstructions",
-          "autoencoder", "cost", "state")  # fmt: skip
+STAGES = ("data", "pipelines", "judge-base", "profile", "train", "gain", "judge", "report", "one-step",
+          "reconstructions", "autoencoder", "cost", "state")  # fmt: skip
 AUTOENCODERS = {"sdxl": ROOT / "examples" / "tiny-sdxl" / "vae", "sd3": ROOT / "examples" / "tiny-sd3" / "vae"}
 
 
@@ -72,13 +72,18 @@ def keep_result(work, name, seconds, content):
     print(f"wrote {RESULTS / name}.json")
 
 
-def chosen_base(work, base):
-    """The pipeline from which a base's arms start: that of the latest average."""
-    folder = work / base / "pipelines"
-    found = sorted(folder.glob("[0-9]*"))
-    if not found:
-        raise SystemExit(f"{folder} has no pipeline: run the stage pipelines first")
-    return found[-1]
+def family_of(start):
+    """ "sdxl" or "sd3". start: such as epsilon-009000."""
+    return BASES[start.rpartition("-")[0]]
+
+
+def pipeline_of(work, start):
+    """The pipeline from which arms start: of the average of a base after so many steps."""
+    base, _, steps = start.rpartition("-")
+    folder = work / base / "pipelines" / steps
+    if not folder.is_dir():
+        raise SystemExit(f"{folder} is missing: run the stage pipelines first")
+    return folder
 
 
 def arm_name(arm, seed, steps):
@@ -86,9 +91,9 @@ def arm_name(arm, seed, steps):
     return f"{arm}-{seed}" + (f"-{steps}-steps" if steps != STEPS else "")
 
 
-def arm_folder(work, base, arm, seed, steps=STEPS):
+def arm_folder(work, start, arm, seed, steps=STEPS):
     """The output folder of an arm."""
-    return work / "arms" / base / arm_name(arm, seed, steps)
+    return work / "arms" / start / arm_name(arm, seed, steps)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -124,29 +129,6 @@ def make_data(work, domain):
     print(", ".join(f"{count:,} pictures in {work / name}" for name, count in counts.items()))
 
 
-def make_reconstructions(work, family):
-    """WORK/reconstructions/FAMILY: the training pictures, encoded and decoded again. Returns the folder."""
-    import torch
-    from diffusers import AutoencoderKL
-    from PIL import Image
-
-    from benchmarks.effect_measures import reconstructions
-    from lpl_finetuning.evaluation.onestep import to_bytes
-
-    source, folder = work / "train", work / "reconstructions" / family
-    if (folder / "metadata.csv").is_file():
-        return folder
-    folder.mkdir(parents=True, exist_ok=True)
-    vae = AutoencoderKL.from_pretrained(AUTOENCODERS[family]).eval()
-    names = sorted(path.name for path in source.glob("*.png"))
-    pictures = np.stack([np.asarray(Image.open(source / name).convert("RGB")) for name in names])
-    decoded = torch.cat([to_bytes(decoded) for _, _, decoded in reconstructions(vae, pictures)])
-    for name, picture in zip(names, decoded.numpy(), strict=True):
-        Image.fromarray(picture).save(folder / name)
-    shutil.copy(source / "metadata.csv", folder / "metadata.csv")  # last: a started folder has none
-    return folder
-
-
 def make_pipelines(work, base):
     """WORK/BASE/pipelines/STEP for every average that the base's training has kept."""
     import torch
@@ -180,68 +162,93 @@ def make_pipelines(work, base):
         print(f"wrote {folder}")
 
 
-def judge(work, base, name, models, guidance, samples):
-    """Compare models with `evaluate_models.py`, against the training pictures and against their reconstructions; two
-    report pages and two results.
-
-    A model draws what the decoder can show: the reconstructions are training pictures that went through the
-    autoencoder, so that a model with perfect latents is at the floor of their distance.
-
-    Args:
-        models: folders, the baseline first.
-        guidance: scales; the first one's pictures are compared with the reconstructions.
-        samples: pictures of each model.
-    """
-    shown = make_reconstructions(work, BASES[base])
-    held_out = ["--held_out", work / "held_out"]
-    found = evaluate(work, name, work / "train", models, samples, ["--guidance", *guidance, *held_out])
-    report = work / "reports" / name
-    pictures = [report / model["pictures_folder"][f"{guidance[0]:g}"] for model in found["models"]]
-    evaluate(work, f"shown-{name}", shown, pictures, samples, [])
+def references_of(work, family):
+    """{name: folder} of what samples are compared with; the reconstructions are made if need be."""
+    shown = work / "reconstructions" / family
+    make_reconstructions(work / "train", shown, AUTOENCODERS[family])
+    return {"pictures": work / "train", "reconstructions": shown}
 
 
-def evaluate(work, name, real, models, samples, words):
-    """Run `evaluate_models.py`, keep its report page and a result. Returns the contents of `metrics.json`."""
-    began, output = time.time(), work / "reports" / name
-    words = ["evaluate_models.py", "--real", real, "--output", output, "--max_captions", samples, "--size", 64,
-             "--batch_size", 64, "--cache_dir", work / "cache", *words]  # fmt: skip
-    for model in models:
-        words += ["--model", model]
-    run(words, work / "logs" / f"judge-{name}.log")
-    found = json.loads((output / "metrics.json").read_text())
-    kept = ("settings", "models", "networks", "distances", "differences", "one_step", "spectrum", "verdict")
-    content = {"report": found["command"]} | {key: found[key] for key in kept}
-    if content["one_step"]:  # means over noise levels; the report has the rest
-        rows = content["one_step"]["differences"]
-        content["one_step"] |= {"differences": [row for row in rows if row["level"] is None]}
-    keep_result(work, f"effect-{name}", time.time() - began, content)
-    print("\n".join(found["verdict"]))
-    return found
+def sampled(work, models, samples, guidance):
+    """{name: {guidance: folder of samples}}. models: {name: folder of a pipeline}, relative to the work folder."""
+    from lpl_finetuning.data.scan import scan_folder
+
+    images = scan_folder(work / "train", cache_dir=work / "cache").images
+    return {name: sample(work / folder, images, samples, guidance, work / "samples" / folder)
+            for name, folder in models.items()}  # fmt: skip
+
+
+def keep_judgement(work, name, family, folders, about):
+    """Compare folders of samples, {model: folder}, with the references; the first model is the baseline."""
+    began = time.time()
+    rows, floors = judge(folders, references_of(work, family), work / "features")
+    keep_result(work, f"effect-judged-{name}", time.time() - began, about | {"rows": rows, "floors": floors})
+    for row in rows:
+        print(row["model"], *(f"{row[name][JUDGE]['frechet']:.3f} to the {name}" for name in floors))
+
+
+def judge_base(work, base, samples):
+    """Samples of all averages of a base, compared with the references."""
+    models = {path.name: path.relative_to(work) for path in sorted((work / base / "pipelines").glob("[0-9]*"))}
+    folders = {name: found[1.0] for name, found in sampled(work, models, samples, [1.0]).items()}
+    keep_judgement(work, f"base-{base}", BASES[base], folders, {"base": base, "samples": samples})
+
+
+def judge_arms(work, start, arms, seed, steps, samples, guidance):
+    """Samples of the arms of a seed, compared with the references; a result for each scale of guidance."""
+    from lpl_finetuning.evaluation.generation import guidance_folder
+
+    trained = {arm: arm_folder(work, start, arm, seed, steps).relative_to(work) for arm in arms if not ALL[arm].gain}
+    made = sampled(work, trained, samples, guidance)
+    made |= {arm: {scale: guidance_folder(samples_with_gain(work, start, seed), scale) for scale in guidance}
+             for arm in arms if ALL[arm].gain}  # fmt: skip
+    for scale in guidance:
+        name = arm_name(start, seed, steps) + (f"-guidance-{scale:g}" if scale != 1 else "")
+        about = {"start": start, "seed": seed, "steps": steps, "guidance": scale, "samples": samples}
+        folders = {arm: made[arm][scale] for arm in arms}
+        keep_judgement(work, name, family_of(start), folders, about)
+
+
+def samples_with_gain(work, start, seed):
+    """The folder of the samples of *none*, its estimates scaled."""
+    return work / "samples" / "arms" / start / arm_name("gain", seed, STEPS)
+
+
+def write_report(work, start, arms, seed, steps, samples, guidance):
+    """A page that compares the arms with the training pictures: `evaluate_models.py`."""
+    output = work / "reports" / arm_name(start, seed, steps)
+    words = ["evaluate_models.py", "--real", work / "train", "--held_out", work / "held_out", "--output", output,
+             "--guidance", *guidance, "--max_captions", samples, "--size", 64, "--batch_size", 64,
+             "--cache_dir", work / "cache"]  # fmt: skip
+    for arm in arms:
+        words += ["--model", arm_folder(work, start, arm, seed, steps)]
+    run(words, work / "logs" / f"report-{output.name}.log")
+    print(f"wrote {output / 'report.html'}")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Arms
 
 
-def train_arm(work, base, name, seed, steps, folder=None, logging_steps=None):
+def train_arm(work, start, name, seed, steps, folder=None, logging_steps=None):
     """Fine-tune; a run that was stopped goes on at its last checkpoint. Returns the output folder.
 
     Args:
         folder: of the output; by default the arm's own, and then a result is written too.
         logging_steps: steps between rows of the log; by default the script's.
     """
-    began, family = time.time(), BASES[base]
-    own = folder or arm_folder(work, base, name, seed, steps)
+    began, family = time.time(), family_of(start)
+    own = folder or arm_folder(work, start, name, seed, steps)
     if is_done(own):
         print(f"{own} is done")
         return own
     arm = ALL[name]
     words = ["benchmarks/effect_arm.py", SCRIPTS[family]]
     if arm.profile:
-        words += ["--profile", RESULTS / f"effect-profile-{base}.json"]
+        words += ["--profile", RESULTS / f"effect-profile-{start}.json"]
     words += ["--", *COMMON.split(), *FAMILY_FLAGS[family].split(), *arm.words(name, family, steps),
               "--seed", seed, "--max_train_steps", steps,
-              "--pretrained_model_name_or_path", chosen_base(work, base), "--train_data_dir", work / "train",
+              "--pretrained_model_name_or_path", pipeline_of(work, start), "--train_data_dir", work / "train",
               "--caption_column", "text", "--cache_dir", work / "cache", "--output_dir", own]  # fmt: skip
     if arm.autoencoder:
         words += ["--pretrained_vae_model_name_or_path", work / arm.autoencoder]
@@ -249,9 +256,9 @@ def train_arm(work, base, name, seed, steps, folder=None, logging_steps=None):
         words += ["--logging_steps", logging_steps]
     if any(own.glob("checkpoint-*")):
         words += ["--resume_from_checkpoint", "latest"]
-    run(words, work / "logs" / f"arm-{base}-{arm_name(name, seed, steps)}.log")
+    run(words, work / "logs" / f"arm-{start}-{arm_name(name, seed, steps)}.log")
     if folder is None:
-        keep_arm(work, own, base, name, seed, steps, time.time() - began)
+        keep_arm(work, own, start, name, seed, steps, time.time() - began)
     return own
 
 
@@ -260,48 +267,43 @@ def is_done(folder):
     return any((folder / name).is_file() for name in ("model_index.json", "pytorch_lora_weights.safetensors"))
 
 
-def keep_arm(work, folder, base, name, seed, steps, seconds):
+def keep_arm(work, folder, start, name, seed, steps, seconds):
     """Write the result of an arm's training: last losses, and the gradient norms of its terms."""
     rows = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["diffusion_loss"] for row in rows if "diffusion_loss" in row]
-    result = {"base": base, "arm": name, "flags": " ".join(ALL[name].words(name, BASES[base], steps)), "seed": seed,
-              "steps": steps, "last_diffusion_losses": losses[-5:],
+    flags = " ".join(ALL[name].words(name, family_of(start), steps))
+    result = {"start": start, "arm": name, "flags": flags, "seed": seed, "steps": steps,
+              "last_diffusion_losses": losses[-5:],
               "gradient_norms": {str(row["step"]): {key: row[key] for key in row if key.startswith("gradient/")}
                                  for row in rows if any(key.startswith("gradient/") for key in row)}}  # fmt: skip
-    keep_result(work, f"effect-arm-{base}-{arm_name(name, seed, steps)}", seconds, result)
+    keep_result(work, f"effect-arm-{start}-{arm_name(name, seed, steps)}", seconds, result)
 
 
-def sample_gain(work, base, seed, samples, guidance):
-    """Pictures of the arm *none*, its estimates scaled by gains that are fitted on training pictures."""
+def sample_gain(work, start, seed, samples, guidance):
+    """Samples of the arm *none*, its estimates scaled by gains that are fitted on training pictures."""
     import torch
 
     from benchmarks.effect_gain import fit_gains, sample_with_gains
     from evaluate_models import evenly_spaced
     from lpl_finetuning.data.scan import scan_folder
     from lpl_finetuning.data.tables import select
-    from lpl_finetuning.evaluation.generation import GenerationSettings
     from lpl_finetuning.evaluation.models import find_source, load_pipeline
-    from lpl_finetuning.evaluation.picture_sets import stems_of
 
-    began, model = time.time(), arm_folder(work, base, "none", seed)
-    source = find_source(str(model))
-    pipeline = load_pipeline(source, torch.float32, "cpu")
+    began, model = time.time(), arm_folder(work, start, "none", seed)
+    pipeline = load_pipeline(find_source(str(model)), torch.float32, "cpu")
     images = scan_folder(work / "train", cache_dir=work / "cache").images
     gains = fit_gains(pipeline, select(images, evenly_spaced(len(images), 320)), 25)
-    chosen = [int(index) for index in evenly_spaced(len(images), samples)]
-    stems = stems_of(images)
-    captions = {stems[index]: images[index].caption for index in chosen}
-    settings = GenerationSettings(guidance=guidance, size=(64, 64), batch_size=64)
-    folder = arm_folder(work, base, "gain", seed)
-    sample_with_gains(pipeline, captions, gains, settings, folder, source.weights)
-    keep_result(work, f"effect-gain-{base}-{seed}", time.time() - began, {"base": base, "seed": seed, "gains": gains})
+    make = functools.partial(sample_with_gains, gains=gains)
+    sample(model, images, samples, guidance, samples_with_gain(work, start, seed), make)
+    result = {"start": start, "seed": seed, "gains": gains}
+    keep_result(work, f"effect-gain-{start}-{seed}", time.time() - began, result)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Measurements without samples
 
 
-def judge_one_step(work, base, arms, seed, steps):
+def judge_one_step(work, start, arms, seed, steps):
     """The one-step test of arms on the held-out pictures, against the first of them, through the base's decoder."""
     from benchmarks.effect_measures import one_step_numbers, one_step_table
     from lpl_finetuning.data.scan import scan_folder
@@ -309,13 +311,13 @@ def judge_one_step(work, base, arms, seed, steps):
     began, images = time.time(), scan_folder(work / "held_out", cache_dir=work / "cache").images
     results = {}
     for arm in arms:
-        folder = arm_folder(work, base, arm, seed, steps)
-        cache = work / "one_step" / base / f"{folder.name}.npz"
-        results[arm] = one_step_numbers(f"{chosen_base(work, base)}+{folder}", images, cache)
+        folder = arm_folder(work, start, arm, seed, steps)
+        cache = work / "one_step" / start / f"{folder.name}.npz"
+        results[arm] = one_step_numbers(f"{pipeline_of(work, start)}+{folder}", images, cache)
         print(f"measured {arm}")
     rows = one_step_table(results)
-    keep_result(work, f"effect-one-step-{arm_name(base, seed, steps)}", time.time() - began,
-                {"base": base, "seed": seed, "steps": steps, "pictures": len(images), "rows": rows})  # fmt: skip
+    keep_result(work, f"effect-one-step-{arm_name(start, seed, steps)}", time.time() - began,
+                {"start": start, "seed": seed, "steps": steps, "pictures": len(images), "rows": rows})  # fmt: skip
 
 
 def measure_decoders(work, domain, decoders):
@@ -343,31 +345,32 @@ def make_autoencoder(work, steps, domain):
     keep_result(work, "effect-autoencoder", time.time() - began, found)
 
 
-def measure_cost(work, base, arms):
+def measure_cost(work, start, arms):
     """Time of a step of each arm, in turns; start it on an idle machine."""
     from benchmarks.effect_measures import step_seconds
 
     began = time.time()
 
     def train(arm, steps, number):
-        folder = work / "cost" / base / f"{arm}-{number}-{time.time():.0f}"
-        train_arm(work, base, arm, 0, steps, folder, logging_steps=5)
+        folder = work / "cost" / start / f"{arm}-{number}-{time.time():.0f}"
+        train_arm(work, start, arm, 0, steps, folder, logging_steps=5)
         return folder / "logs" / "metrics.jsonl"
 
     seconds = step_seconds(train, arms)
     ratios = {arm: value / seconds[arms[0]] for arm, value in seconds.items()}
-    keep_result(work, f"effect-cost-{base}", time.time() - began,
-                {"base": base, "seconds_a_sample": seconds, "ratio_to_the_first": ratios})  # fmt: skip
+    keep_result(work, f"effect-cost-{start}", time.time() - began,
+                {"start": start, "seconds_a_sample": seconds, "ratio_to_the_first": ratios})  # fmt: skip
 
 
 def show_state(work):
     """Print what is done."""
     for base in BASES:
+        arms = work / "arms"
+        arms = [path.relative_to(arms) for path in sorted(arms.glob(f"{base}-*/*")) if is_done(path)]
         progress = work / base / "progress.csv"
         steps = progress.read_text().split("\n")[-2].split(",")[0] if progress.is_file() else 0
         pipelines = ", ".join(sorted(path.name for path in (work / base / "pipelines").glob("[0-9]*"))) or "none"
-        arms = [path.name for path in sorted((work / "arms" / base).glob("*")) if is_done(path)]
-        print(f"{base}: base at step {steps}; pipelines: {pipelines}; arms: {', '.join(arms) or 'none'}")
+        print(f"{base}: base at step {steps}; pipelines: {pipelines}; arms: {', '.join(map(str, arms)) or 'none'}")
 
 
 def parse_args(argv=None):
@@ -379,6 +382,8 @@ def parse_args(argv=None):
     )
     parser.add_argument("--domain", choices=DOMAINS, default="people", help="kinds of pictures (default: %(default)s)")
     parser.add_argument("--base", choices=BASES, help="kind of base model")
+    parser.add_argument("--start", metavar="STEP", help="average of the base that arms start from, such as 015000 "
+                        f"(default: {STARTS})")  # fmt: skip
     parser.add_argument("--arm", nargs="+", choices=ALL, default=["none"], help="the baseline first")
     parser.add_argument("--seed", type=int, nargs="+", default=[0])
     parser.add_argument(
@@ -392,48 +397,37 @@ def parse_args(argv=None):
     return args
 
 
-def judge_arms(work, args, steps):
-    """Samples of arms, compared with the first of them."""
-    folders = []
-    for seed in args.seed:
-        for arm in args.arm:
-            folder = arm_folder(work, args.base, arm, seed, steps)
-            if ALL[arm].gain:
-                folder = folder / f"guidance-{args.guidance[0]:g}"
-            folders.append(folder)
-    name = arm_name(args.base, "-".join(map(str, args.seed)), steps)
-    name += "" if args.guidance == [1.0] else "-guidance-" + "-".join(f"{value:g}" for value in args.guidance)
-    judge(work, args.base, name, folders, args.guidance, args.samples)
-
-
 def main(argv=None):
     """Run a stage."""
     args = parse_args(argv)
     work, base, steps = args.work, args.base, args.steps or STEPS
+    start = f"{base}-{args.start or STARTS.get(base)}"
     if args.stage == "data":
         make_data(work, args.domain)
     elif args.stage == "pipelines":
         make_pipelines(work, base)
     elif args.stage == "judge-base":
-        pipelines = sorted((work / base / "pipelines").glob("[0-9]*"))
-        judge(work, base, f"base-{base}", pipelines, args.guidance, args.samples)
+        judge_base(work, base, args.samples)
     elif args.stage == "profile":
         from benchmarks.effect_arm import measure_profile
 
         began = time.time()
-        profile = measure_profile(chosen_base(work, base), work / "train")
-        keep_result(work, f"effect-profile-{base}", time.time() - began, profile)
+        profile = measure_profile(pipeline_of(work, start), work / "train")
+        keep_result(work, f"effect-profile-{start}", time.time() - began, profile)
     elif args.stage == "train":
         for seed in args.seed:
             for arm in args.arm:
-                train_arm(work, base, arm, seed, steps)
+                train_arm(work, start, arm, seed, steps)
     elif args.stage == "gain":
         for seed in args.seed:
-            sample_gain(work, base, seed, args.samples, tuple(args.guidance))
+            sample_gain(work, start, seed, args.samples, tuple(args.guidance))
     elif args.stage == "judge":
-        judge_arms(work, args, steps)
+        for seed in args.seed:
+            judge_arms(work, start, args.arm, seed, steps, args.samples, args.guidance)
+    elif args.stage == "report":
+        write_report(work, start, args.arm, args.seed[0], steps, args.samples, args.guidance)
     elif args.stage == "one-step":
-        judge_one_step(work, base, args.arm, args.seed[0], steps)
+        judge_one_step(work, start, args.arm, args.seed[0], steps)
     elif args.stage == "reconstructions":
         began = time.time()
         found = measure_decoders(work, args.domain, AUTOENCODERS)
@@ -441,7 +435,7 @@ def main(argv=None):
     elif args.stage == "autoencoder":
         make_autoencoder(work, args.steps or DECODER_STEPS, args.domain)
     elif args.stage == "cost":
-        measure_cost(work, base, args.arm)
+        measure_cost(work, start, args.arm)
     else:
         show_state(work)
 

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 BASES = {"epsilon": "sdxl", "v_prediction": "sdxl", "flow": "sd3"}
+STARTS = dict.fromkeys(BASES, "009000")  # the averages from which the arms of the verdict start
 SCRIPTS = {"sdxl": "train_sdxl_lpl.py", "sd3": "train_sd3_lpl_flow.py"}
 
 COMMON = "--resolution 64 --center_crop --train_batch_size 32 --learning_rate 2e-4 " \

@@ -101,7 +101,7 @@ def sampling_with(gains):
         generation.sampling_scheduler = plain
 
 
-def sample_with_gains(pipeline, captions, gains, settings, folder, model):
+def sample_with_gains(pipeline, captions, settings, folder, model, gains):
     """Pictures of a pipeline for {stem: caption}, estimates scaled; returns {guidance: folder}, as `generate` does."""
     with sampling_with(gains):
         return generation.generate(pipeline, captions, settings, folder, f"{model} with gains")

@@ -127,7 +127,7 @@ def test_gains_are_fitted_and_sampled_with(family, request, tmp_path, monkeypatc
     plain = generate(pipeline, captions, settings, tmp_path / "plain", bar=False)[1.0]
     found = {}
     for name, own in (("ones", [1.0] * 5), ("twos", gains)):
-        found[name] = effect_gain.sample_with_gains(pipeline, captions, own, settings, tmp_path / name, "x")[1.0]
+        found[name] = effect_gain.sample_with_gains(pipeline, captions, settings, tmp_path / name, "x", own)[1.0]
     pixels = {folder: read_pictures([folder / f"{stem}.png" for stem in captions])
               for folder in (plain, *found.values())}  # fmt: skip
     assert (pixels[plain] == pixels[found["ones"]]).all() and (pixels[plain] != pixels[found["twos"]]).any()

@@ -1,0 +1,94 @@
+"""How far the samples of models are from pictures: Fréchet and kernel distances by two networks, to two references.
+
+The first reference is the training pictures. The second is their reconstructions: the same pictures, encoded and
+decoded again. A model of latents draws what its decoder can show, so a model with perfect latents has the distance of
+the decoder to the first reference, and none to the second.
+"""
+
+import shutil
+
+import numpy as np
+
+NETWORKS = ("efficientnet-lite2", "efficientnet-lite0")
+JUDGE = NETWORKS[0]  # the other one helped to train the autoencoders
+MEASURES = ("frechet", "kernel")
+
+
+def make_reconstructions(source, folder, autoencoder):
+    """Fill a folder with the pictures of another one, encoded and decoded again, and with its captions."""
+    import torch
+    from diffusers import AutoencoderKL
+    from PIL import Image
+
+    from benchmarks.effect_measures import reconstructions
+    from lpl_finetuning.evaluation.onestep import to_bytes
+
+    if (folder / "metadata.csv").is_file():
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    vae, names = AutoencoderKL.from_pretrained(autoencoder).eval(), sorted(path.name for path in source.glob("*.png"))
+    pictures = np.stack([np.asarray(Image.open(source / name).convert("RGB")) for name in names])
+    decoded = torch.cat([to_bytes(decoded) for _, _, decoded in reconstructions(vae, pictures)])
+    for name, picture in zip(names, decoded.numpy(), strict=True):
+        Image.fromarray(picture).save(folder / name)
+    shutil.copy(source / "metadata.csv", folder / "metadata.csv")  # last: a folder that was begun has none
+
+
+def sample(model, images, count, guidance, folder, make=None):
+    """Sample a model; pictures that exist are not made again. Returns {guidance: folder of pictures}.
+
+    Args:
+        model: folder of a pipeline.
+        images: (`CaptionedImage`) whose captions are taken, `count` of them, evenly spaced.
+        guidance: scales of classifier-free guidance.
+        folder: of the pictures.
+        make: function with the arguments of `generate` that samples; by default `generate`.
+    """
+    import torch
+
+    from evaluate_models import evenly_spaced
+    from lpl_finetuning.evaluation.generation import GenerationSettings, generate
+    from lpl_finetuning.evaluation.models import find_source, load_pipeline
+    from lpl_finetuning.evaluation.picture_sets import stems_of
+
+    source, stems = find_source(str(model)), stems_of(images)
+    captions = {stems[int(index)]: images[index].caption for index in evenly_spaced(len(images), count)}
+    settings = GenerationSettings(guidance=tuple(guidance), size=(64, 64), batch_size=64)
+    pipeline = load_pipeline(source, torch.float32, "cpu")
+    return (make or generate)(pipeline, captions, settings, folder, source.weights)
+
+
+def judge(models, references, store):
+    """Distances of models to references.
+
+    Args:
+        models: {name: folder of pictures}; the first one is the baseline, all have pictures of the same captions.
+        references: {name: folder of pictures}.
+        store: folder in which features are kept.
+
+    Returns:
+        ([{"model", REFERENCE: {NETWORK: {"frechet", "kernel"}}, "change": {REFERENCE: [value, low, high]}}] with the
+        differences of Fréchet distances by `JUDGE` from the baseline and their 95 % intervals,
+        {REFERENCE: {NETWORK: Fréchet distance of one half to the other}}).
+    """
+    from lpl_finetuning.evaluation.distances import frechet_distance, kernel_distance
+    from lpl_finetuning.evaluation.features import features_of
+    from lpl_finetuning.evaluation.networks import load_network
+    from lpl_finetuning.evaluation.uncertainty import distance_differences
+
+    rows, floors = [{"model": name, "change": {}} for name in models], {name: {} for name in references}
+    for network in NETWORKS:
+        loaded = load_network(network)
+        fakes, reals = ([features_of(folder, loaded, store, whose=name).values for name, folder in group.items()]
+                        for group in (models, references))  # fmt: skip
+        for reference, real in zip(references, reals, strict=True):
+            halves = np.array_split(np.random.default_rng(0).permutation(len(real)), 2)
+            floors[reference][network] = frechet_distance(*(real[half] for half in halves))
+            for row, fake in zip(rows, fakes, strict=True):
+                row.setdefault(reference, {})[network] = {
+                    "frechet": frechet_distance(real, fake), "kernel": kernel_distance(real, fake),
+                }  # fmt: skip
+                if network == JUDGE and fake is not fakes[0]:
+                    found = distance_differences(real, fake, fakes[0], names=("frechet",))["frechet"]
+                    row["change"][reference] = [found.value, found.low, found.high]
+    return rows, floors
