@@ -4,7 +4,8 @@
 
 Writes the tables into docs/effect.md, between its marks, and `benchmarks/results/effect.json`. The bar was set before
 the arms were trained: in each framework every run with LPL lies below every run without, their mean is at least 6 %
-lower, and lower than that of the twin without features.
+lower, and lower than that of the twin without features. The bar is asked of both references: the training pictures,
+and their reconstructions by the base's autoencoder.
 """
 
 import argparse
@@ -15,15 +16,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.effect_arms import BASES, TWINS
+from benchmarks.effect_arms import BASES, STARTS, TWINS
+from benchmarks.effect_judge import JUDGE, NETWORKS
 from benchmarks.records import put_tables, source
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "effect.md"
-JUDGE, OTHER = "efficientnet-lite2", "efficientnet-lite0"
+REFERENCES = ("pictures", "reconstructions")
 BAR = 0.06  # by which the mean Fréchet distance must be lower
 TITLES = {"epsilon": "SDXL, epsilon-prediction", "epsilon-all": "SDXL, epsilon-prediction, all pictures",
           "v_prediction": "SDXL, v-prediction", "flow": "SD3, flow matching"}  # fmt: skip
+MORE_STARTS = {"epsilon-015000": "SDXL, epsilon-prediction, from the base of 15,000 steps"}
+OTHER = NETWORKS[1]
 
 
 def read(name, results=RESULTS):
@@ -32,126 +36,138 @@ def read(name, results=RESULTS):
     return json.loads(path.read_text()) if path.is_file() else None
 
 
-def arm_of(text):
-    """(arm, seed) of a model's path, such as arms/epsilon/none-0 or arms/epsilon/gain-0/guidance-1."""
-    path = Path(text)
-    path = path.parent if path.name.startswith("guidance-") else path
-    arm, _, seed = path.name.rpartition("-")
-    return arm, int(seed)
+def start_of(base):
+    """Where the arms of a base's verdict start, such as epsilon-009000."""
+    return f"{base}-{STARTS[base]}"
 
 
-def distances_of(found):
-    """{model: {network: row}} of a judgement's distances."""
-    rows = {}
-    for row in found["distances"]:
-        rows.setdefault(row["model"], {})[row["network"]] = row
-    return rows
-
-
-def judged(base, results=RESULTS):
-    """[{"arm", "seed", NETWORK: Fréchet distance, "kernel", "change": (value, low, high) against the first model}] of
-    all judgements of a base's arms at 1,000 steps and guidance 1."""
+def judged(start, results=RESULTS):
+    """[{"arm", "seed", "change": {REFERENCE: [value, low, high]}, REFERENCE: {NETWORK: {"frechet", "kernel"}}}] of all
+    judgements of arms at 1,000 steps and guidance 1."""
     rows = []
-    for path in sorted(results.glob(f"effect-{base}-*.json")):
+    for path in sorted(results.glob(f"effect-judged-{start}-*.json")):
         found = json.loads(path.read_text())
-        if "distances" not in found or "steps" in path.stem or "guidance" in path.stem:
-            continue
-        texts = {model["name"]: model["text"] for model in found["models"]}
-        changes = {row["b"]: (row["value"], row["low"], row["high"]) for row in found["differences"]
-                   if row["metric"] == "frechet" and row["network"] == JUDGE
-                   and row["a"] == found["models"][0]["name"]}  # fmt: skip
-        for name, networks in distances_of(found).items():
-            arm, seed = arm_of(texts[name])
-            rows.append({"arm": arm, "seed": seed, "kernel": networks[JUDGE]["kernel"], "change": changes.get(name),
-                         **{network: values["frechet"] for network, values in networks.items()}})  # fmt: skip
+        if found["steps"] == 1000 and found["guidance"] == 1:
+            rows += [{"arm": row["model"], "seed": found["seed"], **row} for row in found["rows"]]
     return rows
 
 
-def one_step_of(base, seed, results=RESULTS):
+def one_step_of(start, seed, results=RESULTS):
     """{arm: row} of the one-step test at 1,000 steps."""
-    found = read(f"effect-one-step-{base}-{seed}", results)
+    found = read(f"effect-one-step-{start}-{seed}", results)
     return {row["model"]: row for row in found["rows"]} if found else {}
 
 
 def verdict_row(base, results=RESULTS):
     """The row of `effect.json` for a base; None without judged seeds beside 0 that have a baseline and an LPL arm.
 
-    The arm is the one that was judged on most seeds beside *none*, its twin and the scaled estimates.
+    The arm is the one that was judged on most seeds beside *none*, its twin and the scaled estimates. Distances to the
+    training pictures begin with `fd`, those to the reconstructions with `fd_shown`.
     """
-    rows = [row for row in judged(base, results) if row["seed"] > 0]
-    by_arm = {}
+    rows = [row for row in judged(start_of(base), results) if row["seed"] > 0]
+    seeds = {}
     for row in rows:
-        by_arm.setdefault(row["arm"], {})[row["seed"]] = row[JUDGE]
-    own = {arm: runs for arm, runs in by_arm.items() if arm not in ("none", "gain", *TWINS.values())}
-    if "none" not in by_arm or not own:
+        seeds.setdefault(row["arm"], set()).add(row["seed"])
+    own = {arm: found for arm, found in seeds.items() if arm not in ("none", "gain", *TWINS.values())}
+    if "none" not in seeds or not own:
         return None
     arm = max(own, key=lambda name: len(own[name]))
-    runs, without, twin = own[arm], by_arm["none"], by_arm.get(TWINS.get(arm), {})
-    means = [statistics.mean(found.values()) if found else None for found in (runs, without, twin)]
-    reached = (max(runs.values()) < min(without.values()) and means[0] <= (1 - BAR) * means[1]
-               and means[2] is not None and means[0] < means[2])  # fmt: skip
-    one_step = one_step_of(base, 0, results).get(arm, {})
-    return {"framework": base, "arm": arm, "seeds": sorted(runs), "fd_mean": means[0], "fd_baseline_mean": means[1],
-            "fd_control_mean": means[2], "bar_reached": reached,
-            "onestep": {key: value for key, value in one_step.items() if key != "model"}}  # fmt: skip
+    result = {"framework": base, "arm": arm, "seeds": sorted(own[arm])}
+    for reference, key in zip(REFERENCES, ("fd", "fd_shown"), strict=True):
+        runs, without, twin = ([row[reference][JUDGE]["frechet"] for row in rows if row["arm"] == name]
+                               for name in (arm, "none", TWINS.get(arm)))  # fmt: skip
+        means = [statistics.mean(found) if found else None for found in (runs, without, twin)]
+        reached = max(runs) < min(without) and means[0] <= (1 - BAR) * means[1] and bool(twin) and means[0] < means[2]
+        result |= {f"{key}_mean": means[0], f"{key}_baseline_mean": means[1], f"{key}_control_mean": means[2],
+                   f"{key}_bar_reached": reached}  # fmt: skip
+    one_step = one_step_of(start_of(base), 0, results).get(arm, {})
+    return result | {"onestep": {key: value for key, value in one_step.items() if key != "model"}}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
 
+def cells_of(row):
+    """Fréchet distances of a row to both references by both networks, as cells."""
+    return " | ".join(f"{row[reference][network]['frechet']:.2f}" for reference in REFERENCES for network in NETWORKS)
+
+
+HEADS = "pictures (Lite2) | pictures (Lite0) | reconstructions (Lite2) | reconstructions (Lite0) |"
+
+
 def base_table(base, results=RESULTS):
-    """Fréchet distances of the base's averages, and the floor."""
-    found = read(f"effect-base-{base}", results)
+    """Fréchet distances of the base's averages, and the floors."""
+    found = read(f"effect-judged-base-{base}", results)
     if not found:
         return ""
-    floors = {network["name"]: network["floor"]["frechet"] for network in found["networks"]}
-    lines = [f"| {TITLES[base]}: steps | Fréchet distance (Lite2) | kernel (Lite2) | Fréchet distance (Lite0) |",
-             "|---|---:|---:|---:|"]  # fmt: skip
-    for model, rows in distances_of(found).items():
-        lines.append(f"| {int(model):,} | {rows[JUDGE]['frechet']:.1f} | {rows[JUDGE]['kernel']:.4f} | "
-                     f"{rows[OTHER]['frechet']:.1f} |")  # fmt: skip
-    lines.append(f"| half of the real pictures against the other half | {floors[JUDGE]:.1f} | | {floors[OTHER]:.1f} |")
+    lines = [f"| {TITLES[base]}: steps | {HEADS}", "|---|---:|---:|---:|---:|"]
+    lines += [f"| {int(row['model']):,} | {cells_of(row)} |" for row in found["rows"]]
+    floors = {name: {network: {"frechet": value} for network, value in floor.items()}
+              for name, floor in found["floors"].items()}  # fmt: skip
+    lines.append(f"| half of the reference against the other half | {cells_of(floors)} |")
     return "\n".join([*lines, "", source(found)])
 
 
-def arm_table(base, results=RESULTS):
+def first_base_table(results=RESULTS):
+    """The base of all pictures, judged before reconstructions were a reference."""
+    found = read("effect-base-epsilon-all", results)
+    if not found:
+        return ""
+    lines = [f"| {TITLES['epsilon-all']}: steps | pictures (Lite2) | pictures (Lite0) |", "|---|---:|---:|"]
+    values = {}
+    for row in found["distances"]:
+        values.setdefault(row["model"], {})[row["network"]] = row["frechet"]
+    values = {f"{int(model):,}": row for model, row in values.items()}
+    values["half of the real pictures against the other half"] = {
+        network["name"]: network["floor"]["frechet"] for network in found["networks"]
+    }
+    lines += [f"| {name} | {row[JUDGE]:.1f} | {row[OTHER]:.1f} |" for name, row in values.items()]
+    return "\n".join([*lines, "", source(found)])
+
+
+def arm_table(start, title, results=RESULTS):
     """All arms on seed 0: distances of samples, and the one-step test on held-out pictures."""
-    rows = [row for row in judged(base, results) if row["seed"] == 0]
+    rows = [row for row in judged(start, results) if row["seed"] == 0]
     if not rows:
         return ""
-    tests, none = one_step_of(base, 0, results), next(row for row in rows if row["arm"] == "none")
-    lines = [f"| {TITLES[base]}: arm | Fréchet (Lite2) | against none | interval | Fréchet (Lite0) | "
+    tests, none = one_step_of(start, 0, results), next(row for row in rows if row["arm"] == "none")
+    lines = [f"| {title}: arm | {HEADS} reconstructions (Lite2), against none | interval | "
              "one step: perceptual (Lite2) | high frequency | gain |",
-             "|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
-    for row in sorted(rows, key=lambda row: row[JUDGE]):
-        test, share = tests.get(row["arm"], {}), row[JUDGE] / none[JUDGE] - 1
-        change = f"{row['change'][1]:+.2f} to {row['change'][2]:+.2f}" if row["change"] else ""
+             "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    for row in sorted(rows, key=lambda row: row["reconstructions"][JUDGE]["frechet"]):
+        test, shown = tests.get(row["arm"], {}), row["reconstructions"][JUDGE]["frechet"]
+        change = row["change"].get("reconstructions")
+        change = f"{change[1]:+.2f} to {change[2]:+.2f}" if change else ""
         numbers = [f"{test[key]:.4f}" if test else ""
                    for key in (f"perceptual/{JUDGE}", "high_frequency", "gain")]  # fmt: skip
-        lines.append(f"| {row['arm']} | {row[JUDGE]:.2f} | {share:+.1%} | {change} | {row[OTHER]:.2f} | "
-                     + " | ".join(numbers) + " |")  # fmt: skip
-    return "\n".join([*lines, "", source(read(f"effect-{base}-0", results))])
+        share = shown / none["reconstructions"][JUDGE]["frechet"] - 1
+        lines.append(f"| {row['arm']} | {cells_of(row)} | {share:+.1%} | {change} | " + " | ".join(numbers) + " |")
+    return "\n".join([*lines, "", source(read(f"effect-judged-{start}-0", results))])
 
 
 def seeds_table(base, results=RESULTS):
-    """The finalists on fresh seeds."""
-    rows = [row for row in judged(base, results) if row["seed"] > 0]
+    """The finalists on fresh seeds: distances to the pictures / to the reconstructions."""
+    rows = [row for row in judged(start_of(base), results) if row["seed"] > 0]
     if not rows:
         return ""
     seeds = sorted({row["seed"] for row in rows})
-    lines = [f"| {TITLES[base]}: arm | " + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |",
+    lines = [f"| {TITLES[base]}: arm, to pictures / to reconstructions (Lite2) | "
+             + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |",
              "|---|" + "---:|" * (len(seeds) + 1)]  # fmt: skip
     for arm in dict.fromkeys(row["arm"] for row in rows):
-        own = {row["seed"]: row[JUDGE] for row in rows if row["arm"] == arm}
-        cells = [f"{own[seed]:.2f}" if seed in own else "" for seed in seeds]
-        lines.append(f"| {arm} | " + " | ".join(cells) + f" | {statistics.mean(own.values()):.2f} |")
-    return "\n".join(lines)
+        own = {row["seed"]: [row[reference][JUDGE]["frechet"] for reference in REFERENCES]
+               for row in rows if row["arm"] == arm}  # fmt: skip
+        means = [statistics.mean(values) for values in zip(*own.values(), strict=True)]
+        columns = [*(own.get(seed) for seed in seeds), means]
+        lines.append(f"| {arm} | " + " | ".join(" / ".join(f"{value:.2f}" for value in pair) if pair else ""
+                                                for pair in columns) + " |")  # fmt: skip
+    return "\n".join([*lines, "", source(read(f"effect-judged-{start_of(base)}-{seeds[-1]}", results))])
 
 
 def ablation_table(base="epsilon", results=RESULTS):
     """Arms of 400 steps by the one-step test."""
-    found = read(f"effect-one-step-{base}-0-400-steps", results)
+    found = read(f"effect-one-step-{start_of(base)}-0-400-steps", results)
     if not found:
         return ""
     keys = {f"perceptual/{JUDGE}": 4, f"perceptual/{OTHER}": 4, "psnr": 3, "latent_mse": 5, "high_frequency": 4}
@@ -181,15 +197,16 @@ def decoder_table(name, results=RESULTS):
 def all_tables(results=RESULTS):
     """{mark: Markdown}."""
     tables = {
-        "base epsilon-all": base_table("epsilon-all", results),
+        "base epsilon-all": first_base_table(results),
         "ablations": ablation_table(results=results),
         "reconstructions": decoder_table("effect-reconstructions", results),
         "decoders": decoder_table("effect-autoencoder", results),
     }
-    for kind, table in (("base", base_table), ("arms", arm_table), ("seeds", seeds_table)):
-        for base in BASES:
-            tables[f"{kind} {base}"] = table(base, results)
-    return tables
+    for base in BASES:
+        tables[f"base {base}"] = base_table(base, results)
+        tables[f"arms {base}"] = arm_table(start_of(base), TITLES[base], results)
+        tables[f"seeds {base}"] = seeds_table(base, results)
+    return tables | {f"arms {start}": arm_table(start, title, results) for start, title in MORE_STARTS.items()}
 
 
 def main():

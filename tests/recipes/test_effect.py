@@ -7,7 +7,7 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 
-from benchmarks import effect, effect_arm, effect_arms, effect_gain, effect_measures
+from benchmarks import effect, effect_arm, effect_arms, effect_gain, effect_judge, effect_measures
 from lpl_finetuning.data.scan import scan_folder
 from lpl_finetuning.evaluation.generation import GenerationSettings, generate
 from lpl_finetuning.evaluation.models import find_source, load_pipeline
@@ -160,3 +160,32 @@ def test_arms_take_turns_when_their_time_is_measured(tmp_path):
     found = effect_measures.step_seconds(train, ["none", "decoder"], steps=4, rounds=2)
     assert found == {"none": 0.125, "decoder": 0.25}
     assert turns == [("none", 0), ("decoder", 0), ("none", 1), ("decoder", 1)]
+
+
+def test_a_model_is_judged_by_two_references(sdxl_folder, tmp_path):
+    """The reference itself is at distance zero of it; samples are kept; a worse model's change is beyond its interval."""
+    source = picture_folder(tmp_path / "train", 12, size=64)
+    rows = [f"{path.name},picture {path.stem}" for path in sorted(source.glob("*.png"))]
+    (source / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))
+    for path in source.glob("*.txt"):
+        path.unlink()
+    shown = tmp_path / "reconstructions"
+    effect_judge.make_reconstructions(source, shown, sdxl_folder / "vae")
+    images = scan_folder(source, cache_dir=tmp_path / "cache").images
+    folder = effect_judge.sample(sdxl_folder, images, 12, [1.0], tmp_path / "samples")[1.0]
+    made = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    assert made.keys() == {path.name for path in source.glob("*.png")}
+    effect_judge.sample(sdxl_folder, images, 12, [1.0], tmp_path / "samples")
+    assert made == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
+    models = {"itself": source, "shown": shown, "samples": folder}
+    rows, floors = effect_judge.judge(models, {"pictures": source, "reconstructions": shown}, tmp_path / "features")
+    by_name = {row["model"]: row for row in rows}
+    for network in effect_judge.NETWORKS:
+        found = {name: [row[reference][network]["frechet"] for reference in ("pictures", "reconstructions")]
+                 for name, row in by_name.items()}  # fmt: skip
+        assert found["itself"][0] == pytest.approx(0, abs=1e-3) == found["shown"][1]
+        assert found["itself"][1] == pytest.approx(found["shown"][0], rel=1e-4) and found["itself"][1] > 1
+        assert min(found["samples"]) > 1 and floors["pictures"][network] > 1
+    assert by_name["itself"]["change"] == {}, "the baseline"
+    changes = by_name["shown"]["change"]
+    assert changes["pictures"][1] > 0 > changes["reconstructions"][2], "farther from one, nearer to the other"

@@ -9,19 +9,21 @@ from benchmarks.records import put_tables
 from tests.runs import ROOT
 
 
-def judgement(folder, seed, distances, changes=None):
-    """A result as `effect.py judge` writes it. distances: {arm: Fréchet distance by both networks}."""
-    places = {arm: f"/w/arms/epsilon/{arm}-{seed}" + "/guidance-1" * (arm == "gain") for arm in distances}
-    names = {arm: "guidance-1" if arm == "gain" else f"{arm}-{seed}" for arm in distances}
-    rows = [{"model": names[arm], "guidance": 1.0, "network": network, "frechet": value + extra, "kernel": value / 1e4}
-            for arm, value in distances.items() for network, extra in (("efficientnet-lite2", 0),
-                                                                       ("efficientnet-lite0", 5))]  # fmt: skip
-    differences = [{"a": names["none"], "b": names[arm], "metric": "frechet", "network": "efficientnet-lite2",
-                    "value": 0, "low": low, "high": high} for arm, (low, high) in (changes or {}).items()]  # fmt: skip
-    content = {"command": "python x", "commit": "0123456789", "device": "CPU", "date": "2026-11-28",
-               "models": [{"name": names[arm], "text": places[arm]} for arm in distances],
-               "distances": rows, "differences": differences}  # fmt: skip
-    (folder / f"effect-epsilon-{seed}.json").write_text(json.dumps(content))
+def judgement(folder, seed, distances, changes=None, start="epsilon-009000", **about):
+    """A result as `effect.py judge` writes it. distances: {arm: Fréchet distance to the pictures by Lite2}; that to the
+    reconstructions is a tenth of it, those by Lite0 are greater by 5."""
+
+    def row(arm, value):
+        both = {"pictures": value, "reconstructions": value / 10}
+        measured = {reference: {"efficientnet-lite2": {"frechet": number, "kernel": number / 1e4},
+                                "efficientnet-lite0": {"frechet": number + 5, "kernel": number / 1e4}}
+                    for reference, number in both.items()}  # fmt: skip
+        return {"model": arm, "change": (changes or {}).get(arm, {}), **measured}
+
+    content = {"command": "python x", "commit": "0123456789", "device": "CPU", "date": "2026-11-28", "seed": seed,
+               "steps": 1000, "guidance": 1, "rows": [row(*item) for item in distances.items()]} | about  # fmt: skip
+    name = "-".join(["effect-judged", start, str(seed), *map(str, about.values())])
+    (folder / f"{name}.json").write_text(json.dumps(content))
 
 
 @pytest.mark.parametrize(("runs", "twin", "reached"), [
@@ -33,23 +35,39 @@ def judgement(folder, seed, distances, changes=None):
 def test_the_bar(runs, twin, reached, tmp_path):
     for seed, value in enumerate(runs, 1):
         judgement(tmp_path, seed, {"none": 98.0 + seed, "decoder-full": value, "latent-full": twin, "gain": 97.0})
+        judgement(tmp_path, seed, {"none": 1.0, "decoder-full": 200.0}, guidance=3)
+        judgement(tmp_path, seed, {"none": 1.0, "decoder-full": 200.0}, start="epsilon-015000")
     row = effect_verdict.verdict_row("epsilon", tmp_path)
-    assert row["arm"] == "decoder-full" and row["seeds"] == [1, 2, 3] and row["bar_reached"] is reached
+    assert row["arm"] == "decoder-full" and row["seeds"] == [1, 2, 3] and row["fd_bar_reached"] is reached
     assert row["fd_mean"] == pytest.approx(sum(runs) / 3) and row["fd_baseline_mean"] == pytest.approx(100)
-    assert row["fd_control_mean"] == pytest.approx(twin)
+    assert row["fd_control_mean"] == pytest.approx(twin) and row["fd_shown_bar_reached"] is reached
+    assert row["fd_shown_mean"] == pytest.approx(sum(runs) / 30) and row["fd_shown_control_mean"] == twin / 10
     assert effect_verdict.verdict_row("flow", tmp_path) is None
 
 
 def test_tables_have_what_the_files_have(tmp_path):
-    judgement(tmp_path, 0, {"none": 100.0, "decoder": 97.0, "gain": 99.0}, {"decoder": (-4.5, -1.5)})
-    table = effect_verdict.arm_table("epsilon", tmp_path)
+    change = {"decoder": {"pictures": [-3, -9, 9], "reconstructions": [-0.3, -0.45, -0.15]}}
+    judgement(tmp_path, 0, {"none": 100.0, "decoder": 97.0, "gain": 99.0}, change)
+    table = effect_verdict.arm_table("epsilon-009000", "SDXL", tmp_path)
     first, second, third = table.splitlines()[2:5]
-    assert first.startswith("| decoder | 97.00 | -3.0% | -4.50 to -1.50 | 102.00 |")
-    assert second.startswith("| gain | 99.00 | -1.0% |") and third.startswith("| none | 100.00 | +0.0% |")
+    assert first.startswith("| decoder | 97.00 | 102.00 | 9.70 | 14.70 | -3.0% | -0.45 to -0.15 |")
+    assert second.startswith("| gain | 99.00 | 104.00 | 9.90 | 14.90 | -1.0% |")
+    assert third.startswith("| none | 100.00 | 105.00 | 10.00 | 15.00 | +0.0% |")
     assert effect_verdict.verdict_row("epsilon", tmp_path) is None, "seed 0 only chooses"
+    assert effect_verdict.arm_table("flow-009000", "SD3", tmp_path) == ""
     page = "a\n<!-- arms epsilon -->\nold\n<!-- end of arms epsilon -->\nb"
     assert put_tables(page, {"arms epsilon": table}) == page.replace("old", table)
     assert "*Not measured yet.*" in put_tables(page, {"arms epsilon": ""})
+
+
+def test_the_table_of_seeds_has_their_mean(tmp_path):
+    for seed, value in ((0, 50.0), (1, 90.0), (2, 94.0)):
+        judgement(tmp_path, seed, {"none": value + 4, "decoder-full": value})
+    judgement(tmp_path, 3, {"none": 98.0})
+    lines = effect_verdict.seeds_table("epsilon", tmp_path).splitlines()
+    assert "seed 1 | seed 2 | seed 3 | mean" in lines[0] and "seed 0" not in lines[0]
+    assert lines[2] == "| none | 94.00 / 9.40 | 98.00 / 9.80 | 98.00 / 9.80 | 96.67 / 9.67 |"
+    assert lines[3] == "| decoder-full | 90.00 / 9.00 | 94.00 / 9.40 |  | 92.00 / 9.20 |"
 
 
 def test_the_page_is_what_the_results_say():
