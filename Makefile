@@ -59,7 +59,8 @@ bench: .venv/.requirements ## measure time and memory of the loss on an SDXL-siz
 
 true-sizes: .venv/.requirements ## train, resume and export SDXL and SD3.5 medium at true sizes on the CPU, with random weights
 	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/gpu_check.py --work runs/true-sizes --device cpu --resolution 512 \
-		--limit 7200 --results runs/true-sizes/results --only machine lifecycle-sdxl lifecycle-sd3 $(ARGS)
+		--limit 7200 --results runs/true-sizes/results --only machine lifecycle-sdxl single-file-sdxl \
+		lifecycle-sd3 single-file-sd3 $(ARGS)
 
 clean: ## remove .venv/ and the tools' caches; runs/ stays
 	rm -rf .venv .pytest_cache .ruff_cache

@@ -163,7 +163,7 @@ def test_arms_take_turns_when_their_time_is_measured(tmp_path):
 
 
 def test_a_model_is_judged_by_two_references(sdxl_folder, tmp_path):
-    """The reference itself is at distance zero of it; samples are kept; a worse model's change is beyond its interval."""
+    """A reference is at distance zero of itself; samples are kept; a change of reference is beyond its interval."""
     source = picture_folder(tmp_path / "train", 12, size=64)
     rows = [f"{path.name},picture {path.stem}" for path in sorted(source.glob("*.png"))]
     (source / "metadata.csv").write_text("\n".join(["file_name,text", *rows]))

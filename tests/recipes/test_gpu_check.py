@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import AutoencoderKL
+from safetensors.torch import load_file, save_file
 
 from benchmarks import gpu_check, measured_run, random_pipelines
 from lpl_utils import LatentPerceptualLoss
@@ -80,6 +81,23 @@ def test_stages_run_on_the_tiny_pipelines(tmp_path):
     found = gpu_check.all_stages()["lifecycle-sdxl"](check)
     assert found["resumed_is_equal"] and found["tensors_read_back"][0] == found["tensors_read_back"][1] > 0
     assert found["first"]["share_of_loss"] > 0 and found["pictures"] > 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_a_model_in_one_file_is_trained(family, tmp_path):
+    """Packed, unpacked by a run and compared; one wrong tensor is told."""
+    check = gpu_check.Check(tmp_path, "cpu", tiny=True)
+    stage = gpu_check.all_stages()[f"single-file-{family}"]
+    found = stage(check)
+    assert found["equal_tensors"] > 300 and found["trained_tensors"] > 0 and found["tensors_in_file"] > 300
+    [weights] = (tmp_path / "cache").glob("lpl/base-models/*/vae/*.safetensors")
+    tensors = load_file(weights)
+    name = next(iter(tensors))
+    tensors[name] = tensors[name] + 1
+    save_file(tensors, weights)
+    with pytest.raises(RuntimeError, match="is not what was packed"):
+        stage(check)
 
 
 def test_the_float16_recipe_has_an_autoencoder_of_its_own(tmp_path):

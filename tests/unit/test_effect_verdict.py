@@ -10,8 +10,11 @@ from tests.runs import ROOT
 
 
 def judgement(folder, seed, distances, changes=None, start="epsilon-009000", **about):
-    """A result as `effect.py judge` writes it. distances: {arm: Fréchet distance to the pictures by Lite2}; that to the
-    reconstructions is a tenth of it, those by Lite0 are greater by 5."""
+    """A result as `effect.py judge` writes it.
+
+    distances: {arm: Fréchet distance to the pictures by Lite2}; that to the reconstructions is a tenth of it, those by
+    Lite0 are greater by 5.
+    """
 
     def row(arm, value):
         both = {"pictures": value, "reconstructions": value / 10}
