@@ -35,6 +35,7 @@ from lpl_finetuning.data.tables import CaptionedImage
 from lpl_finetuning.errors import UserError, errors_for_people, quiet_libraries, require
 from lpl_finetuning.flag_checks import NOT_NEGATIVE, POSITIVE, check_data_flags, check_dead_flags, exclude
 from lpl_finetuning.flags import FlagParser, add_data_arguments, caption_rules, data_source, framing_rules
+from lpl_finetuning.unpacking import lone_vae, vae_folder
 
 if TYPE_CHECKING:
     import torch
@@ -56,7 +57,8 @@ def build_parser() -> FlagParser:
     add = group.add_argument
     add("--preview", metavar="FILE.png", help="draw the first samples of training into this file")
     add("--preview_images", type=int, default=24, help="draw N of them (default: %(default)s)")
-    add("--vae", metavar="FOLDER_OR_NAME", help="show what this autoencoder, or a pipeline's, makes of them")
+    add("--vae", metavar="FOLDER_OR_NAME", help="show what this autoencoder, or a pipeline's, makes of them; "
+        "also a .safetensors file")  # fmt: skip
     add("--report", metavar="FILE.json", help="write the report on the data into this file")
     add_data_arguments(parser, resolution=1024)
     # Without effect here, but part of command lines that are copied from a run.
@@ -96,7 +98,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     require(args.preview or args.preview_images == 24, "--preview_images does nothing without --preview")
     _check_output(args, "preview", ".png")
     _check_output(args, "report", ".json")
-    if args.vae:
+    if args.vae and Path(args.vae).is_file():
+        lone_vae(f"--vae {args.vae}", Path(args.vae))
+    elif args.vae:
         check_part("vae", args.vae, "AutoencoderKL", "vae")
     return args
 
@@ -154,7 +158,7 @@ def training_samples(
     """
     order = SampleOrder(args.seed, args.train_batch_size, framing.buckets)
     samples = TrainingSet(images, order, framing, caption_rules(args))
-    vae = load_vae(args.vae) if args.vae else None
+    vae = load_vae(args.vae, args.cache_dir) if args.vae else None
     for n in range(args.preview_images):
         sample, (epoch, index) = samples[n], order[n]
         view, _ = framing.draw(index, images[index], args.seed, epoch * len(images) + index)
@@ -170,8 +174,8 @@ def training_samples(
         yield SampleFacts(n, epoch, name, sample["caption"], dropped, view.flip, crop, quality), pixels, decoded
 
 
-def load_vae(name: str, flag: str = "--vae") -> "torch.nn.Module":
-    """The `AutoencoderKL` in a folder or on the Hub, or of a pipeline there: float32, on the GPU if there is one.
+def load_vae(name: str, cache_dir: str | None = None, flag: str = "--vae") -> "torch.nn.Module":
+    """The `AutoencoderKL` of a folder, a single file or the Hub, or of a pipeline there; float32, on a GPU if there is one.
 
     Raises:
         UserError: the autoencoder can't be loaded.
@@ -180,6 +184,8 @@ def load_vae(name: str, flag: str = "--vae") -> "torch.nn.Module":
     import torch
     from diffusers import AutoencoderKL
 
+    if Path(name).is_file():
+        name = str(vae_folder(f"{flag} {name}", Path(name), cache_dir))
     in_pipeline = model_file(name, "config.json", subfolder="vae")
     try:
         vae = AutoencoderKL.from_pretrained(

@@ -123,7 +123,7 @@ def main(argv=None):
     """Measure, print the table, draw the picture."""
     args = parser_of(__doc__, "latent-structure.png").parse_args(argv)
     pictures = load_pictures(args.pictures, args.count, args.resolution)
-    results = {Path(name).name: measure(load_vae(name, "--model"), pictures) for name in args.model}
+    results = {Path(name).name: measure(load_vae(name, flag="--model"), pictures) for name in args.model}
     print("| autoencoder | interpolation | latent error / variance | PSNR of the pictures, dB | log power of high "
           "frequencies |\n|---|---|---:|---:|---:|")  # fmt: skip
     for name, (numbers, _) in results.items():

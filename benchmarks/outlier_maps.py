@@ -76,7 +76,7 @@ def main(argv=None):
     pictures = load_pictures(args.pictures, args.count, args.resolution)
     results = {}
     for name in args.model:
-        vae = load_vae(name, "--model")
+        vae = load_vae(name, flag="--model")
         latents, reference = encode(vae, pictures), args.reference_resolution or None
         results[Path(name).name] = maps_of(vae, latents, args.resolution, reference)
     print("| autoencoder | stage | left out, % | pictures with outliers, % | largest, deviations |")

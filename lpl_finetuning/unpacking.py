@@ -35,6 +35,7 @@ from lpl_finetuning.files import (
     write_whole,
 )
 from lpl_finetuning.single_file import (
+    SD3_FILE,
     SDXL_FILE,
     UNUSED,
     check_pieces,
@@ -500,6 +501,37 @@ def open_vae_file(args, base):
     line = f"Autoencoder: {path.name}, a single file, with the configuration of the base model's"
     return placed(args, base, path, {"config.json": config.read_bytes()}, {WEIGHTS: (prefix, pieces)}, {},
                   lambda unpacked: (line, where_line(unpacked)), part)  # fmt: skip
+
+
+def lone_vae(what, path):
+    """(content of config.json, prefix, {name: Piece}) of the autoencoder in a single file that stands alone, or in one
+    of a whole model. The configuration is that of SDXL or of SD3, by the channels of the latents.
+
+    Raises:
+        UserError: the file has no such autoencoder.
+    """
+    header, _ = read_header(what, path)
+    require(not is_lora_file(path), f"{what} is a LoRA; give an AutoencoderKL as .safetensors, or a folder")
+    contents = [packaged_files(layout.folder)["vae/config.json"] for layout in (SDXL_FILE, SD3_FILE)]
+    contents = {json.loads(content)["latent_channels"]: content for content in contents}
+    prefix, _ = vae_in(what, header, json.loads(contents[4]))
+    shape = header.get(f"{prefix}decoder.conv_in.weight", {}).get("shape", [0, 0])
+    require(shape[1] in contents, f"{what} has latents of {shape[1]} channels; those of SDXL have 4, those of SD3 16")
+    content = contents[shape[1]]
+    prefix, pieces = vae_in(what, header, json.loads(content))
+    check_pieces(what, "autoencoder", pieces, prefix, header, "give an AutoencoderKL of SDXL's or SD3's sizes")
+    check_dtypes(what, pieces, prefix, header)
+    return content, prefix, pieces
+
+
+def vae_folder(what, path, cache_dir):
+    """The folder of the cache that the autoencoder of a single file is unpacked into: see `lone_vae`."""
+    content, prefix, pieces = lone_vae(what, path)
+    files, parts = {"config.json": content}, {WEIGHTS: (prefix, pieces)}
+    folder = folder_of(cache_dir, path, files, parts, {})
+    write_small(folder, files)
+    Unpacked(path, folder, parts).make()
+    return folder
 
 
 def vae_in(what, header, config):

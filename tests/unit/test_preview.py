@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image, ImageDraw, ImageOps
+from safetensors.torch import load_file, save_file
 
 import preview_data
-from lpl_finetuning import errors
+from lpl_finetuning import errors, unpacking
 from lpl_finetuning.data import contact_sheet, scan
 from lpl_finetuning.data.contact_sheet import (
     UNKNOWN,
@@ -471,3 +472,29 @@ def test_help_is_the_scripts_own():
     result = command("--help")
     assert result.returncode == 0 and "python preview_data.py FOLDER --preview preview.png" in result.stdout
     assert "--random_flip" in result.stdout and "--dataloader_num_workers" not in result.stdout
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_a_vae_in_a_single_file(family, singles, tmp_path, monkeypatch):
+    """In the layout of diffusers or in a whole model; the configuration follows from the channels of its latents."""
+    example = ROOT / "examples" / f"tiny-{family}" / "vae"
+    monkeypatch.setattr(unpacking, "packaged_files", lambda folder: {
+        "vae/config.json": (ROOT / "examples" / f"tiny-{folder}" / "vae" / "config.json").read_bytes()})  # fmt: skip
+    own = load_file(example / "diffusion_pytorch_model.safetensors")
+    for file in (example / "diffusion_pytorch_model.safetensors", singles[family]):
+        vae = preview_data.load_vae(str(file), tmp_path / "cache")
+        found = vae.state_dict()
+        assert found.keys() == own.keys() and vae.config.latent_channels == {"sdxl": 4, "sd3": 16}[family]
+        assert all(torch.equal(found[name], value.half().float()) for name, value in own.items())
+
+
+def test_a_single_file_without_a_vae_that_fits_is_refused(singles, tmp_path):
+    save_file({"unet.x.lora_A.weight": torch.zeros(2, 2)}, tmp_path / "lora.safetensors")
+    tensors = {"decoder.conv_in.weight": torch.zeros(8, 32, 3, 3), "decoder.up_blocks.0.x": torch.zeros(1)}
+    save_file(tensors, tmp_path / "other.safetensors")
+    files = {"lora.safetensors": "is a LoRA", "other.safetensors": "latents of 32 channels; those of SDXL have 4"}
+    for name, said in files.items():
+        with pytest.raises(errors.UserError, match=f"--vae .*{name} .*{said}"):
+            unpacking.lone_vae(f"--vae {tmp_path / name}", tmp_path / name)
+    with pytest.raises(errors.UserError, match="give an AutoencoderKL of SDXL's or SD3's sizes"):
+        unpacking.lone_vae("--vae tiny", singles["sdxl"])
