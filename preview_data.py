@@ -175,7 +175,7 @@ def training_samples(
 
 
 def load_vae(name: str, cache_dir: str | None = None, flag: str = "--vae") -> "torch.nn.Module":
-    """The `AutoencoderKL` of a folder, a single file or the Hub, or of a pipeline there; float32, on a GPU if there is one.
+    """The `AutoencoderKL` of a folder, file or pipeline, or of the Hub: float32, on the GPU if there is one.
 
     Raises:
         UserError: the autoencoder can't be loaded.
