@@ -105,7 +105,9 @@ def build_parser() -> FlagParser:
     add("--device", help="cpu, cuda, cuda:1 … (default: a GPU if there is one)")
     add("--dtype", choices=("auto", "float32", "bfloat16", "float16"), default="auto", help="of the models; auto: "
         "bfloat16 on a GPU, else float32 (default: %(default)s)")  # fmt: skip
-    add("--cache_dir", type=path, help="cache of the scans (default: the user's cache)")
+    add("--config_from", type=path, metavar="PIPELINE", help="folder or Hub name of a pipeline with what single files "
+        "lack: text encoders, or configurations of other sizes")  # fmt: skip
+    add("--cache_dir", type=path, help="cache of the scans and of unpacked single files (default: the user's cache)")
     add("--debug", action="store_true", help="show tracebacks")
     return parser
 
@@ -195,7 +197,7 @@ def find_everything(args: Flags) -> tuple[list[Contender], Sequence[CaptionedIma
         UserError: a model is missing, damaged or of an unknown kind.
         DataError: pictures or captions can't be used.
     """
-    sources = [find_source(text) for text in args.model]
+    sources = [find_source(text, args.config_from, args.cache_dir) for text in args.model]
     makes = any(source.pictures is None for source in sources)
     check_size(args, sources)
     for source in sources:

@@ -83,10 +83,14 @@ class ModelSource:
 # From a text to a model, without torch
 
 
-def find_source(text):
+def find_source(text, config_from=None, cache_dir=None):
     """The `ModelSource` of a text, checked as far as small files tell.
 
     A text is split at its last `+` unless the whole of it exists.
+
+    Args:
+        config_from: folder or Hub name of a pipeline with what a single file lacks.
+        cache_dir: of single files; by default the user's cache.
 
     Raises:
         UserError: there is no such model, or a part of it is missing, damaged, unsafe or of an unknown family.
@@ -98,11 +102,11 @@ def find_source(text):
                 "before the +")  # fmt: skip
         if is_picture_folder(path):
             return ModelSource(text, pictures=path)
-        base = check_evaluated(pipeline_of(flag, text, text))
+        base = check_evaluated(opened(flag, text, text, config_from, cache_dir))
         return ModelSource(text, base, weights=weights_fingerprint(base))
     name, _, addition = text.rpartition("+")
     require(name and addition, f"{flag}: nothing stands {'after' if name else 'before'} the +; write BASE+LORA")
-    base = pipeline_of(flag, name, text)
+    base = opened(flag, name, text, config_from, cache_dir)
     if Path(addition, base.family.denoiser.name, "config.json").is_file():
         base = check_evaluated(replace(base, denoiser=addition))
         return ModelSource(text, base, weights=weights_fingerprint(base))
@@ -112,14 +116,10 @@ def find_source(text):
     return ModelSource(text, base, addition, weights=f"{weights_fingerprint(base)}+{added}")
 
 
-def pipeline_of(flag, name, text):
+def opened(flag, name, text, config_from, cache_dir):
     """The `EvaluatedModel` of a folder, a name on the Hub, or a single file, which is unpacked into the cache."""
-    return opened(EvaluatedModel(family_of(flag, name), name, text=text))
-
-
-def opened(base):
-    """An `EvaluatedModel` whose files can be read: a single file is unpacked into the cache."""
-    base = open_base_file(SimpleNamespace(cache_dir=None, config_from=None, dry_run=False), base)
+    files = SimpleNamespace(cache_dir=cache_dir, config_from=config_from, dry_run=False)
+    base = open_base_file(files, EvaluatedModel(family_of(flag, name), name, text=text))
     base.unpack()
     return base
 

@@ -26,7 +26,6 @@ from lpl_finetuning.training.objective import build_objective, with_noise
 from lpl_finetuning.training.optimization import Trainee, optimizer_settings, update_ema
 from lpl_finetuning.training.perceptual import lpl_dtype, lpl_stages, needs_decoder
 from lpl_finetuning.training.reporter import Metrics
-from lpl_finetuning.training.validation import HELD_OUT_LEVELS
 from lpl_utils import LatentSpace, LPLGate
 
 WEIGHTS, GRADIENTS, STATE, AVERAGE = "weights", "gradients", "optimizer state", "EMA"
@@ -470,7 +469,7 @@ def held_out_once(args, plan, trainee, objective, code, counter):
     conditioning, held_out_step, _ = code.held_out
     batch = counting_batch(args, plan, code, False, trainee.bare)
     latents = batch["mean"].to(objective.device)
-    timesteps = objective.schedule.held_out_timesteps(HELD_OUT_LEVELS)[:1].repeat(len(latents))
+    timesteps = objective.schedule.held_out_timesteps(1).repeat(len(latents))
     trainee.bare.eval()
     with torch.no_grad(), counter.at("held-out loss: denoiser"):
         conditions = conditioning(batch, objective, 0)

@@ -71,6 +71,18 @@ def test_a_single_file_is_unpacked(tmp_path, sdxl_folder, lora_folder, monkeypat
     assert find_source(f"{tmp_path / 'model.safetensors'}+{lora_folder}").kind == "LoRA"
 
 
+def test_a_single_file_that_lacks_something_takes_it_from_a_pipeline(singles, tmp_path):
+    """A file of other sizes than SDXL's, with the configurations of its own pipeline."""
+    file, example = singles["sdxl"], children.ROOT / "examples" / "tiny-sdxl"
+    with pytest.raises(UserError, match=f"--model {file} lacks .* --config_from"):
+        find_source(str(file), cache_dir=tmp_path)
+    source = find_source(str(file), str(example), tmp_path)
+    assert source.base.name.startswith(str(tmp_path))
+    ours, theirs = (load_pipeline(each, torch.float32, "cpu").unet.state_dict()
+                    for each in (source, find_source(str(example))))  # fmt: skip
+    assert all(torch.equal(value, theirs[name].half().float()) for name, value in ours.items())
+
+
 def test_a_plus_in_a_path(tmp_path, sdxl_folder, lora_folder):
     folder = shutil.copytree(sdxl_folder, tmp_path / "a+b")
     assert find_source(str(folder)).kind == "pipeline"
