@@ -58,7 +58,7 @@ bench: .venv/.requirements ## measure time and memory of the loss on an SDXL-siz
 	$(BIN)/python benchmarks/bench_lpl.py $(ARGS)
 
 true-sizes: .venv/.requirements ## train, resume and export SDXL and SD3.5 medium at true sizes on the CPU, with random weights
-	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/gpu_check.py --work runs/true-sizes --device cpu --resolution 512 \
+	OMP_WAIT_POLICY=PASSIVE $(BIN)/python benchmarks/gpu_check.py --work runs/true-sizes --device cpu --resolution 256 \
 		--limit 7200 --results runs/true-sizes/results --only machine lifecycle-sdxl single-file-sdxl \
 		lifecycle-sd3 single-file-sd3 $(ARGS)
 
