@@ -35,6 +35,7 @@ from PIL import Image
 
 from benchmarks.measured_run import WARM_UP
 from benchmarks.records import facts, put_tables
+from lpl_finetuning.training.machine import computes_bfloat16
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "performance.md"
@@ -224,7 +225,7 @@ LORA = ["--use_lora", "--rank", 16, "--train_batch_size", 1, "--max_train_steps"
 
 def precision_flags(check):
     """bfloat16 on GPUs and on CPUs that compute in it; others take a hundred times as long for a convolution."""
-    slow = check.device == "cpu" and (check.tiny or not torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    slow = check.device == "cpu" and (check.tiny or not computes_bfloat16())
     return ["--mixed_precision", "no" if slow else "bf16"]
 
 

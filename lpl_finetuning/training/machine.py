@@ -66,6 +66,9 @@ def check_cards(args, cards):
     """
     require(cards or mixed_precision(args) != "bf16" or is_bf16_available(ignore_tpu=True),
             f"{precision_source(args)} bf16: this device does not compute in bfloat16; use no")  # fmt: skip
+    if not cards and mixed_precision(args) == "bf16" and emulates_bfloat16():
+        print(f"warning: {precision_source(args)} bf16: this CPU emulates bfloat16, in which convolutions take many "
+              "times as long; use no", file=sys.stderr)  # fmt: skip
     for card in cards:
         require(has_kernels(card.capability, card.kernels),
                 f"{card}: the installed PyTorch {torch.__version__} has no kernels for this GPU, only for "
@@ -84,6 +87,16 @@ def check_cards(args, cards):
             "or leave the flag out")  # fmt: skip
     if args.allow_tf32 and any(card.capability < BFLOAT16 for card in cards):
         print("warning: --allow_tf32 does nothing on a GPU below compute capability 8.0", file=sys.stderr)
+
+
+def emulates_bfloat16():
+    """Whether the device is a CPU that converts bfloat16 to float32 and back in software."""
+    return not torch.accelerator.is_available() and not computes_bfloat16()
+
+
+def computes_bfloat16():
+    """Whether this CPU has instructions that PyTorch's kernels use for bfloat16, which begin with AVX512."""
+    return torch.ops.mkldnn._is_mkldnn_bf16_supported()
 
 
 def flags_in_bfloat16(args):

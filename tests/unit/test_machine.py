@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 import train_sd3_lpl_flow
 import train_sdxl_lpl
@@ -50,13 +51,27 @@ def test_what_a_gpu_cannot_do(parsed, card, more, quantization, words):
         check_cards(parsed(*more, **quantization), [A100, card])
 
 
-def test_what_it_can(parsed, capsys):
+def test_what_it_can(parsed, capsys, monkeypatch):
+    monkeypatch.setattr(machine, "computes_bfloat16", lambda: True)
     check_cards(parsed("--mixed_precision", "bf16", "--torch_compile", "--allow_tf32"), [A100])
     check_cards(parsed("--mixed_precision", "fp16", load_in_4bit=True), [T4, V100])
     check_cards(parsed("--mixed_precision", "bf16"), [])  # this CPU
     assert "warning" not in capsys.readouterr().err
     check_cards(parsed("--allow_tf32"), [T4])
     assert "warning: --allow_tf32 does nothing" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("has_gpu", "computes", "told"), [(False, False, True), (True, False, False),
+                                                           (False, True, False)])  # fmt: skip
+def test_a_cpu_that_emulates_bfloat16_is_told(has_gpu, computes, told, parsed, monkeypatch, capsys):
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: has_gpu)
+    monkeypatch.setattr(machine, "computes_bfloat16", lambda: computes)
+    check_cards(parsed("--mixed_precision", "bf16"), [])
+    said = capsys.readouterr().err
+    assert said.startswith("warning: --mixed_precision bf16: this CPU emulates") is told and bool(said) is told
+    check_cards(parsed("--mixed_precision", "no"), [])
+    check_cards(parsed("--mixed_precision", "bf16"), [A100])
+    assert not capsys.readouterr().err
 
 
 def test_accelerates_own_precision_counts(parsed, monkeypatch):
