@@ -115,8 +115,8 @@ def pytest_configure(config):
 
 
 LONG = ("sdxl_options", "train_sdxl", "guard", "chaos", "train_sd3", "readme", "zero", "scaling", "publishing",
-        "run_data", "recipes", "evaluate_models", "measures", "third_family", "checkpoints", "base_model", "lpl",
-        "memory", "preview", "export", "store", "safety", "uncertainty", "hub", "images", "scan")  # fmt: skip
+        "run_data", "article", "recipes", "evaluate_models", "measures", "third_family", "checkpoints", "base_model",
+        "lpl", "memory", "preview", "export", "store", "safety", "uncertainty", "hub", "images", "scan")  # fmt: skip
 
 
 def pytest_collection_modifyitems(config, items):

@@ -4,7 +4,6 @@ import json
 import re
 import shlex
 import sys
-from functools import partial
 from unittest import mock
 
 import numpy as np
@@ -79,20 +78,25 @@ def trained(place, cache_dir):
     untrained_unet.main(placed(unet[2:], place))
     found = {}
     for words in trainings:
-        seen, step = [], train_sdxl_lpl.training_step
-        with mock.patch.object(train_sdxl_lpl, "training_step", partial(remembered, step, seen)):
+        seen = []
+        with mock.patch.object(train_sdxl_lpl, "training_step", remembering(seen)):
             rows = runs.run(train_sdxl_lpl, *recipe_of(words[3:], place), *more,
                             "--lpl_classifier", place / "tiny-classifier")  # fmt: skip
         found[words[words.index("--output_dir") + 1].removeprefix("runs/")] = rows, seen
     return found
 
 
-def remembered(step, seen, batch, denoiser, objective, *more):
-    """A training step, after which `seen` has the batch and its timesteps."""
-    latents = train_sdxl_lpl.sample_latents(batch, objective)
-    timesteps = train_sdxl_lpl.sample_timesteps(batch["number"], latents, objective)
-    seen.append([np.asarray(each).copy() for each in (batch["index"], batch["noise"], latents, timesteps)])
-    return step(batch, denoiser, objective, *more)
+def remembering(seen):
+    """The script's training step, which adds to `seen` what the step is made of."""
+    step = train_sdxl_lpl.training_step
+
+    def training_step(batch, denoiser, objective, *more):
+        latents = train_sdxl_lpl.sample_latents(batch, objective)
+        timesteps = train_sdxl_lpl.sample_timesteps(batch["number"], latents, objective)
+        seen.append([np.asarray(each).copy() for each in (batch["index"], batch["noise"], latents, timesteps)])
+        return step(batch, denoiser, objective, *more)
+
+    return training_step
 
 
 def test_each_step_is_one_command_in_the_order_of_the_page():
