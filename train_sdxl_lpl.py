@@ -418,7 +418,9 @@ def held_out_step(conditions, latents, noise, timesteps, with_lpl, denoiser, obj
     return errors, perceptual_loss(model_pred, noisy_latents, latents, timesteps, objective).per_sample
 
 
-HELD_OUT = (conditioning, held_out_step, denoise)  # what measures held-out images
+def held_out_functions():
+    """The functions that measure held-out images."""
+    return conditioning, held_out_step, denoise
 
 
 def sampling_pipeline(denoiser, args, vae, schedule):
@@ -488,7 +490,7 @@ def main(args, scan, held_out=()):
     accelerator = start_accelerator(args)
     plan = plan_run(args, accelerator, Schedule(args), len(scan.images))
     report = check_data(args, scan, held_out, load_tokenizers(args), accelerator)
-    code = RunCode(build_denoiser, training_step, example_batch, autoencoder_networks, HELD_OUT)
+    code = RunCode(build_denoiser, training_step, example_batch, autoencoder_networks, held_out_functions())
     peaks = print_plan(args, report, accelerator, plan, lpl_gate(args), code)
     if args.dry_run:
         return check_start(args, accelerator, check_access)
@@ -518,7 +520,8 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
     reporter = Reporter(args, accelerator, subject, plan.first_step, plan.total_steps)
     pipeline = functools.partial(sampling_pipeline, args=args, vae=vae, schedule=plan.schedule)
     sampling = pipeline, functools.partial(decode_latents, vae), SAMPLING_STEPS
-    validation = Validation(args, accelerator, trainee, objective, data, reporter, signals, sampling, HELD_OUT)
+    validation = Validation(args, accelerator, trainee, objective, data, reporter, signals, sampling,
+                            held_out_functions())  # fmt: skip
     done = checkpoints.resume(plan.resume_from, plan.total_steps)
     if done == 0:
         validation.run(0)

@@ -156,7 +156,7 @@ def count(name):
             total_steps=1,
         )
         code = RunCode(script.build_denoiser, script.training_step, script.example_batch, autoencoder_networks,
-                       script.HELD_OUT)  # fmt: skip
+                       script.held_out_functions())  # fmt: skip
         return count_step(args, plan, code, Machine(args.mixed_precision))
 
 

@@ -126,7 +126,7 @@ def memory_of(script, args, dtype, mixed_precision="no"):
         schedule=script.Schedule(args), dtype=dtype, batch_size=args.train_batch_size, total_steps=9
     )
     code = RunCode(script.build_denoiser, script.training_step, script.example_batch, autoencoder_networks,
-                   script.HELD_OUT)  # fmt: skip
+                   script.held_out_functions())  # fmt: skip
     return counted_peaks(args, plan, code, Machine(mixed_precision))
 
 

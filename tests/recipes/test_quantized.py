@@ -58,6 +58,7 @@ def test_only_with_lora(recipe, tmp_path):
         run(*flags, "--bnb_quantization_config_path", "x.json", "--output_dir", tmp_path)
 
 
+@pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="diffusers quantizes on GPUs only; see --gpu")
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_quantized_base_trains(kind, recipe, tmp_path):

@@ -171,7 +171,7 @@ def count(script, flags, folder, pictures, machine):
         schedule=script.Schedule(args), dtype=torch.float32, batch_size=2, total_steps=5, first_step=0
     )
     code = RunCode(script.build_denoiser, script.training_step, script.example_batch, autoencoder_networks,
-                   script.HELD_OUT)  # fmt: skip
+                   script.held_out_functions())  # fmt: skip
     denoiser = script.build_denoiser(args, torch.float32, "meta")
     batch = counting_batch(args, plan, code, machine.encodes, denoiser)
     held = {tensor.untyped_storage()._cdata: tensor.nbytes for tensor in tensors_of(batch)}

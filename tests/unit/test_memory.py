@@ -120,7 +120,7 @@ def place(few_flags, tmp_path):
 
 
 CODE = RunCode(train_sdxl_lpl.build_denoiser, train_sdxl_lpl.training_step, train_sdxl_lpl.example_batch,
-               autoencoder_networks, train_sdxl_lpl.HELD_OUT)  # fmt: skip
+               autoencoder_networks, train_sdxl_lpl.held_out_functions())  # fmt: skip
 DECIDE = (
     "--resolution 128", "--aspect_ratio_buckets 64,64;64,128", "--train_batch_size 1", "--gradient_checkpointing",
     "--rank 8", "--lora_layers to_q", "--use_dora", "--train_text_encoder", "--lpl_num_blocks 2", "--use_ema",
