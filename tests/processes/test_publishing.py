@@ -71,7 +71,10 @@ def test_a_run_publishes_its_result(lora, hub, tmp_path):
     assert "| applied at timesteps below | 200 |" in card.text and str(tmp_path) not in card.content
 
 
-@pytest.mark.parametrize("fault", [Fault("commit", 503), Fault("put", "drop")], ids=["503", "dropped"])
+@pytest.mark.parametrize("fault", [
+    pytest.param(Fault("commit", 503), id="503"),
+    pytest.param(Fault("put", "drop"), id="dropped", marks=pytest.mark.slow),  # the client waits and tries again
+])  # fmt: skip
 def test_a_failed_upload_leaves_everything_and_the_printed_command_completes_it(fault, lora, hub, tmp_path):
     name = f"lora-{fault.what}"
     folder = tmp_path / name

@@ -65,7 +65,7 @@ def test_sdxl_is_trained_killed_resumed_and_saved(reference, stage, tmp_path):
     """Two ranks, killed and resumed: the weights, state, held-out losses and pictures of one process.
 
     With accumulation, gradient checkpointing, EMA in what is measured between steps and saved, held-out pictures of
-    which the ranks have unequal shares, drawing by all ranks; one process goes on from their checkpoint too.
+    which the ranks have unequal shares, drawing by all ranks. One process goes on from their checkpoint too.
     """
     flags, expected = reference
     log, folder, other = tmp_path / "log", tmp_path / "two", tmp_path / "other"

@@ -28,7 +28,7 @@ class Colours:
         return self.stages(images)[0].flatten(1)
 
 
-@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+@pytest.mark.parametrize("family", ["sdxl", pytest.param("sd3", marks=pytest.mark.slow)])
 def test_measures_are_logged_drawn_and_on_the_card(family, request, monkeypatch, tmp_path):
     """Before training they are what `one_step_of` finds for the base model; and no bit of the training changes.
 
