@@ -274,13 +274,9 @@ def lifecycle(check, model):
     same = again.keys() == weights.keys() and all(torch.equal(again[key], weights[key]) for key in weights)
     if not same and check.device == "cpu":
         raise RuntimeError("the resumed run ended with other weights")
-    import diffusers
-
-    cls = diffusers.StableDiffusionXLPipeline if family == "sdxl" else diffusers.StableDiffusion3Pipeline
     [kohya] = [path for path in output.glob("*.safetensors") if path.name != "pytorch_lora_weights.safetensors"]
-    ours, theirs = (cls.lora_state_dict(output, weight_name=path) for path in (
+    ours, theirs = (read_back(check.model(model), family, output, name) for name in (
         "pytorch_lora_weights.safetensors", kohya.name))  # fmt: skip
-    ours, theirs = (found[0] if isinstance(found, tuple) else found for found in (ours, theirs))
     pictures = len(list((output / "validation").glob("*.png")))
     return {"resumed_is_equal": same, "kohya_file": kohya.name, "kohya_tensors": len(load_file(kohya)),
             "tensors_read_back": [len(ours), len(theirs)], "pictures": pictures,
@@ -333,6 +329,24 @@ def tensors_in(folder):
         for path in folder.glob("*.safetensors")
         for name, value in load_file(path).items()
     }
+
+
+def read_back(base, family, folder, name):
+    """{name: tensor} of a LoRA file: as diffusers reads it; for SD3, whose kohya files diffusers can't read, as
+    --init_lora does."""
+    import diffusers
+
+    if family == "sdxl":
+        return diffusers.StableDiffusionXLPipeline.lora_state_dict(folder, weight_name=name)[0]
+    from lpl_finetuning.families import SD3
+    from lpl_finetuning.lora_files import read_lora
+
+    with torch.device("meta"):
+        config = diffusers.SD3Transformer2DModel.load_config(base, subfolder="transformer")
+        transformer = diffusers.SD3Transformer2DModel.from_config(config)
+    models = {"transformer": transformer}
+    lora = read_lora("--init_lora", folder / name, SD3, diffusers.StableDiffusion3Pipeline, models)
+    return lora["transformer"][0]
 
 
 def ranks(check, config, *flags):

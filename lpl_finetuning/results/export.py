@@ -381,7 +381,11 @@ def save_single_file(pipeline, path, dtype=torch.float16, about=None):
         UserError: the layout can't hold the pipeline.
     """
     if not isinstance(pipeline, DiffusionPipeline):
-        pipeline = DiffusionPipeline.from_pretrained(pipeline, dtype=dtype, use_safetensors=True)
+        parts = DiffusionPipeline.load_config(pipeline)
+        absent = [name for name, kind in parts.items() if isinstance(kind, list | tuple) and kind[0] is None]
+        pipeline = DiffusionPipeline.from_pretrained(
+            pipeline, dtype=dtype, use_safetensors=True, **dict.fromkeys(absent)
+        )
     require(type(pipeline) in LAYOUTS, f"{type(pipeline).__name__}: single files are there for SDXL and SD3")
     components, layout = LAYOUTS[type(pipeline)]
     schedule, models = pipeline.scheduler.config, [getattr(pipeline, name) for name in components]

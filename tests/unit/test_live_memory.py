@@ -195,6 +195,8 @@ def test_a_step_on_the_meta_device_counts_what_a_real_step_holds(case, encodes, 
         for device in ("meta", "cpu")
     )
     assert computed.keys() == real.keys()
+    assert ("held-out loss" in computed) is ("--validation_split" in flags)
+    assert ("LPL" in computed) is ("--use_lpl" in flags or "--validation_split" in flags), "held-out LPL is measured"
     for phase, peak in computed.items():  # on the CPU the loader's batch counts, and the one of the empty prompt
         assert peak.size == pytest.approx(real[phase].size, abs=0.01 * peak.size + 2 * host), phase
         for kind in ("weights", "optimizer state", "EMA", "autoencoder"):
