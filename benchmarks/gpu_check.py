@@ -224,7 +224,7 @@ LORA = ["--use_lora", "--rank", 16, "--train_batch_size", 1, "--max_train_steps"
 
 
 def precision_flags(check):
-    """bfloat16 on GPUs and on CPUs that compute in it; others take a hundred times as long for a convolution."""
+    """bfloat16 on GPUs and on CPUs that compute in it; others take hundreds of times as long for a convolution."""
     slow = check.device == "cpu" and (check.tiny or not computes_bfloat16())
     return ["--mixed_precision", "no" if slow else "bf16"]
 
