@@ -154,7 +154,7 @@ FLAGS = {
     "sdxl lora, stages": ("sdxl", "--use_lora --use_lpl --gradient_checkpointing --lpl_norm_type shared"),
     "sdxl full, EMA": ("sdxl", "--use_lpl --use_ema --gradient_accumulation_steps 2 --validation_split 2"),
     "sdxl held out, no LPL": ("sdxl", "--use_lora --validation_split 2"),
-    "sdxl text encoders": ("sdxl", "--use_lora --train_text_encoder --gradient_checkpointing"),
+    "sdxl text encoders": ("sdxl", "--use_lora --train_text_encoder --gradient_checkpointing --validation_split 2"),
     "sd3 lora": ("sd3", "--use_lora --use_lpl"),
     "sd3 full, adafactor": ("sd3", "--optimizer adafactor --gradient_checkpointing"),
     "sd3 prodigy": ("sd3", "--use_lora --validation_split 2 --optimizer prodigy --use_lpl --lpl_batch_size 1"),
@@ -200,5 +200,7 @@ def test_a_step_on_the_meta_device_counts_what_a_real_step_holds(case, encodes, 
     for phase, peak in computed.items():  # on the CPU the loader's batch counts, and the one of the empty prompt
         assert peak.size == pytest.approx(real[phase].size, abs=0.01 * peak.size + 2 * host), phase
         for kind in ("weights", "optimizer state", "EMA", "autoencoder"):
-            assert peak.kinds.get(kind, 0) == pytest.approx(real[phase].kinds.get(kind, 0), rel=0.01), kind
+            counted, held = peak.kinds.get(kind, 0), real[phase].kinds.get(kind, 0)
+            more = 0.15 if "prodigy" in flags and kind == "optimizer state" else 0.01  # the count knows no values, and
+            assert 0.99 * held <= counted <= (1 + more) * held, kind  # Prodigy keeps no copy of LoRA's zeros
     assert highest(computed).size == max(peak.size for peak in computed.values())
