@@ -43,6 +43,7 @@ from pretrain.emoji_images import DOMAINS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
+KEPT = ROOT / "benchmarks" / "bases"  # averages that the repository keeps, so that arms can start without a training
 SAMPLES, STEPS, DECODER_STEPS = 1536, 1000, 3000  # pictures and training steps of an arm; steps of a decoder
 STAGES = ("data", "pipelines", "judge-base", "profile", "train", "gain", "judge", "report", "one-step",
           "reconstructions", "autoencoder", "cost", "state")  # fmt: skip
@@ -129,8 +130,14 @@ def make_data(work, domain):
     print(", ".join(f"{count:,} pictures in {work / name}" for name, count in counts.items()))
 
 
+def averages_of(work, base):
+    """{steps: file} of the averages that a base's training has kept; for the others, those of the repository."""
+    found = [*KEPT.glob(f"{base}-*.safetensors"), *(work / base).glob("average-*.safetensors")]
+    return {path.stem.rpartition("-")[2]: path for path in found}
+
+
 def make_pipelines(work, base):
-    """WORK/BASE/pipelines/STEP for every average that the base's training has kept."""
+    """WORK/BASE/pipelines/STEP for every average of a base."""
     import torch
     from safetensors.torch import load_file
 
@@ -143,8 +150,8 @@ def make_pipelines(work, base):
              "--output_dir", str(work / base)]  # fmt: skip
     args = script.parse_args(words + (["--prediction_type", base] if family == "sdxl" else []))
     _, captions = load_training_pictures(args, 64)
-    for average in sorted((work / base).glob("average-*.safetensors")):
-        folder = work / base / "pipelines" / average.stem.split("-")[1]
+    for steps, average in sorted(averages_of(work, base).items()):
+        folder = work / base / "pipelines" / steps
         if (folder / "model_index.json").is_file():
             continue
         pipeline = script.build_pipeline(args, captions)

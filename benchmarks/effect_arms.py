@@ -12,6 +12,8 @@ COMMON = "--resolution 64 --center_crop --train_batch_size 32 --learning_rate 2e
     "--checkpoints_total_limit 1"  # fmt: skip
 FAMILY_FLAGS = {"sdxl": "--snr_gamma 5", "sd3": ""}
 GATE = "--use_lpl --lpl_share 0.2 --lpl_sigma_threshold 3"
+_FULL = f"{GATE} --lpl_norm_gradient full"
+_CLASSIFIER = "--lpl_classifier examples/tiny-classifier"  # of the tiny SDXL's latents
 DEFAULTS = {  # flow's own gate is 3, as in the other arms, so its default arm has SDXL's gate
     "sdxl": "--use_lpl",
     "sd3": "--use_lpl --lpl_t_threshold 200",
@@ -23,7 +25,7 @@ class Arm:
     """A way to fine-tune.
 
     Attributes:
-        flags: of the training script.
+        flags: of the training script; {family} stands for the base's, sdxl or sd3.
         profile: whether each sample is weighted so that its mean at each noise level is that of decoder features.
         start: part of the steps after which the perceptual loss begins.
         autoencoder: another one, a folder in the work folder, whose decoder the loss looks through; None: the base's.
@@ -38,7 +40,7 @@ class Arm:
 
     def words(self, name, family, steps):
         """The flags of this arm, called so in `ARMS` or `ABLATIONS`, as words."""
-        flags = DEFAULTS[family] if name == "default" else self.flags
+        flags = DEFAULTS[family] if name == "default" else self.flags.format(family=family)
         return flags.split() + (["--lpl_start", str(round(self.start * steps))] if self.start else [])
 
 
@@ -49,11 +51,15 @@ ARMS = {
     "latent-full": Arm(f"{GATE} --lpl_features latent --lpl_norm_gradient full", profile=True),
     "decoder": Arm(GATE),
     "decoder-half": Arm(f"{GATE} --lpl_norm_gradient half"),
-    "decoder-full": Arm(f"{GATE} --lpl_norm_gradient full"),
+    "decoder-full": Arm(_FULL),
     "target": Arm(f"{GATE} --lpl_norm_type target"),
     "gate-1": Arm("--use_lpl --lpl_share 0.2 --lpl_sigma_threshold 1"),
     "rgb": Arm(f"{GATE} --lpl_features rgb"),
     "gain": Arm("", gain=True),
+    # other networks in the decoder's place, with the gradient of decoder-full
+    "classifier": Arm(f"{_FULL} --lpl_features classifier {_CLASSIFIER}"),
+    "tiny-decoder": Arm(f"{_FULL} --lpl_features tiny_decoder --lpl_tiny_decoder examples/tiny-{{family}}-decoder"),
+    "decoder-and-classifier": Arm(f"{_FULL} --lpl_features decoder classifier {_CLASSIFIER}"),
 }
 TWINS = {"decoder": "latent", "decoder-full": "latent-full"}  # an arm, and the same without features
 

@@ -24,9 +24,10 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "effect.md"
 REFERENCES = ("pictures", "reconstructions")
 BAR = 0.06  # by which the mean Fréchet distance must be lower
-TITLES = {"epsilon": "SDXL, epsilon-prediction", "epsilon-all": "SDXL, epsilon-prediction, all pictures",
-          "v_prediction": "SDXL, v-prediction", "flow": "SD3, flow matching"}  # fmt: skip
-MORE_STARTS = {"epsilon-015000": "SDXL, epsilon-prediction, from the base of 15,000 steps"}
+TITLES = {"epsilon": "SDXL, epsilon-prediction", "v_prediction": "SDXL, v-prediction", "flow": "SD3, flow matching",
+          "earlier-all": "The earlier base, all pictures", "earlier": "The earlier base"}  # fmt: skip
+EARLIER_STARTS = {"earlier-009000": "The earlier base of 9,000 steps",
+                  "earlier-015000": "The earlier base of 15,000 steps"}  # fmt: skip
 OTHER = NETWORKS[1]
 
 
@@ -109,12 +110,12 @@ def base_table(base, results=RESULTS):
     return "\n".join([*lines, "", source(found)])
 
 
-def first_base_table(results=RESULTS):
-    """The base of all pictures, judged before reconstructions were a reference."""
-    found = read("effect-base-epsilon-all", results)
+def earlier_base_table(results=RESULTS):
+    """The earlier base on all pictures, judged before reconstructions were a reference."""
+    found = read("effect-base-earlier-all", results)
     if not found:
         return ""
-    lines = [f"| {TITLES['epsilon-all']}: steps | pictures (Lite2) | pictures (Lite0) |", "|---|---:|---:|"]
+    lines = [f"| {TITLES['earlier-all']}: steps | pictures (Lite2) | pictures (Lite0) |", "|---|---:|---:|"]
     values = {}
     for row in found["distances"]:
         values.setdefault(row["model"], {})[row["network"]] = row["frechet"]
@@ -197,7 +198,8 @@ def decoder_table(name, results=RESULTS):
 def all_tables(results=RESULTS):
     """{mark: Markdown}."""
     tables = {
-        "base epsilon-all": first_base_table(results),
+        "base earlier-all": earlier_base_table(results),
+        "base earlier": base_table("earlier", results),
         "ablations": ablation_table(results=results),
         "reconstructions": decoder_table("effect-reconstructions", results),
         "decoders": decoder_table("effect-autoencoder", results),
@@ -206,7 +208,7 @@ def all_tables(results=RESULTS):
         tables[f"base {base}"] = base_table(base, results)
         tables[f"arms {base}"] = arm_table(start_of(base), TITLES[base], results)
         tables[f"seeds {base}"] = seeds_table(base, results)
-    return tables | {f"arms {start}": arm_table(start, title, results) for start, title in MORE_STARTS.items()}
+    return tables | {f"arms {start}": arm_table(start, title, results) for start, title in EARLIER_STARTS.items()}
 
 
 def main():

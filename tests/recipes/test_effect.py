@@ -189,3 +189,17 @@ def test_a_model_is_judged_by_two_references(sdxl_folder, tmp_path):
     assert by_name["itself"]["change"] == {}, "the baseline"
     changes = by_name["shown"]["change"]
     assert changes["pictures"][1] > 0 > changes["reconstructions"][2], "farther from one, nearer to the other"
+
+
+def test_a_base_that_was_trained_here_goes_before_the_kept_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(effect, "KEPT", tmp_path / "bases")
+    files = ("bases/epsilon-009000", "bases/epsilon-012000", "bases/flow-009000", "work/epsilon/average-009000")
+    for name in files:
+        path = tmp_path / f"{name}.safetensors"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    found = {
+        steps: str(path.relative_to(tmp_path))
+        for steps, path in effect.averages_of(tmp_path / "work", "epsilon").items()
+    }
+    assert found == {"009000": "work/epsilon/average-009000.safetensors", "012000": "bases/epsilon-012000.safetensors"}
