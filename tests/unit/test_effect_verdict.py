@@ -80,3 +80,22 @@ def test_the_page_is_what_the_results_say():
     kept = effect_verdict.read("effect")
     rows = [row for row in map(effect_verdict.verdict_row, effect_verdict.BASES) if row]
     assert (kept or {"verdict": []})["verdict"] == rows
+
+
+def test_a_picture_has_every_run(tmp_path):
+    """A line for each seed in both panels; its points are the distances of the files, arms of one seed come last."""
+    from matplotlib import pyplot as plt
+
+    from benchmarks import effect_plots
+
+    assert not effect_plots.seeds_picture(tmp_path / "none.png", tmp_path) and not (tmp_path / "none.png").exists()
+    judgement(tmp_path, 0, {"none": 100.0, "gain": 99.0, "decoder-full": 97.0})
+    judgement(tmp_path, 1, {"none": 90.0, "decoder-full": 91.0})
+    figure, axis = plt.subplots()
+    effect_plots.draw_runs(axis, effect_verdict.judged("epsilon-009000", tmp_path), "reconstructions")
+    drawn = [line.get_ydata().tolist() for line in axis.lines if str(line.get_label()).startswith("seed")]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["none", "decoder-full", "gain"]
+    assert drawn == [[10.0, 9.7, 9.9], [9.0, 9.1]]
+    assert axis.lines[-1].get_ydata()[0] == pytest.approx(0.94 * 9.5)
+    plt.close(figure)
+    assert effect_plots.seeds_picture(tmp_path / "runs.png", tmp_path)
