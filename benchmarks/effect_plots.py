@@ -63,8 +63,8 @@ def draw_runs(axis, rows, reference):
     none = [row[reference][JUDGE]["frechet"] for row in rows if row["arm"] == "none"]
     bar = (1 - BAR) * statistics.mean(none)
     axis.axhline(bar, color="gray", linestyle="--", linewidth=0.8)
-    axis.annotate(f"bar: {BAR:.0%} below none", (0.99, bar), xycoords=("axes fraction", "data"), fontsize=7, ha="right",
-                  va="bottom", color="gray")  # fmt: skip
+    axis.annotate(f"bar: {BAR:.0%} below none", (0.99, bar), xycoords=("axes fraction", "data"), fontsize=7,
+                  ha="right", va="bottom", color="gray")  # fmt: skip
     axis.set_xticks(range(len(arms)), arms, fontsize=7, rotation=20 if len(arms) > 4 else 0)
     axis.tick_params(axis="y", labelsize=7)
     axis.set_ylabel("Fréchet distance (Lite2)", fontsize=7)
