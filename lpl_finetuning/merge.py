@@ -24,6 +24,8 @@ def build_parser():
     add("base", help="the base model: folder or Hub name of a pipeline, or a whole model in a single file")
     add("lora", help="what is added to it: a file, folder or Hub name")
     add("folder", help="new folder for the result")
+    add("--config_from", help="folder or Hub name of a pipeline with what a single file lacks: configurations, "
+        "tokenizers, text encoders")  # fmt: skip
     add("--strength", type=float, default=1.0, help="share of the change that is added (default: %(default)s)")
     add("--save_dtype", choices=SAVE_DTYPES, help="dtype of the result (default: that of the base model's files)")
     add("--single_file", action="store_true", help=f"write {SINGLE_FILE} for ComfyUI and (SDXL) A1111 too")
@@ -43,9 +45,11 @@ def checked(args):
     folder = Path(args.folder)
     require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
             f"{folder} is there already; name a new folder")  # fmt: skip
+    require(not args.config_from or Path(args.base).is_file(),
+            f"--config_from is for a base model in a single file, and {args.base} is none")  # fmt: skip
     family = family_of(args.base, args.base)
     check_lora(args.lora, args.lora, family)
-    return check_evaluated(opened(Base(family, args.base, text=args.base)))
+    return check_evaluated(opened(Base(family, args.base, text=args.base), args.config_from))
 
 
 def add_lora(pipeline, base, lora, strength):

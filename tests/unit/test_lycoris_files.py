@@ -13,7 +13,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from lpl_finetuning import merge, unpacking
+from lpl_finetuning import merge
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SD3, SDXL
 from lpl_finetuning.lora_files import ADAPTER, find_lora, put_lora, read_lora
@@ -380,22 +380,25 @@ def test_merged_weights_are_those_of_the_formulas(kind, strength, base, trained,
 
 
 def test_a_lora_is_merged_into_a_single_file(base, trained, tmp_path, monkeypatch):
-    """As into the folder of the same pipeline, whose configurations stand for the package's."""
-    monkeypatch.setattr(unpacking, "packaged_files", lambda folder: unpacking.files_from(base))
+    """As into the folder of the same pipeline, which has the configurations that the file lacks."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     save_single_file(base, tmp_path / "model.safetensors", torch.float32)
     saved(trained("LoHa", SDXL), tmp_path, "LoHa")
-    for source, name in ((base, "a"), (tmp_path / "model.safetensors", "b")):
-        merge.main([str(source), str(tmp_path / "k.safetensors"), str(tmp_path / name)])
+    single = [str(tmp_path / "model.safetensors"), "--config_from", str(base)]
+    for source, name in (([str(base)], "a"), (single, "b")):
+        merge.main([*source, str(tmp_path / "k.safetensors"), str(tmp_path / name)])
     ours, theirs = (load_file(next((tmp_path / name / "unet").glob("*.safetensors"))) for name in "ab")
     assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in ours)
 
 
-def test_merging_refuses(base, trained, tmp_path):
+def test_merging_refuses(base, trained, tmp_path, capsys):
     """A folder that is there, a file that fits another model, and numbers that the base model's dtype can't hold."""
     save_lora(tmp_path, lora_parts(trained("LoKr", SDXL)), StableDiffusionXLPipeline)
     with pytest.raises(SystemExit):
         merge.main([str(base), str(tmp_path), str(base)])
+    with pytest.raises(SystemExit):
+        merge.main([str(base), str(tmp_path), str(tmp_path / "out"), "--config_from", str(base)])
+    assert "--config_from is for a base model in a single file" in capsys.readouterr().err
     pipeline = pipeline_of(SDXL)
     with pytest.raises(UserError, match="of the unet would not be finite numbers"):
         source = merge.Base(SDXL, str(base), text=str(base))
