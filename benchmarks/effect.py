@@ -37,7 +37,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.effect_arms import ALL, BASES, COMMON, FAMILY_FLAGS, SCRIPTS, STARTS
-from benchmarks.effect_judge import JUDGE, judge, make_reconstructions, sample
+from benchmarks.effect_judge import JUDGE, SAMPLING_STEPS, judge, make_reconstructions, sample
 from benchmarks.records import facts
 from pretrain.emoji_images import DOMAINS
 
@@ -176,12 +176,13 @@ def references_of(work, family):
     return {"pictures": work / "train", "reconstructions": shown}
 
 
-def sampled(work, models, samples, guidance):
+def sampled(work, models, samples, guidance, sampling_steps=SAMPLING_STEPS):
     """{name: {guidance: folder of samples}}. models: {name: folder of a pipeline}, relative to the work folder."""
     from lpl_finetuning.data.scan import scan_folder
 
     images = scan_folder(work / "train", cache_dir=work / "cache").images
-    return {name: sample(work / folder, images, samples, guidance, work / "samples" / folder)
+    kept = work / ("samples" if sampling_steps == SAMPLING_STEPS else f"samples-{sampling_steps}-steps")
+    return {name: sample(work / folder, images, samples, guidance, kept / folder, steps=sampling_steps)
             for name, folder in models.items()}  # fmt: skip
 
 
@@ -201,17 +202,19 @@ def judge_base(work, base, samples):
     keep_judgement(work, f"base-{base}", BASES[base], folders, {"base": base, "samples": samples})
 
 
-def judge_arms(work, start, arms, seed, steps, samples, guidance):
+def judge_arms(work, start, arms, seed, steps, samples, guidance, sampling_steps):
     """Samples of the arms of a seed, compared with the references; a result for each scale of guidance."""
     from lpl_finetuning.evaluation.generation import guidance_folder
 
     trained = {arm: arm_folder(work, start, arm, seed, steps).relative_to(work) for arm in arms if not ALL[arm].gain}
-    made = sampled(work, trained, samples, guidance)
+    made = sampled(work, trained, samples, guidance, sampling_steps)
     made |= {arm: {scale: guidance_folder(samples_with_gain(work, start, seed), scale) for scale in guidance}
              for arm in arms if ALL[arm].gain}  # fmt: skip
     for scale in guidance:
         name = arm_name(start, seed, steps) + (f"-guidance-{scale:g}" if scale != 1 else "")
-        about = {"start": start, "seed": seed, "steps": steps, "guidance": scale, "samples": samples}
+        name += f"-{sampling_steps}-sampling-steps" if sampling_steps != SAMPLING_STEPS else ""
+        about = {"start": start, "seed": seed, "steps": steps, "guidance": scale, "sampling_steps": sampling_steps,
+                 "samples": samples}  # fmt: skip
         folders = {arm: made[arm][scale] for arm in arms}
         keep_judgement(work, name, family_of(start), folders, about)
 
@@ -397,10 +400,18 @@ def parse_args(argv=None):
         "--steps", type=int, help=f"of an arm (default: {STEPS}) or of a decoder (default: {DECODER_STEPS})"
     )
     parser.add_argument("--guidance", type=float, nargs="+", default=[1.0])
+    parser.add_argument(
+        "--sampling_steps",
+        type=int,
+        default=SAMPLING_STEPS,
+        help="of the samples that judge compares (default: %(default)s)",
+    )
     parser.add_argument("--samples", type=int, default=SAMPLES, help="default: %(default)s")
     args = parser.parse_args(argv)
     if args.base is None and args.stage not in ("data", "reconstructions", "autoencoder", "state"):
         parser.error(f"{args.stage} needs --base")
+    if args.sampling_steps != SAMPLING_STEPS and any(ALL[arm].gain for arm in args.arm):
+        parser.error(f"gains are fitted and sampled with {SAMPLING_STEPS} steps")
     return args
 
 
@@ -430,7 +441,7 @@ def main(argv=None):
             sample_gain(work, start, seed, args.samples, tuple(args.guidance))
     elif args.stage == "judge":
         for seed in args.seed:
-            judge_arms(work, start, args.arm, seed, steps, args.samples, args.guidance)
+            judge_arms(work, start, args.arm, seed, steps, args.samples, args.guidance, args.sampling_steps)
     elif args.stage == "report":
         write_report(work, start, args.arm, args.seed[0], steps, args.samples, args.guidance)
     elif args.stage == "one-step":

@@ -12,6 +12,7 @@ import numpy as np
 NETWORKS = ("efficientnet-lite2", "efficientnet-lite0")
 JUDGE = NETWORKS[0]  # the other one helped to train the autoencoders
 MEASURES = ("frechet", "kernel")
+SAMPLING_STEPS = 25  # of the verdict
 
 
 def make_reconstructions(source, folder, autoencoder):
@@ -34,7 +35,7 @@ def make_reconstructions(source, folder, autoencoder):
     shutil.copy(source / "metadata.csv", folder / "metadata.csv")  # last: a folder that was begun has none
 
 
-def sample(model, images, count, guidance, folder, make=None):
+def sample(model, images, count, guidance, folder, make=None, steps=SAMPLING_STEPS):
     """Sample a model; pictures that exist are not made again. Returns {guidance: folder of pictures}.
 
     Args:
@@ -43,6 +44,7 @@ def sample(model, images, count, guidance, folder, make=None):
         guidance: scales of classifier-free guidance.
         folder: of the pictures.
         make: function with the arguments of `generate` that samples; by default `generate`.
+        steps: of the sampler.
     """
     import torch
 
@@ -53,7 +55,7 @@ def sample(model, images, count, guidance, folder, make=None):
 
     source, stems = find_source(str(model)), stems_of(images)
     captions = {stems[int(index)]: images[index].caption for index in evenly_spaced(len(images), count)}
-    settings = GenerationSettings(guidance=tuple(guidance), size=(64, 64), batch_size=64)
+    settings = GenerationSettings(steps=steps, guidance=tuple(guidance), size=(64, 64), batch_size=64)
     pipeline = load_pipeline(source, torch.float32, "cpu")
     return (make or generate)(pipeline, captions, settings, folder, source.weights)
 

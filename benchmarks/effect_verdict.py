@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.effect_arms import BASES, STARTS, TWINS
-from benchmarks.effect_judge import JUDGE, NETWORKS
+from benchmarks.effect_judge import JUDGE, NETWORKS, SAMPLING_STEPS
 from benchmarks.records import put_tables, source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,6 +29,7 @@ TITLES = {"epsilon": "SDXL, epsilon-prediction", "v_prediction": "SDXL, v-predic
 EARLIER_STARTS = {"earlier-009000": "The earlier base of 9,000 steps",
                   "earlier-015000": "The earlier base of 15,000 steps"}  # fmt: skip
 OTHER = NETWORKS[1]
+VERDICT = (1000, 1, SAMPLING_STEPS)  # training steps, guidance and sampling steps of the verdict
 
 
 def read(name, results=RESULTS):
@@ -44,12 +45,19 @@ def start_of(base):
 
 def judged(start, results=RESULTS):
     """[{"arm", "seed", "change": {REFERENCE: [value, low, high]}, REFERENCE: {NETWORK: {"frechet", "kernel"}}}] of all
-    judgements of arms at 1,000 steps and guidance 1."""
-    rows = []
+    judgements of arms under the conditions of the verdict."""
+    return judgements(start, results).get(VERDICT, [])
+
+
+def judgements(start, results=RESULTS):
+    """{(training steps, guidance, sampling steps): rows as of `judged`} of all judgements of arms."""
+    rows = {}
     for path in sorted(results.glob(f"effect-judged-{start}-*.json")):
         found = json.loads(path.read_text())
-        if found["steps"] == 1000 and found["guidance"] == 1:
-            rows += [{"arm": row["model"], "seed": found["seed"], **row} for row in found["rows"]]
+        condition = found["steps"], found["guidance"], found.get("sampling_steps", SAMPLING_STEPS)
+        rows.setdefault(condition, []).extend(
+            {"arm": row["model"], "seed": found["seed"], **row} for row in found["rows"]
+        )
     return rows
 
 
@@ -166,6 +174,32 @@ def seeds_table(base, results=RESULTS):
     return "\n".join([*lines, "", source(read(f"effect-judged-{start_of(base)}-{seeds[-1]}", results))])
 
 
+def conditions_table(base, results=RESULTS):
+    """Means over seeds of arms trained or sampled otherwise than for the verdict, against *none* of the same seeds.
+
+    *none* trained for more steps, for as long as an arm with LPL takes, has a row of its own.
+    """
+    found = judgements(start_of(base), results)
+    if len(found) < 2 or VERDICT not in found:
+        return ""
+    lines = [f"| {TITLES[base]}: training steps | guidance | sampling steps | arm | seeds | pictures (Lite2) | "
+             "reconstructions (Lite2) | against none |", "|---:|---:|---:|---|---|---:|---:|---:|"]  # fmt: skip
+    for condition in sorted(found):
+        for arm in dict.fromkeys(row["arm"] for row in found[condition]):
+            own = {row["seed"]: row for row in found[condition] if row["arm"] == arm}
+            none = {row["seed"]: row for row in found[condition] if row["arm"] == "none"}
+            means = [statistics.mean(row[reference][JUDGE]["frechet"] for row in own.values())
+                     for reference in REFERENCES]  # fmt: skip
+            change = ""
+            if arm != "none" and own.keys() <= none.keys():
+                before = statistics.mean(none[seed]["reconstructions"][JUDGE]["frechet"] for seed in own)
+                change = f"{means[1] / before - 1:+.1%}"
+            steps, guidance, sampling = condition
+            lines.append(f"| {steps:,} | {guidance:g} | {sampling} | {arm} | {', '.join(map(str, sorted(own)))} | "
+                         f"{means[0]:.2f} | {means[1]:.2f} | {change} |")  # fmt: skip
+    return "\n".join(lines)
+
+
 def ablation_table(base="epsilon", results=RESULTS):
     """Arms of 400 steps by the one-step test."""
     found = read(f"effect-one-step-{start_of(base)}-0-400-steps", results)
@@ -208,6 +242,7 @@ def all_tables(results=RESULTS):
         tables[f"base {base}"] = base_table(base, results)
         tables[f"arms {base}"] = arm_table(start_of(base), TITLES[base], results)
         tables[f"seeds {base}"] = seeds_table(base, results)
+        tables[f"conditions {base}"] = conditions_table(base, results)
     return tables | {f"arms {start}": arm_table(start, title, results) for start, title in EARLIER_STARTS.items()}
 
 

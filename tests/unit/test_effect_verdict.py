@@ -99,3 +99,24 @@ def test_a_picture_has_every_run(tmp_path):
     assert axis.lines[-1].get_ydata()[0] == pytest.approx(0.94 * 9.5)
     plt.close(figure)
     assert effect_plots.seeds_picture(tmp_path / "runs.png", tmp_path)
+
+
+def test_other_conditions_are_compared_with_none_of_the_same(tmp_path):
+    """Means over seeds; more training steps, guidance and sampling steps each have rows of their own."""
+    assert effect_verdict.conditions_table("epsilon", tmp_path) == ""
+    for seed, value in ((1, 100.0), (2, 200.0)):
+        judgement(tmp_path, seed, {"none": value, "decoder-full": value - 3})
+        judgement(tmp_path, seed, {"none": value / 2, "decoder-full": value / 4}, guidance=3)
+    judgement(tmp_path, 1, {"none": 90.0}, steps=1500)
+    judgement(tmp_path, 1, {"none": 80.0, "decoder-full": 60.0}, sampling_steps=50)
+    lines = effect_verdict.conditions_table("epsilon", tmp_path).splitlines()[2:]
+    assert lines == [
+        "| 1,000 | 1 | 25 | none | 1, 2 | 150.00 | 15.00 |  |",
+        "| 1,000 | 1 | 25 | decoder-full | 1, 2 | 147.00 | 14.70 | -2.0% |",
+        "| 1,000 | 1 | 50 | none | 1 | 80.00 | 8.00 |  |",
+        "| 1,000 | 1 | 50 | decoder-full | 1 | 60.00 | 6.00 | -25.0% |",
+        "| 1,000 | 3 | 25 | none | 1, 2 | 75.00 | 7.50 |  |",
+        "| 1,000 | 3 | 25 | decoder-full | 1, 2 | 37.50 | 3.75 | -50.0% |",
+        "| 1,500 | 1 | 25 | none | 1 | 90.00 | 9.00 |  |",
+    ]
+    assert [row["arm"] for row in effect_verdict.judged("epsilon-009000", tmp_path)] == ["none", "decoder-full"] * 2
