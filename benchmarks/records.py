@@ -1,6 +1,7 @@
 """What the experiments share: the facts that every result file has of its making, and starting a training script."""
 
 import datetime
+import os
 import platform
 import shlex
 import subprocess
@@ -20,19 +21,39 @@ def facts(seconds, device=None):
     return {
         "command": shlex.join(["python", str(name), *sys.argv[1:]]),
         "commit": commit(),
-        "device": device or f"{platform.machine()} CPU",
+        "device": device or processor(),
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "seconds": round(seconds),
     }
 
 
-def commit():
-    """The commit of this working tree, with "-dirty" after changes that are not committed; "unknown" outside git."""
-    words = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+def processor():
+    """The CPU's name and the number of its cores, such as "AMD EPYC, 2 CPUs"."""
     try:
-        return subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} CPUs"
+
+
+def commit():
+    """The commit of this working tree; "unknown" outside git.
+
+    It ends in "-dirty" where something is not committed, other than results and pages, which experiments write.
+    """
+    try:
+        head = git("rev-parse", "HEAD").stdout.strip()
+        elsewhere = (".", ":!benchmarks/results", ":!docs")
+        changed = git("status", "--porcelain", "--untracked-files=no", "--", *elsewhere).stdout
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
+    return head + "-dirty" * bool(changed)
+
+
+def git(*words):
+    """The outcome of a git command in this working tree; CalledProcessError if it fails."""
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=True)
 
 
 def source(found):

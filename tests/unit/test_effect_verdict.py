@@ -1,10 +1,11 @@
 """The experiment's verdict: what the files say is what the page and `effect.json` say."""
 
 import json
+import subprocess
 
 import pytest
 
-from benchmarks import effect_verdict
+from benchmarks import effect_verdict, records
 from benchmarks.records import put_tables
 from tests.runs import ROOT
 
@@ -120,3 +121,25 @@ def test_other_conditions_are_compared_with_none_of_the_same(tmp_path):
         "| 1,500 | 1 | 25 | none | 1 | 90.00 | 9.00 |  |",
     ]
     assert [row["arm"] for row in effect_verdict.judged("epsilon-009000", tmp_path)] == ["none", "decoder-full"] * 2
+
+
+def test_a_result_names_its_commit(tmp_path, monkeypatch):
+    """What experiments write does not make the commit another one; code that is not committed does."""
+    monkeypatch.setattr(records, "ROOT", tmp_path)
+    assert records.commit() == "unknown"
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    (tmp_path / "docs").mkdir()
+    files = [tmp_path / name for name in ("code.py", "docs/page.md", "benchmarks/results/a.json")]
+    for path in files:
+        path.write_text("1")
+    who = ["-c", "user.name=x", "-c", "user.email=x@example.org"]
+    for words in (["init", "-q"], ["add", "-A"], [*who, "commit", "-qm", "x"]):
+        subprocess.run(["git", *words], cwd=tmp_path, check=True)
+    head = records.commit()
+    assert len(head) == 40
+    for path in files[1:]:
+        path.write_text("2")
+    (tmp_path / "new.txt").touch()
+    assert records.commit() == head
+    files[0].write_text("2")
+    assert records.commit() == f"{head}-dirty"
