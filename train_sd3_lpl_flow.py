@@ -502,9 +502,9 @@ def prepare_objective(args, accelerator, plan, data):
     return objective, vae
 
 
-def result_pipeline(denoiser, args, schedule):
-    """The whole pipeline with the trained transformer, as it is saved."""
-    pipeline = load_pipeline(args.base_model, StableDiffusion3Pipeline, transformer=denoiser.transformer)
+def result_pipeline(args, schedule, **trained):
+    """The whole pipeline as it is saved. trained: parts that take the place of the base model's."""
+    pipeline = load_pipeline(args.base_model, StableDiffusion3Pipeline, **trained)
     pipeline.scheduler.register_to_config(shift=schedule.shift)
     return pipeline
 
@@ -577,7 +577,7 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
         with checkpoints.kept_if_unwritten(done), trainee.averaged():
             whole = with_full_weights(denoiser, accelerator.is_main_process)
             if accelerator.is_main_process:
-                result = functools.partial(result_pipeline, whole, args, plan.schedule)
+                result = functools.partial(result_pipeline, args, plan.schedule)
                 save_result(args, whole, StableDiffusion3Pipeline, result, images, plan, done)
     validation.run(done)
     if accelerator.is_main_process:

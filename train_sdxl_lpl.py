@@ -478,9 +478,9 @@ def prepare_objective(args, accelerator, plan, data):
     return objective, vae
 
 
-def result_pipeline(denoiser, args, schedule):
-    """The whole pipeline with the trained UNet, as it is saved."""
-    pipeline = load_pipeline(args.base_model, StableDiffusionXLPipeline, unet=denoiser.unet)
+def result_pipeline(args, schedule, **trained):
+    """The whole pipeline as it is saved. trained: parts that take the place of the base model's."""
+    pipeline = load_pipeline(args.base_model, StableDiffusionXLPipeline, **trained)
     pipeline.scheduler.register_to_config(prediction_type=schedule.prediction_type)
     return pipeline
 
@@ -553,7 +553,7 @@ def train(args, images, held_out, plan, accelerator, signals, hub_name):
         with checkpoints.kept_if_unwritten(done), trainee.averaged():
             whole = with_full_weights(denoiser, accelerator.is_main_process)
             if accelerator.is_main_process:
-                result = functools.partial(result_pipeline, whole, args, plan.schedule)
+                result = functools.partial(result_pipeline, args, plan.schedule)
                 save_result(args, whole, StableDiffusionXLPipeline, result, images, plan, done)
     validation.run(done)
     if accelerator.is_main_process:

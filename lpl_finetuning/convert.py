@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 
 from lpl_finetuning.errors import counted, errors_for_people, first_names, require
-from lpl_finetuning.files import check_free_space
+from lpl_finetuning.files import check_free_space, is_new
 from lpl_finetuning.flags import FlagParser
 from lpl_finetuning.single_file import SDXL_FILE, read_single_file, schedule_of
 from lpl_finetuning.unpacking import Unpacked, opened, surplus, with_schedule, write_small
@@ -21,8 +21,7 @@ from lpl_finetuning.unpacking import Unpacked, opened, surplus, with_schedule, w
 
 def check_folder(folder):
     """Refuse a folder that has something in it."""
-    require(not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
-            f"{folder} is there already; name a new folder")  # fmt: skip
+    require(is_new(folder), f"{folder} is there already; name a new folder")
 
 
 def save_whole(single, folder, files, parts, borrowed, config_from):

@@ -36,6 +36,12 @@ def sync_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def is_new(folder: str | os.PathLike) -> bool:
+    """Whether a folder is not there yet, or is there and empty."""
+    folder = Path(folder)
+    return not folder.exists() or (folder.is_dir() and not any(folder.iterdir()))
+
+
 def check_free_space(folder: str | os.PathLike, needed_bytes: int, what: str) -> None:
     """Refuse to write what would leave less than 100 MB free on the disk.
 

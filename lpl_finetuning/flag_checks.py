@@ -14,7 +14,9 @@ from lpl_finetuning.base_model import hub_like, read_json
 from lpl_finetuning.data.wrong_source import refuse_no_folder
 from lpl_finetuning.errors import require
 from lpl_finetuning.evaluation.networks import DEFAULT_NETWORK, INSTALL, is_installed, missing_package
+from lpl_finetuning.files import is_new
 from lpl_finetuning.flags import REPOSITORY, feature_parts, framing_rules, mixed_precision
+from lpl_finetuning.lora_files import merged_from
 from lpl_finetuning.sample_prompts import check_samplers, check_sizes, entries_of
 
 POSITIVE = (
@@ -38,7 +40,7 @@ SHARES = ("proportion_empty_prompts", "lora_dropout", "ema_decay")
 LORA_ONLY = (
     "rank", "lora_alpha", "lora_layers", "lora_blocks", "lora_pattern", "lora_dropout", "use_dora",
     "train_text_encoder", "init_lora",
-    "output_kohya_format", "bnb_quantization_config_path",
+    "output_kohya_format", "merge_into", "bnb_quantization_config_path",
 )  # fmt: skip
 ENDLESS = ("max_grad_norm", "lpl_sigma_threshold")  # may be infinite: no clipping, no gate
 DIFFUSERS_NAME = "pytorch_lora_weights"
@@ -231,7 +233,7 @@ def check_dataset_name(args):
 
 def check_output_dir(args, family):
     """The output folder must not be this repository, nor hold what the run starts from; it can be written to."""
-    for name in ("output_dir", "cache_dir"):
+    for name in ("output_dir", "cache_dir", "merge_into"):
         if getattr(args, name):
             folder = Path(getattr(args, name))
             there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
@@ -245,6 +247,11 @@ def check_output_dir(args, family):
         inside = getattr(args, name) and output_dir.is_relative_to(Path(getattr(args, name)).resolve())
         require(not inside, f"--output_dir {args.output_dir} lies in --{name} {getattr(args, name)}: the run's own "
                 "pictures would lie among those; name a folder outside")  # fmt: skip
+    merged = args.merge_into
+    require(not merged or is_new(merged) or merged_from(merged) == output_dir,
+            f"--merge_into {merged} is there already; name a new folder")  # fmt: skip
+    require(not merged or Path(merged).resolve() != output_dir,
+            f"--merge_into {merged} is --output_dir, where the LoRA goes: name another folder")  # fmt: skip
     require(output_dir != REPOSITORY, f"--output_dir {args.output_dir} is this repository: name a folder of its own")
     for name in ("pretrained_model_name_or_path", *(part.flag for part in family.replaceable), "init_lora",
                  "lpl_classifier", "lpl_tiny_decoder"):  # fmt: skip

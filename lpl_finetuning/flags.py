@@ -441,6 +441,8 @@ def add_model_arguments(parser):
     add("--bnb_quantization_config_path", type=input_path, help="JSON file of a BitsAndBytesConfig: the "
         "frozen denoiser in 4 or 8 bits, on a GPU")  # fmt: skip
     add("--output_kohya_format", action="store_true", help="save it for ComfyUI, sd-scripts and (SDXL) A1111 too")
+    add("--merge_into", type=path, metavar="FOLDER", help="new folder for a whole model too: the base model with the "
+        "LoRA added to its weights, in their dtype")  # fmt: skip
 
 
 def add_data_arguments(parser, resolution):

@@ -6,6 +6,7 @@ values, or the file is refused with the names and the number of the tensors. Not
 A LoRA in memory is {part: (layers, config)}: tensors in float32 under PEFT's names, and a PEFT configuration.
 """
 
+import contextlib
 import json
 import re
 from collections import Counter, defaultdict
@@ -42,6 +43,7 @@ OTHER_KINDS = {  # pattern in a tensor's name -> what such a tensor is of
     "a norm", r"\.modules_to_save": "whole weights", r"\.[ab][12]\.weight$": "GLoRA", r"\.on_input$": "IA3",
 }  # fmt: skip
 NEW_BASE = ("pissa", "olora", "corda", "loftq")  # PEFT's starting points that change the base model's weights
+MERGED = "merged.json"  # in a pipeline with a LoRA added: which run's LoRA it is
 
 
 def file_for_others(args, step=None):
@@ -537,3 +539,10 @@ def take_shapes(flag, part, model, layers):
             wrong.append(module)
     require(not wrong, f"{flag}: it does not fit this model's {part}, give one made for it: {len(wrong)} of its "
             f"{len(files)} layers have another shape ({first_names(wrong)})")  # fmt: skip
+
+
+def merged_from(folder):
+    """The folder of the LoRA that `results.merging` added to the model in a folder; None for another folder."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return Path(json.loads(Path(folder, MERGED).read_text(encoding="utf-8"))["lora"])
+    return None

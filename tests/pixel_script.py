@@ -202,7 +202,7 @@ def train(args, images, held_out, settled, accelerator, signals, gate):
     trainee.release()
     validate.run(done)
     if accelerator.is_main_process:
-        export.save_result(args, denoiser, DDPMPipeline, lambda: DDPMPipeline(denoiser.unet, DDPMScheduler()), images,
+        export.save_result(args, denoiser, DDPMPipeline, lambda unet: DDPMPipeline(unet, DDPMScheduler()), images,
                            settled, done)  # fmt: skip
     said.finish()
 

@@ -53,6 +53,7 @@ from lpl_finetuning.original_names import (
     unet_name,
     vae_name,
 )
+from lpl_finetuning.results.merging import merge_result
 from lpl_finetuning.results.metadata import kohya_version, modelspec, tag_key, training_keys
 from lpl_finetuning.tensor_files import save_dtype, sha256_of_tensors, write_tensors
 from lpl_finetuning.training.models import in_dtype, lora_parts, save_lora
@@ -410,13 +411,15 @@ def cast(layers, dtype):
 def save_result(args, denoiser, pipeline_class, result_pipeline, images, plan, step):
     """Write the result into --output_dir: a LoRA or a whole pipeline, and their other formats.
 
+    With --merge_into a LoRA is also added to the base model, for a whole pipeline in that folder.
+
     What was trained is saved in --save_dtype, by default float32; the other parts of a pipeline in the dtype of the
     base model. A single file has one dtype, by default float16.
 
     Args:
         denoiser: the script's `Denoiser` with full weights.
         pipeline_class: diffusers' class of the pipeline.
-        result_pipeline: function that returns the whole pipeline.
+        result_pipeline: function that returns the whole pipeline, {name: model} in the place of the base model's.
         images: the images that it was trained on; plan: the `Plan`; step: optimizer steps that were made.
     """
     folder, dtype = Path(args.output_dir), save_dtype(args)
@@ -429,8 +432,10 @@ def save_result(args, denoiser, pipeline_class, result_pipeline, images, plan, s
         follow_umask(folder / LORA_FILE)
         if args.output_kohya_format:
             kohya_exporter(args, images, plan)(folder, denoiser, step, file_for_others(args))
+        if args.merge_into:
+            merge_result(args.base_model.family, folder, result_pipeline(), Path(args.merge_into))
         return
-    pipeline = result_pipeline()
+    pipeline = result_pipeline(**denoiser.models())
     if args.single_file:
         about = modelspec(args, model.config, plan.schedule.prediction_type, is_lora=False)
         save_single_file(pipeline, folder / file_for_others(args), save_dtype(args, "float16"), about)

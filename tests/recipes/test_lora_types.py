@@ -3,6 +3,7 @@
 import pytest
 import torch
 import yaml
+from diffusers import StableDiffusion3Pipeline, StableDiffusionXLPipeline
 from safetensors.torch import load_file
 
 import train_sdxl_lpl
@@ -10,6 +11,8 @@ from lpl_finetuning.errors import UserError
 from lpl_finetuning.lora_files import KOHYA_FILE, LORA_FILE
 from tests import sd3, sdxl
 from tests.runs import assert_resume_is_exact
+
+DENOISERS = {"sdxl": "unet", "sd3": "transformer"}
 
 
 def test_a_lokr_with_patterns_resumes_bit_for_bit(flags, tmp_path):
@@ -65,3 +68,41 @@ def test_a_dora_for_other_programs_is_continued(flags, tmp_path):
     before, after = load_file(tmp_path / "a" / LORA_FILE), load_file(tmp_path / "b" / LORA_FILE)
     assert before.keys() == after.keys()
     assert all(torch.allclose(before[name], after[name], rtol=1e-5, atol=1e-6) for name in before)
+
+
+@pytest.mark.parametrize(("family", "more"), [
+    ("sdxl", ["--lora_type", "dora", "--train_text_encoder", "--prediction_type", "v_prediction"]),
+    ("sd3", ["--use_lpl"]),
+])  # fmt: skip
+def test_a_run_ends_in_a_whole_model_too(family, more, request, tmp_path):
+    """--merge_into: the weights are those that diffusers makes of the base model and the LoRA."""
+    flags = request.getfixturevalue("flags" if family == "sdxl" else "sd3_flags")
+    cls, script = {"sdxl": (StableDiffusionXLPipeline, sdxl), "sd3": (StableDiffusion3Pipeline, sd3)}[family]
+    whole, lora = tmp_path / "whole", tmp_path / "lora"
+    flags = [*flags, "--use_lora", *more, "--learning_rate", 0.01, "--merge_into", whole]
+    script.run(*flags, "--max_train_steps", 1, "--checkpointing_steps", 1, "--output_dir", lora)
+    expected = cls.from_pretrained(flags[flags.index("--pretrained_model_name_or_path") + 1])
+    before = {name: value.clone() for name, value in expected.components[DENOISERS[family]].state_dict().items()}
+    expected.load_lora_weights(lora)
+    expected.fuse_lora(components=[name for name in (*DENOISERS.values(), "text_encoder", "text_encoder_2")
+                                   if name in expected._lora_loadable_modules])  # fmt: skip
+    expected.unload_lora_weights()
+    found, changed = cls.from_pretrained(whole), 0
+    for part in (DENOISERS[family], "text_encoder", "text_encoder_2"):
+        ours, theirs = found.components[part].state_dict(), expected.components[part].state_dict()
+        assert ours.keys() == theirs.keys()
+        assert all(torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6) for name in ours)
+        changed += sum(not torch.equal(ours[name], before[name]) for name in ours if name in before)
+    assert changed
+    if family == "sdxl":
+        assert found.scheduler.config.prediction_type == "v_prediction"
+    with pytest.raises(UserError, match=f"--merge_into {whole} is there already"):
+        script.run(*flags, "--max_train_steps", 1, "--output_dir", tmp_path / "another")
+    with pytest.raises(UserError, match=r"--merge_into .* is --output_dir"):
+        script.run(*flags[:-1], tmp_path / "another", "--output_dir", tmp_path / "another")
+    script.run(*flags, "--max_train_steps", 2, "--resume_from_checkpoint", "latest", "--output_dir", lora)
+    later = cls.from_pretrained(whole).components[DENOISERS[family]].state_dict()
+    assert any(
+        not torch.equal(later[name], value) for name, value in found.components[DENOISERS[family]].state_dict().items()
+    )
+    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []

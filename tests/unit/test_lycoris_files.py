@@ -18,6 +18,7 @@ from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SD3, SDXL
 from lpl_finetuning.lora_files import ADAPTER, find_lora, put_lora, read_lora
 from lpl_finetuning.original_names import mmdit_name, unet_name
+from lpl_finetuning.results import merging
 from lpl_finetuning.results.export import save_kohya, save_single_file
 from lpl_finetuning.training.models import (
     adapted_layers,
@@ -401,10 +402,9 @@ def test_merging_refuses(base, trained, tmp_path, capsys):
     assert "--config_from is for a base model in a single file" in capsys.readouterr().err
     pipeline = pipeline_of(SDXL)
     with pytest.raises(UserError, match="of the unet would not be finite numbers"):
-        source = merge.Base(SDXL, str(base), text=str(base))
         pipeline.unet.half()
-        merge.add_lora(pipeline, source, str(tmp_path), 1e9)
+        merging.add_lora(pipeline, SDXL, str(tmp_path), 1e9)
     sd3_lora, _ = sd3_file(False)
     save_file(sd3_lora, tmp_path / "sd3.safetensors")
     with pytest.raises(UserError, match="12 of its 15 tensors are of a transformer"):
-        merge.add_lora(pipeline_of(SDXL), source, str(tmp_path / "sd3.safetensors"), 1.0)
+        merging.add_lora(pipeline_of(SDXL), SDXL, str(tmp_path / "sd3.safetensors"), 1.0)

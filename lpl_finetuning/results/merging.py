@@ -1,0 +1,90 @@
+"""Adding a LoRA, DoRA, LoHa or LoKr to the weights of a pipeline, and saving it whole."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from lpl_finetuning.errors import counted, first_names, require
+from lpl_finetuning.files import follow_umask
+from lpl_finetuning.lora_files import ADAPTER, MERGED, SINGLE_FILE, find_lora, put_lora, read_lora
+
+
+def merge_result(family, lora, pipeline, folder):
+    """Write a run's LoRA, the folder `lora`, added to the pipeline of its base model, as a whole pipeline.
+
+    What an earlier end of the same run wrote there is replaced.
+    """
+    counts = add_lora(pipeline, family, str(lora), 1.0)
+    save_merged(pipeline, folder, single_file=False, lora=lora)
+    print(f"\n{folder}: the base model with {parts_of(counts)} changed")
+
+
+def parts_of(counts):
+    """{part: number of layers} in words."""
+    return ", ".join(f"{counted(count, 'layer')} of the {part}" for part, count in counts.items())
+
+
+def add_lora(pipeline, family, lora, strength):
+    """Add a LoRA's changes to the weights of a pipeline; returns {part: number of layers}.
+
+    Args:
+        lora: file, folder or name on the Hub; strength: factor of the change.
+    """
+    models = {part: getattr(pipeline, part) for part in (family.denoiser.name, *family.text_encoders)}
+    read = read_lora(lora, find_lora(lora, lora, family), family, type(pipeline), models)
+    return {part: merge_adapter(lora, part, models[part], *found, strength) for part, found in read.items()}
+
+
+def merge_adapter(flag, part, model, layers, config, strength):
+    """Give a model an adapter, add its changes to the weights in float32, and remove it; returns its layers' number.
+
+    Args:
+        flag: begins messages; layers, config: an entry of `read_lora`.
+    """
+    import torch
+
+    from lpl_finetuning.training.models import adapted_layers
+
+    put_lora(flag, part, model, layers, config, torch.float32)
+    names, broken = adapted_layers(model), []
+    with torch.no_grad():
+        for name in names:
+            adapter = model.get_submodule(name)
+            layer = adapter.get_base_layer()
+            before = layer.weight.data
+            layer.weight.data = before.to(torch.float32, copy=True)  # PEFT adds in place
+            adapter.merge(adapter_names=[ADAPTER])
+            after = torch.lerp(before.float(), layer.weight.data, strength).to(before.dtype)
+            layer.weight.data = after
+            broken += [] if after.isfinite().all() else [name]
+            parent, _, own = name.rpartition(".")
+            setattr(model.get_submodule(parent), own, layer)
+    del model.peft_config
+    model._hf_peft_config_loaded = False
+    require(not broken, f"{flag}: {counted(len(broken), 'layer')} of the {part} would not be finite numbers "
+            f"({first_names(broken)}); lower --strength")  # fmt: skip
+    return len(names)
+
+
+def save_merged(pipeline, folder, single_file, lora=None):
+    """Write a pipeline's folder, which is complete or not there. lora: of a run, named in it for `merged_from`."""
+    from lpl_finetuning.results.export import save_single_file
+
+    temporary, before = (folder.with_name(f".{kind}-{folder.name}") for kind in ("tmp", "before"))
+    for place in (temporary, before):
+        shutil.rmtree(place, ignore_errors=True)
+    try:
+        pipeline.save_pretrained(temporary)
+        if single_file:
+            save_single_file(pipeline, temporary / SINGLE_FILE)
+        if lora:
+            (temporary / MERGED).write_text(json.dumps({"lora": str(Path(lora).resolve())}) + "\n", encoding="utf-8")
+        for place in (temporary, *temporary.iterdir()):
+            follow_umask(place)
+        if folder.exists():
+            os.replace(folder, before)
+        os.replace(temporary, folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(before, ignore_errors=True)
