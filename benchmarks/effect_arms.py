@@ -58,7 +58,9 @@ ARMS = {
     "gain": Arm("", gain=True),
     # other networks in the decoder's place, with the gradient of decoder-full
     "classifier": Arm(f"{_FULL} --lpl_features classifier {_CLASSIFIER}"),
-    "tiny-decoder": Arm(f"{_FULL} --lpl_features tiny_decoder --lpl_tiny_decoder examples/tiny-{{family}}-decoder"),
+    "tiny-decoder": Arm(
+        f"{_FULL} --lpl_features tiny_decoder --lpl_tiny_decoder examples/tiny-{{family}}-decoder --lpl_num_blocks 2"
+    ),
     "decoder-and-classifier": Arm(f"{_FULL} --lpl_features decoder classifier {_CLASSIFIER}"),
 }
 TWINS = {"decoder": "latent", "decoder-full": "latent-full"}  # an arm, and the same without features
