@@ -143,3 +143,28 @@ def test_a_result_names_its_commit(tmp_path, monkeypatch):
     assert records.commit() == head
     files[0].write_text("2")
     assert records.commit() == f"{head}-dirty"
+
+
+def one_step(folder, seed, values):
+    """A result as `effect.py one-step` writes it. values: {arm: perceptual distance by Lite2}; others are from it."""
+    keys = ("perceptual/efficientnet-lite0", "psnr", "latent_mse", "high_frequency", "gain")
+    rows = [{"model": arm, "perceptual/efficientnet-lite2": value, "psnr_change": [0.0, -1.0, 1.0],
+             **{key: value + place for place, key in enumerate(keys, 1)}} for arm, value in values.items()]  # fmt: skip
+    content = {"command": "python x", "commit": "0123456789", "device": "CPU", "date": "2026-11-28", "rows": rows}
+    (folder / f"effect-one-step-epsilon-009000-{seed}.json").write_text(json.dumps(content))
+
+
+def test_the_one_step_test_is_a_mean_over_seeds(tmp_path):
+    """In the table and in the verdict, which has it only when every seed does."""
+    assert effect_verdict.one_step_table("epsilon", tmp_path) == ""
+    for seed, value in ((1, 0.25), (2, 0.75)):
+        judgement(tmp_path, seed, {"none": 100.0, "decoder-full": 90.0})
+        assert effect_verdict.verdict_row("epsilon", tmp_path)["onestep"] == {}
+        one_step(tmp_path, seed, {"none": value, "decoder-full": value / 2})
+    found = effect_verdict.verdict_row("epsilon", tmp_path)["onestep"]
+    assert found["perceptual/efficientnet-lite2"] == 0.25 and found["perceptual/efficientnet-lite2_baseline"] == 0.5
+    assert found["psnr"] == 2.25 and "psnr_change" not in found
+    lines = effect_verdict.one_step_table("epsilon", tmp_path).splitlines()
+    assert "mean of seeds 1, 2" in lines[0]
+    assert lines[2] == "| none | 0.5000 | 1.5000 | 2.50 | 3.5000 | 4.500 | 5.500 |"
+    assert lines[3] == "| decoder-full | 0.2500 | 1.2500 | 2.25 | 3.2500 | 4.250 | 5.250 |"
