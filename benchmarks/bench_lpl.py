@@ -97,7 +97,7 @@ def build(args, dtype, device):
         scaling_factor=0.13025,
     )
     vae.encoder = vae.quant_conv = None
-    vae = vae.to(device, dtype).requires_grad_(False).eval()
+    vae = torch.nn.Module.to(vae, device, dtype).requires_grad_(False).eval()  # diffusers' own warns of nothing
     if not args.contiguous:
         vae = vae.to(memory_format=torch.channels_last)
     side = args.resolution // 8
@@ -161,7 +161,7 @@ def tiny_stages(args, like, num_blocks):
     torch.manual_seed(0)
     tiny = AutoencoderTiny(decoder_block_out_channels=(args.width // 2,) * 4)
     tiny.encoder = None
-    tiny = tiny.to(like.device, like.dtype).requires_grad_(False).eval()
+    tiny = torch.nn.Module.to(tiny, like.device, like.dtype).requires_grad_(False).eval()
     return TinyDecoderStages(tiny if args.contiguous else tiny.to(memory_format=torch.channels_last), num_blocks)
 
 

@@ -443,9 +443,11 @@ def main(argv=None):
         for seed in args.seed:
             judge_arms(work, start, args.arm, seed, steps, args.samples, args.guidance, args.sampling_steps)
     elif args.stage == "report":
-        write_report(work, start, args.arm, args.seed[0], steps, args.samples, args.guidance)
+        for seed in args.seed:
+            write_report(work, start, args.arm, seed, steps, args.samples, args.guidance)
     elif args.stage == "one-step":
-        judge_one_step(work, start, args.arm, args.seed[0], steps)
+        for seed in args.seed:
+            judge_one_step(work, start, args.arm, seed, steps)
     elif args.stage == "reconstructions":
         began = time.time()
         found = measure_decoders(work, args.domain, AUTOENCODERS)

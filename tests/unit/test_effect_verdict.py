@@ -149,7 +149,8 @@ def one_step(folder, seed, values):
     """A result as `effect.py one-step` writes it. values: {arm: perceptual distance by Lite2}; others are from it."""
     keys = ("perceptual/efficientnet-lite0", "psnr", "latent_mse", "high_frequency", "gain")
     rows = [{"model": arm, "perceptual/efficientnet-lite2": value, "psnr_change": [0.0, -1.0, 1.0],
-             **{key: value + place for place, key in enumerate(keys, 1)}} for arm, value in values.items()]  # fmt: skip
+             **{key: value + place for place, key in enumerate(keys, 1)}}
+            for arm, value in values.items()]  # fmt: skip
     content = {"command": "python x", "commit": "0123456789", "device": "CPU", "date": "2026-11-28", "rows": rows}
     (folder / f"effect-one-step-epsilon-009000-{seed}.json").write_text(json.dumps(content))
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderTiny
+from diffusers import AutoencoderKL, AutoencoderTiny
+from PIL import Image
 
 import train_sd3_lpl_flow
 import train_sdxl_lpl
@@ -23,7 +24,10 @@ from lpl_finetuning.training.reporter import Metrics, metric_names
 from lpl_finetuning.training.step_memory import Machine
 from lpl_utils import (
     AutoWeight,
+    DecoderStages,
+    IdentityStages,
     LatentPerceptualLoss,
+    LatentSpace,
     LPLConfig,
     LPLGate,
     SelectedStages,
@@ -31,7 +35,7 @@ from lpl_utils import (
     estimate_z0,
     stage_features,
 )
-from tests.runs import memory_of
+from tests.runs import ROOT, memory_of
 from tests.tiny_models import autoencoder, latent_classifier, save_feature_networks, tiny_decoder
 
 DOUBLE = torch.float64
@@ -132,6 +136,25 @@ def test_the_walk_through_a_tiny_decoder_is_its_decode():
     torch.testing.assert_close(in_pieces, x, rtol=0, atol=0)
     assert (stages.upscaling, stages.input_space.scaling_factor, stages.input_space.shift_factor) == (8, 1, 0)
     assert TinyDecoderStages(tiny, 1).names == stages.names[:2]
+
+
+@pytest.mark.parametrize("family", ["sdxl", "sd3"])
+def test_the_shipped_tiny_decoders_are_copies(family):
+    """They paint what the full decoder paints. The gradient of SDXL's is nearer to the full one than latents alone."""
+    vae = AutoencoderKL.from_pretrained(ROOT / "examples" / f"tiny-{family}" / "vae").requires_grad_(False)
+    tiny = AutoencoderTiny.from_pretrained(ROOT / "examples" / f"tiny-{family}-decoder").requires_grad_(False)
+    files = sorted((ROOT / "examples" / "fluent-emoji").glob("*.webp"))[::6]
+    pictures = np.stack([np.asarray(Image.open(file).convert("RGB").resize((64, 64))) for file in files])
+    latents = vae.encode(torch.from_numpy(pictures).permute(0, 3, 1, 2).float().div(127.5).sub(1)).latent_dist.mean
+    z0 = LatentSpace.of(vae).to_model(latents)
+    error = (tiny.decode(z0).sample - vae.decode(latents).sample).square().mean((1, 2, 3))
+    assert (10 * (4 / error).log10()).mean() > 27, "dB"
+    estimate = z0 + 0.2 * torch.randn(z0.shape, generator=torch.Generator().manual_seed(0))
+    networks = {"full": DecoderStages(vae), "tiny": TinyDecoderStages(tiny, 2), "latent": IdentityStages()}
+    gradients = {name: evaluate(LatentPerceptualLoss(stages, LPLConfig()), z0, estimate)[1].flatten(1)
+                 for name, stages in networks.items()}  # fmt: skip
+    near = {name: torch.cosine_similarity(gradients[name], gradients["full"]).mean() for name in ("tiny", "latent")}
+    assert near["tiny"] > (near["latent"] + 0.03 if family == "sdxl" else 0.5)
 
 
 def test_networks_that_are_no_tiny_decoders_are_refused_by_name():
