@@ -84,9 +84,11 @@ def test_an_arm_is_the_script_and_logs_gradients(flags, tmp_path, monkeypatch):
     assert low < last["grad_norm"] < high, "the whole gradient is the sum of the two"
 
 
-def test_arms_are_flags_of_the_scripts(flags, tmp_path):
-    """Each arm's flags are accepted, and each differs from the others."""
-    seen = set()
+def test_arms_are_flags_of_the_scripts(flags, tmp_path, monkeypatch):
+    """Each arm's flags are accepted, and each differs from the others. The networks are those of the tiny SDXL."""
+    monkeypatch.chdir(ROOT)
+    flags, seen = list(flags), set()
+    flags[flags.index("--pretrained_model_name_or_path") + 1] = ROOT / "examples" / "tiny-sdxl"
     for name, arm in effect_arms.ALL.items():
         words = [*effect_arms.COMMON.split(), *arm.words(name, "sdxl", 400), *["--lpl_scale"] * arm.profile]
         args = train_sdxl_lpl.parse_args([*map(str, flags), *words, "--output_dir", str(tmp_path)])
