@@ -28,13 +28,13 @@ def facts(seconds, device=None):
 
 
 def processor():
-    """The CPU's name and the number of its cores, such as "AMD EPYC, 2 CPUs"."""
+    """The number of cores and the CPU's name, such as "2 cores, AMD EPYC CPU". Tables know a CPU by its last word."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
         lines = []
     names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return f"{names[0] if names else platform.machine()}, {os.cpu_count()} CPUs"
+    return f"{os.cpu_count()} cores, {names[0] if names else platform.machine()} CPU"
 
 
 def commit():

@@ -49,6 +49,13 @@ def checked(args):
     return check_evaluated(opened(Base(family, args.base, text=args.base), args.config_from))
 
 
+def write_single_file(pipeline, folder):
+    """The pipeline as one file in a folder."""
+    from lpl_finetuning.results.export import save_single_file
+
+    save_single_file(pipeline, folder / SINGLE_FILE)
+
+
 def main(argv=None):
     """The command: exit status 0, or 2 for a mistake of the user's."""
     with errors_for_people(False):
@@ -64,7 +71,7 @@ def main(argv=None):
         counts = add_lora(pipeline, base.family, args.lora, args.strength)
         if args.save_dtype:
             pipeline.to(dtype=getattr(torch, args.save_dtype))
-        save_merged(pipeline, Path(args.folder), args.single_file)
+        save_merged(pipeline, Path(args.folder), save_more=write_single_file if args.single_file else None)
         print(f"{args.folder} is {args.base} with the changes of {args.lora}: {parts_of(counts)}")
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from lpl_finetuning.errors import counted, first_names, require
 from lpl_finetuning.files import follow_umask
-from lpl_finetuning.lora_files import ADAPTER, MERGED, SINGLE_FILE, find_lora, put_lora, read_lora
+from lpl_finetuning.lora_files import ADAPTER, MERGED, find_lora, put_lora, read_lora
 
 
 def merge_result(family, lora, pipeline, folder):
@@ -16,7 +16,7 @@ def merge_result(family, lora, pipeline, folder):
     What an earlier end of the same run wrote there is replaced.
     """
     counts = add_lora(pipeline, family, str(lora), 1.0)
-    save_merged(pipeline, folder, single_file=False, lora=lora)
+    save_merged(pipeline, folder, lora)
     print(f"\n{folder}: the base model with {parts_of(counts)} changed")
 
 
@@ -67,17 +67,20 @@ def merge_adapter(flag, part, model, layers, config, strength):
     return len(names)
 
 
-def save_merged(pipeline, folder, single_file, lora=None):
-    """Write a pipeline's folder, which is complete or not there. lora: of a run, named in it for `merged_from`."""
-    from lpl_finetuning.results.export import save_single_file
+def save_merged(pipeline, folder, lora=None, save_more=None):
+    """Write a pipeline's folder, which is complete or not there.
 
+    Args:
+        lora: folder of a run, which is named in it for `merged_from`.
+        save_more: function (pipeline, folder) that writes more into the folder.
+    """
     temporary, before = (folder.with_name(f".{kind}-{folder.name}") for kind in ("tmp", "before"))
     for place in (temporary, before):
         shutil.rmtree(place, ignore_errors=True)
     try:
         pipeline.save_pretrained(temporary)
-        if single_file:
-            save_single_file(pipeline, temporary / SINGLE_FILE)
+        if save_more:
+            save_more(pipeline, temporary)
         if lora:
             (temporary / MERGED).write_text(json.dumps({"lora": str(Path(lora).resolve())}) + "\n", encoding="utf-8")
         for place in (temporary, *temporary.iterdir()):

@@ -37,7 +37,7 @@ FLOORS = (  # from the ground up: a file imports from floors below its own only
     ("training.measures", "training.step_memory"),
     ("training.validation", "training.run", "training.estimates", "training.out_of_memory"),
     ("training.plan", "training.classification"),
-    ("results.metadata",),
+    ("results.metadata", "results.merging"),
     ("results.export", "results.hub", "evaluation.comparison"),
     ("results.classifier_card",),
     ("publish", "convert", "merge", *SCRIPTS),
