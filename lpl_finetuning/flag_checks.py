@@ -177,6 +177,7 @@ def check_flags(args, family):
     check_measures(args, family)
     check_data_flags(args)
     check_output_dir(args, family)
+    check_merge_into(args, family)
     check_launch(args)
     check_lora_flags(args)
     check_optimizer_flags(args)
@@ -247,11 +248,6 @@ def check_output_dir(args, family):
         inside = getattr(args, name) and output_dir.is_relative_to(Path(getattr(args, name)).resolve())
         require(not inside, f"--output_dir {args.output_dir} lies in --{name} {getattr(args, name)}: the run's own "
                 "pictures would lie among those; name a folder outside")  # fmt: skip
-    merged = args.merge_into
-    require(not merged or is_new(merged) or merged_from(merged) == output_dir,
-            f"--merge_into {merged} is there already; name a new folder")  # fmt: skip
-    require(not merged or Path(merged).resolve() != output_dir,
-            f"--merge_into {merged} is --output_dir, where the LoRA goes: name another folder")  # fmt: skip
     require(output_dir != REPOSITORY, f"--output_dir {args.output_dir} is this repository: name a folder of its own")
     for name in ("pretrained_model_name_or_path", *(part.flag for part in family.replaceable), "init_lora",
                  "lpl_classifier", "lpl_tiny_decoder"):  # fmt: skip
@@ -259,6 +255,28 @@ def check_output_dir(args, family):
         inside = value and Path(value).exists() and Path(value).resolve().is_relative_to(output_dir)
         require(not inside, f"--{name} {value} lies in --output_dir {args.output_dir}, which the run will write to: "
                 "name another output folder")  # fmt: skip
+
+
+def check_merge_into(args, family):
+    """--merge_into is new or empty, apart from what the run reads and writes, and can be put into its parent."""
+    if not args.merge_into:
+        return
+    flag, folder = f"--merge_into {args.merge_into}", Path(args.merge_into).resolve()
+    require(not os.path.ismount(folder), f"{flag} is a mount point, which can't be replaced: name a folder in it")
+    there = next(place for place in folder.parents if place.exists())
+    require(os.access(there, os.W_OK | os.X_OK), f"{flag}: no permission to write in {there}; name another folder")
+    names = ("output_dir", "cache_dir", "train_data_dir", "validation_data_dir", "pretrained_model_name_or_path",
+             *(part.flag for part in family.replaceable), "init_lora", "lpl_classifier", "lpl_tiny_decoder",
+             "config_from")  # fmt: skip
+    for name in names:
+        value = getattr(args, name)
+        if value and (name == "output_dir" or Path(value).exists()):
+            other = Path(value).resolve()
+            apart = not other.is_relative_to(folder) and not folder.is_relative_to(other)
+            require(apart, f"{flag} and --{name} {value} lie in each other: name a folder apart from it")
+    logs = Path(args.output_dir, args.logging_dir).resolve()
+    require(not logs.is_relative_to(folder), f"{flag} holds --logging_dir {args.logging_dir}: name another folder")
+    require(is_new(folder) or merged_from(folder, args.output_dir), f"{flag} is there already; name a new folder")
 
 
 def wants(name):

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from lpl_finetuning.base_model import hub_like, hub_problem, tensors_of, weight_problem
 from lpl_finetuning.errors import UserError, counted, first_names, is_or_are, require
+from lpl_finetuning.files import digest
 from lpl_finetuning.kohya_files import KOHYA_STARTS, from_kohya
 
 LORA_FILE = "pytorch_lora_weights.safetensors"
@@ -541,8 +542,13 @@ def take_shapes(flag, part, model, layers):
             f"{len(files)} layers have another shape ({first_names(wrong)})")  # fmt: skip
 
 
-def merged_from(folder):
-    """The folder of the LoRA that `results.merging` added to the model in a folder; None for another folder."""
+def mark_of(folder):
+    """What tells the folder of a run's LoRA from others, without its path."""
+    return digest(lora=str(Path(folder).resolve()))[:16]
+
+
+def merged_from(folder, lora):
+    """Whether `results.merging` made the model in a folder with the LoRA of the folder `lora`."""
     with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        return Path(json.loads(Path(folder, MERGED).read_text(encoding="utf-8"))["lora"])
-    return None
+        return json.loads(Path(folder, MERGED).read_text(encoding="utf-8"))["lora"] == mark_of(lora)
+    return False

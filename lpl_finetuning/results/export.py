@@ -433,7 +433,7 @@ def save_result(args, denoiser, pipeline_class, result_pipeline, images, plan, s
         if args.output_kohya_format:
             kohya_exporter(args, images, plan)(folder, denoiser, step, file_for_others(args))
         if args.merge_into:
-            merge_result(args.base_model.family, folder, result_pipeline(), Path(args.merge_into))
+            merge_result(args.base_model.family, folder, result_pipeline, Path(args.merge_into))
         return
     pipeline = result_pipeline(**denoiser.models())
     if args.single_file:

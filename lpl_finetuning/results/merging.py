@@ -1,22 +1,35 @@
 """Adding a LoRA, DoRA, LoHa or LoKr to the weights of a pipeline, and saving it whole."""
 
+import itertools
 import json
 import os
 import shutil
-from pathlib import Path
+import sys
+import uuid
 
-from lpl_finetuning.errors import counted, first_names, require
-from lpl_finetuning.files import follow_umask
-from lpl_finetuning.lora_files import ADAPTER, MERGED, find_lora, put_lora, read_lora
+from safetensors import SafetensorError
+
+from lpl_finetuning.errors import UserError, counted, first_names, require
+from lpl_finetuning.files import follow_umask, is_new
+from lpl_finetuning.lora_files import ADAPTER, MERGED, find_lora, mark_of, put_lora, read_lora
 
 
-def merge_result(family, lora, pipeline, folder):
-    """Write a run's LoRA, the folder `lora`, added to the pipeline of its base model, as a whole pipeline.
+def merge_result(family, lora, load_base, folder):
+    """Write a run's LoRA, the folder `lora`, added to its base model, as a whole pipeline.
 
-    What an earlier end of the same run wrote there is replaced.
+    A failure is a warning: the LoRA is written by then, and can be merged by command.
+
+    Args:
+        load_base: function that returns the pipeline of the base model.
     """
-    counts = add_lora(pipeline, family, str(lora), 1.0)
-    save_merged(pipeline, folder, lora)
+    try:
+        pipeline = load_base()
+        counts = add_lora(pipeline, family, str(lora), 1.0)
+        save_merged(pipeline, folder, lora)
+    except (UserError, OSError, RuntimeError, SafetensorError) as error:
+        print(f"\nwarning: --merge_into {folder}: the whole model could not be written ({error}); the LoRA is in "
+              f"{lora}, and python -m lpl_finetuning.merge adds it to the base model", file=sys.stderr)  # fmt: skip
+        return
     print(f"\n{folder}: the base model with {parts_of(counts)} changed")
 
 
@@ -46,6 +59,8 @@ def merge_adapter(flag, part, model, layers, config, strength):
 
     from lpl_finetuning.training.models import adapted_layers
 
+    require(not getattr(config, "lora_bias", False), f"{flag}: its layers have a bias (lora_bias), which can't be "
+            "added to layers without one: use it as a LoRA")  # fmt: skip
     put_lora(flag, part, model, layers, config, torch.float32)
     names, broken = adapted_layers(model), []
     with torch.no_grad():
@@ -68,26 +83,36 @@ def merge_adapter(flag, part, model, layers, config, strength):
 
 
 def save_merged(pipeline, folder, lora=None, save_more=None):
-    """Write a pipeline's folder, which is complete or not there.
+    """Write a pipeline's folder, which is complete or not there; what is there already is set aside, never deleted.
 
     Args:
-        lora: folder of a run, which is named in it for `merged_from`.
+        lora: folder of a run, which `merged_from` knows again.
         save_more: function (pipeline, folder) that writes more into the folder.
     """
-    temporary, before = (folder.with_name(f".{kind}-{folder.name}") for kind in ("tmp", "before"))
-    for place in (temporary, before):
-        shutil.rmtree(place, ignore_errors=True)
+    folder = folder.resolve()
+    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
     try:
         pipeline.save_pretrained(temporary)
         if save_more:
             save_more(pipeline, temporary)
         if lora:
-            (temporary / MERGED).write_text(json.dumps({"lora": str(Path(lora).resolve())}) + "\n", encoding="utf-8")
+            (temporary / MERGED).write_text(json.dumps({"lora": mark_of(lora)}) + "\n", encoding="utf-8")
         for place in (temporary, *temporary.iterdir()):
             follow_umask(place)
-        if folder.exists():
-            os.replace(folder, before)
+        set_aside(folder)
         os.replace(temporary, folder)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(before, ignore_errors=True)
+
+
+def set_aside(folder):
+    """Make room for a folder: an empty one is removed, another one gets the next free name NAME-before-N."""
+    if not folder.exists():
+        return
+    if is_new(folder):
+        folder.rmdir()
+        return
+    names = (folder.with_name(f"{folder.name}-before-{number}") for number in itertools.count(1))
+    aside = next(name for name in names if not name.exists())
+    os.replace(folder, aside)
+    print(f"\n{folder} was there; it is {aside} now")

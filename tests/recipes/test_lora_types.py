@@ -9,6 +9,7 @@ from safetensors.torch import load_file
 import train_sdxl_lpl
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.lora_files import KOHYA_FILE, LORA_FILE
+from lpl_finetuning.results import merging
 from tests import sd3, sdxl
 from tests.runs import assert_resume_is_exact
 
@@ -98,11 +99,48 @@ def test_a_run_ends_in_a_whole_model_too(family, more, request, tmp_path):
         assert found.scheduler.config.prediction_type == "v_prediction"
     with pytest.raises(UserError, match=f"--merge_into {whole} is there already"):
         script.run(*flags, "--max_train_steps", 1, "--output_dir", tmp_path / "another")
-    with pytest.raises(UserError, match=r"--merge_into .* is --output_dir"):
-        script.run(*flags[:-1], tmp_path / "another", "--output_dir", tmp_path / "another")
     script.run(*flags, "--max_train_steps", 2, "--resume_from_checkpoint", "latest", "--output_dir", lora)
     later = cls.from_pretrained(whole).components[DENOISERS[family]].state_dict()
     assert any(
         not torch.equal(later[name], value) for name, value in found.components[DENOISERS[family]].state_dict().items()
     )
-    assert sorted(path.name for path in tmp_path.iterdir() if path.name.startswith(".")) == []
+    assert {path.name for path in tmp_path.iterdir()} == {"whole", "whole-before-1", "lora"}, "nothing is deleted"
+    assert str(tmp_path) not in (whole / "merged.json").read_text()
+
+
+@pytest.mark.parametrize("words", [
+    "--merge_into out --output_dir out/lora",
+    "--merge_into out/logs --output_dir out",
+    "--merge_into out --output_dir out",
+    "--merge_into base/x --output_dir out --pretrained_model_name_or_path base",
+])  # fmt: skip
+def test_a_whole_model_lies_apart_from_the_run(words, flags, tmp_path, monkeypatch):
+    """It would replace the folder that the run reads or writes."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").symlink_to(flags[list(flags).index("--pretrained_model_name_or_path") + 1])
+    with pytest.raises(UserError, match="lie in each other"):
+        sdxl.run(*flags, "--use_lora", "--max_train_steps", 1, *words.split())
+
+
+def test_what_comes_into_the_way_of_a_whole_model_is_kept(flags, tmp_path, monkeypatch, capsys):
+    """Another's folder, made during the run, gets another name. A merge that fails is a warning: the LoRA is there."""
+    flags = [*flags, "--use_lora", "--max_train_steps", 1, "--merge_into", tmp_path / "whole"]
+    merge = merging.add_lora
+
+    def meanwhile(*args):
+        (tmp_path / "whole").mkdir()
+        (tmp_path / "whole" / "mine.txt").touch()
+        return merge(*args)
+
+    monkeypatch.setattr(merging, "add_lora", meanwhile)
+    sdxl.run(*flags, "--output_dir", tmp_path / "a")
+    assert (tmp_path / "whole-before-1" / "mine.txt").is_file() and (tmp_path / "whole" / "unet").is_dir()
+
+    def full(*args):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(merging, "add_lora", full)
+    sdxl.run(*flags[:-1], tmp_path / "more", "--output_dir", tmp_path / "b")
+    assert "could not be written" in capsys.readouterr().err
+    assert (tmp_path / "b" / LORA_FILE).is_file() and (tmp_path / "b" / "README.md").is_file()
+    assert not (tmp_path / "more").exists()
