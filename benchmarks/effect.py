@@ -29,6 +29,7 @@ import csv
 import functools
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -37,14 +38,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.effect_arms import ALL, BASES, COMMON, FAMILY_FLAGS, SCRIPTS, STARTS
-from benchmarks.effect_judge import JUDGE, SAMPLING_STEPS, judge, make_reconstructions, sample
+from benchmarks.effect_judge import JUDGE, SAMPLES, SAMPLING_STEPS, judge, make_reconstructions, sample
 from benchmarks.records import facts
 from pretrain.emoji_images import DOMAINS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT = ROOT / "benchmarks" / "bases"  # averages that the repository keeps, so that arms can start without a training
-SAMPLES, STEPS, DECODER_STEPS = 1536, 1000, 3000  # pictures and training steps of an arm; steps of a decoder
+STEPS, DECODER_STEPS = 1000, 3000  # training steps of an arm and of a decoder
 STAGES = ("data", "pipelines", "judge-base", "profile", "train", "gain", "judge", "report", "one-step",
           "reconstructions", "autoencoder", "cost", "state")  # fmt: skip
 AUTOENCODERS = {"sdxl": ROOT / "examples" / "tiny-sdxl" / "vae", "sd3": ROOT / "examples" / "tiny-sd3" / "vae"}
@@ -131,8 +132,16 @@ def make_data(work, domain):
 
 
 def averages_of(work, base):
-    """{steps: file} of the averages that a base's training has kept; for the others, those of the repository."""
-    found = [*KEPT.glob(f"{base}-*.safetensors"), *(work / base).glob("average-*.safetensors")]
+    """{steps: file} of the averages of a base: those that its training here has kept, else those of the repository.
+
+    With the latter comes the vocabulary of T5, which is learnt anew, and otherwise, by every training.
+    """
+    found, folder = sorted((work / base).glob("average-*.safetensors")), work / base
+    if not found:
+        found = sorted(KEPT.glob(f"{base}-*.safetensors"))
+        folder.mkdir(parents=True, exist_ok=True)
+        for vocabulary in KEPT.glob(f"{base}-*.json"):
+            shutil.copy(vocabulary, folder / vocabulary.name.removeprefix(f"{base}-"))
     return {path.stem.rpartition("-")[2]: path for path in found}
 
 
@@ -150,7 +159,7 @@ def make_pipelines(work, base):
              "--output_dir", str(work / base)]  # fmt: skip
     args = script.parse_args(words + (["--prediction_type", base] if family == "sdxl" else []))
     _, captions = load_training_pictures(args, 64)
-    for steps, average in sorted(averages_of(work, base).items()):
+    for steps, average in averages_of(work, base).items():
         folder = work / base / "pipelines" / steps
         if (folder / "model_index.json").is_file():
             continue
@@ -213,6 +222,7 @@ def judge_arms(work, start, arms, seed, steps, samples, guidance, sampling_steps
     for scale in guidance:
         name = arm_name(start, seed, steps) + (f"-guidance-{scale:g}" if scale != 1 else "")
         name += f"-{sampling_steps}-sampling-steps" if sampling_steps != SAMPLING_STEPS else ""
+        name += f"-{samples}-samples" if samples != SAMPLES else ""
         about = {"start": start, "seed": seed, "steps": steps, "guidance": scale, "sampling_steps": sampling_steps,
                  "samples": samples}  # fmt: skip
         folders = {arm: made[arm][scale] for arm in arms}

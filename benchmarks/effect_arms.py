@@ -63,6 +63,7 @@ ARMS = {
     ),
     "decoder-and-classifier": Arm(f"{_FULL} --lpl_features decoder classifier {_CLASSIFIER}"),
 }
+FINALIST = "decoder-full"  # the arm with LPL that the fresh seeds judge, chosen on seed 0
 TWINS = {"decoder": "latent", "decoder-full": "latent-full"}  # an arm, and the same without features
 
 _NO_GATE = "--use_lpl --lpl_share 0.2"

@@ -12,7 +12,7 @@ import numpy as np
 NETWORKS = ("efficientnet-lite2", "efficientnet-lite0")
 JUDGE = NETWORKS[0]  # the other one helped to train the autoencoders
 MEASURES = ("frechet", "kernel")
-SAMPLING_STEPS = 25  # of the verdict
+SAMPLING_STEPS, SAMPLES = 25, 1536  # of the verdict: steps of the sampler, and pictures of an arm
 
 
 def make_reconstructions(source, folder, autoencoder):

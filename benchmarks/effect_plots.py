@@ -1,6 +1,8 @@
 """Pictures of the experiment for docs/effect.md, from the files in `benchmarks/results/`.
 
-python benchmarks/effect_plots.py
+    python benchmarks/effect_plots.py
+
+Writes docs/images/effect-seeds.png.
 """
 
 import argparse

@@ -16,8 +16,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.effect_arms import BASES, STARTS, TWINS
-from benchmarks.effect_judge import JUDGE, NETWORKS, SAMPLING_STEPS
+from benchmarks.effect_arms import BASES, FINALIST, STARTS, TWINS
+from benchmarks.effect_judge import JUDGE, NETWORKS, SAMPLES, SAMPLING_STEPS
 from benchmarks.records import put_tables, source
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -50,10 +50,13 @@ def judged(start, results=RESULTS):
 
 
 def judgements(start, results=RESULTS):
-    """{(training steps, guidance, sampling steps): rows as of `judged`} of all judgements of arms."""
+    """{(training steps, guidance, sampling steps): rows as of `judged`} of all judgements of as many samples as the
+    verdict has."""
     rows = {}
     for path in sorted(results.glob(f"effect-judged-{start}-*.json")):
         found = json.loads(path.read_text())
+        if found["samples"] != SAMPLES:
+            continue
         condition = found["steps"], found["guidance"], found.get("sampling_steps", SAMPLING_STEPS)
         rows.setdefault(condition, []).extend(
             {"arm": row["model"], "seed": found["seed"], **row} for row in found["rows"]
@@ -68,20 +71,18 @@ def one_step_of(start, seed, results=RESULTS):
 
 
 def verdict_row(base, results=RESULTS):
-    """The row of `effect.json` for a base; None without judged seeds beside 0 that have a baseline and an LPL arm.
+    """The row of `effect.json` for a base; None without judged seeds beside 0 that have a baseline and the finalist.
 
-    The arm is the one that was judged on most seeds beside *none*, its twin and the scaled estimates. Distances to the
-    training pictures begin with `fd`, those to the reconstructions with `fd_shown`.
+    Distances to the training pictures begin with `fd`, those to the reconstructions with `fd_shown`.
     """
     rows = [row for row in judged(start_of(base), results) if row["seed"] > 0]
     seeds = {}
     for row in rows:
         seeds.setdefault(row["arm"], set()).add(row["seed"])
-    own = {arm: found for arm, found in seeds.items() if arm not in ("none", "gain", *TWINS.values())}
-    if "none" not in seeds or not own:
+    arm = FINALIST
+    if not {"none", arm} <= seeds.keys():
         return None
-    arm = max(own, key=lambda name: len(own[name]))
-    result = {"framework": base, "arm": arm, "seeds": sorted(own[arm])}
+    result = {"framework": base, "arm": arm, "seeds": sorted(seeds[arm])}
     for reference, key in zip(REFERENCES, ("fd", "fd_shown"), strict=True):
         runs, without, twin = ([row[reference][JUDGE]["frechet"] for row in rows if row["arm"] == name]
                                for name in (arm, "none", TWINS.get(arm)))  # fmt: skip
@@ -184,11 +185,9 @@ def seeds_table(base, results=RESULTS):
 
 
 def conditions_table(base, results=RESULTS):
-    """Means over seeds of arms trained or sampled otherwise than for the verdict, against *none* of the same seeds.
-
-    *none* trained for more steps, for as long as an arm with LPL takes, has a row of its own.
-    """
-    found = judgements(start_of(base), results)
+    """Means over the fresh seeds, under the verdict's conditions and others, against *none* of the same seeds."""
+    found = {condition: [row for row in rows if row["seed"] > 0]
+             for condition, rows in judgements(start_of(base), results).items()}  # fmt: skip
     if len(found) < 2 or VERDICT not in found:
         return ""
     lines = [f"| {TITLES[base]}: training steps | guidance | sampling steps | arm | seeds | pictures (Lite2) | "
@@ -220,7 +219,9 @@ def one_step_table(base, results=RESULTS):
              "| perceptual (Lite0) | PSNR, dB | error of latents | high frequencies | gain |",
              "|---|" + "---:|" * len(decimals)]  # fmt: skip
     for arm in next(iter(tests.values())):
-        rows = [test[arm] for test in tests.values() if arm in test]
+        if not all(arm in test for test in tests.values()):
+            continue
+        rows = [test[arm] for test in tests.values()]
         means = [f"{statistics.mean(row[key] for row in rows):.{count}f}" for key, count in decimals.items()]
         lines.append(f"| {arm} | " + " | ".join(means) + " |")
     return "\n".join([*lines, "", source(read(f"effect-one-step-{start_of(base)}-{max(tests)}", results))])

@@ -234,7 +234,7 @@ def check_dataset_name(args):
 
 def check_output_dir(args, family):
     """The output folder must not be this repository, nor hold what the run starts from; it can be written to."""
-    for name in ("output_dir", "cache_dir", "merge_into"):
+    for name in ("output_dir", "cache_dir"):
         if getattr(args, name):
             folder = Path(getattr(args, name))
             there = next(place for place in (folder.absolute(), *folder.absolute().parents) if os.path.exists(place))
@@ -264,6 +264,7 @@ def check_merge_into(args, family):
     flag, folder = f"--merge_into {args.merge_into}", Path(args.merge_into).resolve()
     require(not os.path.ismount(folder), f"{flag} is a mount point, which can't be replaced: name a folder in it")
     there = next(place for place in folder.parents if place.exists())
+    require(there.is_dir(), f"{flag}: {there} is a file; name a folder")
     require(os.access(there, os.W_OK | os.X_OK), f"{flag}: no permission to write in {there}; name another folder")
     names = ("output_dir", "cache_dir", "train_data_dir", "validation_data_dir", "pretrained_model_name_or_path",
              *(part.flag for part in family.replaceable), "init_lora", "lpl_classifier", "lpl_tiny_decoder",

@@ -5,7 +5,6 @@ import json
 import os
 import shutil
 import sys
-import uuid
 
 from safetensors import SafetensorError
 
@@ -90,7 +89,8 @@ def save_merged(pipeline, folder, lora=None, save_more=None):
         save_more: function (pipeline, folder) that writes more into the folder.
     """
     folder = folder.resolve()
-    temporary = folder.with_name(f".{folder.name}-{uuid.uuid4().hex[:8]}")
+    temporary = folder.with_name(f".tmp-{folder.name}-{mark_of(lora or folder)}")  # no other run's
+    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed
     try:
         pipeline.save_pretrained(temporary)
         if save_more:

@@ -217,6 +217,8 @@ def print_run(args, report, accelerator, plan, measured=None):
         f"{total_steps * batch / images:.1f} epochs")  # fmt: skip
     if file_for_others(args):
         say(describe_result(args))
+    if args.merge_into:
+        say(f"Result: a whole model in {args.merge_into} too, the base model with the LoRA added")
     what = []
     if entries := entries_of(args):
         what.append(f"{len(entries)} x {args.num_validation_images} images")

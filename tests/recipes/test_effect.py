@@ -193,15 +193,18 @@ def test_a_model_is_judged_by_two_references(sdxl_folder, tmp_path):
     assert changes["pictures"][1] > 0 > changes["reconstructions"][2], "farther from one, nearer to the other"
 
 
-def test_a_base_that_was_trained_here_goes_before_the_kept_one(tmp_path, monkeypatch):
+def test_a_base_that_was_trained_here_takes_the_place_of_the_kept_one(tmp_path, monkeypatch):
+    """As a whole: another training has other weights, and another vocabulary of T5."""
     monkeypatch.setattr(effect, "KEPT", tmp_path / "bases")
-    files = ("bases/epsilon-009000", "bases/epsilon-012000", "bases/flow-009000", "work/epsilon/average-009000")
-    for name in files:
-        path = tmp_path / f"{name}.safetensors"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    found = {
-        steps: str(path.relative_to(tmp_path))
-        for steps, path in effect.averages_of(tmp_path / "work", "epsilon").items()
-    }
-    assert found == {"009000": "work/epsilon/average-009000.safetensors", "012000": "bases/epsilon-012000.safetensors"}
+    work = tmp_path / "work"
+    kept, vocabulary = (tmp_path / "bases" / name for name in ("flow-009000.safetensors", "flow-t5_vocabulary.json"))
+    kept.parent.mkdir()
+    kept.touch()
+    vocabulary.write_text("kept")
+    (kept.parent / "epsilon-009000.safetensors").touch()
+    assert effect.averages_of(work, "flow") == {"009000": kept}
+    assert (work / "flow" / "t5_vocabulary.json").read_text() == "kept"
+    for name, text in (("average-003000.safetensors", ""), ("t5_vocabulary.json", "own")):
+        (work / "flow" / name).write_text(text)
+    assert effect.averages_of(work, "flow") == {"003000": work / "flow" / "average-003000.safetensors"}
+    assert (work / "flow" / "t5_vocabulary.json").read_text() == "own"

@@ -1,5 +1,7 @@
 """LoHa, LoKr and layers with settings of their own, through whole runs of both recipes."""
 
+from pathlib import Path
+
 import pytest
 import torch
 import yaml
@@ -75,13 +77,14 @@ def test_a_dora_for_other_programs_is_continued(flags, tmp_path):
     ("sdxl", ["--lora_type", "dora", "--train_text_encoder", "--prediction_type", "v_prediction"]),
     ("sd3", ["--use_lpl"]),
 ])  # fmt: skip
-def test_a_run_ends_in_a_whole_model_too(family, more, request, tmp_path):
-    """--merge_into: the weights are those that diffusers makes of the base model and the LoRA."""
+def test_a_run_ends_in_a_whole_model_too(family, more, request, tmp_path, capsys):
+    """--merge_into: the weights are those that diffusers makes of the base model and the LoRA. The plan names it."""
     flags = request.getfixturevalue("flags" if family == "sdxl" else "sd3_flags")
     cls, script = {"sdxl": (StableDiffusionXLPipeline, sdxl), "sd3": (StableDiffusion3Pipeline, sd3)}[family]
     whole, lora = tmp_path / "whole", tmp_path / "lora"
     flags = [*flags, "--use_lora", *more, "--learning_rate", 0.01, "--merge_into", whole]
     script.run(*flags, "--max_train_steps", 1, "--checkpointing_steps", 1, "--output_dir", lora)
+    assert f"Result: a whole model in {whole} too" in capsys.readouterr().out
     expected = cls.from_pretrained(flags[flags.index("--pretrained_model_name_or_path") + 1])
     before = {name: value.clone() for name, value in expected.components[DENOISERS[family]].state_dict().items()}
     expected.load_lora_weights(lora)
@@ -118,8 +121,12 @@ def test_a_whole_model_lies_apart_from_the_run(words, flags, tmp_path, monkeypat
     """It would replace the folder that the run reads or writes."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "base").symlink_to(flags[list(flags).index("--pretrained_model_name_or_path") + 1])
+    flags = [*flags, "--use_lora", "--max_train_steps", 1]
     with pytest.raises(UserError, match="lie in each other"):
-        sdxl.run(*flags, "--use_lora", "--max_train_steps", 1, *words.split())
+        sdxl.run(*flags, *words.split())
+    for folder, told in (("/proc", "is a mount point"), (Path(__file__) / "x", "is a file; name a folder")):
+        with pytest.raises(UserError, match=told):
+            sdxl.run(*flags, "--output_dir", "out", "--merge_into", folder)
 
 
 def test_what_comes_into_the_way_of_a_whole_model_is_kept(flags, tmp_path, monkeypatch, capsys):

@@ -25,7 +25,8 @@ def judgement(folder, seed, distances, changes=None, start="epsilon-009000", **a
         return {"model": arm, "change": (changes or {}).get(arm, {}), **measured}
 
     content = {"command": "python x", "commit": "0123456789", "device": "CPU", "date": "2026-11-28", "seed": seed,
-               "steps": 1000, "guidance": 1, "rows": [row(*item) for item in distances.items()]} | about  # fmt: skip
+               "steps": 1000, "guidance": 1, "samples": 1536} | about  # fmt: skip
+    content["rows"] = [row(*item) for item in distances.items()]
     name = "-".join(["effect-judged", start, str(seed), *map(str, about.values())])
     (folder / f"{name}.json").write_text(json.dumps(content))
 
@@ -38,7 +39,8 @@ def judgement(folder, seed, distances, changes=None, start="epsilon-009000", **a
 ])  # fmt: skip
 def test_the_bar(runs, twin, reached, tmp_path):
     for seed, value in enumerate(runs, 1):
-        judgement(tmp_path, seed, {"none": 98.0 + seed, "decoder-full": value, "latent-full": twin, "gain": 97.0})
+        others = {"classifier": 1.0, "gain": 97.0}  # are no finalists
+        judgement(tmp_path, seed, {**others, "none": 98.0 + seed, "decoder-full": value, "latent-full": twin})
         judgement(tmp_path, seed, {"none": 1.0, "decoder-full": 200.0}, guidance=3)
         judgement(tmp_path, seed, {"none": 1.0, "decoder-full": 200.0}, start="epsilon-015000")
     row = effect_verdict.verdict_row("epsilon", tmp_path)
@@ -109,6 +111,8 @@ def test_other_conditions_are_compared_with_none_of_the_same(tmp_path):
         judgement(tmp_path, seed, {"none": value, "decoder-full": value - 3})
         judgement(tmp_path, seed, {"none": value / 2, "decoder-full": value / 4}, guidance=3)
     judgement(tmp_path, 1, {"none": 90.0}, steps=1500)
+    judgement(tmp_path, 0, {"none": 1.0, "decoder-full": 2.0})
+    judgement(tmp_path, 3, {"none": 1.0, "decoder-full": 2.0}, samples=96)
     judgement(tmp_path, 1, {"none": 80.0, "decoder-full": 60.0}, sampling_steps=50)
     lines = effect_verdict.conditions_table("epsilon", tmp_path).splitlines()[2:]
     assert lines == [
@@ -120,7 +124,7 @@ def test_other_conditions_are_compared_with_none_of_the_same(tmp_path):
         "| 1,000 | 3 | 25 | decoder-full | 1, 2 | 37.50 | 3.75 | -50.0% |",
         "| 1,500 | 1 | 25 | none | 1 | 90.00 | 9.00 |  |",
     ]
-    assert [row["arm"] for row in effect_verdict.judged("epsilon-009000", tmp_path)] == ["none", "decoder-full"] * 2
+    assert [row["arm"] for row in effect_verdict.judged("epsilon-009000", tmp_path)] == ["none", "decoder-full"] * 3
 
 
 def test_a_result_names_its_commit(tmp_path, monkeypatch):

@@ -404,6 +404,10 @@ def test_merging_refuses(base, trained, tmp_path, capsys):
     with pytest.raises(UserError, match="of the unet would not be finite numbers"):
         pipeline.unet.half()
         merging.add_lora(pipeline, SDXL, str(tmp_path), 1e9)
+    with pytest.raises(UserError, match="lora_bias"):
+        merging.merge_adapter(
+            "x", "unet", pipeline.unet, {}, LoraConfig(r=1, target_modules=["to_q"], lora_bias=True), 1.0
+        )
     sd3_lora, _ = sd3_file(False)
     save_file(sd3_lora, tmp_path / "sd3.safetensors")
     with pytest.raises(UserError, match="12 of its 15 tensors are of a transformer"):
