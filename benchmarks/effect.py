@@ -270,6 +270,8 @@ def train_arm(work, start, name, seed, steps, folder=None, logging_steps=None):
               "--seed", seed, "--max_train_steps", steps,
               "--pretrained_model_name_or_path", pipeline_of(work, start), "--train_data_dir", work / "train",
               "--caption_column", "text", "--cache_dir", work / "cache", "--output_dir", own]  # fmt: skip
+    if folder is None and not arm.start:
+        take_shorter_run(work, start, name, seed, steps)
     if arm.autoencoder:
         words += ["--pretrained_vae_model_name_or_path", work / arm.autoencoder]
     if logging_steps:
@@ -280,6 +282,22 @@ def train_arm(work, start, name, seed, steps, folder=None, logging_steps=None):
     if folder is None:
         keep_arm(work, own, start, name, seed, steps, time.time() - began)
     return own
+
+
+def take_shorter_run(work, start, name, seed, steps):
+    """Let an arm begin with the end of a shorter run of it: copy that checkpoint, where there is none yet.
+
+    The learning rate is constant, so a longer run is at the same place after as many steps.
+    """
+    own, ends = arm_folder(work, start, name, seed, steps), {}
+    for checkpoint in own.parent.glob(f"{name}-{seed}*/checkpoint-*"):
+        end = int(checkpoint.name.partition("-")[2])
+        if end < steps and checkpoint.parent == arm_folder(work, start, name, seed, end):
+            ends[end] = checkpoint
+    if ends and not any(own.glob("checkpoint-*")):
+        own.mkdir(exist_ok=True)
+        shutil.copytree(ends[max(ends)], own / "copy", dirs_exist_ok=True)
+        (own / "copy").rename(own / ends[max(ends)].name)  # a copy that was begun is no checkpoint
 
 
 def is_done(folder):

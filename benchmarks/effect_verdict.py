@@ -30,6 +30,7 @@ EARLIER_STARTS = {"earlier-009000": "The earlier base of 9,000 steps",
                   "earlier-015000": "The earlier base of 15,000 steps"}  # fmt: skip
 OTHER = NETWORKS[1]
 VERDICT = (1000, 1, SAMPLING_STEPS)  # training steps, guidance and sampling steps of the verdict
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # {seeds: two-sided 95 % quantile of t with a degree less}
 
 
 def read(name, results=RESULTS):
@@ -184,6 +185,67 @@ def seeds_table(base, results=RESULTS):
     return "\n".join([*lines, "", source(read(f"effect-judged-{start_of(base)}-{seeds[-1]}", results))])
 
 
+def changes_table(base, results=RESULTS):
+    """Relative differences from *none* of the same seed, to the reconstructions, with their 95 % intervals.
+
+    The intervals of single seeds cover the noise of sampling; that of the mean covers training too, by Student's t over
+    the seeds' differences.
+    """
+    rows = [row for row in judged(start_of(base), results) if row["seed"] > 0]
+    none = {row["seed"]: row["reconstructions"][JUDGE]["frechet"] for row in rows if row["arm"] == "none"}
+    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != "none"]
+    if not arms:
+        return ""
+    lines = [f"| {TITLES[base]}: against none, to reconstructions (Lite2) | "
+             + " | ".join(f"seed {seed}" for seed in sorted(none)) + " | mean and interval over seeds |",
+             "|---|" + "---:|" * (len(none) + 1)]  # fmt: skip
+    for arm in arms:
+        own = {row["seed"]: [value / none[row["seed"]] for value in row["change"]["reconstructions"]]
+               for row in rows if row["arm"] == arm and row["seed"] in none}  # fmt: skip
+        columns = [percent_of(*own[seed]) if seed in own else "" for seed in sorted(none)]
+        values = [change[0] for change in own.values()]
+        mean = statistics.mean(values)
+        if len(values) in STUDENT:
+            half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+            columns.append(percent_of(mean, mean - half, mean + half))
+        else:
+            columns.append(f"{mean:+.1%}")
+        lines.append(f"| {arm} | " + " | ".join(columns) + " |")
+    return "\n".join(lines)
+
+
+def percent_of(value, low, high):
+    """A relative difference with its interval, as a cell."""
+    return f"{value:+.1%} ({low:+.1%} to {high:+.1%})"
+
+
+def cost_table(base, results=RESULTS):
+    """Times of a step, and each arm of 1,000 steps against *none* of as long a training, where both are judged.
+
+    The length is that of the judged *none* of another number of steps which is nearest, within 5 %.
+    """
+    cost = read(f"effect-cost-{start_of(base)}", results)
+    if not cost:
+        return ""
+    found = {steps: {(row["arm"], row["seed"]): row["reconstructions"][JUDGE]["frechet"]
+                     for row in rows if row["seed"] > 0}
+             for (steps, *others), rows in judgements(start_of(base), results).items()
+             if tuple(others) == VERDICT[1:]}  # fmt: skip
+    lines = [f"| {TITLES[base]}: arm | ms a picture | times none | seeds | reconstructions (Lite2) | steps of none | "
+             "none of as long | against it |", "|---|---:|---:|---|---:|---:|---:|---:|"]  # fmt: skip
+    for arm, ratio in cost["ratio_to_the_first"].items():
+        cells = [arm, f"{1000 * cost['seconds_a_sample'][arm]:.1f}", f"{ratio:.2f}"]
+        steps = min(found, key=lambda steps: abs(steps / VERDICT[0] - ratio), default=0)
+        own = {seed: value for (name, seed), value in found.get(VERDICT[0], {}).items() if name == arm}
+        none = {seed: found[steps][key] for seed in own if (key := ("none", seed)) in found[steps]}
+        if arm != "none" and own and own.keys() == none.keys() and abs(steps / VERDICT[0] / ratio - 1) <= 0.05:
+            means = [statistics.mean(values.values()) for values in (own, none)]
+            cells += [", ".join(map(str, sorted(own))), f"{means[0]:.2f}", f"{steps:,}", f"{means[1]:.2f}",
+                      f"{means[0] / means[1] - 1:+.1%}"]  # fmt: skip
+        lines.append(f"| {' | '.join(cells + [''] * (8 - len(cells)))} |")
+    return "\n".join([*lines, "", source(cost)])
+
+
 def conditions_table(base, results=RESULTS):
     """Means over the fresh seeds, under the verdict's conditions and others, against *none* of the same seeds."""
     found = {condition: [row for row in rows if row["seed"] > 0]
@@ -269,6 +331,8 @@ def all_tables(results=RESULTS):
         tables[f"base {base}"] = base_table(base, results)
         tables[f"arms {base}"] = arm_table(start_of(base), TITLES[base], results)
         tables[f"seeds {base}"] = seeds_table(base, results)
+        tables[f"changes {base}"] = changes_table(base, results)
+        tables[f"cost {base}"] = cost_table(base, results)
         tables[f"one-step {base}"] = one_step_table(base, results)
         tables[f"conditions {base}"] = conditions_table(base, results)
     return tables | {f"arms {start}": arm_table(start, title, results) for start, title in EARLIER_STARTS.items()}

@@ -19,6 +19,7 @@ from lpl_finetuning.base_model import (
 )
 from lpl_finetuning.errors import require
 from lpl_finetuning.flags import feature_parts, framing_rules
+from lpl_finetuning.networks.encoder_norms import encoder_norms, same_encoder
 
 OVER_POSITIONS = ("standard", "target", "batch")  # values of --lpl_norm_type that need more than one position
 
@@ -52,22 +53,27 @@ def check_classifier(args, base, vae):
     for field, value in wanted.items():
         require(config.get(field) == value, f"{flag}: its config.json says {field} {config.get(field)}, and "
                 f"{base.describe(part.name)} has {value}; {advice}")  # fmt: skip
-    check_fingerprint(flag, config.get("vae_fingerprint"), base, advice)
+    check_encoder(flag, config, base, advice)
     chosen_stages(args, config)
 
 
-def check_fingerprint(flag, trained_on, base, advice):
+def check_encoder(flag, config, base, advice):
     """Refuse a classifier of another autoencoder's latents; warn where that can't be known.
 
+    The encoders' norms are compared where both are known, else fingerprints of files, or names on the Hub.
+
     Args:
-        flag: with the value; trained_on: fingerprint of the classifier's autoencoder, or None; base: the `BaseModel`.
+        flag: with the value; config: content of the classifier's config.json; base: the `BaseModel`.
     """
-    part = base.family.autoencoder.name
-    if not trained_on or (Path(base.place(part).name).is_dir() and not weights_here(base, part)):
+    part, trained_on = base.family.autoencoder.name, config.get("vae_fingerprint")
+    place = base.place(part).name
+    if not trained_on or (place not in base.unpacked and Path(place).is_dir() and not weights_here(base, part)):
         return
-    here = weights_fingerprint(base, part)
-    comparable = here.partition(":")[0] == trained_on.partition(":")[0]
-    require(here == trained_on or not comparable, f"{flag}: it was trained on the latents of another autoencoder "
+    here, before = weights_fingerprint(base, part), config.get("vae_encoder_norms")
+    norms = before and here != trained_on and encoder_norms(base)
+    same = same_encoder(before, norms) if norms else here == trained_on
+    comparable = bool(norms) or here.partition(":")[0] == trained_on.partition(":")[0]
+    require(same or not comparable, f"{flag}: it was trained on the latents of another autoencoder "
             f"({trained_on}) than {base.describe(part)} ({here}); {advice}")  # fmt: skip
     if not comparable and os.environ.get("RANK", "0") == "0":
         print(f"warning: {flag}: its autoencoder ({trained_on}) and {base.describe(part)} ({here}) can't be compared; "

@@ -208,3 +208,21 @@ def test_a_base_that_was_trained_here_takes_the_place_of_the_kept_one(tmp_path, 
         (work / "flow" / name).write_text(text)
     assert effect.averages_of(work, "flow") == {"003000": work / "flow" / "average-003000.safetensors"}
     assert (work / "flow" / "t5_vocabulary.json").read_text() == "own"
+
+
+def test_a_longer_run_begins_where_a_shorter_one_of_the_same_arm_ended(tmp_path):
+    """The longest whole one of the seed; a checkpoint of its own goes before."""
+    arms = tmp_path / "arms" / "epsilon-009000"
+    for folder in ("none-1/checkpoint-1000", "none-1-1200-steps/checkpoint-1200", "none-1-1500-steps/checkpoint-750",
+                   "none-1-3000-steps/checkpoint-3000", "none-2-1400-steps/checkpoint-1400"):  # fmt: skip
+        (arms / folder).mkdir(parents=True)
+        (arms / folder / "state").write_text(folder)
+    effect.take_shorter_run(tmp_path, "epsilon-009000", "none", 1, 2500)
+    own = arms / "none-1-2500-steps"
+    assert [path.name for path in own.iterdir()] == ["checkpoint-1200"]
+    assert (own / "checkpoint-1200" / "state").read_text() == "none-1-1200-steps/checkpoint-1200"
+    (own / "checkpoint-1200").rename(own / "checkpoint-2000")
+    effect.take_shorter_run(tmp_path, "epsilon-009000", "none", 1, 2500)
+    assert [path.name for path in own.iterdir()] == ["checkpoint-2000"]
+    effect.take_shorter_run(tmp_path, "epsilon-009000", "none", 1, 500)
+    assert not (arms / "none-1-500-steps").exists()

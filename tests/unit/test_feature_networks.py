@@ -305,7 +305,11 @@ WRONG = {  # changes of a config.json -> what is told
         ({"shift_factor": 0.1}, "says shift_factor 0.1"),
         ({"latent_channels": 16}, "says latent_channels 16, and the base model's autoencoder has 4"),
         ({"pixels_per_latent": 4}, "says pixels_per_latent 4"),
-        ({"vae_fingerprint": "sha256:0123"}, "another autoencoder (sha256:0123) than the base model's autoencoder"),
+        ({"vae_fingerprint": "sha256:0123", "vae_encoder_norms": None},
+         "another autoencoder (sha256:0123) than the base model's autoencoder"),
+        ({"vae_fingerprint": "sha256:0123", "vae_encoder_norms": [1.0]},
+         "another autoencoder (sha256:0123) than the base model's autoencoder"),
+        ({"vae_fingerprint": "hub:someone/model@main", "vae_encoder_norms": [1.0]}, "another autoencoder (hub:someone"),
     ],
     "tiny": [
         ({"latent_channels": 16}, "takes latents of 16 channels, and the base model's autoencoder makes 4"),
@@ -330,12 +334,37 @@ def test_a_network_for_other_latents_is_refused_before_weights_load(name, change
     assert told in str(error.value) and flag in str(error.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_copy_of_the_autoencoder_makes_the_same_latents(dtype, flags, sdxl_folder, feature_networks, tmp_path,
+                                                          capsys):  # fmt: skip
+    """In another precision, or with another decoder; an encoder trained further does not."""
+
+    def start(vae):
+        vae.save_pretrained(tmp_path / "vae")
+        args_of(flags, "--lpl_features", "classifier", "--lpl_classifier", feature_networks["--lpl_classifier"],
+                "--pretrained_vae_model_name_or_path", tmp_path / "vae")  # fmt: skip
+
+    vae = AutoencoderKL.from_pretrained(sdxl_folder, subfolder="vae").to(dtype)
+    vae.decoder.conv_in.weight.data.mul_(2)
+    start(vae)
+    assert "can't be compared" not in capsys.readouterr().err
+    for weight in (vae.quant_conv.weight, vae.encoder.mid_block.resnets[0].conv1.weight):
+        weight.data.mul_(1.01)
+        with pytest.raises(UserError, match="it was trained on the latents of another autoencoder"):
+            start(vae)
+        weight.data.div_(1.01)
+    start(vae)
+    vae.encoder.down_blocks[0].resnets[0].conv1.weight.data.zero_()
+    with pytest.raises(UserError, match="another autoencoder"):
+        start(vae)
+
+
 def test_weights_that_are_not_there_or_of_unknown_origin(flags, feature_networks, tmp_path, capsys):
     folder = tmp_path / "classifier"
     shutil.copytree(feature_networks["--lpl_classifier"], folder)
     words, config = ("--lpl_features", "classifier", "--lpl_classifier", folder), folder / "config.json"
     content = json.loads(config.read_text())
-    config.write_text(json.dumps(content | {"vae_fingerprint": "hub:someone/model@main"}))
+    config.write_text(json.dumps(content | {"vae_fingerprint": "hub:someone/model@main", "vae_encoder_norms": None}))
     args_of(flags, *words)
     assert "(hub:someone/model@main) and the base model's autoencoder (sha256:" in capsys.readouterr().err
     config.write_text(json.dumps(content | {"vae_fingerprint": None}))

@@ -17,8 +17,11 @@ import train_latent_classifier
 import train_sd3_lpl_flow
 import train_sdxl_lpl
 from lpl_finetuning import unpacking
+from lpl_finetuning.base_model import BaseModel
 from lpl_finetuning.errors import DataError, UserError
+from lpl_finetuning.families import SD3, SDXL
 from lpl_finetuning.files import sha256_of
+from lpl_finetuning.networks.encoder_norms import encoder_norms, same_encoder
 from lpl_finetuning.results.export import original_state_dict, original_transformer, original_vae
 from lpl_finetuning.results.hub import schedule_of_base, snippet, source_in_words
 from lpl_finetuning.single_file import SD3_FILE, SDXL_FILE, read_single_file, transformer_config
@@ -28,6 +31,7 @@ from tests.runs import ROOT
 
 SCRIPTS = {"sdxl": train_sdxl_lpl, "sd3": train_sd3_lpl_flow}
 EXAMPLES = {name: ROOT / "examples" / f"tiny-{name}" for name in SCRIPTS}
+FAMILIES = {"sdxl": SDXL, "sd3": SD3}
 LAYOUTS = {"sdxl": SDXL_FILE, "sd3": SD3_FILE}
 UNET, MMDIT = "model.diffusion_model.", "model.diffusion_model.joint_blocks."
 
@@ -193,6 +197,19 @@ def test_sd3s_text_encoders_of_true_size(start, tmp_path):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Unpacking
+
+
+def test_the_autoencoder_in_a_single_file_is_that_of_the_folder(singles, start):
+    """Other names, one file, float16: a classifier of the folder's latents fits, unpacked or not."""
+    for family, known in FAMILIES.items():
+        base = start(singles[family], family=family).base_model
+        folder, file = encoder_norms(BaseModel(known, str(EXAMPLES[family]))), encoder_norms(base)
+        assert len(folder) > 20 and same_encoder(folder, file)
+    words = ("--use_lpl", "--lpl_features", "classifier", "--lpl_classifier", ROOT / "examples" / "tiny-classifier")
+    base = start(singles["sdxl"], *words).base_model
+    assert not base.is_unpacked
+    base.unpack()
+    assert start(singles["sdxl"], *words).base_model.is_unpacked
 
 
 @pytest.mark.parametrize("family", EXAMPLES)
