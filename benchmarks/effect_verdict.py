@@ -188,8 +188,8 @@ def seeds_table(base, results=RESULTS):
 def changes_table(base, results=RESULTS):
     """Relative differences from *none* of the same seed, to the reconstructions, with their 95 % intervals.
 
-    The intervals of single seeds cover the noise of sampling; that of the mean covers training too, by Student's t over
-    the seeds' differences.
+    The intervals of single seeds cover the noise of sampling; that of the mean covers training too, by Student's t
+    over the seeds' differences.
     """
     rows = [row for row in judged(start_of(base), results) if row["seed"] > 0]
     none = {row["seed"]: row["reconstructions"][JUDGE]["frechet"] for row in rows if row["arm"] == "none"}

@@ -309,7 +309,7 @@ WRONG = {  # changes of a config.json -> what is told
          "another autoencoder (sha256:0123) than the base model's autoencoder"),
         ({"vae_fingerprint": "sha256:0123", "vae_encoder_norms": [1.0]},
          "another autoencoder (sha256:0123) than the base model's autoencoder"),
-        ({"vae_fingerprint": "hub:someone/model@main", "vae_encoder_norms": [1.0]}, "another autoencoder (hub:someone"),
+        ({"vae_fingerprint": "hub:some/model@main", "vae_encoder_norms": [1.0]}, "another autoencoder (hub:"),
     ],
     "tiny": [
         ({"latent_channels": 16}, "takes latents of 16 channels, and the base model's autoencoder makes 4"),
