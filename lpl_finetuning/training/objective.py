@@ -22,7 +22,7 @@ from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.stages import stage_ended
 from lpl_finetuning.training.augmentation import augment_alike
 from lpl_finetuning.training.guard import Guard
-from lpl_finetuning.training.perceptual import PerceptualTerm, build_perceptual_term
+from lpl_finetuning.training.perceptual import PerceptualTerm, build_perceptual_term, check_tiny_decoder
 from lpl_finetuning.training.transfer import pinned, to_device
 from lpl_utils import LatentSpace, noise_to_signal
 
@@ -137,6 +137,8 @@ def build_objective(args, accelerator, plan, data, space, stages, encoder, empty
         empty_prompt: the tensors of the unconditional prompt; empty_is_zero: whether they stand for zeros.
         gate: the `LPLGate`.
     """
+    if stages and accelerator.is_main_process:
+        check_tiny_decoder(stages, data, space)
     stage_ended("captions and images in the caches; decoder")
     return Objective(
         settings=settings_from_flags(SampleSettings, args),

@@ -5,10 +5,12 @@ C channels, h w of a latent.
 """
 
 import math
+import sys
 
 import torch
 from diffusers import AutoencoderTiny
 
+from lpl_finetuning.data.images import to_pixel_values
 from lpl_finetuning.flags import feature_fractions, feature_parts, framing_rules
 from lpl_finetuning.networks.checks import chosen_stages
 from lpl_finetuning.networks.latent_classifier import LatentClassifier
@@ -25,6 +27,8 @@ from lpl_utils import (
     TinyDecoderStages,
     lpl_noise_scale,
 )
+
+CHECKED_PICTURES, PAINTED = 8, 0.5  # that a tiny decoder is checked with, and the share of their variance it must show
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From flags
@@ -84,6 +88,32 @@ def load_feature_network(cls, name, dtype, device):
         network = cls.from_pretrained(name, use_safetensors=True, dtype=dtype)
     network = network.requires_grad_(False).eval()
     return torch.nn.Module.to(network, device=device, dtype=dtype, memory_format=torch.channels_last)
+
+
+def check_tiny_decoder(stages, data, space):
+    """Warn where the tiny decoder does not paint the run's pictures: then it belongs to another autoencoder.
+
+    Nothing in its files says to which one, and a wrong one of as many channels trains without a sign.
+
+    Args:
+        stages: {network: `FeatureStages`}; data: the `RunData`; space: the `LatentSpace` of the stored latents.
+    """
+    images, framing = (data.images, data.framing) if data.cached else (data.held_out, data.held_out_framing)
+    if "tiny_decoder" not in stages or not len(images):
+        return
+    tiny, missed, all_of_it = stages["tiny_decoder"], 0.0, 0.0
+    for number in range(min(len(images), CHECKED_PICTURES)):
+        view = framing.views(number, images[number])[0]
+        z = tiny.input_space.from_model(space.to_model(data.latents.get(view.key(images[number].pixels))["mean"]))
+        with torch.no_grad():
+            painted = tiny.vae.decoder(to_device(z[None], tiny.network[0].weight.device).to(tiny.dtype))[0]
+        picture = to_pixel_values(framing.cut(images[number], view)[0])
+        missed += (painted.float().cpu() - picture).square().sum().item()
+        all_of_it += (picture - picture.mean(dim=(1, 2), keepdim=True)).square().sum().item()
+    if missed > (1 - PAINTED) * all_of_it:
+        print("warning: the decoder of --lpl_tiny_decoder does not paint the training pictures: "
+              f"{max(0, 1 - missed / all_of_it):.0%} of their variance, and above {PAINTED:.0%} is needed. Is it that "
+              "of another autoencoder?", file=sys.stderr)  # fmt: skip
 
 
 def needs_decoder(args, measured):

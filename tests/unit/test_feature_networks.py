@@ -35,6 +35,7 @@ from lpl_utils import (
     estimate_z0,
     stage_features,
 )
+from tests import sdxl
 from tests.runs import ROOT, memory_of
 from tests.tiny_models import autoencoder, latent_classifier, save_feature_networks, tiny_decoder
 
@@ -440,3 +441,31 @@ def test_sd3_takes_them_too(sd3_folder, pictures, cache_dir, tmp_path):
     ]
     args = train_sd3_lpl_flow.parse_args([*map(str, words), "--cache_dir", str(cache_dir)])
     assert [*train_sd3_lpl_flow.lpl_stages(args, None, Machine("no"))] == ["classifier", "tiny_decoder"]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Whose tiny decoder it is
+
+
+@pytest.mark.parametrize("cropping", ["--center_crop", "--validation_split 0.3", ""])
+def test_a_tiny_decoder_of_another_autoencoder_is_noticed(cropping, tmp_path, capsys):
+    """It paints other pictures than those that the autoencoder has encoded; cached ones, or else held-out ones."""
+    own, emoji = ROOT / "examples" / "tiny-sdxl-decoder", sorted((ROOT / "examples" / "fluent-emoji").glob("*.webp"))
+    (tmp_path / "wide").mkdir()
+    for number in range(8):  # two side by side, so that a crop at random is not always the same
+        wide = Image.new("RGB", (96, 64), "white")
+        for place, path in enumerate(emoji[2 * number : 2 * number + 2]):
+            wide.paste(Image.open(path).convert("RGB").resize((48, 48)), (48 * place, 8))
+        wide.save(tmp_path / "wide" / f"{number}.png")
+    tiny = AutoencoderTiny.from_pretrained(own, dtype=torch.float32)
+    first = tiny.decoder.layers[0].weight
+    first.data = first.data.roll(1, dims=1)  # the channels of another autoencoder's latents
+    tiny.save_pretrained(tmp_path / "others")
+    for name, folder in {"own": own, "other": tmp_path / "others"}.items():
+        sdxl.run(*f"--max_train_steps 1 --train_batch_size 1 --resolution 64 {cropping} --mixed_precision no "
+                 f"--report_to none --use_lpl --lpl_features tiny_decoder --lpl_tiny_decoder {folder} "
+                 f"--cache_dir {tmp_path}/cache --pretrained_model_name_or_path {ROOT}/examples/tiny-sdxl "
+                 f"--train_data_dir {tmp_path}/wide --instance_prompt emoji "
+                 f"--output_dir {tmp_path}/{name}".split(), result=False)  # fmt: skip
+        warned = "the decoder of --lpl_tiny_decoder does not paint the training pictures" in capsys.readouterr().err
+        assert warned == (name == "other" and bool(cropping))
