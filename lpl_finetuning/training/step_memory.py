@@ -375,6 +375,8 @@ class NoData:
 
     images: tuple = ()
     held_out: tuple = ()
+    cached: bool = True
+    framing: None = None
 
 
 def counting_objective(args, plan, code, machine, accelerator, denoiser):
