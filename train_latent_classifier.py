@@ -123,7 +123,7 @@ from lpl_finetuning.data.encoding import encode_images, rows_of
 from lpl_finetuning.data.labels import Classes
 from lpl_finetuning.data.samples import addressed_rng
 from lpl_finetuning.files import format_bytes
-from lpl_finetuning.networks.encoder_norms import encoder_norms
+from lpl_finetuning.networks.encoder_sketch import encoder_sketch
 from lpl_finetuning.networks.latent_classifier import LatentClassifier
 from lpl_finetuning.results.classifier_card import save_classifier, write_classifier_card
 from lpl_finetuning.results.hub import check_access, publish_result
@@ -185,7 +185,7 @@ def build_learner(args, classes, device):
             resolution=args.resolution,
             vae=name_on_the_hub(name) or Path(name).resolve().name,
             vae_fingerprint=base.weights,
-            vae_encoder_norms=encoder_norms(base),
+            vae_encoder_sketch=encoder_sketch(base),
         )
     learner = Learner(classifier).train()
     if device == "meta":

@@ -28,6 +28,7 @@ import argparse
 import csv
 import functools
 import json
+import re
 import shlex
 import shutil
 import subprocess
@@ -44,7 +45,7 @@ from pretrain.emoji_images import DOMAINS
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-KEPT = ROOT / "benchmarks" / "bases"  # averages that the repository keeps, so that arms can start without a training
+KEPT = {"epsilon": ROOT / "examples" / "tiny-sdxl", "flow": ROOT / "examples" / "tiny-sd3"}  # bases, fully trained
 STEPS, DECODER_STEPS = 1000, 3000  # training steps of an arm and of a decoder
 STAGES = ("data", "pipelines", "judge-base", "profile", "train", "gain", "judge", "report", "one-step",
           "reconstructions", "autoencoder", "cost", "state")  # fmt: skip
@@ -132,22 +133,34 @@ def make_data(work, domain):
 
 
 def averages_of(work, base):
-    """{steps: file} of the averages of a base: those that its training here has kept, else those of the repository.
-
-    With the latter comes the vocabulary of T5, which is learnt anew, and otherwise, by every training.
-    """
-    found, folder = sorted((work / base).glob("average-*.safetensors")), work / base
-    if not found:
-        found = sorted(KEPT.glob(f"{base}-*.safetensors"))
-        folder.mkdir(parents=True, exist_ok=True)
-        for vocabulary in KEPT.glob(f"{base}-*.json"):
-            shutil.copy(vocabulary, folder / vocabulary.name.removeprefix(f"{base}-"))
-    return {path.stem.rpartition("-")[2]: path for path in found}
+    """{steps: file} of the averages that the training of a base has kept in the work folder."""
+    return {path.stem.rpartition("-")[2]: path for path in sorted((work / base).glob("average-*.safetensors"))}
 
 
 def make_pipelines(work, base):
-    """WORK/BASE/pipelines/STEP for every average of a base."""
+    """WORK/BASE/pipelines/STEP in float32, for every average of a base; without any, of the pipeline in examples/."""
     import torch
+    from diffusers import DiffusionPipeline
+
+    averages = averages_of(work, base)
+    steps = [*averages] or [STARTS[base]]
+    if not averages and base not in KEPT:
+        raise SystemExit(f"{work / base} has no average-*.safetensors: train the base, see docs/effect-progress.md")
+    for step in steps:
+        folder = work / base / "pipelines" / step
+        if (folder / "model_index.json").is_file():
+            continue
+        if averages:
+            pipeline = pipeline_with(work, base, averages[step])
+        else:
+            pipeline = DiffusionPipeline.from_pretrained(KEPT[base], dtype=torch.float32)
+        with torch.no_grad():
+            pipeline.save_pretrained(folder)
+        print(f"wrote {folder}")
+
+
+def pipeline_with(work, base, average):
+    """The pipeline of a base, with the weights of an average."""
     from safetensors.torch import load_file
 
     from pretrain import train_tiny_sd3, train_tiny_sdxl
@@ -159,23 +172,16 @@ def make_pipelines(work, base):
              "--output_dir", str(work / base)]  # fmt: skip
     args = script.parse_args(words + (["--prediction_type", base] if family == "sdxl" else []))
     _, captions = load_training_pictures(args, 64)
-    for steps, average in averages_of(work, base).items():
-        folder = work / base / "pipelines" / steps
-        if (folder / "model_index.json").is_file():
-            continue
-        pipeline = script.build_pipeline(args, captions)
-        parts = {}
-        for name, value in load_file(average).items():
-            net, parameter = name.split(".", 1)
-            parts.setdefault(net, {})[parameter] = value.float()
-        for net, state in parts.items():
-            missing = set(dict(getattr(pipeline, net).named_parameters())) ^ set(state)
-            if missing:
-                raise SystemExit(f"{average} does not fit {net}: {sorted(missing)[:3]}")
-            getattr(pipeline, net).load_state_dict(state, strict=False)
-        with torch.no_grad():
-            pipeline.save_pretrained(folder)
-        print(f"wrote {folder}")
+    pipeline, parts = script.build_pipeline(args, captions), {}
+    for name, value in load_file(average).items():
+        net, parameter = name.split(".", 1)
+        parts.setdefault(net, {})[parameter] = value.float()
+    for net, state in parts.items():
+        missing = set(dict(getattr(pipeline, net).named_parameters())) ^ set(state)
+        if missing:
+            raise SystemExit(f"{average} does not fit {net}: {sorted(missing)[:3]}")
+        getattr(pipeline, net).load_state_dict(state, strict=False)
+    return pipeline
 
 
 def references_of(work, family):
@@ -285,19 +291,20 @@ def train_arm(work, start, name, seed, steps, folder=None, logging_steps=None):
 
 
 def take_shorter_run(work, start, name, seed, steps):
-    """Let an arm begin with the end of a shorter run of it: copy that checkpoint, where there is none yet.
+    """Let an arm begin with the last checkpoint of its runs of fewer steps, where it has none of its own.
 
-    The learning rate is constant, so a longer run is at the same place after as many steps.
+    The learning rate is constant, so all runs of an arm and a seed are at the same place after as many steps.
     """
-    own, ends = arm_folder(work, start, name, seed, steps), {}
+    own, found = arm_folder(work, start, name, seed, steps), {}
+    runs = re.compile(re.escape(arm_name(name, seed, STEPS)) + r"(-\d+-steps)?")
     for checkpoint in own.parent.glob(f"{name}-{seed}*/checkpoint-*"):
-        end = int(checkpoint.name.partition("-")[2])
-        if end < steps and checkpoint.parent == arm_folder(work, start, name, seed, end):
-            ends[end] = checkpoint
-    if ends and not any(own.glob("checkpoint-*")):
-        own.mkdir(exist_ok=True)
-        shutil.copytree(ends[max(ends)], own / "copy", dirs_exist_ok=True)
-        (own / "copy").rename(own / ends[max(ends)].name)  # a copy that was begun is no checkpoint
+        number = checkpoint.name.partition("-")[2]
+        if runs.fullmatch(checkpoint.parent.name) and number.isdigit() and int(number) < steps:
+            found[int(number)] = checkpoint
+    if found and not any(own.glob("checkpoint-*")):
+        shutil.rmtree(own / "copy", ignore_errors=True)  # one that was begun
+        shutil.copytree(found[max(found)], own / "copy")
+        (own / "copy").rename(own / found[max(found)].name)
 
 
 def is_done(folder):
@@ -310,7 +317,7 @@ def keep_arm(work, folder, start, name, seed, steps, seconds):
     rows = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["diffusion_loss"] for row in rows if "diffusion_loss" in row]
     flags = " ".join(ALL[name].words(name, family_of(start), steps))
-    result = {"start": start, "arm": name, "flags": flags, "seed": seed, "steps": steps,
+    result = {"start": start, "arm": name, "flags": flags, "seed": seed, "steps": steps, "first_step": rows[0]["step"],
               "last_diffusion_losses": losses[-5:],
               "gradient_norms": {str(row["step"]): {key: row[key] for key in row if key.startswith("gradient/")}
                                  for row in rows if any(key.startswith("gradient/") for key in row)}}  # fmt: skip

@@ -30,7 +30,7 @@ EARLIER_STARTS = {"earlier-009000": "The earlier base of 9,000 steps",
                   "earlier-015000": "The earlier base of 15,000 steps"}  # fmt: skip
 OTHER = NETWORKS[1]
 VERDICT = (1000, 1, SAMPLING_STEPS)  # training steps, guidance and sampling steps of the verdict
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}  # {seeds: two-sided 95 % quantile of t with a degree less}
+STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # {seeds: 97.5 % quantile of t}
 
 
 def read(name, results=RESULTS):
@@ -193,25 +193,29 @@ def changes_table(base, results=RESULTS):
     """
     rows = [row for row in judged(start_of(base), results) if row["seed"] > 0]
     none = {row["seed"]: row["reconstructions"][JUDGE]["frechet"] for row in rows if row["arm"] == "none"}
-    arms = [arm for arm in dict.fromkeys(row["arm"] for row in rows) if arm != "none"]
-    if not arms:
+    own = {}
+    for row in rows:
+        if row["seed"] in none and "reconstructions" in row["change"]:  # not the baseline
+            changes = [value / none[row["seed"]] for value in row["change"]["reconstructions"]]
+            own.setdefault(row["arm"], {})[row["seed"]] = changes
+    if not own:
         return ""
     lines = [f"| {TITLES[base]}: against none, to reconstructions (Lite2) | "
              + " | ".join(f"seed {seed}" for seed in sorted(none)) + " | mean and interval over seeds |",
              "|---|" + "---:|" * (len(none) + 1)]  # fmt: skip
-    for arm in arms:
-        own = {row["seed"]: [value / none[row["seed"]] for value in row["change"]["reconstructions"]]
-               for row in rows if row["arm"] == arm and row["seed"] in none}  # fmt: skip
-        columns = [percent_of(*own[seed]) if seed in own else "" for seed in sorted(none)]
-        values = [change[0] for change in own.values()]
-        mean = statistics.mean(values)
-        if len(values) in STUDENT:
-            half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-            columns.append(percent_of(mean, mean - half, mean + half))
-        else:
-            columns.append(f"{mean:+.1%}")
-        lines.append(f"| {arm} | " + " | ".join(columns) + " |")
+    for arm, changes in own.items():
+        columns = [percent_of(*changes[seed]) if seed in changes else "" for seed in sorted(none)]
+        lines.append(f"| {arm} | " + " | ".join([*columns, mean_of([each[0] for each in changes.values()])]) + " |")
     return "\n".join(lines)
+
+
+def mean_of(values):
+    """The mean of relative differences with its 95 % interval by Student's t, as a cell; of one value itself."""
+    mean = statistics.mean(values)
+    if len(values) not in STUDENT:
+        return f"{mean:+.1%}"
+    half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+    return percent_of(mean, mean - half, mean + half)
 
 
 def percent_of(value, low, high):
@@ -222,7 +226,7 @@ def percent_of(value, low, high):
 def cost_table(base, results=RESULTS):
     """Times of a step, and each arm of 1,000 steps against *none* of as long a training, where both are judged.
 
-    The length is that of the judged *none* of another number of steps which is nearest, within 5 %.
+    The length is that of the judged *none* of more steps which is nearest, within 5 %, and has the arm's seeds.
     """
     cost = read(f"effect-cost-{start_of(base)}", results)
     if not cost:
@@ -235,13 +239,15 @@ def cost_table(base, results=RESULTS):
              "none of as long | against it |", "|---|---:|---:|---|---:|---:|---:|---:|"]  # fmt: skip
     for arm, ratio in cost["ratio_to_the_first"].items():
         cells = [arm, f"{1000 * cost['seconds_a_sample'][arm]:.1f}", f"{ratio:.2f}"]
-        steps = min(found, key=lambda steps: abs(steps / VERDICT[0] - ratio), default=0)
         own = {seed: value for (name, seed), value in found.get(VERDICT[0], {}).items() if name == arm}
-        none = {seed: found[steps][key] for seed in own if (key := ("none", seed)) in found[steps]}
-        if arm != "none" and own and own.keys() == none.keys() and abs(steps / VERDICT[0] / ratio - 1) <= 0.05:
-            means = [statistics.mean(values.values()) for values in (own, none)]
-            cells += [", ".join(map(str, sorted(own))), f"{means[0]:.2f}", f"{steps:,}", f"{means[1]:.2f}",
-                      f"{means[0] / means[1] - 1:+.1%}"]  # fmt: skip
+        lengths = {abs(steps / VERDICT[0] / ratio - 1): steps for steps, values in found.items()
+                   if steps > VERDICT[0] and all(("none", seed) in values for seed in own)}  # fmt: skip
+        if own and min(lengths, default=1) <= 0.05:
+            steps = lengths[min(lengths)]
+            none = {seed: found[steps]["none", seed] for seed in own}
+            cells += [", ".join(map(str, sorted(own))), f"{statistics.mean(own.values()):.2f}", f"{steps:,}",
+                      f"{statistics.mean(none.values()):.2f}",
+                      mean_of([value / none[seed] - 1 for seed, value in own.items()])]  # fmt: skip
         lines.append(f"| {' | '.join(cells + [''] * (8 - len(cells)))} |")
     return "\n".join([*lines, "", source(cost)])
 

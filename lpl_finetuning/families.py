@@ -13,7 +13,7 @@ from lpl_finetuning.sample_prompts import check_zero_snr, entries_of
 from lpl_finetuning.single_file import SD3_FILE, SDXL_FILE
 from lpl_finetuning.unpacking import open_base_file, open_vae_file
 
-VAE = Part("vae", "autoencoder", "AutoencoderKL", "pretrained_vae_model_name_or_path")
+VAE = Part("vae", "autoencoder", "AutoencoderKL", "pretrained_vae_model_name_or_path", in_pipelines=True)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Any pipeline with an AutoencoderKL, for what is trained on its latents

@@ -24,7 +24,7 @@ from transformers import (
 )
 
 from lpl_finetuning.base_model import BaseModel, weights_fingerprint
-from lpl_finetuning.networks.encoder_norms import encoder_norms
+from lpl_finetuning.networks.encoder_sketch import encoder_sketch
 from lpl_finetuning.networks.latent_classifier import LatentClassifier
 from pretrain.train_tiny_sdxl import build_tokenizers
 
@@ -94,7 +94,8 @@ def save_feature_networks(folder, pipeline, family):
     vae = json.loads((pipeline / "vae" / "config.json").read_text())
     own = {"latent_channels": vae["latent_channels"], "scaling_factor": vae["scaling_factor"],
            "shift_factor": vae["shift_factor"] or 0.0, "vae": "its own",
-           "vae_fingerprint": weights_fingerprint(base, "vae"), "vae_encoder_norms": encoder_norms(base)}  # fmt: skip
+           "vae_fingerprint": weights_fingerprint(base, "vae"),
+           "vae_encoder_sketch": encoder_sketch(base)}  # fmt: skip
     latent_classifier(**own).save_pretrained(folder / "classifier")
     tiny_decoder(channels=vae["latent_channels"]).save_pretrained(folder / "tiny")
     return {"--lpl_classifier": folder / "classifier", "--lpl_tiny_decoder": folder / "tiny"}

@@ -180,8 +180,9 @@ def vae_identity(base: BaseModel) -> Any:
         return "pixels"
     if not base.vae:
         return model_identity(base, base.family.autoencoder.name)
-    idle = idle_weights(base, base.family.autoencoder.name)
-    return model_digest(base.vae, without=idle) if Path(base.vae).is_dir() else base.vae
+    place, idle = base.place(base.family.autoencoder.name), idle_weights(base, base.family.autoencoder.name)
+    folder = Path(place.name, place.subfolder)
+    return model_digest(folder, without=idle) if folder.is_dir() else folder.as_posix()
 
 
 def captions_to_encode(

@@ -19,8 +19,9 @@ from lpl_finetuning.base_model import (
 )
 from lpl_finetuning.errors import require
 from lpl_finetuning.flags import feature_parts, framing_rules
-from lpl_finetuning.networks.encoder_norms import encoder_norms, same_encoder
+from lpl_finetuning.networks.encoder_sketch import encoder_sketch, same_encoder
 
+SKETCH = "vae_encoder_sketch"  # in a classifier's config.json
 OVER_POSITIONS = ("standard", "target", "batch")  # values of --lpl_norm_type that need more than one position
 
 
@@ -47,35 +48,40 @@ def check_classifier(args, base, vae):
         "scaling_factor": vae.get("scaling_factor"),
         "shift_factor": vae.get("shift_factor") or 0.0,
     }
-    part = base.family.autoencoder
-    advice = (f"train one on this autoencoder with train_latent_classifier.py, or give the classifier's autoencoder, "
-              f"{config.get('vae')}, as --{part.flag}")  # fmt: skip
+    advice = advice_for(config, base)
     for field, value in wanted.items():
         require(config.get(field) == value, f"{flag}: its config.json says {field} {config.get(field)}, and "
-                f"{base.describe(part.name)} has {value}; {advice}")  # fmt: skip
-    check_encoder(flag, config, base, advice)
+                f"{base.describe(base.family.autoencoder.name)} has {value}; {advice}")  # fmt: skip
+    check_encoder(flag, config, base)
     chosen_stages(args, config)
 
 
-def check_encoder(flag, config, base, advice):
+def advice_for(config, base):
+    """What to do about a classifier of other latents. config: content of its config.json."""
+    return ("train one on this autoencoder with train_latent_classifier.py, or give the classifier's autoencoder, "
+            f"{config.get('vae')}, as --{base.family.autoencoder.flag}")  # fmt: skip
+
+
+def check_encoder(flag, config, base, is_loaded=False):
     """Refuse a classifier of another autoencoder's latents; warn where that can't be known.
 
-    The encoders' norms are compared where both are known, else fingerprints of files, or names on the Hub.
+    An autoencoder on the Hub whose files are not here yet passes when the flags are checked.
 
     Args:
         flag: with the value; config: content of the classifier's config.json; base: the `BaseModel`.
+        is_loaded: the base model has been fetched from the Hub meanwhile.
     """
-    part, trained_on = base.family.autoencoder.name, config.get("vae_fingerprint")
-    place = base.place(part).name
-    if not trained_on or (place not in base.unpacked and Path(place).is_dir() and not weights_here(base, part)):
+    part, trained_on, before = base.family.autoencoder.name, config.get("vae_fingerprint"), config.get(SKETCH)
+    place = Path(base.place(part).name)
+    plan_only = place.is_dir() and str(place) not in base.unpacked and not weights_here(base, part)
+    here = weights_fingerprint(base, part)
+    if here == trained_on or plan_only or not (trained_on or before) or (is_loaded and place.is_dir()):
         return
-    here, before = weights_fingerprint(base, part), config.get("vae_encoder_norms")
-    norms = before and here != trained_on and encoder_norms(base)
-    same = same_encoder(before, norms) if norms else here == trained_on
-    comparable = bool(norms) or here.partition(":")[0] == trained_on.partition(":")[0]
-    require(same or not comparable, f"{flag}: it was trained on the latents of another autoencoder "
-            f"({trained_on}) than {base.describe(part)} ({here}); {advice}")  # fmt: skip
-    if not comparable and os.environ.get("RANK", "0") == "0":
+    sketch = before and encoder_sketch(base)
+    if sketch:
+        require(same_encoder(before, sketch), f"{flag}: it was trained on the latents of another autoencoder "
+                f"({trained_on}) than {base.describe(part)} ({here}); {advice_for(config, base)}")  # fmt: skip
+    elif (is_loaded or place.is_dir()) and os.environ.get("RANK", "0") == "0":
         print(f"warning: {flag}: its autoencoder ({trained_on}) and {base.describe(part)} ({here}) can't be compared; "
               "scaling, shift and channels agree", file=sys.stderr)  # fmt: skip
 

@@ -62,7 +62,7 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         pixels_per_latent: pixels of the image on a side of one latent.
         resolution: side in px of the squares that it was trained on, or had the area of; None where nobody said.
         vae, vae_fingerprint: name and fingerprint (`base_model.weights_fingerprint`) of the autoencoder.
-        vae_encoder_norms: what tells its latents from others', `encoder_norms`; None where its files were not at hand.
+        vae_encoder_sketch: what tells its latents from others', `encoder_sketch`; None where its files can't be read.
     """
 
     _supports_gradient_checkpointing = False
@@ -82,7 +82,7 @@ class LatentClassifier(ModelMixin, ConfigMixin):
         resolution: int | None = None,
         vae: str | None = None,
         vae_fingerprint: str | None = None,
-        vae_encoder_norms: tuple[float, ...] | None = None,
+        vae_encoder_sketch: tuple[tuple[float, float, float], ...] | None = None,
     ):
         super().__init__()
         self.stem = nn.Conv2d(latent_channels, block_widths[0], 3, padding=1)

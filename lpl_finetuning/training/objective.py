@@ -138,7 +138,7 @@ def build_objective(args, accelerator, plan, data, space, stages, encoder, empty
         gate: the `LPLGate`.
     """
     if stages and accelerator.is_main_process:
-        check_tiny_decoder(stages, data, space)
+        check_tiny_decoder(stages, data, space, encoder)
     stage_ended("captions and images in the caches; decoder")
     return Objective(
         settings=settings_from_flags(SampleSettings, args),

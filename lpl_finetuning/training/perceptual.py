@@ -7,12 +7,15 @@ C channels, h w of a latent.
 import math
 import sys
 
+import numpy as np
 import torch
 from diffusers import AutoencoderTiny
 
+from lpl_finetuning.data.encoding import encode_images
 from lpl_finetuning.data.images import to_pixel_values
+from lpl_finetuning.errors import DataError
 from lpl_finetuning.flags import feature_fractions, feature_parts, framing_rules
-from lpl_finetuning.networks.checks import chosen_stages
+from lpl_finetuning.networks.checks import check_encoder, chosen_stages
 from lpl_finetuning.networks.latent_classifier import LatentClassifier
 from lpl_finetuning.sample_prompts import entries_of
 from lpl_finetuning.training.transfer import to_device
@@ -28,7 +31,7 @@ from lpl_utils import (
     lpl_noise_scale,
 )
 
-CHECKED_PICTURES, PAINTED = 8, 0.5  # that a tiny decoder is checked with, and the share of their variance it must show
+CHECKED_PICTURES, ALIKE = 8, 0.6  # that a tiny decoder is checked with, and the least correlation
 
 # ---------------------------------------------------------------------------------------------------------------------
 # From flags
@@ -73,6 +76,8 @@ def lpl_stages(args, vae, machine):
             stages[network] = TinyDecoderStages(tiny, min(args.lpl_num_blocks, blocks))
         elif network == "classifier":
             classifier = load_feature_network(LatentClassifier, args.lpl_classifier, dtype, machine.device)
+            if str(machine.device) != "meta":
+                check_encoder(f"--lpl_classifier {args.lpl_classifier}", classifier.config, args.base_model, True)
             stages[network] = SelectedStages(classifier, chosen_stages(args, classifier.config))
         else:
             stages[network] = DecoderStages(vae, args.lpl_num_blocks, rgb=network == "rgb")
@@ -90,30 +95,39 @@ def load_feature_network(cls, name, dtype, device):
     return torch.nn.Module.to(network, device=device, dtype=dtype, memory_format=torch.channels_last)
 
 
-def check_tiny_decoder(stages, data, space):
+def check_tiny_decoder(stages, data, space, encoder=None):
     """Warn where the tiny decoder does not paint the run's pictures: then it belongs to another autoencoder.
 
-    Nothing in its files says to which one, and a wrong one of as many channels trains without a sign.
+    Nothing in its files says to which one, and a wrong one of as many channels trains without a sign. Painted and true
+    deviations from a picture's mean colour are correlated: so contrast and brightness do not count.
 
     Args:
         stages: {network: `FeatureStages`}; data: the `RunData`; space: the `LatentSpace` of the stored latents.
+        encoder: the autoencoder of a run without stored latents.
     """
-    images, framing = (data.images, data.framing) if data.cached else (data.held_out, data.held_out_framing)
+    images = data.images
     if "tiny_decoder" not in stages or not len(images):
         return
-    tiny, missed, all_of_it = stages["tiny_decoder"], 0.0, 0.0
-    for number in range(min(len(images), CHECKED_PICTURES)):
-        view = framing.views(number, images[number])[0]
-        z = tiny.input_space.from_model(space.to_model(data.latents.get(view.key(images[number].pixels))["mean"]))
+    tiny, sums = stages["tiny_decoder"], np.zeros(3)
+    for number in np.unique(np.linspace(0, len(images) - 1, CHECKED_PICTURES).astype(int)).tolist():
+        view = data.framing.views(number, images[number])[0]
+        try:
+            picture = data.framing.cut(images[number], view)
+        except DataError:  # to be said where the picture is needed
+            continue
+        key = view.key(images[number].pixels)
+        mean = (data.latents.get(key) if data.cached else encode_images([picture], encoder)[0])["mean"]
+        z = tiny.input_space.from_model(space.to_model(mean))[None]
         with torch.no_grad():
-            painted = tiny.vae.decoder(to_device(z[None], tiny.network[0].weight.device).to(tiny.dtype))[0]
-        picture = to_pixel_values(framing.cut(images[number], view)[0])
-        missed += (painted.float().cpu() - picture).square().sum().item()
-        all_of_it += (picture - picture.mean(dim=(1, 2), keepdim=True)).square().sum().item()
-    if missed > (1 - PAINTED) * all_of_it:
-        print("warning: the decoder of --lpl_tiny_decoder does not paint the training pictures: "
-              f"{max(0, 1 - missed / all_of_it):.0%} of their variance, and above {PAINTED:.0%} is needed. Is it that "
-              "of another autoencoder?", file=sys.stderr)  # fmt: skip
+            painted = tiny.vae.decoder(to_device(z, tiny.network[0].weight.device).to(tiny.dtype))[0]
+        found, true = (pixels.double().cpu() - pixels.double().cpu().mean(dim=(1, 2), keepdim=True)
+                       for pixels in (painted, to_pixel_values(picture[0])))  # fmt: skip
+        sums += [(found * true).sum().item(), found.square().sum().item(), true.square().sum().item()]
+    both, painted, true = sums
+    if true > 0 and not both > ALIKE * math.sqrt(painted * true):  # so that NaN is told too
+        print("warning: --lpl_tiny_decoder does not paint the training pictures: the correlation is "
+              f"{both / math.sqrt(painted * true or 1):.2f}, and the right one's is near 1. Is it that of another "
+              "autoencoder?", file=sys.stderr)  # fmt: skip
 
 
 def needs_decoder(args, measured):

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
+from safetensors.torch import load_file
 
 from benchmarks import effect, effect_arm, effect_arms, effect_gain, effect_judge, effect_measures
 from lpl_finetuning.data.scan import scan_folder
@@ -193,34 +194,43 @@ def test_a_model_is_judged_by_two_references(sdxl_folder, tmp_path):
     assert changes["pictures"][1] > 0 > changes["reconstructions"][2], "farther from one, nearer to the other"
 
 
-def test_a_base_that_was_trained_here_takes_the_place_of_the_kept_one(tmp_path, monkeypatch):
-    """As a whole: another training has other weights, and another vocabulary of T5."""
-    monkeypatch.setattr(effect, "KEPT", tmp_path / "bases")
-    work = tmp_path / "work"
-    kept, vocabulary = (tmp_path / "bases" / name for name in ("flow-009000.safetensors", "flow-t5_vocabulary.json"))
-    kept.parent.mkdir()
-    kept.touch()
-    vocabulary.write_text("kept")
-    (kept.parent / "epsilon-009000.safetensors").touch()
-    assert effect.averages_of(work, "flow") == {"009000": kept}
-    assert (work / "flow" / "t5_vocabulary.json").read_text() == "kept"
-    for name, text in (("average-003000.safetensors", ""), ("t5_vocabulary.json", "own")):
-        (work / "flow" / name).write_text(text)
-    assert effect.averages_of(work, "flow") == {"003000": work / "flow" / "average-003000.safetensors"}
-    assert (work / "flow" / "t5_vocabulary.json").read_text() == "own"
+@pytest.mark.parametrize("base", ["epsilon", "flow"])
+def test_arms_start_from_the_pipeline_in_examples_where_no_base_was_trained(base, tmp_path):
+    """In float32, with its tokenizers."""
+    effect.make_pipelines(tmp_path, base)
+    made, example = effect.pipeline_of(tmp_path, f"{base}-009000"), effect.KEPT[base]
+    for file in sorted(example.rglob("*.safetensors")):
+        ours, theirs = load_file(made / file.relative_to(example)), load_file(file)
+        assert ours.keys() == theirs.keys()
+        assert all(value.dtype == torch.float32 and torch.equal(value, theirs[name].float())
+                   for name, value in ours.items())  # fmt: skip
+    for file in sorted(example.rglob("tokenizer.json")):
+        vocabularies = [json.loads((folder / file.relative_to(example)).read_text())["model"]["vocab"]
+                        for folder in (made, example)]  # fmt: skip
+        assert vocabularies[0] == vocabularies[1]
+    (tmp_path / base / "average-003000.safetensors").touch()
+    assert [*effect.averages_of(tmp_path, base)] == ["003000"]
+
+
+def test_a_base_that_was_never_trained_is_named(tmp_path):
+    with pytest.raises(SystemExit, match="v_prediction has no average"):
+        effect.make_pipelines(tmp_path, "v_prediction")
 
 
 def test_a_longer_run_begins_where_a_shorter_one_of_the_same_arm_ended(tmp_path):
-    """The longest whole one of the seed; a checkpoint of its own goes before."""
+    """The latest of its seed; a checkpoint of its own goes before."""
     arms = tmp_path / "arms" / "epsilon-009000"
-    for folder in ("none-1/checkpoint-1000", "none-1-1200-steps/checkpoint-1200", "none-1-1500-steps/checkpoint-750",
-                   "none-1-3000-steps/checkpoint-3000", "none-2-1400-steps/checkpoint-1400"):  # fmt: skip
+    for folder in ("none-1/checkpoint-1000", "none-1-1230-steps/checkpoint-1200", "none-1-1500-steps/checkpoint-750",
+                   "none-1-3000-steps/checkpoint-3000", "none-2-1400-steps/checkpoint-1400",
+                   "none-1-1230-steps/checkpoint-1201-kept", "none-1-old/checkpoint-1300",
+                   "none-1-2500-steps/copy"):  # fmt: skip
         (arms / folder).mkdir(parents=True)
         (arms / folder / "state").write_text(folder)
+    (arms / "none-1-2500-steps/copy/begun").touch()
     effect.take_shorter_run(tmp_path, "epsilon-009000", "none", 1, 2500)
     own = arms / "none-1-2500-steps"
     assert [path.name for path in own.iterdir()] == ["checkpoint-1200"]
-    assert (own / "checkpoint-1200" / "state").read_text() == "none-1-1200-steps/checkpoint-1200"
+    assert [path.read_text() for path in (own / "checkpoint-1200").iterdir()] == ["none-1-1230-steps/checkpoint-1200"]
     (own / "checkpoint-1200").rename(own / "checkpoint-2000")
     effect.take_shorter_run(tmp_path, "epsilon-009000", "none", 1, 2500)
     assert [path.name for path in own.iterdir()] == ["checkpoint-2000"]

@@ -133,30 +133,32 @@ def test_differences_have_the_interval_of_a_seed_and_that_over_seeds(tmp_path):
         change = {"decoder-full": {"reconstructions": [value / 10 - 1, -0.05, 0.01]}}
         judgement(tmp_path, seed, {"none": 10.0, "decoder-full": value}, change)
     judgement(tmp_path, 0, {"none": 1.0, "decoder-full": 2.0}, change)
+    judgement(tmp_path, 4, {"decoder-full": 2.0}, change)  # of no baseline
     [line] = effect_verdict.changes_table("epsilon", tmp_path).splitlines()[2:]
     assert line == ("| decoder-full | -2.0% (-5.0% to +1.0%) | -3.0% (-5.0% to +1.0%) | -4.0% (-5.0% to +1.0%) | "
                     "-3.0% (-5.5% to -0.5%) |")  # fmt: skip
 
 
 def test_arms_are_compared_with_none_of_as_long(tmp_path):
-    """The nearest number of steps within 5 %, the same seeds; else the row has the arm's time alone."""
+    """More steps, the nearest number within 5 % that has the same seeds; else the row has the arm's time alone."""
     for seed in (1, 2):
-        judgement(tmp_path, seed, {"none": 50.0, "decoder-full": 48.0, "tiny-decoder": 49.0})
+        judgement(tmp_path, seed, {"none": 50.0, "decoder-full": 48.0, "tiny-decoder": 49.0, "latent-full": 49.0})
         judgement(tmp_path, seed, {"none": 40.0 + seed}, steps=2500)
         judgement(tmp_path, seed, {"none": 1.0}, steps=2500, guidance=3)
         judgement(tmp_path, seed, {"none": 2.0}, steps=3000)
     judgement(tmp_path, 1, {"none": 3.0}, steps=1190)
+    judgement(tmp_path, 1, {"none": 3.0}, steps=2540)
     assert effect_verdict.cost_table("epsilon", tmp_path) == ""
     (tmp_path / "effect-cost-epsilon-009000.json").write_text(json.dumps({
         "command": "python x", "commit": "0123456789", "device": "CPU", "date": "2026-11-28",
-        "seconds_a_sample": {"none": 0.008, "decoder-full": 0.0204, "tiny-decoder": 0.0096, "classifier": 0.01},
-        "ratio_to_the_first": {"none": 1.0, "decoder-full": 2.55, "tiny-decoder": 1.2, "classifier": 1.25},
+        "seconds_a_sample": {"none": 0.008, "decoder-full": 0.0204, "tiny-decoder": 0.0096, "latent-full": 0.0084},
+        "ratio_to_the_first": {"none": 1.0, "decoder-full": 2.55, "tiny-decoder": 1.2, "latent-full": 1.04},
     }))  # fmt: skip
     assert effect_verdict.cost_table("epsilon", tmp_path).splitlines()[2:6] == [
         "| none | 8.0 | 1.00 |  |  |  |  |  |",
-        "| decoder-full | 20.4 | 2.55 | 1, 2 | 4.80 | 2,500 | 4.15 | +15.7% |",
+        "| decoder-full | 20.4 | 2.55 | 1, 2 | 4.80 | 2,500 | 4.15 | +15.7% (-2.0% to +33.4%) |",
         "| tiny-decoder | 9.6 | 1.20 |  |  |  |  |  |",
-        "| classifier | 10.0 | 1.25 |  |  |  |  |  |",
+        "| latent-full | 8.4 | 1.04 |  |  |  |  |  |",
     ]
 
 

@@ -306,11 +306,9 @@ WRONG = {  # changes of a config.json -> what is told
         ({"shift_factor": 0.1}, "says shift_factor 0.1"),
         ({"latent_channels": 16}, "says latent_channels 16, and the base model's autoencoder has 4"),
         ({"pixels_per_latent": 4}, "says pixels_per_latent 4"),
-        ({"vae_fingerprint": "sha256:0123", "vae_encoder_norms": None},
+        ({"vae_fingerprint": "sha256:0123", "vae_encoder_sketch": [[9, 1.0, 1.0]]},
          "another autoencoder (sha256:0123) than the base model's autoencoder"),
-        ({"vae_fingerprint": "sha256:0123", "vae_encoder_norms": [1.0]},
-         "another autoencoder (sha256:0123) than the base model's autoencoder"),
-        ({"vae_fingerprint": "hub:some/model@main", "vae_encoder_norms": [1.0]}, "another autoencoder (hub:"),
+        ({"vae_fingerprint": "hub:some/model@main", "vae_encoder_sketch": [[9, 1.0, 1.0]]}, "autoencoder (hub:some"),
     ],
     "tiny": [
         ({"latent_channels": 16}, "takes latents of 16 channels, and the base model's autoencoder makes 4"),
@@ -335,29 +333,77 @@ def test_a_network_for_other_latents_is_refused_before_weights_load(name, change
     assert told in str(error.value) and flag in str(error.value)
 
 
-@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-def test_a_copy_of_the_autoencoder_makes_the_same_latents(dtype, flags, sdxl_folder, feature_networks, tmp_path,
-                                                          capsys):  # fmt: skip
-    """In another precision, or with another decoder; an encoder trained further does not."""
+@pytest.fixture
+def with_vae(flags, feature_networks, tmp_path):
+    """Function that checks the flags of a run with a classifier of the random SDXL's latents and an autoencoder."""
 
-    def start(vae):
-        vae.save_pretrained(tmp_path / "vae")
+    def start(vae, **saving):
+        shutil.rmtree(tmp_path / "vae", ignore_errors=True)
+        vae.save_pretrained(tmp_path / "vae", **saving)
         args_of(flags, "--lpl_features", "classifier", "--lpl_classifier", feature_networks["--lpl_classifier"],
-                "--pretrained_vae_model_name_or_path", tmp_path / "vae")  # fmt: skip
+                "--pretrained_vae_model_name_or_path", tmp_path / "vae",
+                *([] if saving.get("safe_serialization", True) else ["--allow_pickle"]))  # fmt: skip
 
+    return start
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_copy_of_the_autoencoder_makes_the_same_latents(dtype, with_vae, sdxl_folder, capsys):
+    """In another precision, or with another decoder, or in several files."""
     vae = AutoencoderKL.from_pretrained(sdxl_folder, subfolder="vae").to(dtype)
     vae.decoder.conv_in.weight.data.mul_(2)
-    start(vae)
+    with_vae(vae)
+    with_vae(vae, max_shard_size="20KB")
     assert "can't be compared" not in capsys.readouterr().err
-    for weight in (vae.quant_conv.weight, vae.encoder.mid_block.resnets[0].conv1.weight):
-        weight.data.mul_(1.01)
-        with pytest.raises(UserError, match="it was trained on the latents of another autoencoder"):
-            start(vae)
-        weight.data.div_(1.01)
-    start(vae)
-    vae.encoder.down_blocks[0].resnets[0].conv1.weight.data.zero_()
-    with pytest.raises(UserError, match="another autoencoder"):
-        start(vae)
+
+
+def exchanged(vae):
+    """The channels of the latents are in another order."""
+    for values in (vae.quant_conv.weight.data, vae.quant_conv.bias.data):
+        values.copy_(values.roll(1, 0))
+
+
+def trained_further(vae):
+    """Each kernel moves by 3 % of its norm, at random."""
+    generator = torch.Generator().manual_seed(0)
+    for values in vae.encoder.parameters():
+        if values.ndim > 1:
+            noise = torch.randn(values.shape, generator=generator)
+            values.data += 0.03 * noise * values.norm() / noise.norm()
+
+
+OTHERS = {
+    "channels exchanged": exchanged,
+    "sign flipped": lambda vae: [values.data.neg_() for values in vae.quant_conv.parameters()],
+    "moved": lambda vae: vae.quant_conv.bias.data.add_(1),
+    "one gain": lambda vae: vae.encoder.conv_norm_out.weight.data.mul_(1.3),
+    "one kernel mirrored": lambda vae: vae.encoder.conv_in.weight.data.copy_(vae.encoder.conv_in.weight.data.flip(-1)),
+    "trained further": trained_further,
+    "of zeros": lambda vae: [values.data.zero_() for values in vae.encoder.parameters()],
+}
+
+
+@pytest.mark.parametrize("change", OTHERS)
+def test_another_encoder_makes_other_latents(change, with_vae, sdxl_folder):
+    vae = AutoencoderKL.from_pretrained(sdxl_folder, subfolder="vae")
+    OTHERS[change](vae)
+    with pytest.raises(UserError, match="it was trained on the latents of another autoencoder"):
+        with_vae(vae)
+
+
+def test_what_can_t_be_compared_is_not_called_another_autoencoder(with_vae, sdxl_folder, capsys):
+    """A pickle, and weights of 8 bits."""
+    vae = AutoencoderKL.from_pretrained(sdxl_folder, subfolder="vae")
+    with_vae(vae, safe_serialization=False)
+    assert "can't be compared" in capsys.readouterr().err
+    with_vae(vae.to(torch.float8_e4m3fn))
+    assert "can't be compared" in capsys.readouterr().err
+
+
+def test_the_classifier_s_own_pipeline_may_be_named_as_the_autoencoder(flags, feature_networks, sdxl_folder):
+    args = args_of(flags, "--lpl_features", "classifier", "--lpl_classifier", feature_networks["--lpl_classifier"],
+                   "--pretrained_vae_model_name_or_path", sdxl_folder)  # fmt: skip
+    assert args.base_model.place("vae").subfolder == "vae"
 
 
 def test_weights_that_are_not_there_or_of_unknown_origin(flags, feature_networks, tmp_path, capsys):
@@ -365,10 +411,10 @@ def test_weights_that_are_not_there_or_of_unknown_origin(flags, feature_networks
     shutil.copytree(feature_networks["--lpl_classifier"], folder)
     words, config = ("--lpl_features", "classifier", "--lpl_classifier", folder), folder / "config.json"
     content = json.loads(config.read_text())
-    config.write_text(json.dumps(content | {"vae_fingerprint": "hub:someone/model@main", "vae_encoder_norms": None}))
+    config.write_text(json.dumps(content | {"vae_fingerprint": "hub:someone/model@main", "vae_encoder_sketch": None}))
     args_of(flags, *words)
     assert "(hub:someone/model@main) and the base model's autoencoder (sha256:" in capsys.readouterr().err
-    config.write_text(json.dumps(content | {"vae_fingerprint": None}))
+    config.write_text(json.dumps(content | {"vae_fingerprint": None, "vae_encoder_sketch": None}))
     args_of(flags, *words)
     assert capsys.readouterr().err == ""
     weights = folder / "diffusion_pytorch_model.safetensors"
@@ -447,9 +493,20 @@ def test_sd3_takes_them_too(sd3_folder, pictures, cache_dir, tmp_path):
 # Whose tiny decoder it is
 
 
-@pytest.mark.parametrize("cropping", ["--center_crop", "--validation_split 0.3", ""])
+WARNED = "--lpl_tiny_decoder does not paint the training pictures"
+
+
+def run_with(tiny, pictures, tmp_path, *words):
+    """A run of one step with a tiny decoder of the tiny SDXL's latents."""
+    sdxl.run(*f"--max_train_steps 1 --train_batch_size 1 --resolution 64 --mixed_precision no --report_to none "
+             f"--use_lpl --lpl_features tiny_decoder --lpl_tiny_decoder {tiny} --cache_dir {tmp_path}/cache "
+             f"--pretrained_model_name_or_path {ROOT}/examples/tiny-sdxl --train_data_dir {pictures} "
+             f"--instance_prompt emoji --output_dir {tmp_path}/run".split(), *words, result=False)  # fmt: skip
+
+
+@pytest.mark.parametrize("cropping", [["--center_crop"], []])
 def test_a_tiny_decoder_of_another_autoencoder_is_noticed(cropping, tmp_path, capsys):
-    """It paints other pictures than those that the autoencoder has encoded; cached ones, or else held-out ones."""
+    """It paints other pictures than those that the autoencoder encodes, before or during the run, or none at all."""
     own, emoji = ROOT / "examples" / "tiny-sdxl-decoder", sorted((ROOT / "examples" / "fluent-emoji").glob("*.webp"))
     (tmp_path / "wide").mkdir()
     for number in range(8):  # two side by side, so that a crop at random is not always the same
@@ -457,15 +514,20 @@ def test_a_tiny_decoder_of_another_autoencoder_is_noticed(cropping, tmp_path, ca
         for place, path in enumerate(emoji[2 * number : 2 * number + 2]):
             wide.paste(Image.open(path).convert("RGB").resize((48, 48)), (48 * place, 8))
         wide.save(tmp_path / "wide" / f"{number}.png")
+    run_with(own, tmp_path / "wide", tmp_path, *cropping)
+    assert WARNED not in capsys.readouterr().err
     tiny = AutoencoderTiny.from_pretrained(own, dtype=torch.float32)
-    first = tiny.decoder.layers[0].weight
-    first.data = first.data.roll(1, dims=1)  # the channels of another autoencoder's latents
-    tiny.save_pretrained(tmp_path / "others")
-    for name, folder in {"own": own, "other": tmp_path / "others"}.items():
-        sdxl.run(*f"--max_train_steps 1 --train_batch_size 1 --resolution 64 {cropping} --mixed_precision no "
-                 f"--report_to none --use_lpl --lpl_features tiny_decoder --lpl_tiny_decoder {folder} "
-                 f"--cache_dir {tmp_path}/cache --pretrained_model_name_or_path {ROOT}/examples/tiny-sdxl "
-                 f"--train_data_dir {tmp_path}/wide --instance_prompt emoji "
-                 f"--output_dir {tmp_path}/{name}".split(), result=False)  # fmt: skip
-        warned = "the decoder of --lpl_tiny_decoder does not paint the training pictures" in capsys.readouterr().err
-        assert warned == (name == "other" and bool(cropping))
+    first = tiny.decoder.layers[0].weight.data
+    for changed in (first.roll(1, dims=1), -first, first * torch.nan):  # other channels, another sign, broken
+        tiny.decoder.layers[0].weight.data = changed
+        tiny.save_pretrained(tmp_path / "other")
+        run_with(tmp_path / "other", tmp_path / "wide", tmp_path, *cropping)
+        assert WARNED in capsys.readouterr().err
+
+
+def test_plain_pictures_say_nothing_about_a_tiny_decoder(tmp_path, capsys):
+    for colour in ("white", "black"):
+        (tmp_path / colour).mkdir()
+        Image.new("RGB", (64, 64), colour).save(tmp_path / colour / "plain.png")
+        run_with(ROOT / "examples" / "tiny-sdxl-decoder", tmp_path / colour, tmp_path)
+        assert WARNED not in capsys.readouterr().err

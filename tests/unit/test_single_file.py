@@ -21,7 +21,7 @@ from lpl_finetuning.base_model import BaseModel
 from lpl_finetuning.errors import DataError, UserError
 from lpl_finetuning.families import SD3, SDXL
 from lpl_finetuning.files import sha256_of
-from lpl_finetuning.networks.encoder_norms import encoder_norms, same_encoder
+from lpl_finetuning.networks.encoder_sketch import encoder_sketch, same_encoder
 from lpl_finetuning.results.export import original_state_dict, original_transformer, original_vae
 from lpl_finetuning.results.hub import schedule_of_base, snippet, source_in_words
 from lpl_finetuning.single_file import SD3_FILE, SDXL_FILE, read_single_file, transformer_config
@@ -199,17 +199,40 @@ def test_sd3s_text_encoders_of_true_size(start, tmp_path):
 # Unpacking
 
 
+CLASSIFIER = ("--use_lpl", "--lpl_features", "classifier", "--lpl_classifier", ROOT / "examples" / "tiny-classifier")
+
+
 def test_the_autoencoder_in_a_single_file_is_that_of_the_folder(singles, start):
-    """Other names, one file, float16: a classifier of the folder's latents fits, unpacked or not."""
+    """Other names, one file: a classifier of the folder's latents fits, unpacked or not."""
     for family, known in FAMILIES.items():
         base = start(singles[family], family=family).base_model
-        folder, file = encoder_norms(BaseModel(known, str(EXAMPLES[family]))), encoder_norms(base)
-        assert len(folder) > 20 and same_encoder(folder, file)
-    words = ("--use_lpl", "--lpl_features", "classifier", "--lpl_classifier", ROOT / "examples" / "tiny-classifier")
-    base = start(singles["sdxl"], *words).base_model
+        folder, file = encoder_sketch(BaseModel(known, str(EXAMPLES[family]))), encoder_sketch(base)
+        assert len(folder) > 5 and same_encoder(folder, file)
+        assert sum(size for size, _, _ in folder) == sum(size for size, _, _ in file)
+    base = start(singles["sdxl"], *CLASSIFIER).base_model
     assert not base.is_unpacked
     base.unpack()
-    assert start(singles["sdxl"], *words).base_model.is_unpacked
+    assert start(singles["sdxl"], *CLASSIFIER).base_model.is_unpacked
+
+
+def test_the_autoencoder_beside_a_single_file_is_compared_too(singles, start, tmp_path, capsys):
+    """One that --config_from lends, one alone in a file with a prefix; of 8 bits it can't be compared."""
+    tensors = load_file(singles["sdxl"])
+    bare = {name: value for name, value in tensors.items() if not name.startswith("first_stage_model.")}
+    save_file(bare, tmp_path / "bare.safetensors")
+    lent = start(tmp_path / "bare.safetensors", *CLASSIFIER).base_model
+    assert lent.unpacked[lent.name].borrowed.keys() == {"vae"} and encoder_sketch(lent)
+    vae = {f"vae.{name}": value for name, value in load_file(EXAMPLES["sdxl"] / "vae" / unpacking.WEIGHTS).items()}
+    save_file(vae, tmp_path / "vae.safetensors")
+    words = (*CLASSIFIER, "--pretrained_vae_model_name_or_path", tmp_path / "vae.safetensors")
+    assert encoder_sketch(start(tmp_path / "bare.safetensors", *words).base_model)
+    assert "can't be compared" not in capsys.readouterr().err
+    save_file({name: value.to(torch.float8_e4m3fn) for name, value in vae.items()}, tmp_path / "vae.safetensors")
+    start(tmp_path / "bare.safetensors", *words)
+    assert "can't be compared" in capsys.readouterr().err
+    vae["vae.encoder.conv_in.weight"] *= -1
+    save_file(vae, tmp_path / "vae.safetensors")
+    assert "trained on the latents of another autoencoder" in refused(start, tmp_path / "bare.safetensors", *words)
 
 
 @pytest.mark.parametrize("family", EXAMPLES)
