@@ -122,11 +122,11 @@ def test_the_sd3_lora_command(sd3_folder, pictures, cache_dir, tmp_path):
 
 def test_the_held_out_command(cache_dir, tmp_path):
     """On the embedded default too, shortened: held-out losses and grids with the start in them."""
-    [words] = [words for words in commands("accelerate launch") if "--validation_split" in words]
+    [words] = [words for words in commands("accelerate launch") if "--validation_data_dir" in words]
     said = launch(words, "--output_dir", tmp_path, "--max_train_steps", 2, "--validation_steps", 2,
                   "--num_validation_images", 1, "--validation_prompt", "apple", "cat",
                   "--cache_dir", cache_dir)  # fmt: skip
-    assert "84, held out: 12" in said and "Held-out diffusion loss:" in said
+    assert "96, held out: 24" in said and "Held-out diffusion loss:" in said
     assert len(list((tmp_path / "validation" / "before").glob("*.png"))) == 2
 
 
@@ -178,4 +178,6 @@ def test_the_tiny_pipeline_is_small_and_the_pictures_are_captioned():
         assert size <= 15e6, name
     from lpl_finetuning.data.scan import scan_folder
 
-    assert len(scan_folder(ROOT / "examples" / "fluent-emoji").images) == 96
+    shown, held_out = ({image.caption for image in scan_folder(ROOT / "examples" / name).images}
+                       for name in ("fluent-emoji", "fluent-emoji-held-out"))  # fmt: skip
+    assert (len(shown), len(held_out)) == (96, 24) and not shown & held_out

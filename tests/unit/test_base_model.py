@@ -409,7 +409,7 @@ MODELS = f"""
 {BASE} no-one/nothing | {BASE} no-one/nothing | HF_HUB_OFFLINE is set | give a folder
 {VAE} {{tinyvae}}/vae | {VAE} | found AutoencoderTiny | expected AutoencoderKL
 {VAE} {{vae16}}/vae | unet takes 4 channels | makes 16 | give another {VAE}
-{VAE} {{sdxl}} | {VAE} | no config.json there | give {{sdxl}}/vae
+{VAE} {{sd3}} | unet takes 4 channels | makes 16 | give another {VAE}
 {VAE} {{single}} | {VAE} | has no autoencoder | give an AutoencoderKL as .safetensors
 {UNET} {{sd3}}/transformer | {UNET} | found SD3Transformer2DModel | expected UNet2DConditionModel
 {UNET} {{widths}}/unet | {UNET} | takes text of width 768 | belong together

@@ -15,8 +15,11 @@ from PIL import Image
 
 import train_sd3_lpl_flow
 import train_sdxl_lpl
+from lpl_finetuning.base_model import BaseModel
 from lpl_finetuning.errors import UserError
+from lpl_finetuning.families import SDXL
 from lpl_finetuning.flags import feature_fractions
+from lpl_finetuning.networks.checks import check_encoder
 from lpl_finetuning.results.hub import lpl_rows
 from lpl_finetuning.training.augmentation import augment_alike, places
 from lpl_finetuning.training.perceptual import LossOfNetworks, PerceptualTerm, build_perceptual_term, lpl_stages
@@ -398,6 +401,28 @@ def test_what_can_t_be_compared_is_not_called_another_autoencoder(with_vae, sdxl
     assert "can't be compared" in capsys.readouterr().err
     with_vae(vae.to(torch.float8_e4m3fn))
     assert "can't be compared" in capsys.readouterr().err
+
+
+def test_an_autoencoder_on_the_hub_is_compared_when_its_files_are_here(sdxl_folder, feature_networks, tmp_path,
+                                                                       monkeypatch, capsys):  # fmt: skip
+    """Under another name too; until then it passes, and a word is said only if they never come."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    config = json.loads((feature_networks["--lpl_classifier"] / "config.json").read_text())
+    config["vae_fingerprint"] = "hub:me/one@main"
+    base = BaseModel(SDXL, "me/two")
+    check_encoder("flag", config, base)
+    assert capsys.readouterr().err == ""
+    check_encoder("flag", config, base, is_loaded=True)
+    assert "can't be compared" in capsys.readouterr().err
+    folder = tmp_path / "models--me--two"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text("a" * 40)
+    shutil.copytree(sdxl_folder / "vae", folder / "snapshots" / ("a" * 40) / "vae")
+    for is_loaded in (False, True):
+        check_encoder("flag", config, base, is_loaded)
+        assert capsys.readouterr().err == ""
+        with pytest.raises(UserError, match="another autoencoder"):
+            check_encoder("flag", config | {"vae_encoder_sketch": [[9, 1.0, 1.0]]}, base, is_loaded)
 
 
 def test_the_classifier_s_own_pipeline_may_be_named_as_the_autoencoder(flags, feature_networks, sdxl_folder):
