@@ -2,7 +2,7 @@
 
     python benchmarks/effect_plots.py
 
-Writes docs/images/effect-seeds.png.
+Writes docs/images/effect-seeds.png and docs/images/effect-cost.png.
 """
 
 import argparse
@@ -12,16 +12,27 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.effect_arms import BASES
+from benchmarks.effect_arms import BASES, FINALIST, TWINS
 from benchmarks.effect_judge import JUDGE
-from benchmarks.effect_verdict import BAR, REFERENCES, RESULTS, ROOT, TITLES, judged, start_of
+from benchmarks.effect_verdict import (
+    BAR,
+    REFERENCES,
+    RESULTS,
+    ROOT,
+    TITLES,
+    VERDICT,
+    judged,
+    judgements,
+    read,
+    start_of,
+)
 
 IMAGES = ROOT / "docs" / "images"
 MARKERS = "osD^vP*X"  # one for each seed
 
 
 def seeds_picture(path, results=RESULTS):
-    """A row for each framework, a column for each reference: the distance of every run, a line for each seed.
+    """A row for each framework, a column for each reference: the distances of the finalists, a line for each seed.
 
     The dashed line is where the mean of an arm must lie to reach the bar. Returns whether there was anything to draw.
     """
@@ -30,7 +41,9 @@ def seeds_picture(path, results=RESULTS):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    found = {base: rows for base in BASES if (rows := judged(start_of(base), results))}
+    finalists = ("none", FINALIST, TWINS[FINALIST])
+    found = {base: [row for row in judged(start_of(base), results) if row["arm"] in finalists] for base in BASES}
+    found = {base: rows for base, rows in found.items() if rows}
     if not found:
         return False
     figure, axes = plt.subplots(len(found), 2, figsize=(9, 3.1 * len(found)), squeeze=False, layout="constrained")
@@ -73,12 +86,49 @@ def draw_runs(axis, rows, reference):
     axis.spines[["top", "right"]].set_visible(False)
 
 
+def cost_picture(path, base="epsilon", results=RESULTS):
+    """Distances to the reconstructions over the time of training: *none* of several lengths, arms of 1,000 steps.
+
+    The unit of time is that of 1,000 steps of *none*. Returns whether there was anything to draw.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    cost = read(f"effect-cost-{start_of(base)}", results)
+    if not cost:
+        return False
+    runs = {}
+    for (steps, *others), rows in judgements(start_of(base), results).items():
+        for row in rows:
+            arm, ratio = row["arm"], cost["ratio_to_the_first"].get(row["arm"])
+            if row["seed"] > 0 and tuple(others) == VERDICT[1:] and ratio and (arm == "none" or steps == VERDICT[0]):
+                distance = row["reconstructions"][JUDGE]["frechet"]
+                runs.setdefault(arm, {}).setdefault(ratio * steps / VERDICT[0], []).append(distance)
+    figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
+    for marker, (arm, places) in zip(MARKERS, sorted(runs.items(), key=lambda item: item[0] != "none"), strict=False):
+        points = [(time, value) for time, values in sorted(places.items()) for value in values]
+        line = [(time, statistics.mean(values)) for time, values in sorted(places.items())]
+        [drawn] = axis.plot(*zip(*line, strict=True), "-", linewidth=1)
+        axis.plot(*zip(*points, strict=True), marker, color=drawn.get_color(), markersize=4, label=arm)
+    axis.set_xlabel("time of training, in that of 1,000 steps of none", fontsize=8)
+    axis.set_ylabel("Fréchet distance to the reconstructions (Lite2)", fontsize=8)
+    axis.set_title(f"{TITLES[base]}: one point for each seed", fontsize=9)
+    axis.tick_params(labelsize=8)
+    axis.legend(fontsize=8, frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
 def main():
     """Draw what there are results for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.parse_args()
-    path = IMAGES / "effect-seeds.png"
-    print(f"wrote {path}" if seeds_picture(path) else "no arm is judged yet")
+    for draw, name in ((seeds_picture, "effect-seeds.png"), (cost_picture, "effect-cost.png")):
+        print(f"wrote {IMAGES / name}" if draw(IMAGES / name) else f"nothing for {name} yet")
 
 
 if __name__ == "__main__":

@@ -104,6 +104,32 @@ def test_a_picture_has_every_run(tmp_path):
     assert effect_plots.seeds_picture(tmp_path / "runs.png", tmp_path)
 
 
+def test_a_picture_has_the_time_of_every_run(tmp_path, monkeypatch):
+    """*none* at every length with a line through its means, arms at the time of 1,000 steps; others are left out."""
+    from matplotlib import pyplot as plt
+
+    from benchmarks import effect_plots
+
+    assert not effect_plots.cost_picture(tmp_path / "cost.png", results=tmp_path)
+    for seed, value in ((1, 50.0), (2, 52.0), (0, 1.0)):
+        judgement(tmp_path, seed, {"none": value, "decoder-full": value - 2, "gain": 3.0})
+        judgement(tmp_path, seed, {"none": value - 20, "decoder-full": 1.0}, steps=2500)
+        judgement(tmp_path, seed, {"none": 2.0}, guidance=3)
+    (tmp_path / "effect-cost-epsilon-009000.json").write_text(json.dumps({
+        "ratio_to_the_first": {"none": 1.0, "decoder-full": 2.4},
+    }))  # fmt: skip
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    assert effect_plots.cost_picture(tmp_path / "cost.png", results=tmp_path)
+    lines = {line.get_label(): line for line in figures[0].axes[0].lines}
+    found = {label: (line.get_xdata().tolist(), line.get_ydata().tolist()) for label, line in lines.items()}
+    assert found["none"] == ([1.0, 1.0, 2.5, 2.5], [5.0, 5.2, 3.0, 3.2])
+    assert found["decoder-full"] == ([2.4, 2.4], [4.8, 5.0])
+    assert ([1.0, 2.5], [5.1, 3.1]) in found.values() and "gain" not in found
+    monkeypatch.undo()
+    plt.close(figures[0])
+
+
 def test_other_conditions_are_compared_with_none_of_the_same(tmp_path):
     """Means over seeds; more training steps, guidance and sampling steps each have rows of their own."""
     assert effect_verdict.conditions_table("epsilon", tmp_path) == ""
