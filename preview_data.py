@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from PIL import Image
 
-from lpl_finetuning.base_model import check_part, model_file
+from lpl_finetuning.base_model import check_part, is_in_pipeline
 from lpl_finetuning.data.contact_sheet import SampleFacts, draw_sheet, make_tile
 from lpl_finetuning.data.images import Crop, from_pixel_values
 from lpl_finetuning.data.report import build_report, refuse_remarks, report_lines, save_report
@@ -186,8 +186,8 @@ def load_vae(name: str, cache_dir: str | None = None, flag: str = "--vae") -> "t
 
     if Path(name).is_file():
         name = str(vae_folder(f"{flag} {name}", Path(name), cache_dir))
-    in_pipeline = model_file(name, "config.json", subfolder="vae")
     try:
+        in_pipeline = is_in_pipeline(name, "vae")
         vae = AutoencoderKL.from_pretrained(
             name, subfolder="vae" if in_pipeline else None, dtype=torch.float32, use_safetensors=True
         )

@@ -138,22 +138,25 @@ def averages_of(work, base):
 
 
 def make_pipelines(work, base):
-    """WORK/BASE/pipelines/STEP in float32, for every average of a base; without any, of the pipeline in examples/."""
+    """WORK/BASE/pipelines/STEP in float32, for every average of a base; where the last is missing, from examples/."""
     import torch
     from diffusers import DiffusionPipeline
 
     averages = averages_of(work, base)
-    steps = [*averages] or [STARTS[base]]
-    if not averages and base not in KEPT:
+    steps = dict.fromkeys([*averages, *([STARTS[base]] if base in KEPT else [])])
+    if not steps:
         raise SystemExit(f"{work / base} has no average-*.safetensors: train the base, see docs/effect-progress.md")
     for step in steps:
         folder = work / base / "pipelines" / step
         if (folder / "model_index.json").is_file():
             continue
-        if averages:
+        if step in averages:
             pipeline = pipeline_with(work, base, averages[step])
         else:
             pipeline = DiffusionPipeline.from_pretrained(KEPT[base], dtype=torch.float32)
+            if BASES[base] == "sd3":  # computed, not learnt: not the rounded one of the file
+                made = type(pipeline.transformer).from_config(pipeline.transformer.config)
+                pipeline.transformer.pos_embed.pos_embed.copy_(made.pos_embed.pos_embed)
         with torch.no_grad():
             pipeline.save_pretrained(folder)
         print(f"wrote {folder}")

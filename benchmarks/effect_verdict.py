@@ -179,7 +179,7 @@ def seeds_table(base, results=RESULTS):
         own = {row["seed"]: [row[reference][JUDGE]["frechet"] for reference in REFERENCES]
                for row in rows if row["arm"] == arm}  # fmt: skip
         means = [statistics.mean(values) for values in zip(*own.values(), strict=True)]
-        columns = [*(own.get(seed) for seed in seeds), means]
+        columns = [*(own.get(seed) for seed in seeds), means if len(own) == len(seeds) else None]
         lines.append(f"| {arm} | " + " | ".join(" / ".join(f"{value:.2f}" for value in pair) if pair else ""
                                                 for pair in columns) + " |")  # fmt: skip
     return "\n".join([*lines, "", source(read(f"effect-judged-{start_of(base)}-{seeds[-1]}", results))])

@@ -123,7 +123,7 @@ class BaseModel:
         """The `Place` of a part."""
         if found := self.replacement(part):
             each, name = found
-            inside = each.in_pipelines and model_file(name, "config.json", subfolder=part)
+            inside = each.in_pipelines and is_in_pipeline(name, part)
             return Place(name, part if inside else "", None, None)
         return Place(self.name, part, self.revision, self.variant)
 
@@ -289,6 +289,26 @@ def model_file(name_or_path, file, revision=None, subfolder=None):
         return None
 
 
+def is_in_pipeline(name, part):
+    """Whether a model that a flag names lies in the folder `part` of a pipeline, and not at the top.
+
+    On the Hub the top is looked at first, and the answer is kept: a run may lose the network.
+    """
+    return Path(name, part, "config.json").is_file() if Path(name).is_dir() else _is_in_pipeline_on_hub(name, part)
+
+
+@functools.cache
+def _is_in_pipeline_on_hub(name, part):
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    try:
+        if model_file(name, "config.json"):
+            return False
+    except LocalEntryNotFoundError:  # without network: the top of a pipeline has none that could be in the cache
+        pass
+    return model_file(name, "config.json", subfolder=part) is not None
+
+
 def unreadable(name, error):
     """Why a name could not be read on the Hub and what to do, from the exception of its client."""
     from huggingface_hub import errors
@@ -443,14 +463,12 @@ def check_part(flag, name, class_name, subfolder=None):
     require(Path(name).is_dir() or (name.count("/") == 1 and hub_like(name)),
             f"--{flag} {name}: there is no such folder, and Hub names have the form owner/name")  # fmt: skip
     try:
-        config = subfolder and model_file(name, "config.json", subfolder=subfolder)
-        config = config or model_file(name, "config.json")
+        inside = subfolder and is_in_pipeline(name, subfolder)
+        config = model_file(name, "config.json", subfolder=subfolder if inside else None)
     except Exception as error:  # the Hub client raises many kinds: no network, no such model, no possible name
         raise UserError(f"--{flag} {name}: {unreadable(name, error)}") from error
     where = f"config.json nor {subfolder}/config.json" if subfolder else "config.json"
-    below = Path(name, "vae", "config.json").is_file() and not subfolder
-    require(config, f"--{flag} {name}: no {where} there; {class_name} in diffusers' layout is needed"
-            + (f": give {Path(name, 'vae')}" if below else ""))  # fmt: skip
+    require(config, f"--{flag} {name}: no {where} there; {class_name} in diffusers' layout is needed")
     found = read_object(config).get("_class_name")
     require(found == class_name, f"--{flag} {name}: found {found}, expected {class_name}; give another folder")
     return config

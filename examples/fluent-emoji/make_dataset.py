@@ -65,13 +65,15 @@ def main(argv=None):
     """Write the pictures, `metadata.jsonl` and `LICENSE`."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work_dir", default="pretrain/work", help="where the package is unpacked")
-    parser.add_argument("--output_dir", default=Path(__file__).resolve().parent, type=Path)
+    parser.add_argument("--output_dir", default=Path(__file__).resolve().parent, type=Path,
+                        help="of the 96; the 24 go to OUTPUT_DIR-held-out")  # fmt: skip
     parser.add_argument("--quality", type=int, default=88, help="of the WebP files")
     args = parser.parse_args(argv)
     paths = sorted(fetch_package(args.work_dir).iterdir())
     files = {unicode_name(path.name): path for path in paths}
     groups = dict(zip(paths, emoji_groups(args.work_dir), strict=True))
-    for folder, listed in ((args.output_dir, NAMES), (args.output_dir.with_name("fluent-emoji-held-out"), HELD_OUT)):
+    output = args.output_dir.resolve()
+    for folder, listed in ((output, NAMES), (output.with_name(f"{output.name}-held-out"), HELD_OUT)):
         names = [name.strip() for name in listed.replace("\n", " ").split(",")]
         folder.mkdir(parents=True, exist_ok=True)
         lines = []

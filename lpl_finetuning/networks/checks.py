@@ -82,8 +82,10 @@ def check_encoder(flag, config, base, is_loaded=False):
         require(same_encoder(before, sketch), f"{flag}: it was trained on the latents of another autoencoder "
                 f"({trained_on}) than {base.describe(part)} ({here}); {advice_for(config, base)}")  # fmt: skip
     elif (is_loaded or place.is_dir()) and os.environ.get("RANK", "0") == "0":
-        print(f"warning: {flag}: its autoencoder ({trained_on}) and {base.describe(part)} ({here}) can't be compared; "
-              "scaling, shift and channels agree", file=sys.stderr)  # fmt: skip
+        reason = f"{base.describe(part)} has no weights of 16 bits or more in safetensors" if before else \
+            f"its config.json has no {SKETCH}"  # fmt: skip
+        print(f"warning: {flag}: its autoencoder ({trained_on}) and {base.describe(part)} ({here}) can't be compared, "
+              f"since {reason}; scaling, shift and channels agree", file=sys.stderr)  # fmt: skip
 
 
 def check_tiny_decoder(args, base, vae):

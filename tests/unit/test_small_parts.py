@@ -1,6 +1,7 @@
 """Small functions about base models, data and recipes: fingerprints, layers, the Hub, counts, tables, paths."""
 
 import os
+import shutil
 import time
 
 import numpy as np
@@ -9,12 +10,22 @@ from huggingface_hub import constants
 
 import train_sdxl_lpl
 from lpl_finetuning import base_model
-from lpl_finetuning.base_model import BaseModel, model_digest, offline_without_hub, require_layers, weights_fingerprint
+from lpl_finetuning.base_model import (
+    BaseModel,
+    check_part,
+    model_digest,
+    offline_without_hub,
+    require_layers,
+    weights_fingerprint,
+)
 from lpl_finetuning.data.encoding import count_missing
 from lpl_finetuning.data.samples import FramingRules
 from lpl_finetuning.data.tables import OLD_SECONDS, _remove_old
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SDXL
+from tests.runs import ROOT
+
+EXAMPLE = ROOT / "examples" / "tiny-sdxl"
 
 
 def test_models_that_differ_in_one_of_several_files(tmp_path):
@@ -87,3 +98,20 @@ def test_a_path_in_a_recipe_is_seen_from_its_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / "elsewhere")
     recipe = train_sdxl_lpl.build_parser().read_recipe(tmp_path / "mine" / "recipe.yaml")
     assert recipe == {"train_data_dir": str((tmp_path / "mine" / "pictures").resolve()), "init_lora": "others"}
+
+
+def test_a_part_on_the_hub_is_found_without_network(tmp_path, monkeypatch):
+    """In the cache, alone or in a pipeline; what was found stays found when the network is lost."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr("lpl_finetuning.base_model.hub_problem", lambda: "HF_HUB_OFFLINE is set")
+    for name, part in (("alone", ""), ("piped", "vae")):
+        folder = tmp_path / f"models--me--{name}"
+        (folder / "refs").mkdir(parents=True)
+        (folder / "refs" / "main").write_text("a" * 40)
+        shutil.copytree(EXAMPLE / "vae", folder / "snapshots" / ("a" * 40) / part, dirs_exist_ok=True)
+        base = BaseModel(SDXL, str(EXAMPLE), vae=f"me/{name}")
+        assert check_part("flag", f"me/{name}", "AutoencoderKL", "vae").is_file()
+        shutil.rmtree(folder)
+        assert base.place("vae")[:2] == (f"me/{name}", part), "without the files too"
+    with pytest.raises(UserError, match="not in the Hub's cache"):
+        check_part("flag", "me/nowhere", "AutoencoderKL", "vae")
