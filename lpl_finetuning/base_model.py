@@ -292,9 +292,16 @@ def model_file(name_or_path, file, revision=None, subfolder=None):
 def is_in_pipeline(name, part):
     """Whether a model that a flag names lies in the folder `part` of a pipeline, and not at the top.
 
-    On the Hub the top is looked at first, and the answer is kept: a run may lose the network.
+    On the Hub the top is looked at first, and the answer is kept: a run may lose the network. What is not here, and
+    can't be asked for, is taken to lie at the top.
     """
-    return Path(name, part, "config.json").is_file() if Path(name).is_dir() else _is_in_pipeline_on_hub(name, part)
+    from huggingface_hub.errors import LocalEntryNotFoundError
+
+    if Path(name).is_dir():
+        return Path(name, part, "config.json").is_file()
+    with contextlib.suppress(LocalEntryNotFoundError):
+        return _is_in_pipeline_on_hub(name, part)
+    return False
 
 
 @functools.cache

@@ -400,8 +400,7 @@ def add_model_arguments(parser):
     add("--allow_pickle", action="store_true", help="load weights that are there as pickles (.bin) only, which can "
         "run programs; without it safetensors only")  # fmt: skip
     add("--pretrained_vae_model_name_or_path", type=input_path,
-        help="another autoencoder, e.g. madebyollin/sdxl-vae-fp16-fix, a pipeline with one, or a .safetensors "
-        "file")  # fmt: skip
+        help="another autoencoder (madebyollin/sdxl-vae-fp16-fix), a pipeline's, or a .safetensors file")  # fmt: skip
     add("--single_file", action="store_true", help="save a whole model as one file too, model.safetensors for ComfyUI "
         "and (SDXL) A1111")  # fmt: skip
     add("--save_dtype", choices=SAVE_DTYPES, help="dtype of what was trained in the saved LoRA or model (default: "
