@@ -296,7 +296,8 @@ def train_arm(work, start, name, seed, steps, folder=None, logging_steps=None):
 def take_shorter_run(work, start, name, seed, steps):
     """Let an arm begin with the last checkpoint of its runs of fewer steps, where it has none of its own.
 
-    The learning rate is constant, so all runs of an arm and a seed are at the same place after as many steps.
+    The learning rate is constant, so all runs of an arm and a seed are at the same place after as many steps. The
+    result then has seconds, losses and gradients of the rest.
     """
     own, found = arm_folder(work, start, name, seed, steps), {}
     runs = re.compile(re.escape(arm_name(name, seed, STEPS)) + r"(-\d+-steps)?")
@@ -320,7 +321,7 @@ def keep_arm(work, folder, start, name, seed, steps, seconds):
     rows = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["diffusion_loss"] for row in rows if "diffusion_loss" in row]
     flags = " ".join(ALL[name].words(name, family_of(start), steps))
-    result = {"start": start, "arm": name, "flags": flags, "seed": seed, "steps": steps, "first_step": rows[0]["step"],
+    result = {"start": start, "arm": name, "flags": flags, "seed": seed, "steps": steps,
               "last_diffusion_losses": losses[-5:],
               "gradient_norms": {str(row["step"]): {key: row[key] for key in row if key.startswith("gradient/")}
                                  for row in rows if any(key.startswith("gradient/") for key in row)}}  # fmt: skip

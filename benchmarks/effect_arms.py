@@ -58,9 +58,8 @@ ARMS = {
     "gain": Arm("", gain=True),
     # other networks in the decoder's place, with the gradient of decoder-full
     "classifier": Arm(f"{_FULL} --lpl_features classifier {_CLASSIFIER}"),
-    "classifier-light": Arm(  # at a share at which its gradient is about as large as that of decoder-full
-        f"{_FULL.replace('--lpl_share 0.2', '--lpl_share 0.05')} --lpl_features classifier {_CLASSIFIER}"
-    ),
+    # with a share, the later flag wins, at which its gradient is about as large as that of decoder-full
+    "classifier-light": Arm(f"{_FULL} --lpl_share 0.05 --lpl_features classifier {_CLASSIFIER}"),
     "tiny-decoder": Arm(
         f"{_FULL} --lpl_features tiny_decoder --lpl_tiny_decoder examples/tiny-{{family}}-decoder --lpl_num_blocks 2"
     ),

@@ -21,8 +21,8 @@ from benchmarks.effect_verdict import (
     ROOT,
     TITLES,
     VERDICT,
+    distances_by_length,
     judged,
-    judgements,
     read,
     start_of,
 )
@@ -100,11 +100,10 @@ def cost_picture(path, base="epsilon", results=RESULTS):
     if not cost:
         return False
     runs = {}
-    for (steps, *others), rows in judgements(start_of(base), results).items():
-        for row in rows:
-            arm, ratio = row["arm"], cost["ratio_to_the_first"].get(row["arm"])
-            if row["seed"] > 0 and tuple(others) == VERDICT[1:] and ratio and (arm == "none" or steps == VERDICT[0]):
-                distance = row["reconstructions"][JUDGE]["frechet"]
+    for steps, distances in distances_by_length(base, results).items():
+        for (arm, _), distance in distances.items():
+            ratio = cost["ratio_to_the_first"].get(arm)
+            if ratio and (arm == "none" or steps == VERDICT[0]):
                 runs.setdefault(arm, {}).setdefault(ratio * steps / VERDICT[0], []).append(distance)
     figure, axis = plt.subplots(figsize=(7, 4), layout="constrained")
     for marker, (arm, places) in zip(MARKERS, sorted(runs.items(), key=lambda item: item[0] != "none"), strict=False):

@@ -223,6 +223,15 @@ def percent_of(value, low, high):
     return f"{value:+.1%} ({low:+.1%} to {high:+.1%})"
 
 
+def distances_by_length(base, results=RESULTS):
+    """{training steps: {(arm, seed): Fréchet distance to the reconstructions}} of the fresh seeds, sampled as for the
+    verdict."""
+    return {steps: {(row["arm"], row["seed"]): row["reconstructions"][JUDGE]["frechet"]
+                    for row in rows if row["seed"] > 0}
+            for (steps, *others), rows in judgements(start_of(base), results).items()
+            if tuple(others) == VERDICT[1:]}  # fmt: skip
+
+
 def cost_table(base, results=RESULTS):
     """Times of a step, and each arm of 1,000 steps against *none* of as long a training, where both are judged.
 
@@ -231,10 +240,7 @@ def cost_table(base, results=RESULTS):
     cost = read(f"effect-cost-{start_of(base)}", results)
     if not cost:
         return ""
-    found = {steps: {(row["arm"], row["seed"]): row["reconstructions"][JUDGE]["frechet"]
-                     for row in rows if row["seed"] > 0}
-             for (steps, *others), rows in judgements(start_of(base), results).items()
-             if tuple(others) == VERDICT[1:]}  # fmt: skip
+    found = distances_by_length(base, results)
     lines = [f"| {TITLES[base]}: arm | ms a picture | times none | seeds | reconstructions (Lite2) | steps of none | "
              "none of as long | against it |", "|---|---:|---:|---|---:|---:|---:|---:|"]  # fmt: skip
     for arm, ratio in cost["ratio_to_the_first"].items():

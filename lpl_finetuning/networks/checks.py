@@ -72,16 +72,16 @@ def check_encoder(flag, config, base, is_loaded=False):
         is_loaded: the base model has been fetched from the Hub meanwhile.
     """
     part, trained_on, before = base.family.autoencoder.name, config.get("vae_fingerprint"), config.get(SKETCH)
-    place = Path(base.place(part).name)
-    plan_only = place.is_dir() and str(place) not in base.unpacked and not weights_here(base, part)
-    here = weights_fingerprint(base, part)
-    if here == trained_on or plan_only or not (trained_on or before) or (is_loaded and place.is_dir()):
+    place, here = base.place(part).name, weights_fingerprint(base, part)
+    on_disk = Path(place).is_dir()
+    plan_only = on_disk and place not in base.unpacked and not weights_here(base, part)
+    if here == trained_on or plan_only or not (trained_on or before) or (is_loaded and on_disk):
         return
     sketch = before and encoder_sketch(base)
     if sketch:
         require(same_encoder(before, sketch), f"{flag}: it was trained on the latents of another autoencoder "
                 f"({trained_on}) than {base.describe(part)} ({here}); {advice_for(config, base)}")  # fmt: skip
-    elif (is_loaded or place.is_dir()) and os.environ.get("RANK", "0") == "0":
+    elif (is_loaded or on_disk) and os.environ.get("RANK", "0") == "0":
         reason = f"{base.describe(part)} has no weights of 16 bits or more in safetensors" if before else \
             f"its config.json has no {SKETCH}"  # fmt: skip
         print(f"warning: {flag}: its autoencoder ({trained_on}) and {base.describe(part)} ({here}) can't be compared, "

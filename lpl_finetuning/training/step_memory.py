@@ -375,8 +375,6 @@ class NoData:
 
     images: tuple = ()
     held_out: tuple = ()
-    cached: bool = True
-    framing: None = None
 
 
 def counting_objective(args, plan, code, machine, accelerator, denoiser):

@@ -245,3 +245,15 @@ def test_a_longer_run_begins_where_a_shorter_one_of_the_same_arm_ended(tmp_path)
     assert [path.name for path in own.iterdir()] == ["checkpoint-2000"]
     effect.take_shorter_run(tmp_path, "epsilon-009000", "none", 1, 500)
     assert not (arms / "none-1-500-steps").exists()
+
+
+@pytest.mark.parametrize(("arm", "resumes"), [("none", True), ("second-half", False)])
+def test_an_arm_is_resumed_from_its_shorter_run(arm, resumes, tmp_path, monkeypatch):
+    """Unless a flag of it depends on the number of steps."""
+    started = []
+    monkeypatch.setattr(effect, "run", lambda words, log: started.append(words))
+    monkeypatch.setattr(effect, "keep_arm", lambda *about: None)
+    monkeypatch.setattr(effect, "pipeline_of", lambda work, start: "base")
+    (tmp_path / "arms" / "epsilon-009000" / f"{arm}-1" / "checkpoint-1000").mkdir(parents=True)
+    own = effect.train_arm(tmp_path, "epsilon-009000", arm, 1, 1500)
+    assert (own / "checkpoint-1000").is_dir() == resumes == ("--resume_from_checkpoint" in started[0])

@@ -12,10 +12,12 @@ import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, AutoencoderTiny
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import train_sd3_lpl_flow
 import train_sdxl_lpl
 from lpl_finetuning.base_model import BaseModel
+from lpl_finetuning.data.encoding import vae_identity
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SDXL
 from lpl_finetuning.flags import feature_fractions
@@ -403,7 +405,7 @@ def test_what_can_t_be_compared_is_not_called_another_autoencoder(with_vae, sdxl
     assert "can't be compared" in capsys.readouterr().err
 
 
-def test_an_autoencoder_on_the_hub_is_compared_when_its_files_are_here(sdxl_folder, feature_networks, tmp_path,
+def test_an_autoencoder_on_the_hub_is_compared_when_its_files_are_here(flags, sdxl_folder, feature_networks, tmp_path,
                                                                        monkeypatch, capsys):  # fmt: skip
     """Under another name too; until then it passes, and a word is said only if they never come."""
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -423,12 +425,21 @@ def test_an_autoencoder_on_the_hub_is_compared_when_its_files_are_here(sdxl_fold
         assert capsys.readouterr().err == ""
         with pytest.raises(UserError, match="another autoencoder"):
             check_encoder("flag", config | {"vae_encoder_sketch": [[9, 1.0, 1.0]]}, base, is_loaded)
+    args = args_of(flags, "--lpl_features", "classifier", "--lpl_classifier", feature_networks["--lpl_classifier"])
+    args = args.but(base_model=base)  # fetched since the flags were checked
+    lpl_stages(args, None, Machine("no", device="cpu"))
+    vae = folder / "snapshots" / ("a" * 40) / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: -value for name, value in load_file(vae).items()}, vae)
+    with pytest.raises(UserError, match="another autoencoder"):
+        lpl_stages(args, None, Machine("no", device="cpu"))
 
 
 def test_the_classifier_s_own_pipeline_may_be_named_as_the_autoencoder(flags, feature_networks, sdxl_folder):
     args = args_of(flags, "--lpl_features", "classifier", "--lpl_classifier", feature_networks["--lpl_classifier"],
                    "--pretrained_vae_model_name_or_path", sdxl_folder)  # fmt: skip
     assert args.base_model.place("vae").subfolder == "vae"
+    alone = BaseModel(SDXL, str(sdxl_folder), vae=str(sdxl_folder / "vae"))
+    assert vae_identity(args.base_model) == vae_identity(alone), "the same cache of latents"
 
 
 def test_weights_that_are_not_there_or_of_unknown_origin(flags, feature_networks, tmp_path, capsys):
@@ -534,11 +545,13 @@ def test_a_tiny_decoder_of_another_autoencoder_is_noticed(cropping, tmp_path, ca
     """It paints other pictures than those that the autoencoder encodes, before or during the run, or none at all."""
     own, emoji = ROOT / "examples" / "tiny-sdxl-decoder", sorted((ROOT / "examples" / "fluent-emoji").glob("*.webp"))
     (tmp_path / "wide").mkdir()
+    for number in range(8):  # the first ones say nothing
+        Image.new("RGB", (96, 64), "white").save(tmp_path / "wide" / f"0-{number}.png")
     for number in range(8):  # two side by side, so that a crop at random is not always the same
         wide = Image.new("RGB", (96, 64), "white")
         for place, path in enumerate(emoji[2 * number : 2 * number + 2]):
             wide.paste(Image.open(path).convert("RGB").resize((48, 48)), (48 * place, 8))
-        wide.save(tmp_path / "wide" / f"{number}.png")
+        wide.save(tmp_path / "wide" / f"1-{number}.png")
     run_with(own, tmp_path / "wide", tmp_path, *cropping)
     assert WARNED not in capsys.readouterr().err
     tiny = AutoencoderTiny.from_pretrained(own, dtype=torch.float32)
