@@ -46,6 +46,7 @@ from pretrain.emoji_images import DOMAINS
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 KEPT = {"epsilon": ROOT / "examples" / "tiny-sdxl", "flow": ROOT / "examples" / "tiny-sd3"}  # bases, fully trained
+KEPT_AVERAGES = ROOT / "benchmarks" / "bases"  # BASE/average-STEPS.safetensors in float16, where no pipeline is kept
 STEPS, DECODER_STEPS = 1000, 3000  # training steps of an arm and of a decoder
 STAGES = ("data", "pipelines", "judge-base", "profile", "train", "gain", "judge", "report", "one-step",
           "reconstructions", "autoencoder", "cost", "state")  # fmt: skip
@@ -133,8 +134,10 @@ def make_data(work, domain):
 
 
 def averages_of(work, base):
-    """{steps: file} of the averages that the training of a base has kept in the work folder."""
-    return {path.stem.rpartition("-")[2]: path for path in sorted((work / base).glob("average-*.safetensors"))}
+    """{steps: file} of the averages of a base: those that its training has kept in the work folder, else those here."""
+    folders = KEPT_AVERAGES / base, work / base
+    return {path.stem.rpartition("-")[2]: path for folder in folders
+            for path in sorted(folder.glob("average-*.safetensors"))}  # fmt: skip
 
 
 def make_pipelines(work, base):

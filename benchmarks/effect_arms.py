@@ -56,6 +56,10 @@ ARMS = {
     "gate-1": Arm("--use_lpl --lpl_share 0.2 --lpl_sigma_threshold 1"),
     "rgb": Arm(f"{GATE} --lpl_features rgb"),
     "gain": Arm("", gain=True),
+    # decoder-full with one thing changed: the checks that the bar asks for
+    "decoder-full-share-0.05": Arm(f"{_FULL} --lpl_share 0.05"),
+    "decoder-full-share-0.4": Arm(f"{_FULL} --lpl_share 0.4"),
+    "decoder-full-gate-1": Arm(f"{_FULL} --lpl_sigma_threshold 1"),
     # other networks in the decoder's place, with the gradient of decoder-full
     "classifier": Arm(f"{_FULL} --lpl_features classifier {_CLASSIFIER}"),
     # with a share, the later flag wins, at which its gradient is about as large as that of decoder-full

@@ -221,7 +221,18 @@ def test_arms_start_from_the_pipeline_in_examples_where_no_base_was_trained(base
     assert [*effect.averages_of(tmp_path, base)] == ["003000"] and made.is_dir(), "the training had not ended"
 
 
-def test_a_base_that_was_never_trained_is_named(tmp_path):
+def test_an_average_that_is_kept_here_stands_in_for_a_missing_one(tmp_path, monkeypatch):
+    """One of the work folder goes before."""
+    monkeypatch.setattr(effect, "KEPT_AVERAGES", tmp_path / "kept")
+    for file in ("kept/epsilon/average-003000", "kept/epsilon/average-009000", "work/epsilon/average-009000"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / f"{file}.safetensors").touch()
+    found = effect.averages_of(tmp_path / "work", "epsilon")
+    assert {steps: path.parent.parent.name for steps, path in found.items()} == {"003000": "kept", "009000": "work"}
+
+
+def test_a_base_that_was_never_trained_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(effect, "KEPT_AVERAGES", tmp_path)
     with pytest.raises(SystemExit, match="v_prediction has no average"):
         effect.make_pipelines(tmp_path, "v_prediction")
 
