@@ -134,7 +134,7 @@ def make_data(work, domain):
 
 
 def averages_of(work, base):
-    """{steps: file} of the averages of a base: those that its training has kept in the work folder, else those here."""
+    """{steps: file} of the averages of a base: those that its training has kept in the work folder, else ours."""
     folders = KEPT_AVERAGES / base, work / base
     return {path.stem.rpartition("-")[2]: path for folder in folders
             for path in sorted(folder.glob("average-*.safetensors"))}  # fmt: skip
