@@ -231,6 +231,18 @@ def test_an_average_that_is_kept_here_stands_in_for_a_missing_one(tmp_path, monk
     assert {steps: path.parent.parent.name for steps, path in found.items()} == {"003000": "kept", "009000": "work"}
 
 
+def test_the_average_of_the_v_base_has_the_networks_of_the_tiny_sdxl():
+    """`make_pipelines` puts it into a pipeline of that shape; one of other shapes could not start an arm."""
+    (average,) = effect.averages_of(ROOT / "nowhere", "v_prediction").values()
+    shapes = {name: value.shape for name, value in load_file(average).items()}
+    example = effect.KEPT["epsilon"]
+    for part in {name.split(".")[0] for name in shapes}:
+        (file,) = (example / part).glob("*.safetensors")
+        theirs = {f"{part}.{name}": value.shape for name, value in load_file(file).items()}
+        assert {name: shape for name, shape in shapes.items() if name.startswith(f"{part}.")} == theirs
+    assert any(name.startswith("unet.") for name in shapes)
+
+
 def test_a_base_that_was_never_trained_is_named(tmp_path, monkeypatch):
     monkeypatch.setattr(effect, "KEPT_AVERAGES", tmp_path)
     with pytest.raises(SystemExit, match="v_prediction has no average"):
