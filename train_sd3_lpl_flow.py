@@ -505,7 +505,8 @@ def prepare_objective(args, accelerator, plan, data):
 def result_pipeline(args, schedule, **trained):
     """The whole pipeline as it is saved. trained: parts that take the place of the base model's."""
     pipeline = load_pipeline(args.base_model, StableDiffusion3Pipeline, **trained)
-    pipeline.scheduler.register_to_config(shift=schedule.shift)
+    if not args.use_lora:  # a LoRA is sampled with its base model's
+        pipeline.scheduler.register_to_config(shift=schedule.shift)
     return pipeline
 
 

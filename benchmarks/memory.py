@@ -86,7 +86,9 @@ SETUPS = {  # the row's name, of a recipe and the flags after it, or of all weig
     "`sd35-large-lora-24gb`": "SD3.5 large",
     "`sd35-large-lora-24gb`, 4 bits": "SD3.5 large",
     "SDXL, all weights": "SDXL",
+    "`sdxl-full-24gb`": "SDXL",
     "`sdxl-full-80gb`": "SDXL",
+    "`sdxl-full-80gb`, --use_8bit_adam": "SDXL",
     "SD3.5 medium, all weights": "SD3.5 medium",
     "SD3.5 large, all weights": "SD3.5 large",
 }

@@ -286,7 +286,10 @@ def wants(name):
 
 
 def check_launch(args):
-    """What accelerate is configured for: a sharded run can't have every flag."""
+    """What accelerate is configured for: one of three precisions; a sharded run can't have every flag."""
+    precision = mixed_precision(args)
+    require(precision in ("no", "fp16", "bf16"), f"{precision_source(args)} {precision} is not among those of these "
+            "scripts: give --mixed_precision no, fp16 or bf16")  # fmt: skip
     if not wants("FSDP") and not wants("DEEPSPEED"):
         return
     by = "DeepSpeed" if wants("DEEPSPEED") else "FSDP"

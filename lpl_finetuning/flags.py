@@ -278,9 +278,12 @@ def recipe_text(args):
     return yaml.safe_dump(values, sort_keys=False)
 
 
+RECIPE_HEAD = "# All flags of a run, as it resolved them. To use them again: --config with this file.\n"
+
+
 def save_recipe(args, path):
     """Write the resolved flags into a file."""
-    Path(path).write_text(recipe_text(args), encoding="utf-8")
+    Path(path).write_text(RECIPE_HEAD + recipe_text(args), encoding="utf-8")
 
 
 def changed_flags(args):
@@ -673,6 +676,11 @@ def add_run_arguments(parser, validation_epochs):
 def mixed_precision(args):
     """The precision of a run: "no", "fp16" or "bf16", from the flag or accelerate's configuration."""
     return (args.mixed_precision or os.environ.get("ACCELERATE_MIXED_PRECISION") or "no").lower()
+
+
+def step_images(args, ranks):
+    """Images of an optimizer step, over all ranks."""
+    return args.train_batch_size * ranks * args.gradient_accumulation_steps
 
 
 def data_source(args):

@@ -211,8 +211,10 @@ def _on_one_step(metrics: dict, network: dict | None) -> list[str]:
                              f"as far as can be told. Difference in {text}.")  # fmt: skip
             continue
         won = sum(winner(each) == name for each in levels)
-        sentences.append(f"In one step from noise, {name} estimates the pictures better, beyond the interval at {won} "
-                         f"of {len(levels)} noise levels. Difference in {text}.")  # fmt: skip
+        where = f"beyond the interval at {won} of {len(levels)} noise levels" if won else \
+            "over all noise levels together, and at none of them alone beyond its interval"  # fmt: skip
+        sentences.append(f"In one step from noise, {name} estimates the pictures better, {where}. Difference in "
+                         f"{text}.")  # fmt: skip
     return sentences + _other_one_step_measures(test, metric, families)
 
 

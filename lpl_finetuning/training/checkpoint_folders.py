@@ -19,13 +19,13 @@ import os
 import re
 import shutil
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import yaml
 
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.files import free_name, sha256_of, sync_to_disk
-from lpl_finetuning.flags import recipe_text
+from lpl_finetuning.flags import RECIPE_HEAD, recipe_text
 from lpl_finetuning.sample_prompts import PROMPTS_FILE, entries_text
 
 CHECKPOINT = re.compile(r"checkpoint-(\d+)$")
@@ -111,10 +111,12 @@ def check_sizes(folder, manifest):
 
 
 def check_contents(folder, manifest):
-    """Raise Damaged unless every file has the manifest's sha256 and no other file is there. Reads all files."""
+    """Raise Damaged unless every file has the manifest's sha256, and no other weights are there. Reads all files."""
     paths = files_in(folder)
-    if extra := sorted(paths.keys() - manifest["files"].keys()):
-        raise Damaged(f"{extra[0]} is not in its manifest")
+    others = sorted(paths.keys() - manifest["files"].keys())
+    if weights := [name for name in others if may_hold_weights(name)]:
+        raise Damaged(f"{weights[0]} is not in its manifest")
+    paths = {name: path for name, path in paths.items() if name not in others}
     with ThreadPoolExecutor(HASH_THREADS) as pool:
         for name, found in zip(paths, pool.map(sha256_of, paths.values()), strict=True):
             if found != manifest["files"][name]["sha256"]:
@@ -122,6 +124,14 @@ def check_contents(folder, manifest):
     step = json.loads(paths["training_state.json"].read_text())["step"] if "training_state.json" in paths else None
     if step != manifest["step"]:
         raise Damaged(f"{MANIFEST} says step {manifest['step']}, training_state.json {step}")
+
+
+def may_hold_weights(name):
+    """Whether a loader would take a file, by its path in a checkpoint. File managers, Jupyter and network disks leave
+    hidden files and folders anywhere, and people their notes and pictures."""
+    path = PurePosixPath(name)
+    hidden = any(part.startswith(".") for part in path.parts)
+    return not hidden and path.suffix.lower() in (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 
 def verify_checkpoint(folder):
@@ -227,7 +237,7 @@ def set_earlier_run_aside(output_dir, resume_from, logging_dir="logs"):
     if resume_from is None:
         tidy(output_dir)
         old = [folder for _, folder in candidates(output_dir)]
-        if (output_dir / RUN_MARK).is_file():
+        if is_run_recipe(output_dir / RUN_MARK):
             old = left_by_a_run(output_dir, logging_dir)
     else:
         remove_temporary(output_dir)
@@ -266,6 +276,29 @@ def left_by_a_run(output_dir, logging_dir):
     return [*results, *logs, output_dir / RUN_MARK]
 
 
+def is_run_recipe(path):
+    """Whether a file holds the flags of a run, as a run writes them, and not a person's own recipe."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+        if not text or text.startswith(RECIPE_HEAD):  # empty: of a run that was killed
+            return True
+        values = yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError):
+        return False
+    bare = not any(line.startswith("#") for line in text.splitlines())  # as earlier versions wrote them
+    return bare and isinstance(values, dict) and {"output_dir", "seed", "max_train_steps", "dry_run"} <= values.keys()
+
+
+def keep_own_recipe(output_dir):
+    """Rename a `config.yaml` that no run has written, for the run's own; returns the new path, None where none is."""
+    path = Path(output_dir) / RUN_MARK
+    if not path.exists() or is_run_recipe(path):
+        return None
+    kept = free_name(output_dir, f"{RUN_MARK}.yours")
+    os.replace(path, kept)
+    return kept
+
+
 def output_name_of(output_dir):
     """The --output_name of the run in a folder, from its flags; None where it has none."""
     try:
@@ -273,6 +306,13 @@ def output_name_of(output_dir):
     except (OSError, ValueError, AttributeError, yaml.YAMLError):
         return None
     return name if isinstance(name, str) and name and Path(name).name == name else None
+
+
+def images_seen(folder, batch_size):
+    """How many images a checkpoint's run had seen, repetitions included; earlier versions did not write it, and are
+    taken to have had steps of `batch_size` images, as the run that resumes."""
+    info = json.loads((Path(folder) / "training_state.json").read_text())
+    return info.get("images_seen", info["step"] * batch_size)
 
 
 def newer_than(resume_from, output_dir):

@@ -20,15 +20,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
-from lpl_finetuning.errors import UserError, during
+from lpl_finetuning.errors import UserError, during, require
 from lpl_finetuning.files import follow_umask, format_bytes, sha256_of, sync_to_disk
-from lpl_finetuning.flags import settings_from_flags
+from lpl_finetuning.flags import settings_from_flags, step_images
 from lpl_finetuning.tensor_files import write_tensors
 from lpl_finetuning.training.checkpoint_folders import (
     MANIFEST,
     Damaged,
     check_sizes,
     choose_checkpoint,
+    images_seen,
     is_complete,
     list_checkpoints,
     read_manifest,
@@ -113,7 +114,13 @@ class Checkpoints:
         self.writes_here = accelerator.is_main_process or self.sharded
         auto_weight = objective.perceptual.auto_weight if objective.perceptual is not None else None
         self.state = TrainingState(
-            trainee.optimizer, trainee.lr_scheduler, accelerator.scaler, trainee.ema, auto_weight, run_identity(args)
+            trainee.optimizer,
+            trainee.lr_scheduler,
+            accelerator.scaler,
+            trainee.ema,
+            auto_weight,
+            run_identity(args),
+            step_images(args, accelerator.num_processes),
         )
         self.clock = CheckpointClock(self.settings.checkpointing_steps, self.settings.checkpointing_minutes)
 
@@ -358,6 +365,10 @@ def load_optimizer(optimizer, tensors, rest):
         for name in names:
             entries = entries.setdefault(name, {})
         entries[last] = shard_like(value, parameters[int(index)])
+    before, now = rest["param_groups"], optimizer.param_groups
+    sizes, now = ([len(group["params"]) for group in groups] for groups in (before, now))
+    require(sizes == now, f"the checkpoint has groups of {sizes} weights with a learning rate of their own, this run "
+            f"{now}: give the --lora_pattern that the checkpoint was made with")  # fmt: skip
     optimizer.load_state_dict({"state": state, "param_groups": rest["param_groups"]})
 
 
@@ -367,7 +378,9 @@ class TrainingState:
     Noise, timesteps and data order follow from the seed and the step: no generator has a state to save.
     """
 
-    def __init__(self, optimizer, lr_scheduler, scaler=None, ema=None, auto_weight=None, identity=None):
+    def __init__(self, optimizer, lr_scheduler, scaler=None, ema=None, auto_weight=None, identity=None, batch_size=1):
+        """batch_size: images of an optimizer step."""
+        self.batch_size, self.resumed_step, self.resumed_images = batch_size, 0, 0
         self.optimizer, self.lr_scheduler, self.scaler = optimizer, lr_scheduler, scaler
         self.ema, self.auto_weight, self.identity = ema, auto_weight, identity or {}
 
@@ -393,6 +406,7 @@ class TrainingState:
         schedule = {name: value for name, value in self.lr_scheduler.state_dict().items() if is_plain(value)}
         info = {
             "step": step,
+            "images_seen": self.resumed_images + (step - self.resumed_step) * self.batch_size,
             "optimizer": rest,
             "lr_scheduler": schedule,
             "scaler": self.scaler.state_dict() if self.scaler else None,
@@ -429,6 +443,7 @@ class TrainingState:
             else:
                 print("The checkpoint has the automatic weight of LPL for other --lpl_features, or of an earlier "
                       "version: it starts from 0 again")  # fmt: skip
+        self.resumed_step, self.resumed_images = info["step"], images_seen(folder, self.batch_size)
         return info["step"]
 
     def _take_settings(self, settings):
@@ -439,9 +454,9 @@ class TrainingState:
                 if before != value:
                     print(f"{key} was {before} in the checkpoint, is {value} from now on")
                     group[key] = value
-            rate = now["initial_lr"] * self.lr_scheduler.lr_lambdas[index](self.lr_scheduler.last_epoch)
-            if self.lr_scheduler.base_lrs[index] != now["initial_lr"]:
-                self.lr_scheduler.base_lrs[index], group["lr"] = now["initial_lr"], rate
+            # of this run's schedule, which may be another one, or of another length
+            group["lr"] = now["initial_lr"] * self.lr_scheduler.lr_lambdas[index](self.lr_scheduler.last_epoch)
+            self.lr_scheduler.base_lrs[index] = now["initial_lr"]
 
 
 def is_plain(value):

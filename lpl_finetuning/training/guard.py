@@ -12,6 +12,7 @@ import torch
 
 from lpl_finetuning.errors import UserError
 
+ORDINARY_OVERFLOWS = 24  # in a row; fp16's scaler begins at 65,536 and halves at each: below 0.004 none is left
 NAMED_IMAGES = 8  # images named per fault in a message
 
 
@@ -31,6 +32,7 @@ class Guard:
     Attributes:
         in_a_row: consecutive skipped steps up to now.
         total: skipped steps of the run.
+        overflows: consecutive steps up to now that fp16's gradient scaler skipped.
     """
 
     def __init__(self, accelerator, limit, name_of):
@@ -40,7 +42,7 @@ class Guard:
             name_of: function from the number of an image to its name.
         """
         self.accelerator, self.limit, self.name_of = accelerator, limit, name_of
-        self.in_a_row = self.total = 0
+        self.in_a_row = self.total = self.overflows = 0
         self.watched = []
 
     def watch(self, term, values, images):
@@ -99,17 +101,19 @@ class Guard:
             faults: from `read`.
             step: number of the step.
             under_scaler: whether fp16's gradient scaler is in use. Gradients then overflow now and then, which the
-                scaler handles: such steps do not count. A term of the loss that is not finite on any rank counts on
-                all ranks.
+                scaler handles: up to `ORDINARY_OVERFLOWS` such steps in a row do not count. A term of the loss that is
+                not finite on any rank counts on all ranks.
 
         Raises:
-            UserError: --max_nonfinite_steps steps in a row were not finite.
+            UserError: --max_nonfinite_steps steps in a row were not finite, or the scaler can't find a scale.
         """
         if not faults:
-            self.in_a_row = 0
+            self.in_a_row = self.overflows = 0
             return
         if under_scaler and all(fault.term == "gradient" and fault.images for fault in faults):
-            return
+            self.overflows += 1
+            if self.overflows <= ORDINARY_OVERFLOWS:
+                return
         self.in_a_row, self.total = self.in_a_row + 1, self.total + 1
         causes = "; ".join(self.describe(fault) for fault in faults)
         rank = f" on rank {self.accelerator.process_index}" if self.accelerator.num_processes > 1 else ""

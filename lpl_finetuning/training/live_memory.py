@@ -59,7 +59,7 @@ class LiveBytes(TorchDispatchMode):
         kwargs = kwargs or {}
         if func is ADDITION and _accumulates(*args[:2]):
             return args[0] if args[0].is_meta else args[0].add_(args[1])
-        result = kwargs.get("grad_input") if func is SILU_BACKWARD else _short_cut(func, args)
+        result = kwargs.get("grad_input") if func is SILU_BACKWARD else _short_cut(func, args, kwargs)
         if result is None:
             if func is aten._local_scalar_dense.default and args[0].is_meta:
                 return 1.0
@@ -151,12 +151,14 @@ ELEMENTWISE = frozenset(map(_overload, (
 )))  # fmt: skip
 
 
-def _short_cut(func, args):
+def _short_cut(func, args, kwargs):
     """The result of an operation on the meta device, shapes only; None where the operation has no short cut.
 
     PyTorch computes these shapes in Python, or composes the operation of a dozen others. That takes most of a count.
     """
     if not args or not isinstance(args[0], torch.Tensor) or not args[0].is_meta:
+        return None
+    if kwargs.get("dtype") not in (None, args[0].dtype) or kwargs.get("device") not in (None, args[0].device):
         return None
     x = args[0]
     if func in IN_PLACE:

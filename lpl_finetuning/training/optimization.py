@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from lpl_finetuning.adapters import layer_of, patterns_of, settings_of
+from lpl_finetuning.adapters import layer_of, patterns_of
 from lpl_finetuning.errors import during
 from lpl_finetuning.flags import settings_from_flags
 from lpl_finetuning.stages import stage_ended
@@ -67,7 +67,8 @@ def optimizer_settings(args, batch_size):
 def parameter_groups(models, settings):
     """[{"params", "lr"}]: the trainable parameters of the denoiser, then those of the text encoders.
 
-    A model has one group, and one more for each other rate of --lora_pattern in it.
+    A model has one group, and one more for each pattern of --lora_pattern that sets a rate in it, whatever the rate:
+    a resumed run may have another --learning_rate.
 
     Args:
         models: {name in diffusers: model}.
@@ -76,12 +77,14 @@ def parameter_groups(models, settings):
     groups = {}
     for part, model in models.items():
         own = text_rate if part.startswith("text_encoder") else settings.learning_rate
-        groups[part, own] = []
+        groups[part, None] = {"params": [], "lr": own}
         for name, parameter in model.named_parameters():
             if parameter.requires_grad:
-                rate = settings_of(settings.patterns, part, layer_of(name)).get("lr", own)
-                groups.setdefault((part, rate), []).append(parameter)
-    return [{"params": parameters, "lr": rate} for (_, rate), parameters in groups.items() if parameters]
+                layer = layer_of(name)
+                sets = [pattern for pattern in settings.patterns if pattern.lr and pattern.matches(part, layer)]
+                key, rate = (sets[-1], sets[-1].lr) if sets else (None, own)
+                groups.setdefault((part, key), {"params": [], "lr": rate})["params"].append(parameter)
+    return [group for group in groups.values() if group["params"]]
 
 
 def build_optimizer(settings, groups):

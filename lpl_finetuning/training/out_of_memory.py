@@ -129,6 +129,8 @@ def always_saving(args, accelerator):
         (on_gpu and args.use_lora and not args.bnb_quantization_config_path and args.lora_type in ("lora", "dora"),
          "--bnb_quantization_config_path configs/nf4.json", {WEIGHTS: 0.6}),
         (on_gpu and args.optimizer == "adamw" and not args.use_8bit_adam, "--use_8bit_adam", {STATE: 0.75}),
+        (not args.use_lora and args.optimizer == "adamw" and not args.use_8bit_adam, "--optimizer adafactor",
+         {STATE: 0.99}),
         (on_gpu and args.use_ema and not args.offload_ema, "--offload_ema", {AVERAGE: 1}),
     ) if works]  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 from lpl_finetuning.adapters import block_prefixes, patterns_of, unused_kinds
 from lpl_finetuning.data.encoding import in_chunks
 from lpl_finetuning.data.report import build_report, refuse_remarks, report_lines
-from lpl_finetuning.errors import counted, require
+from lpl_finetuning.errors import brief, counted, require
 from lpl_finetuning.files import cache_folder, digest, format_bytes, write_whole
 from lpl_finetuning.flags import (
     REPOSITORY,
@@ -20,10 +20,11 @@ from lpl_finetuning.flags import (
     feature_parts,
     framing_rules,
     print_configuration,
+    step_images,
 )
 from lpl_finetuning.lora_files import alpha_of, file_for_others, kind_of
-from lpl_finetuning.sample_prompts import entries_of, plan_lines
-from lpl_finetuning.training.checkpoint_folders import changes_since, read_manifest
+from lpl_finetuning.sample_prompts import entries_of, plan_lines, prompt_texts
+from lpl_finetuning.training.checkpoint_folders import changes_since, images_seen, read_manifest
 from lpl_finetuning.training.checkpoints import checkpoint_to_resume
 from lpl_finetuning.training.estimates import counted_peaks
 from lpl_finetuning.training.live_memory import Peak
@@ -48,16 +49,19 @@ class Plan:
     total_steps: int  # optimizer steps
     resume_from: Path | None  # the checkpoint that the run resumes from
     first_step: int  # optimizer steps that the checkpoint has made
+    first_image: int  # images that it has seen, repetitions included
 
 
 def plan_run(args, accelerator, schedule, images):
     """The `Plan` of a run on so many images; UserError where --resume_from_checkpoint can't be followed."""
     resume_from = checkpoint_to_resume(args, accelerator)
     dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
-    batch_size = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
-    total_steps = args.max_train_steps or -(-args.num_train_epochs * images // batch_size)
-    first_step = read_manifest(resume_from)["step"] if resume_from is not None else 0
-    return Plan(schedule, dtype, batch_size, total_steps, resume_from, first_step)
+    batch_size, first_step, first_image = step_images(args, accelerator.num_processes), 0, 0
+    if resume_from is not None:
+        first_step, first_image = read_manifest(resume_from)["step"], images_seen(resume_from, batch_size)
+    # the checkpoint's steps may have had other numbers of images
+    total_steps = args.max_train_steps or first_step - (first_image - args.num_train_epochs * images) // batch_size
+    return Plan(schedule, dtype, batch_size, total_steps, resume_from, first_step, first_image)
 
 
 def warnings_about(args, total_steps, first_step):
@@ -139,6 +143,15 @@ def truncated_captions(tokenizers, captions, folder):
     return counts
 
 
+def cut_prompts(args, tokenizers):
+    """The validation prompts that a tokenizer truncates."""
+
+    def is_cut(text):
+        return any(len(tokenizer(text).input_ids) > tokenizer.model_max_length for tokenizer in tokenizers)
+
+    return list(filter(is_cut, prompt_texts(args)))
+
+
 def check_data(args, scan, held_out, tokenizers, accelerator):
     """The report on the data, with the captions that the tokenizers truncate; DataError under --strict if remarked."""
     report = build_report(scan, held_out, framing_rules(args), args.train_batch_size)
@@ -149,7 +162,7 @@ def check_data(args, scan, held_out, tokenizers, accelerator):
 
     with accelerator.main_process_first():
         counts = truncated_captions(tokenizers, captions, cache_folder(args.cache_dir) / "scans")
-    report["truncated"] = counts
+    report["truncated"], report["truncated_prompts"] = counts, cut_prompts(args, tokenizers)
     report["cached"] = framing_rules(args).framing(scan.images).can_be_cached(scan.images)
     if any(counts.values()):
         which = ", ".join(f"{count} of them by {name}" for name, count in counts.items() if count)
@@ -202,7 +215,7 @@ def print_run(args, report, accelerator, plan, measured=None):
         measured: what is measured of held-out images, in words; by default the loss at all noise levels.
     """
     say, total_steps = accelerator.print, plan.total_steps
-    batch = args.train_batch_size * accelerator.num_processes * args.gradient_accumulation_steps
+    batch, images_made = plan.batch_size, plan.first_image + (total_steps - plan.first_step) * plan.batch_size
     images, held_out = report["images"], report["held_out"]
     print_configuration(args, say)
     for line in [line for each in args.base_model.unpacked.values() for line in each.said]:
@@ -210,11 +223,13 @@ def print_run(args, report, accelerator, plan, measured=None):
     say("\n" + "\n".join(report_lines(report)) + "\n")
     for warning in warnings_about(args, total_steps, plan.first_step):
         say(f"warning: {warning}")
+    for text in report.get("truncated_prompts", ()):
+        say(f"warning: the validation prompt {brief(text)} is longer than the tokenizers take: its end is cut off")
     if plan.resume_from is not None and (changes := changes_since(args, plan.resume_from, images)):
         say(f"Goes on from {plan.resume_from}; since then changed: {'; '.join(changes)}")
     say(f"Steps: {total_steps} of {batch} images ({args.train_batch_size} per device x {accelerator.num_processes} "
         f"x {args.gradient_accumulation_steps} accumulated); {images / batch:.1f} steps an epoch, "
-        f"{total_steps * batch / images:.1f} epochs")  # fmt: skip
+        f"{images_made / images:.1f} epochs")  # fmt: skip
     if file_for_others(args):
         say(describe_result(args))
     if args.merge_into:
@@ -310,7 +325,7 @@ def print_memory(args, accelerator, plan, denoiser, code, encodes):
         {phase: Peak}; where nothing was counted {"": Peak} of what is always there.
     """
     sharded = is_sharded(accelerator)
-    machine = Machine(accelerator.mixed_precision, 1 if sharded else accelerator.num_processes, encodes, sharded)
+    machine = Machine(accelerator.mixed_precision, 1 if sharded else accelerator.num_processes, encodes)
 
     def shared(peaks):
         if peaks is None or not sharded:
@@ -376,6 +391,9 @@ def remedies(args):
         found.append(("--offload_ema", {"offload_ema": True}))
     if not args.use_lora and args.optimizer == "adamw" and not args.use_8bit_adam:
         found.append(("--use_8bit_adam", {"use_8bit_adam": True}))
+    if not args.use_lora and args.optimizer == "adamw":
+        instead = "--no-use_8bit_adam " if args.use_8bit_adam else ""
+        found.append((f"{instead}--optimizer adafactor", {"optimizer": "adafactor", "use_8bit_adam": False}))
     if args.use_lpl and "decoder" in feature_parts(args) and args.lpl_num_blocks > 3:
         found.append(("--lpl_num_blocks 3", {"lpl_num_blocks": 3}))
     if args.use_lora and not args.bnb_quantization_config_path and args.lora_type in ("lora", "dora"):
@@ -398,16 +416,12 @@ def fit_lines(args, room, size_of):
             if without <= room:
                 return [f"        fits without --gradient_checkpointing too, with {format_bytes(without)}: faster"]
         return ["        fits this GPU"]
-    flags, changes, size = [], {}, None
-    for flag, change in remedies(args):
-        size = size_of(args.but(**change))
-        if size <= room:
-            return [f"        does NOT fit this GPU ({format_bytes(room)} free for tensors); with {flag} it takes "
-                    f"{format_bytes(size)} and fits"]  # fmt: skip
-        flags, changes = [*flags, flag], changes | change
-        if len(flags) > 1:
-            size = size_of(args.but(**changes))
+    taken, said = [], f"        does NOT fit this GPU ({format_bytes(room)} free for tensors)"
+    for one in remedies(args):
+        taken = [before for before in taken if not before[1].keys() & one[1].keys()] + [one]  # one replaces another
+        for together in ([one], taken):
+            size = size_of(args.but(**{name: value for _, change in together for name, value in change.items()}))
             if size <= room:
-                return [f"        does NOT fit this GPU ({format_bytes(room)} free for tensors); with "
-                        f"{' '.join(flags)} it takes {format_bytes(size)} and fits"]  # fmt: skip
-    return [f"        does NOT fit this GPU ({format_bytes(room)} free for tensors), nor with {' '.join(flags)}"]
+                flags = " ".join(flag for flag, _ in together)
+                return [f"{said}; with {flags} it takes {format_bytes(size)} and fits"]
+    return [f"{said}, nor with {' '.join(flag for flag, _ in taken)}"]

@@ -10,7 +10,12 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs, ProjectConfiguration
+from accelerate.utils import (
+    AutocastKwargs,
+    DistributedDataParallelKwargs,
+    InitProcessGroupKwargs,
+    ProjectConfiguration,
+)
 
 from lpl_finetuning.data.encoding import prompt_key
 from lpl_finetuning.data.report import save_report
@@ -21,7 +26,7 @@ from lpl_finetuning.flag_checks import precision_source, wants
 from lpl_finetuning.flags import save_recipe
 from lpl_finetuning.sample_prompts import PROMPTS_FILE, entries_text
 from lpl_finetuning.stages import stage_ended
-from lpl_finetuning.training.checkpoint_folders import set_earlier_run_aside
+from lpl_finetuning.training.checkpoint_folders import keep_own_recipe, set_earlier_run_aside
 from lpl_finetuning.training.machine import cards_in_use, check_cards
 from lpl_finetuning.training.objective import with_noise
 from lpl_finetuning.training.sharding import check_zero_devices, set_up_sharding
@@ -48,6 +53,8 @@ def start_accelerator(args):
             InitProcessGroupKwargs(timeout=patience),
             # gradients are views of DDP's buckets, not copies; buffers are constant: SD3.5's are up to 900 MB
             DistributedDataParallelKwargs(gradient_as_bucket_view=True, broadcast_buffers=False),
+            # a pass uses a weight once: the cache would only keep low-precision copies of all weights until its end
+            AutocastKwargs(cache_enabled=False),
         ],
     )
     require(
@@ -176,6 +183,8 @@ def open_output_dir(args, accelerator, resume_from, report, check_access):
             if args.push_to_hub:
                 name = args.hub_model_id or output_dir.resolve().name
                 hub_name = check_access(name, args.hub_token, args.hub_private_repo)
+            if own := keep_own_recipe(output_dir):
+                accelerator.print(f"{output_dir / 'config.yaml'}, which no run has written, is now {own}")
             save_recipe(args, output_dir / "config.yaml")
             save_report(report, output_dir / "data_report.json")
             save_entries(args, output_dir)

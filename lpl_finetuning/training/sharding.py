@@ -128,7 +128,6 @@ def prepare(accelerator, denoiser, optimizer):
     else:
         engine, optimizer = build_zero_engine(accelerator, model, optimizer)
         denoiser, autocast = type(denoiser)(engine), zero_autocast(accelerator)
-    torch.set_autocast_cache_enabled(False)  # the cache would keep a copy of every gathered weight
     forward = denoiser.forward
 
     def forward_in_autocast(*args, **kwargs):  # for models that are not sharded, accelerate's `prepare` does this
@@ -451,7 +450,9 @@ def build_zero_engine(accelerator, model, optimizer):
 def zero_autocast(accelerator):
     """Return the function that makes autocast's context: under DeepSpeed accelerate's own does nothing."""
     enabled = accelerator.mixed_precision == "bf16"
-    return functools.partial(torch.autocast, accelerator.device.type, torch.bfloat16, enabled=enabled)
+    return functools.partial(
+        torch.autocast, accelerator.device.type, torch.bfloat16, enabled=enabled, cache_enabled=False
+    )
 
 
 def has_zero_engine(model):

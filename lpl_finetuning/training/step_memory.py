@@ -84,15 +84,12 @@ class Machine:
         mixed_precision: "no", "bf16" or "fp16".
         ranks: processes.
         encodes: whether the images of every step are encoded in the step.
-        sharded: whether FSDP or DeepSpeed shards the training state. The count is that of one device without sharding,
-            but for autocast, which keeps no copies of weights then.
         device: "meta"; the CPU in tests, where the step runs.
     """
 
     mixed_precision: str
     ranks: int = 1
     encodes: bool = False
-    sharded: bool = False
     device: str = "meta"
 
 
@@ -104,14 +101,14 @@ class CountingAccelerator:
 
     def __init__(self, machine, dtype, counter):
         self.device, self.num_processes = torch.device(machine.device), machine.ranks
-        self.dtype, self.counter, self.caches = dtype, counter, not machine.sharded
+        self.dtype, self.counter = dtype, counter
 
     def prepare(self, denoiser, optimizer):
         """The denoiser under autocast with float32 outputs, as accelerate prepares it, and the optimizer."""
-        forward, dtype, caches = denoiser.forward, self.dtype, self.caches
+        forward, dtype = denoiser.forward, self.dtype
 
         def forward_in_autocast(*args, **kwargs):
-            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=caches):
+            with torch.autocast("cpu", dtype, enabled=dtype != torch.float32, cache_enabled=False):
                 return forward(*args, **kwargs)
 
         denoiser.forward = convert_outputs_to_fp32(forward_in_autocast)

@@ -75,7 +75,7 @@ def test_a_dora_for_other_programs_is_continued(flags, tmp_path):
 
 @pytest.mark.parametrize(("family", "more"), [
     ("sdxl", ["--lora_type", "dora", "--train_text_encoder", "--prediction_type", "v_prediction"]),
-    ("sd3", ["--use_lpl"]),
+    ("sd3", ["--use_lpl", "--timestep_shift", "1.5"]),
 ])  # fmt: skip
 def test_a_run_ends_in_a_whole_model_too(family, more, request, tmp_path, capsys):
     """--merge_into: the weights are those that diffusers makes of the base model and the LoRA. The plan names it."""
@@ -98,7 +98,9 @@ def test_a_run_ends_in_a_whole_model_too(family, more, request, tmp_path, capsys
         assert all(torch.allclose(ours[name], theirs[name], rtol=1e-5, atol=1e-6) for name in ours)
         changed += sum(not torch.equal(ours[name], before[name]) for name in ours if name in before)
     assert changed
-    if family == "sdxl":
+    if family == "sd3":
+        assert found.scheduler.config.shift == expected.scheduler.config.shift != 1.5, "sampled as the LoRA is"
+    else:
         assert found.scheduler.config.prediction_type == "v_prediction"
     with pytest.raises(UserError, match=f"--merge_into {whole} is there already"):
         script.run(*flags, "--max_train_steps", 1, "--output_dir", tmp_path / "another")

@@ -113,6 +113,8 @@ def test_rates_are_groups_of_the_optimizer():
     assert set(groups[1]["params"]) == wanted
     plain = parameter_groups(models, optimizer_settings(args.but(lora_pattern=None), 1))
     assert [group["lr"] for group in plain] == [0.1, 0.2, 0.2], "as without the flag"
+    equal = parameter_groups(models, optimizer_settings(args.but(learning_rate=0.5, text_encoder_lr=0.7), 10))
+    assert [group["params"] for group in equal] == [group["params"] for group in groups], "whatever the rates are"
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,13 @@ from safetensors.torch import load_file
 from lpl_finetuning.base_model import BaseModel
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.families import SDXL
+from lpl_finetuning.flags import RECIPE_HEAD
 from lpl_finetuning.tensor_files import write_tensors
 from lpl_finetuning.training import checkpoint_folders, checkpoints
 from lpl_finetuning.training.checkpoint_folders import (
     MANIFEST,
     check_resume,
+    keep_own_recipe,
     list_checkpoints,
     named_folder,
     newest_good,
@@ -239,12 +241,56 @@ def test_a_pickle_in_the_folder_is_refused_not_read(save):
     assert verify_checkpoint(folder) == "training_state.bin is not in its manifest"
 
 
+@pytest.mark.parametrize("name", [
+    ".DS_Store", "unet/.nfs0001", "._training_state.safetensors", "Thumbs.db", "notes.txt", "unet/preview.png",
+    ".ipynb_checkpoints/training_state-checkpoint.json", ".ipynb_checkpoints/weights.safetensors",
+])  # fmt: skip
+def test_what_other_programs_leave_in_a_checkpoint_is_no_damage(name, save, tmp_path):
+    save(3)
+    folder = save(4)
+    (folder / name).parent.mkdir(exist_ok=True)
+    (folder / name).write_text("x")
+    assert verify_checkpoint(folder) is None and checkpoint_to_resume(arguments(tmp_path)) == folder
+    assert build()[1].load(folder) == 4
+
+
 def test_a_result_that_only_all_ranks_could_save_is_told_as_lost_since_the_last_checkpoint():
     told = r"^the result can't be written \(.*\)\. .* after the last checkpoint once more$"
     with pytest.raises(UserError, match=told), kept_if_unwritten(None):
         raise OSError(errno.ENOSPC, "No space left on device")
     with pytest.raises(ValueError), kept_if_unwritten(None):
         raise ValueError("nothing about writing")
+
+
+def test_the_first_step_after_a_resume_has_the_rate_of_todays_schedule(save):
+    """The checkpoint's schedule had ended at 0."""
+    folder = save(4)
+    _, state = build()
+    state.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(state.optimizer, lambda step: 1.0)
+    state.load(folder)
+    assert [group["lr"] for group in state.optimizer.param_groups] == [1e-2]
+    assert state.optimizer.param_groups[0]["lr"] != build()[1].lr_scheduler.lr_lambdas[0](4) * 1e-2
+
+
+def test_the_images_of_steps_of_several_sizes_are_added(tmp_path):
+    """4 steps of 3 images, then 2 of 5."""
+    model, state = build()
+    train(model, state, 0, 4)
+    state.batch_size = 3
+    folder = save_checkpoint(tmp_path, 4, state, writer(model))
+    assert checkpoint_folders.images_seen(folder, 99) == 12
+    model, later = build()
+    later.batch_size = 5
+    later.load(folder)
+    assert checkpoint_folders.images_seen(save_checkpoint(tmp_path, 6, later, writer(model)), 99) == 22
+
+
+def test_other_groups_of_weights_are_a_message(save):
+    folder = save(4)
+    model, state = build()
+    state.optimizer = torch.optim.AdamW([{"params": [value]} for value in model.parameters()], lr=1e-2)
+    with pytest.raises(UserError, match=r"groups of \[2\] weights .* this run \[1, 1\]: give the --lora_pattern"):
+        state.load(folder)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -264,7 +310,7 @@ def damage(folder, name, how):
     elif how == "delete":
         path.unlink()
     else:
-        path.with_name(path.name + "~").write_bytes(b"x")
+        path.with_name(path.name + ".bin").write_bytes(b"x")
 
 
 @pytest.mark.parametrize(
@@ -477,6 +523,26 @@ def test_a_run_that_showed_nothing_leaves_nothing_to_keep(tmp_path):
     assert set_earlier_run_aside(tmp_path, None) == tmp_path / "previous-1"
     assert names(tmp_path) == ["notes.txt", "previous-1"], "what is the user's own stays"
     assert names(tmp_path / "previous-1") == ["config.yaml", "data_report.json", "logs"]
+
+
+OWN_RECIPE = "# why rank 16: ...\nuse_lora: true\nseed: 3\nmax_train_steps: 9\noutput_dir: here\ndry_run: false\n"
+
+
+def test_a_folder_with_a_recipe_of_ones_own_is_no_runs(tmp_path):
+    """Nothing in it moves, but the recipe makes room for the run's flags."""
+    for name in ("config.yaml", "README.md", "vae/mine.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(OWN_RECIPE)
+    assert set_earlier_run_aside(tmp_path, None) is None
+    assert names(tmp_path) == ["README.md", "config.yaml", "vae"]
+    (tmp_path / "config.yaml.yours").touch()
+    kept = keep_own_recipe(tmp_path)
+    assert kept == tmp_path / "config.yaml.yours-2" and kept.read_text() == OWN_RECIPE
+    assert not (tmp_path / "config.yaml").exists() and keep_own_recipe(tmp_path) is None
+    earlier = "\n".join(line for line in OWN_RECIPE.splitlines() if not line.startswith("#"))
+    for text in ("", f"{RECIPE_HEAD}seed: 3\n", RECIPE_HEAD + "seed: [", earlier):
+        (tmp_path / "config.yaml").write_text(text)
+        assert keep_own_recipe(tmp_path) is None, "a run's, by this version or an earlier one"
 
 
 def test_resuming_from_elsewhere_moves_what_is_newer(save, tmp_path):
@@ -843,7 +909,7 @@ def test_killed_while_it_recovers(save, tmp_path):
     (before / "my" / "logs").mkdir(parents=True)
     (before / "my" / "logs" / "metrics.jsonl").write_text("{}")
     for name in ("config.yaml", "image_0.png", "model_index.json"):
-        (before / name).write_text(name)
+        (before / name).write_text(RECIPE_HEAD if name == "config.yaml" else name)
     mine = ["config.yaml", "image_0.png", "metrics.jsonl", "model_index.json"]
 
     def check_results(kill_at):

@@ -62,6 +62,16 @@ def test_storages_of_before_count_when_held():
         assert counter.total == 400
 
 
+def test_an_operation_gives_the_dtype_that_it_is_asked_for():
+    """The optimizer's state in 8 bits takes a byte for each weight."""
+    x = torch.randn(3, 5)
+    for make in (lambda x: torch.zeros_like(x, dtype=torch.uint8), lambda x: x.sum(dtype=torch.float64),
+                 lambda x: torch.linalg.vector_norm(x, dtype=torch.float64), torch.zeros_like):  # fmt: skip
+        with LiveBytes():
+            counted = make(x.to("meta"))
+        assert (counted.dtype, counted.shape) == (make(x).dtype, make(x).shape)
+
+
 def test_a_linear_layer_and_its_gradients():
     """Forward: x and y. Backward: the gradients of y and x, and of the weight and bias."""
     layer = torch.nn.Linear(30, 50, device="meta")
@@ -156,6 +166,7 @@ FLAGS = {
     "sdxl held out, no LPL": ("sdxl", "--use_lora --validation_split 2"),
     "sdxl text encoders": ("sdxl", "--use_lora --train_text_encoder --gradient_checkpointing --validation_split 2"),
     "sd3 lora": ("sd3", "--use_lora --use_lpl"),
+    "sdxl full, 8 bits": ("sdxl", "--use_8bit_adam --gradient_checkpointing"),
     "sd3 full, adafactor": ("sd3", "--optimizer adafactor --gradient_checkpointing"),
     "sd3 prodigy": ("sd3", "--use_lora --validation_split 2 --optimizer prodigy --use_lpl --lpl_batch_size 1"),
 }

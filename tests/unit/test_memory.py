@@ -195,3 +195,26 @@ def test_the_plan_names_the_flag_that_makes_a_step_fit(few_flags, flags, room, s
     words = [*few_flags, "--train_batch_size", "1", "--lpl_batch_size", "1", *flags.split()]
     [line] = plan.fit_lines(train_sdxl_lpl.parse_args(words), room, sizes())
     assert said in line
+
+
+@pytest.mark.parametrize(
+    ("flags", "room", "said"),
+    [
+        ("", 7.5e9, "with --use_8bit_adam it takes 6.00 GB and fits"),
+        ("--gradient_checkpointing", 5.5e9, "with --optimizer adafactor it takes 4.00 GB and fits"),
+        ("", 5.5e9, "with --gradient_checkpointing --optimizer adafactor it takes 4.00 GB and fits"),
+        ("--gradient_checkpointing --use_8bit_adam", 5.5e9, "with --no-use_8bit_adam --optimizer adafactor it takes "),
+        ("--optimizer adafactor", 5.5e9, "with --gradient_checkpointing it takes 4.00 GB and fits"),
+    ],
+)
+def test_the_plan_of_all_weights_names_one_optimizer(few_flags, flags, room, said):
+    """Weights and gradients take 4 GB, AdamW's state 5, in 8 bits 2, Adafactor's 1; checkpointing saves 1."""
+    words = [word for word in few_flags if word != "--use_lora"]
+    words += ["--train_batch_size", "1", "--lpl_batch_size", "1", *flags.split()]
+
+    def size_of(args):
+        state = 2e9 if args.use_8bit_adam else {"adamw": 5e9, "adafactor": 1e9}[args.optimizer]
+        return 4e9 + state - 1e9 * args.gradient_checkpointing
+
+    [line] = plan.fit_lines(train_sdxl_lpl.parse_args(words), room, size_of)
+    assert said in line

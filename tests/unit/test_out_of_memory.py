@@ -58,8 +58,8 @@ def test_flags_in_order_of_what_they_save(flags, tmp_path):
     assert full == (
         "the GPU ran out of memory while computing the gradients (asked for 2.00 GiB); what helps here, most first: "
         "--use_lora (about 42.00 GB), --gradient_checkpointing (about 32.00 GB), --train_batch_size 2 with "
-        "--gradient_accumulation_steps 2 (about 23.00 GB), --use_8bit_adam (about 15.00 GB), --offload_ema (about "
-        "8.00 GB); no checkpoint was written yet"
+        "--gradient_accumulation_steps 2 (about 23.00 GB), --optimizer adafactor (about 19.80 GB), --use_8bit_adam "
+        "(about 15.00 GB); no checkpoint was written yet"
     )
     set_already = ["--use_ema", "--offload_ema", "--use_8bit_adam", "--gradient_checkpointing", "--use_lora",
                    "--train_batch_size", 1]  # fmt: skip

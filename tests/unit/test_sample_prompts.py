@@ -118,7 +118,9 @@ def test_prompts_of_flags_come_first_and_everything_is_encoded(tmp_path, capsys)
     assert entries_of(args) == (SamplePrompt("cat"), cat, SamplePrompt("dog"))
     assert encoding_settings(args).prompts == ("cat", "fish", "dog")
     said = []
-    plan = type("Plan", (), {"total_steps": 1, "resume_from": None, "first_step": 0})
+    plan = type(
+        "Plan", (), {"total_steps": 1, "batch_size": 1, "resume_from": None, "first_step": 0, "first_image": 0}
+    )
     accelerator = type("One", (), {"num_processes": 1, "print": staticmethod(lambda text: said.append(text))})
     report = {"images": 96, "held_out": 0}
     with pytest.MonkeyPatch.context() as patch:

@@ -1,6 +1,7 @@
 """Parts of a training step one by one: guard, metrics, reporter, signals, gate, average, plan."""
 
 import copy
+import json
 import math
 import signal
 from types import SimpleNamespace
@@ -12,7 +13,7 @@ from diffusers.training_utils import EMAModel
 
 import train_sdxl_lpl
 from lpl_finetuning.errors import UserError
-from lpl_finetuning.flag_checks import check_lpl_flags
+from lpl_finetuning.flag_checks import check_launch, check_lpl_flags
 from lpl_finetuning.training import optimization
 from lpl_finetuning.training import plan as plan_module
 from lpl_finetuning.training import reporter as reporter_module
@@ -63,6 +64,18 @@ def test_a_good_step_ends_the_row_of_bad_ones():
     ours.record(bad, 5)
     with pytest.raises(UserError, match="2 steps in a row were not finite"):
         ours.record(bad, 6)
+
+
+def test_a_scaler_that_finds_no_scale_ends_the_run():
+    """Overflows now and then do not count, and endless ones do: they train nothing."""
+    ours, overflow = guard(limit=2), [Fault("gradient", (4,))]
+    for step in range(200):  # ordinary: a good step in between
+        ours.record([] if step % 20 == 19 else overflow, step, under_scaler=True)
+    assert ours.total == 0 and ours.counts() == {}
+    with pytest.raises(UserError, match=r"4\.png"):
+        for step in range(200, 240):
+            ours.record(overflow, step, under_scaler=True)
+    assert step < 230 and ours.total == 2
 
 
 @pytest.mark.parametrize("bad", [(math.nan, 1.0, 1.0), (1.0, math.inf, 1.0), (1.0, 1.0, math.nan)])
@@ -256,6 +269,26 @@ def test_the_last_half_step_is_a_step(monkeypatch):
     args = SimpleNamespace(train_batch_size=4, gradient_accumulation_steps=1, max_train_steps=None, num_train_epochs=3)
     assert plan_module.plan_run(args, accelerator(), None, images=6).total_steps == 5
     assert plan_module.plan_run(args, accelerator(), None, images=4).total_steps == 3
+
+
+@pytest.mark.parametrize(("seen", "total"), [({"images_seen": 8}, 6), ({"images_seen": 14}, 5), ({}, 4)])
+def test_epochs_count_the_images_that_a_checkpoint_has_seen(seen, total, tmp_path, monkeypatch):
+    """Two epochs of 8 images in steps of 4, after 4 steps of 2 images, of others, or of 4 as earlier versions say."""
+    monkeypatch.setattr(plan_module, "checkpoint_to_resume", lambda *_: tmp_path)
+    monkeypatch.setattr(plan_module, "read_manifest", lambda folder: {"step": 4})
+    (tmp_path / "training_state.json").write_text(json.dumps({"step": 4} | seen))
+    args = SimpleNamespace(train_batch_size=4, gradient_accumulation_steps=1, max_train_steps=None, num_train_epochs=2)
+    assert plan_module.plan_run(args, accelerator(), None, images=8).total_steps == total
+    args.max_train_steps = 9
+    assert plan_module.plan_run(args, accelerator(), None, images=8).total_steps == 9
+
+
+@pytest.mark.parametrize("precision", ["fp8", "FP8"])
+def test_a_precision_of_accelerate_that_the_scripts_lack(precision, monkeypatch):
+    args = train_sdxl_lpl.build_parser().parse(["--pretrained_model_name_or_path", "a/b"])
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(UserError, match="accelerate's mixed_precision fp8 is not among those of these scripts"):
+        check_launch(args)
 
 
 @pytest.mark.parametrize("share", [0.0, 1.0])

@@ -170,7 +170,8 @@ def test_the_validations_with_kid_are_counted_in_words(parse, every, told):
     report = {"images": 6, "held_out": 4, "source": "", "formats": {}, "notes": {}, "profiles": {}, "sizes": {},
               "captions": {"count": 6, "different": 6, "images_with_several": 0, "default": 0, "length": []},
               "bad": [], "missing": [], "remarks": []}  # fmt: skip
-    print_run(args, report, accelerator, SimpleNamespace(total_steps=4, first_step=0, resume_from=None))
+    plan = SimpleNamespace(total_steps=4, batch_size=1, first_step=0, first_image=0, resume_from=None)
+    print_run(args, report, accelerator, plan)
     assert said[-1].endswith(told) and "th " not in said[-1]
 
 
