@@ -38,7 +38,7 @@ This page lists every flag of the training scripts and of `evaluate_models.py`, 
 
 def value_of(action):
     """The kind of value that a flag takes, in a few words."""
-    if isinstance(action.default, bool) and action.nargs == 0:
+    if action.nargs == 0:
         return ""
     if action.choices:
         return " \\| ".join(map(str, action.choices))

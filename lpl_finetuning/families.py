@@ -111,7 +111,11 @@ SDXL = Family(
     text_encoders=("text_encoder", "text_encoder_2"),
     tokenizers=("tokenizer", "tokenizer_2"),
     lora_layers=("to_k", "to_q", "to_v", "to_out.0"),
-    layer_kinds={"attention": ("to_k", "to_q", "to_v", "to_out.0"), "feed-forward": ("ff.net.0.proj", "ff.net.2")},
+    layer_kinds={
+        "attention": ("to_k", "to_q", "to_v", "to_out.0"),
+        "feed-forward": ("ff.net.0.proj", "ff.net.2"),
+        "projections": ("proj_in", "proj_out"),
+    },
     lora_blocks={  # style and content of B-LoRA, style and layout of InstantStyle
         "style": "up_blocks.0.attentions.1",
         "content": "up_blocks.0.attentions.0",

@@ -17,7 +17,7 @@ from lpl_finetuning.data.samples import CaptionRules, FramingRules
 from lpl_finetuning.data.scan import DataSource
 from lpl_finetuning.errors import UserError, near_name, require
 from lpl_finetuning.files import cache_folder
-from lpl_finetuning.other_flags import advice_on
+from lpl_finetuning.other_flags import advice_on, advice_on_value
 from lpl_finetuning.sample_prompts import prompt_texts, read_prompts_file
 from lpl_finetuning.yaml_texts import YamlTexts
 
@@ -121,11 +121,13 @@ class FlagParser(argparse.ArgumentParser):
         except (ValueError, argparse.ArgumentTypeError) as error:
             kind = {int: "whole number", float: "number"}.get(action.type)
             if kind:
-                raise UserError(f"{place} is {text!r}; it must be a {kind}") from None
+                advice = advice_on_value(action.dest, text)
+                raise UserError(f"{place} is {text!r}; it must be a {kind}{f': {advice}' if advice else ''}") from None
             raise UserError(f"{place} is {text!r}; {error}") from None
         if action.choices and value not in action.choices:
             near = near_name(str(value), map(str, action.choices))
-            meant = f"did you mean {near}? " if near else ""
+            advice = advice_on_value(action.dest, text)
+            meant = f"{advice}; " if advice else f"did you mean {near}? " if near else ""
             raise UserError(f"{place} is {text!r}; {meant}choose from {', '.join(map(str, action.choices))}")
         return value
 

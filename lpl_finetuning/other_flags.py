@@ -16,7 +16,12 @@ _AT_ONCE = "leave it out: how many images are encoded at a time follows from the
 _PRODIGY = "leave it out: it is on with --optimizer prodigy"
 _FLOW_ONLY = "it is of train_sd3_lpl_flow.py; leave it out"
 _NOISE_ONLY = "it is of train_sdxl_lpl.py; rectified flow has --weighting_scheme instead"
-_PICTURE = "validation pictures have the pipeline's own guidance and no negative prompt; leave it out"
+_PICTURE = "use --validation_prompts_file, whose entries have a guidance and a negative prompt"
+_BUCKETS = "leave it out: --aspect_ratio_buckets auto has shapes of constant area, in steps of 64 px"
+_NO_NOISE = "other noise than --noise_offset is not in these scripts; leave it out"
+_SQUARED = "the diffusion loss is the squared error; leave it out"
+_SMALLER = ("what saves memory here is --gradient_checkpointing, --offload_ema, --optimizer adafactor and "
+            "--bnb_quantization_config_path")  # fmt: skip
 _STEPS = "use --checkpointing_steps, in optimizer steps"
 _PLOT = "use --validation_steps, in optimizer steps"
 _NAMES = "the trackers' project has a fixed name, and they name the run; leave it out"
@@ -46,6 +51,16 @@ _ADVICE: dict[str, str | tuple[str, ...]] = dict.fromkeys(
     ("timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_begin", "timestep_bias_end",
      "timestep_bias_portion", "snr_gamma"), _NOISE_ONLY,
 ) | dict.fromkeys(("guidance_scale", "negative_prompt"), _PICTURE) | dict.fromkeys(
+    ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"), _BUCKETS,
+) | dict.fromkeys(
+    ("multires_noise_iterations", "multires_noise_discount", "ip_noise_gamma", "adaptive_noise_scale",
+     "input_perturbation"), _NO_NOISE,
+) | dict.fromkeys(
+    ("huber_schedule", "huber_c", "huber_scale", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred",
+     "v_pred_like_loss"), _SQUARED,
+) | dict.fromkeys(
+    ("fused_backward_pass", "fp8_base", "blocks_to_swap", "mem_eff_attn", "lowram", "highvram"), _SMALLER,
+) | dict.fromkeys(
     ("save_every_n_epochs", "save_every_n_steps", "save_steps", "save_every", "save_interval", "checkpoint_every"),
     _STEPS,
 ) | dict.fromkeys(
@@ -66,6 +81,11 @@ _ADVICE: dict[str, str | tuple[str, ...]] = dict.fromkeys(
     "target_modules": "use --lora_layers", "network_train_unet_only": "leave it out: text encoders are trained with "
     "--train_text_encoder only", "network_train_text_encoder_only": "the denoiser is always trained; leave it out",
     "use_blora": "use --lora_blocks style,content",
+    "network_args": "use --lora_type, --lora_layers, --lora_pattern",
+    "conv_dim": "name other layers in --lora_layers",
+    "network_reg_dims": "use --lora_pattern", "dim_from_weights": "leave it out: --init_lora has the file's ranks",
+    "base_weights": "add such a LoRA to the base model first, with python -m lpl_finetuning.merge",
+    "scale_weight_norms": "norms are not limited here; leave it out", "dora_wd": "use --lora_type dora",
     "lora_bias": "a LoRA has no biases here; leave it out",
     "train_text_encoder_ti": "textual inversion is not in these scripts; leave it out",
     "train_text_encoder_frac": "--train_text_encoder trains them in all steps; leave it out",
@@ -106,6 +126,10 @@ _ADVICE: dict[str, str | tuple[str, ...]] = dict.fromkeys(
     "v_parameterization": ("use --prediction_type v_prediction", "rectified flow has no choice; leave it out"),
     "prediction_type": "rectified flow has no choice; leave it out",
     "weighting_scheme": "it is of train_sd3_lpl_flow.py; SDXL has --snr_gamma and --timestep_bias_strategy",
+    "min_timestep": ("timesteps are drawn from all; --timestep_bias_strategy range draws some more often",
+                     "timesteps are drawn from all; --weighting_scheme chooses the density"),
+    "max_timestep": ("timesteps are drawn from all; --timestep_bias_strategy range draws some more often",
+                     "timesteps are drawn from all; --weighting_scheme chooses the density"),
     "training_shift": "use --timestep_shift", "loss_type": "the diffusion loss is the squared error; LPL has "
     "--lpl_loss_type", "offset_noise": "use --noise_offset", "lpl_threshold": "use --lpl_t_threshold or "
     "--lpl_sigma_threshold",
@@ -136,11 +160,19 @@ _ADVICE: dict[str, str | tuple[str, ...]] = dict.fromkeys(
     "shuffle_caption": "use --shuffle_tags", "caption_dropout_rate": "use --proportion_empty_prompts",
     "caption_dropout_prob": "use --proportion_empty_prompts", "flip_aug": "use --random_flip", "random_crop": "leave "
     "it out: crops are random without --center_crop", "color_aug": "colours are never changed; leave it out",
+    "caption_tag_dropout_rate": "tags are shuffled by --shuffle_tags, not dropped; leave it out",
+    "caption_separator": "tags are parted by commas; leave it out",
+    "weighted_captions": "captions have no weights: brackets are text; leave it out",
+    "clip_skip": "the layer is the one that the base model's pipelines read; leave it out",
+    "alpha_mask": "masks are not used here; leave it out",
     "caption_extension": "captions are .txt or .caption files", "caption_extention": "captions are .txt or .caption "
     "files", "caption_prefix": "use --trigger_word, which stands before every caption that lacks it",
     "resize_interpolation": "use --image_interpolation_mode",
     "masked_loss": "masks are not used here; leave it out",
     # saving, logs, the Hub
+    "training_comment": "leave it out: the file's metadata has the run's settings",
+    "no_metadata": "leave it out: programs read it; --save_tag_frequency says whether it has the captions' tags",
+    "persistent_data_loader_workers": "leave it out: those of --dataloader_num_workers live as long as the run",
     "save_dir": "use --output_dir", "resume": "use --resume_from_checkpoint",
     "save_model_as": "leave it out: weights are safetensors", "use_safetensors": "leave it out: weights are "
     "safetensors", "save_state": "leave it out: checkpoints hold the whole state",
@@ -161,6 +193,28 @@ _ADVICE: dict[str, str | tuple[str, ...]] = dict.fromkeys(
     "hf_token": "use HF_TOKEN or `hf auth login`",
     "config_file": "a recipe is --config; accelerate's own file goes before the script's name",
 }  # fmt: skip
+
+
+# {(flag, value in small letters): advice, where the script has the flags that it names}
+_VALUES = {
+    ("optimizer", "adamw8bit"): "AdamW8bit is --use_8bit_adam",
+    ("optimizer", "pagedadamw8bit"): "AdamW in 8 bits is --use_8bit_adam",
+    ("mixed_precision", "fp32"): "float32 is no",
+    ("mixed_precision", "float32"): "float32 is no",
+    ("mixed_precision", "float16"): "float16 is fp16",
+    ("mixed_precision", "bfloat16"): "bfloat16 is bf16",
+}
+
+
+def advice_on_value(name: str, text: str) -> str | None:
+    """What a value of other programs is called here; None where nothing is known.
+
+    Args:
+        name: the flag, without dashes in front; text: the value.
+    """
+    if name == "resolution" and (sides := re.fullmatch(r"\s*(\d+)\s*[,x]\s*(\d+)\s*", text)):
+        return f"for a square give {sides[1]}" if sides[1] == sides[2] else "--aspect_ratio_buckets trains on shapes"
+    return _VALUES.get((name, text.lower()))
 
 
 def advice_on(name: str, flags) -> str | None:

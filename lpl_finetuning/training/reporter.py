@@ -273,7 +273,9 @@ class Reporter:
         if not self.main:
             return
         steps, held_out = self.history.series("validation/diffusion_loss")
-        grids = sorted((self.output_dir / "validation").glob("step-*.png"), key=lambda path: int(path.stem[5:]))
+        drawn = {int(path.stem[5:]): path for path in (self.output_dir / "validation").glob("step-*.png")}
+        steps_made = max(self.first_step, self.total_steps)  # a result of an earlier step leaves later grids
+        grids = [drawn[step] for step in sorted(drawn) if step <= steps_made]
         print(f"\nDone. Results in {self.output_dir}; the run at a glance: {self.output_dir / 'run.png'}")
         if len(held_out) > 1:
             print(f"Held-out diffusion loss: {held_out[0]:.5f} {when(steps[0])}, {held_out[-1]:.5f} {when(steps[-1])}")

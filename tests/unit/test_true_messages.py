@@ -289,7 +289,7 @@ def test_what_the_run_can_do_without_does_not_speak_of_training(capsys):
 ])  # fmt: skip
 def test_a_run_resumed_elsewhere_has_no_value_from_before_training(first, told, tmp_path, capsys, monkeypatch):
     reporter = Reporter.__new__(Reporter)
-    reporter.main, reporter.output_dir = True, tmp_path
+    reporter.main, reporter.output_dir, reporter.first_step, reporter.total_steps = True, tmp_path, first, 9
     reporter.history = History(tmp_path / "logs/metrics.jsonl", 0)
     monkeypatch.setattr(reporter, "draw_run", lambda: None)
     reporter.history.append(first, {"validation/diffusion_loss": 0.5, "validation/one_step/psnr": 1.0})
@@ -297,7 +297,7 @@ def test_a_run_resumed_elsewhere_has_no_value_from_before_training(first, told, 
     assert "Held-out" not in capsys.readouterr().out, "one value is no comparison"
     reporter.history.append(9, {"validation/diffusion_loss": 0.25})
     (tmp_path / "validation").mkdir()
-    for step in (first, 9):
+    for step in (first, 9, 12):  # 12: of a run that was taken back to step 9
         (tmp_path / f"validation/step-{step}.png").write_bytes(b"")
     reporter.finish()
     said = capsys.readouterr().out
