@@ -343,12 +343,15 @@ def test_truncated_captions_are_counted_for_each_encoder(recipe, mixed, tmp_path
     shutil.copytree(mixed, folder)
     lines = [{"file_name": "0.png", "text": "green leaves " * 90}, {"file_name": "2.png", "text": "the sun"}]
     (folder / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    prompts = ["--validation_prompt", "a sun", "blue " * 90]
     for _ in range(2):  # the second time from the cache
-        args = script.parse_args([*flags, "--train_data_dir", str(folder), "--dry_run", "--output_dir", str(tmp_path)])
+        args = script.parse_args([*flags, "--train_data_dir", str(folder), "--dry_run", "--output_dir", str(tmp_path),
+                                  *prompts])  # fmt: skip
         AcceleratorState._reset_state(True)
         script.main(args, *scan_module.find_images(data_source(args)))
         said = capsys.readouterr().out
         assert "1 of them by tokenizer, 1 of them by tokenizer_2" in said
+        assert said.count("warning: the validation prompt") == 1 and "prompt 'blue blue" in said
 
 
 def test_tags_and_trigger_words_reach_the_model(recipe, mixed, tmp_path):
