@@ -18,7 +18,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.tracking import GeneralTracker
-from diffusers import StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -646,7 +646,16 @@ def callers():
     return names
 
 
-def test_bf16_and_checkpointing_train(flags, tmp_path):
+def test_bf16_and_checkpointing_train(flags, tmp_path, monkeypatch):
+    """Near to float32. No low-precision copies of the weights are kept through a pass."""
+    kept, forward = set(), UNet2DConditionModel.forward
+
+    def spied(*args, **kwargs):
+        if torch.is_autocast_enabled("cpu") and torch.is_grad_enabled():
+            kept.add(torch.is_autocast_cache_enabled())
+        return forward(*args, **kwargs)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", spied)
     flags = [*flags, "--use_lpl", "--lpl_t_threshold", 600, "--max_train_steps", 2]
     exact = run(*flags, "--output_dir", tmp_path / "a")
     for name, more in {
@@ -657,6 +666,7 @@ def test_bf16_and_checkpointing_train(flags, tmp_path):
         rows = run(*flags, *more, "--output_dir", tmp_path / name)
         assert rows[0]["diffusion_loss"] == pytest.approx(exact[0]["diffusion_loss"], rel=0.02), name
         assert rows[0]["lpl/loss"] == pytest.approx(exact[0]["lpl/loss"], rel=0.1), name
+    assert kept == {False}
 
 
 def test_two_ranks_equal_one_with_twice_the_accumulation(flags, tmp_path):
