@@ -8,7 +8,10 @@ is called "none". `metrics` is the content of `metrics.json`.
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from lpl_finetuning.errors import counted
+
 NONE = "none"
+FEW_IN_ONE_STEP = 24  # pictures of the one-step test below which a reader is cautioned
 MANY_INTERVALS = 12  # from so many on, a reader is told how many differ by chance
 
 
@@ -277,6 +280,10 @@ def _cautions(metrics: dict, network: dict | None) -> list[str]:
     if network and network.get("warning"):
         sentences.append(f"Caution: {network['warning']}")
     sentences += _many_intervals(metrics, network) if network else []
+    test = metrics.get("one_step")
+    if test and test["pictures"] < FEW_IN_ONE_STEP:
+        few = counted(test["pictures"], "picture")
+        sentences.append(f"Caution: the one-step test has {few}. Which ones may decide; some dozens are better.")
     if not metrics["settings"].get("held_out"):
         sentences.append("Caution: without --held_out nothing here tells learning from copying, if the models were "
                          "trained on these pictures.")  # fmt: skip

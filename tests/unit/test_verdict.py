@@ -52,6 +52,22 @@ def test_with_few_pictures_the_kernel_distance_decides():
     assert "Fréchet distance" in others and others.endswith(f"in favour of {B} at guidance 1 and 3.")
 
 
+def test_few_pictures_of_the_one_step_test_are_a_caution():
+    metrics = metrics_of((A, B))
+    assert not any("one-step test has" in sentence for sentence in verdict_sentences(metrics))
+    metrics["one_step"]["pictures"] = 2
+    assert any("the one-step test has 2 pictures" in sentence for sentence in verdict_sentences(metrics))
+
+
+def test_a_difference_over_all_levels_alone_is_told_as_that():
+    metrics = metrics_of((A, B))
+    for row in metrics["one_step"]["differences"]:
+        if row["level"] is not None:
+            row["verdict"] = "none"
+    [told] = [text for text in verdict_sentences(metrics) if text.startswith("In one step from noise")]
+    assert f"{B} estimates the pictures better, over all noise levels together, and at none of them alone" in told
+
+
 def test_one_step_measures_that_differ_are_named_beside_those_that_do_not():
     metrics = metrics_of((A, B))
     for row in metrics["one_step"]["differences"]:
