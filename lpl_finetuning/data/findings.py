@@ -123,6 +123,7 @@ class Findings:
         missing: entries of listings without a file.
         defaulted: number of captions that are the default caption.
         helpers: images with the default caption that look like helper files, by the convention of their names.
+        several_lines: images whose caption file has several lines that are one caption.
         repeats: folders whose names begin with a number of repeats, where the name is a caption.
         listings: paths of the listings.
         mistakes: the first `MOST_LISTED` mistakes in captions and lines.
@@ -137,6 +138,7 @@ class Findings:
     missing: list[str] = field(default_factory=list)
     defaulted: int = 0
     helpers: dict[str, Named] = field(default_factory=dict)
+    several_lines: Named = field(default_factory=lambda: {"count": 0, "first": []})
     repeats: dict[str, None] = field(default_factory=dict)
     listings: list[str] = field(default_factory=list)
     mistakes: list[DataError] = field(default_factory=list)
@@ -242,6 +244,21 @@ class Findings:
             self._note_conventions(path, member or path, is_picture)
         return default
 
+    def cell_of(self, text: str | None, name: str) -> Any:
+        """What `captions` takes for the content of a caption file, None without one; several lines that are one
+        caption are noted. name: of the image."""
+        if text is None:
+            return None
+        lines = caption_lines(text)
+        if self.request.caption_per_line:
+            return lines
+        if self.request.label_from_folder or isinstance(lines, str) or len(lines) == 1:
+            return text
+        self.several_lines["count"] += 1
+        if len(self.several_lines["first"]) < FIRST_NAMES:
+            self.several_lines["first"].append(shown(name))
+        return text
+
     def _note_conventions(self, path: str, name: str, is_picture: Callable[[str], bool] | None) -> None:
         """Note an image with the default caption whose name, or whose folder's name, follows a convention."""
         if self.request.default_caption is None:
@@ -264,6 +281,12 @@ class Findings:
                 f"has no caption of its own, and is named like {what}; move it elsewhere if it is",
                 f"have no captions of their own, and are named like {what}; move them elsewhere if they are",
             )
+        self.remark(
+            self.several_lines,
+            "image",
+            "has a caption file of several lines, which are one caption; with --caption_per_line each is one",
+            "have caption files of several lines, which are one caption; with --caption_per_line each is one",
+        )
         names = sorted(self.repeats)
         self.remark(
             {"count": len(names), "first": names[:FIRST_NAMES]},

@@ -24,7 +24,6 @@ from typing import Any
 from lpl_finetuning.data.findings import (
     Findings,
     Named,
-    caption_lines,
     decode_text,
     is_utf8,
     refuse_long,
@@ -160,9 +159,14 @@ def _add_pictures(findings: Findings) -> None:
             with findings.noting():
                 if isinstance(text, DataError):
                     raise text
-                cell = caption_lines(text) if text is not None and request.caption_per_line else text
                 captions = findings.captions(
-                    cell, default, place, "the caption", "image", path=path, is_picture=is_picture
+                    findings.cell_of(text, path),
+                    default,
+                    place,
+                    "the caption",
+                    "image",
+                    path=path,
+                    is_picture=is_picture,
                 )
                 yield path, captions, path, 0, None, stamp, place
 

@@ -24,8 +24,6 @@ import numpy as np
 
 from lpl_finetuning.data.findings import (
     Findings,
-    ScanRequest,
-    caption_lines,
     decode_text,
     json_object,
     refuse_long,
@@ -259,7 +257,7 @@ def _add_members(findings: Findings) -> None:
                 bare.append(name if len(bare) <= FIRST_NAMES else "")
                 continue
             place = f"{request.root / path}: {shown(caption_name or member)}"
-            cell, what = _caption_of(request, text, is_json, place, default is None)
+            cell, what = _caption_of(findings, text, is_json, place, name, default is None)
             beside = functools.partial(is_picture, path)
             with findings.noting():
                 captions = findings.captions(
@@ -278,24 +276,24 @@ def _add_members(findings: Findings) -> None:
         )
 
 
-def _caption_of(request: ScanRequest, text: str | None, is_json: int, place: str, needed: bool) -> tuple[Any, str]:
+def _caption_of(
+    findings: Findings, text: str | None, is_json: int, place: str, name: str, needed: bool
+) -> tuple[Any, str]:
     """(caption or captions in the text of a member, what the caption is called in messages).
 
     Args:
-        request: of the scan.
         text: content of the caption's member; None for an image without a caption.
         is_json: whether the text is JSON.
         place: where the member stands.
+        name: of the image.
         needed: refuse JSON without the caption column.
     """
     if is_json:
         row = json_object(text, place, line=False)
         if needed:
-            require_column(request.caption_column, row, place, "--caption_column")
-        return row.get(request.caption_column), f"the caption {request.caption_column!r}"
-    if text is not None and request.caption_per_line:
-        return caption_lines(text), "the caption"
-    return text, "the caption"
+            require_column(findings.request.caption_column, row, place, "--caption_column")
+        return row.get(findings.request.caption_column), f"the caption {findings.request.caption_column!r}"
+    return findings.cell_of(text, name), "the caption"
 
 
 def _remark_on_plugins(findings: Findings, unread: list[str]) -> None:

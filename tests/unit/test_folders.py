@@ -106,8 +106,13 @@ def test_lines_of_a_caption_file_end_where_editors_end_them(tmp_path):
         assert captions(scan_folder(tmp_path / "set", caption_per_line=True)) == [("a.png", *lines, "last")]
         tar(tmp_path / "shards/s.tar", ("a.png", image_bytes()), ("a.txt", text.encode()))
         assert captions(scan_folder(tmp_path / "shards", caption_per_line=True)) == [("s.tar/a.png", *lines, "last")]
+        for folder, name in (("set", "a.png"), ("shards", "s.tar/a.png")):
+            assert not scan_folder(tmp_path / folder, caption_per_line=True).warnings
+            [told] = scan_folder(tmp_path / folder).warnings
+            assert "has a caption file of several lines, which are one caption" in told and name in told
     path.write_bytes("".join(lines).encode())
     assert captions(scan_folder(tmp_path / "set")) == [("a.png", "".join(lines))]
+    assert not scan_folder(tmp_path / "set").warnings
 
 
 def test_byte_order_marks_are_no_part_of_a_caption(tmp_path):
