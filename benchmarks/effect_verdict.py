@@ -185,12 +185,8 @@ def seeds_table(base, results=RESULTS):
     return "\n".join([*lines, "", source(read(f"effect-judged-{start_of(base)}-{seeds[-1]}", results))])
 
 
-def changes_table(base, results=RESULTS):
-    """Relative differences from *none* of the same seed, to the reconstructions, with their 95 % intervals.
-
-    The intervals of single seeds cover the noise of sampling; that of the mean covers training too, by Student's t
-    over the seeds' differences.
-    """
+def changes_of(base, results=RESULTS):
+    """{arm: {seed: (difference, low, high)}} from *none* of the same seed, relative, to the reconstructions."""
     rows = [row for row in judged(start_of(base), results) if row["seed"] > 0]
     none = {row["seed"]: row["reconstructions"][JUDGE]["frechet"] for row in rows if row["arm"] == "none"}
     own = {}
@@ -198,15 +194,42 @@ def changes_table(base, results=RESULTS):
         if row["seed"] in none and "reconstructions" in row["change"]:  # not the baseline
             changes = [value / none[row["seed"]] for value in row["change"]["reconstructions"]]
             own.setdefault(row["arm"], {})[row["seed"]] = changes
+    return own
+
+
+def changes_table(base, results=RESULTS):
+    """Relative differences from *none* of the same seed, to the reconstructions, with their 95 % intervals.
+
+    The intervals of single seeds cover the noise of sampling; that of the mean covers training too, by Student's t
+    over the seeds' differences.
+    """
+    own = changes_of(base, results)
     if not own:
         return ""
+    seeds = sorted(set().union(*own.values()))
     lines = [f"| {TITLES[base]}: against none, to reconstructions (Lite2) | "
-             + " | ".join(f"seed {seed}" for seed in sorted(none)) + " | mean and interval over seeds |",
-             "|---|" + "---:|" * (len(none) + 1)]  # fmt: skip
+             + " | ".join(f"seed {seed}" for seed in seeds) + " | mean and interval over seeds |",
+             "|---|" + "---:|" * (len(seeds) + 1)]  # fmt: skip
     for arm, changes in own.items():
-        columns = [percent_of(*changes[seed]) if seed in changes else "" for seed in sorted(none)]
+        columns = [percent_of(*changes[seed]) if seed in changes else "" for seed in seeds]
         lines.append(f"| {arm} | " + " | ".join([*columns, mean_of([each[0] for each in changes.values()])]) + " |")
     return "\n".join(lines)
+
+
+def verdict_table(results=RESULTS):
+    """A row for each framework: distances to the reconstructions of *none* and the finalist, and differences."""
+    lines = ["| | seeds | none | with LPL | with LPL, against none | its twin on latents, against none | the bar |",
+             "|---|---|---:|---:|---:|---:|---|"]  # fmt: skip
+    for base in BASES:
+        row, changes = verdict_row(base, results), changes_of(base, results)
+        if row is None:
+            continue
+        told = [mean_of([each[0] for each in changes[arm].values()]) if arm in changes else ""
+                for arm in (row["arm"], TWINS[row["arm"]])]  # fmt: skip
+        reached = "reached" if row["fd_shown_bar_reached"] else "missed"
+        lines.append(f"| {TITLES[base]} | {', '.join(map(str, row['seeds']))} | {row['fd_shown_baseline_mean']:.2f} | "
+                     f"{row['fd_shown_mean']:.2f} | {' | '.join(told)} | {reached} |")  # fmt: skip
+    return "\n".join(lines) if len(lines) > 2 else ""
 
 
 def mean_of(values):
@@ -333,6 +356,7 @@ def decoder_table(name, results=RESULTS):
 def all_tables(results=RESULTS):
     """{mark: Markdown}."""
     tables = {
+        "verdict": verdict_table(results),
         "base earlier-all": earlier_base_table(results),
         "base earlier": base_table("earlier", results),
         "ablations": ablation_table(results=results),

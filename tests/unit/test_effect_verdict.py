@@ -76,6 +76,19 @@ def test_the_table_of_seeds_has_their_mean(tmp_path):
     assert lines[3] == "| decoder-full | 90.00 / 9.00 | 94.00 / 9.40 |  |  |"
 
 
+def test_the_verdict_has_a_row_for_each_framework(tmp_path):
+    """The mean of the differences of each seed, not the difference of the means, with an interval over seeds."""
+    assert effect_verdict.verdict_table(tmp_path) == ""
+    for seed, none in ((1, 100.0), (2, 200.0)):
+        lower = -0.1 * seed * none / 10
+        judgement(tmp_path, seed, {"none": none, "decoder-full": none + 10 * lower, "latent-full": none - 1},
+                  changes={"decoder-full": {"reconstructions": [lower, lower - 1, lower + 1]}})  # fmt: skip
+    head, _, row = effect_verdict.verdict_table(tmp_path).splitlines()
+    assert head.count("|") == row.count("|") and row.startswith("| SDXL, epsilon-prediction | 1, 2 | 15.00 | 12.50 | ")
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[5].startswith("-15.0% (") and cells[7] == "missed", "the runs overlap"
+
+
 def test_the_page_is_what_the_results_say():
     page = ROOT / "docs" / "effect.md"
     text = page.read_text(encoding="utf-8")
