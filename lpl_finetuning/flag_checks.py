@@ -184,6 +184,7 @@ def check_flags(args, family):
     check_lpl_flags(args)
     check_dead_flags(args)
     check_quantization(args)
+    check_xformers(args)
     check_installed(args)
     check_build(args)
 
@@ -375,6 +376,18 @@ def check_lora_flags(args):
             f"of --lora_pattern {(rates or [''])[0]}")  # fmt: skip
 
 
+SDPA = "leave xformers out: PyTorch's attention saves memory too"
+
+
+def check_xformers(args):
+    """Refuse xformers where layers give another dtype than they would without an adapter: LoHa and LoKr."""
+    mixed = args.use_lora and args.lora_type in ("loha", "lokr") and mixed_precision(args) != "no"
+    require(not (mixed and args.enable_xformers_memory_efficient_attention),
+            f"--lora_type {args.lora_type} and --enable_xformers_memory_efficient_attention exclude each other under "
+            f"{precision_source(args)} {mixed_precision(args)}: queries and keys get different dtypes, which xformers "
+            f"refuses; {SDPA}")  # fmt: skip
+
+
 def check_quantization(args):
     """The file of --bnb_quantization_config_path: it must be there and say what it wants."""
     path = args.bnb_quantization_config_path
@@ -384,8 +397,7 @@ def check_quantization(args):
     require(Path(path).is_file(), f"{flag}: there is no such file; write a JSON file of a BitsAndBytesConfig")
     require(not args.enable_xformers_memory_efficient_attention,
             f"{flag} and --enable_xformers_memory_efficient_attention exclude each other: queries and keys get "
-            "different dtypes, which xformers refuses; leave xformers out: PyTorch's attention saves memory "
-            "too")  # fmt: skip
+            f"different dtypes, which xformers refuses; {SDPA}")  # fmt: skip
     content = read_json(path)
     example = '{"load_in_4bit": true, "bnb_4bit_quant_type": "nf4"} or {"load_in_8bit": true}'
     require(isinstance(content, dict), f"{flag}: found {type(content).__name__}; expected {example}")

@@ -178,7 +178,7 @@ class OneStepMeter:
     @torch.no_grad()
     def target(self, z0):
         """What `compare` needs of the targets z0, (B, C, h, w): computed once for all levels."""
-        features = self._features(z0)
+        features = list(self._stages_of(z0))
         return z0, features, [list(map(unit_length, net.stages(to_bytes(features[-1])))) for net in self.networks]
 
     @torch.no_grad()
@@ -190,31 +190,31 @@ class OneStepMeter:
             "latent_mse": (z0_pred - z0).square().mean(dim=(1, 2, 3)),
             "gain": (within_channels(z0) / within_channels(z0_pred).clamp_min(1e-12)).sqrt(),
         }
-        estimates = self._features(z0_pred)
         image_size = features[-1].shape[2:]
-        *names, _ = self.stages.names
-        for name, x, xh in zip(names, features, estimates, strict=False):
-            found[f"lpl/{name}"] = stage_loss(x, xh, image_size)
-            ratio = variance(xh) / variance(x).clamp_min(1e-12)
+        for name, x, estimate in zip(self.stages.names, features, self._stages_of(z0_pred), strict=True):
+            if x is features[-1]:
+                continue  # the decoded picture
+            found[f"lpl/{name}"] = stage_loss(x, estimate, image_size)
+            ratio = variance(estimate) / variance(x).clamp_min(1e-12)
             found[f"spread/{name}"] = ratio.median(dim=1).values
-        picture, other = (pixels.float().clamp(-1, 1) for pixels in (features[-1], estimates[-1]))
+        picture, other = (pixels.float().clamp(-1, 1) for pixels in (features[-1], estimate))
         error = (picture - other).square().mean(dim=(1, 2, 3))
         found["psnr"] = 10 * torch.log10(4 / error.clamp_min(1e-10))
         found["high_frequency"] = (high_power(other) / high_power(picture)).log()
         for network, theirs in zip(self.networks, seen, strict=True):
-            ours = map(unit_length, network.stages(to_bytes(estimates[-1])))
+            ours = map(unit_length, network.stages(to_bytes(estimate)))
             distances = [(x - xh).square().sum(dim=1).mean(dim=(1, 2)) for x, xh in zip(theirs, ours, strict=True)]
             found[f"perceptual/{network.name}"] = torch.stack(distances).mean(dim=0)
         return {name: found[name].float() for name in self.names}
 
-    def _features(self, z0):
-        """The features of every stage, the decoded picture last; without autocast, in the autoencoder's dtype."""
-        found, x = [], first_input(self.stages, z0)
-        with torch.autocast(z0.device.type, enabled=False):
-            for index in range(len(self.stages)):
+    def _stages_of(self, z0):
+        """Generator of the features of every stage, the decoded picture last; without autocast, in the autoencoder's
+        dtype."""
+        x = first_input(self.stages, z0)
+        for index in range(len(self.stages)):
+            with torch.autocast(z0.device.type, enabled=False):
                 x = self.stages.run(index, x)
-                found.append(x)
-        return found
+            yield x
 
 
 def stage_loss(x, xh, image_size):

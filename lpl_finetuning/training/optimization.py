@@ -214,6 +214,9 @@ class Trainee:
         self.denoiser, self.optimizer = prepare(accelerator, denoiser, optimizer)
         self.parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
         self.ema = build_ema(settings, self.parameters)
+        # Of several ranks: gradients are views of DDP's buckets, which stay. Without them a micro-step that exchanges
+        # nothing would make gradients beside the buckets, so that they took twice the memory.
+        self.keeps_gradients = accelerator.num_processes > 1 and not is_sharded(accelerator)
         self.terms = None
 
     def micro_steps(self, batches):
@@ -264,7 +267,7 @@ class Trainee:
             metrics.add("grad_norm", grad_norm)
         if finite or under_scaler:
             self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         if finite and not self.accelerator.optimizer_step_was_skipped:
             self.lr_scheduler.step()
             if self.ema is not None:

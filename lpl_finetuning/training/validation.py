@@ -3,6 +3,7 @@
 Shapes: B samples in a batch, C channels, h w of a latent.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,6 +41,11 @@ class ValidationSettings:
     seed: int
     train_batch_size: int
     train_text_encoder: bool
+
+
+def pictures_at_once(height, width):
+    """How many pictures of a size, in px, are decoded at once: as many as one of 1024 px has room for."""
+    return max(1, (1024 // math.isqrt(height * width)) ** 2)
 
 
 class Intervals:
@@ -93,7 +99,9 @@ class Validation(Intervals):
         prompts, held_out = self.settings.entries, len(self.data.held_out)
         if not held_out and not prompts:
             return
-        with self.signals.between_steps(), self.reporter.paused(), self.trainee.averaged():
+        works = held_out or self.samples_here  # the others need no average, which takes their weights into the memory
+        averaged = self.trainee.averaged() if works else contextlib.nullcontext()
+        with self.signals.between_steps(), self.reporter.paused(), averaged:
             if held_out and (losses := self.held_out_losses()):
                 self.reporter.log(step, losses | self.measured(step))
             if prompts and self.samples_here:
@@ -121,7 +129,7 @@ class Validation(Intervals):
         with eval_mode(denoiser):
             for entry, drawn in tqdm(rows, desc="validation images", leave=False, disable=quiet):
                 pipeline.scheduler = scheduler_of(entry.sampler, own)
-                at_once = min(images, max(1, (1024 // math.isqrt(math.prod(entry.size(settings.resolution)))) ** 2))
+                at_once = min(images, pictures_at_once(*entry.size(settings.resolution)))
                 seed = settings.seed if entry.seed is None else entry.seed
                 for first in range(0, images, at_once):
                     if self.broken_off():
@@ -183,8 +191,9 @@ class Validation(Intervals):
             return {}
         denoiser = self.trainee.bare
         found = self._over_held_out(
-            "one-step test", measures.one_step_names(), lambda numbers: measures.one_step(denoiser, numbers)
-        )
+            "one-step test", measures.one_step_names(), lambda numbers: measures.one_step(denoiser, numbers),
+            pictures_at_once(self.settings.resolution, self.settings.resolution),
+        )  # fmt: skip
         if not measures.kid_due(self.number(step)) and not (measures.network and step == self.reporter.total_steps):
             return found
         with during("drawing pictures for KID"), torch.no_grad(), eval_mode(denoiser):
@@ -196,16 +205,18 @@ class Validation(Intervals):
 
     @during("measuring the held-out images")
     @torch.no_grad()
-    def _over_held_out(self, what, names, values_of_batch):
+    def _over_held_out(self, what, names, values_of_batch, most=None):
         """{log key: mean} over the held-out images and ranks, with the means over the levels; {} if broken off.
 
         Args:
             what: the progress bar's title.
             names: the log keys of the levels.
             values_of_batch: function (numbers of images) -> generator of (log key, values (B,)).
+            most: images at once; by default those of a micro-batch.
         """
         accelerator, metrics = self.accelerator, Metrics(self.objective.device)
-        batches, ranks = held_out_batches(self.data, self.settings.train_batch_size), accelerator.num_processes
+        at_once = min(self.settings.train_batch_size, most or math.inf)
+        batches, ranks = held_out_batches(self.data, at_once), accelerator.num_processes
         mine = batches[accelerator.process_index :: ranks]
         idle = -(-len(batches) // ranks) - len(mine) if self.sharded else 0
         work = [(numbers, True) for numbers in mine] + [(batches[0], False)] * idle

@@ -1,5 +1,6 @@
 """Parts of a training step one by one: guard, metrics, reporter, signals, gate, average, plan."""
 
+import contextlib
 import copy
 import json
 import math
@@ -13,7 +14,7 @@ from diffusers.training_utils import EMAModel
 
 import train_sdxl_lpl
 from lpl_finetuning.errors import UserError
-from lpl_finetuning.flag_checks import check_launch, check_lpl_flags
+from lpl_finetuning.flag_checks import check_launch, check_lpl_flags, check_xformers
 from lpl_finetuning.training import optimization
 from lpl_finetuning.training import plan as plan_module
 from lpl_finetuning.training import reporter as reporter_module
@@ -26,7 +27,7 @@ from lpl_finetuning.training.optimization import Outcome, Trainee
 from lpl_finetuning.training.perceptual import PerceptualTerm, lpl_config, needs_decoder
 from lpl_finetuning.training.reporter import Metrics, Reporter, fine_tuning
 from lpl_finetuning.training.signals import STOP_SIGNALS, StopSignals
-from lpl_finetuning.training.validation import Validation
+from lpl_finetuning.training.validation import Validation, pictures_at_once
 from lpl_utils import AutoWeight, LPLGate, _own_checkpointing_off, estimate_z0
 
 CPU = torch.device("cpu")
@@ -281,6 +282,23 @@ def test_epochs_count_the_images_that_a_checkpoint_has_seen(seen, total, tmp_pat
     assert plan_module.plan_run(args, accelerator(), None, images=8).total_steps == total
     args.max_train_steps = 9
     assert plan_module.plan_run(args, accelerator(), None, images=8).total_steps == 9
+
+
+@pytest.mark.parametrize(("flags", "refused"), [
+    ("--lora_type lokr --mixed_precision bf16", True), ("--lora_type loha --mixed_precision fp16", True),
+    ("--lora_type lokr --mixed_precision no", False), ("--lora_type dora --mixed_precision bf16", False),
+])  # fmt: skip
+def test_xformers_is_refused_where_queries_would_have_another_dtype(flags, refused):
+    """PEFT's LoHa and LoKr give the dtype of their input, which is float32 after a norm under autocast."""
+    words = f"--pretrained_model_name_or_path a/b --use_lora --enable_xformers_memory_efficient_attention {flags}"
+    args = train_sdxl_lpl.build_parser().parse(words.split())
+    with pytest.raises(UserError, match="which xformers refuses") if refused else contextlib.nullcontext():
+        check_xformers(args)
+
+
+def test_as_many_pictures_are_decoded_at_once_as_one_of_1024_px_has_room_for():
+    sizes = [(1024, 1024), (1536, 1024), (512, 512), (512, 768), (64, 64)]
+    assert [pictures_at_once(*size) for size in sizes] == [1, 1, 4, 1, 256]
 
 
 @pytest.mark.parametrize("precision", ["fp8", "FP8"])
