@@ -23,7 +23,7 @@ from lpl_finetuning.training.objective import (
     Objective,
     encode_in_chunks,
 )
-from lpl_finetuning.training.optimization import Outcome, Trainee
+from lpl_finetuning.training.optimization import Outcome, Trainee, optimizer_settings
 from lpl_finetuning.training.perceptual import PerceptualTerm, lpl_config, needs_decoder
 from lpl_finetuning.training.reporter import Metrics, Reporter, fine_tuning
 from lpl_finetuning.training.signals import STOP_SIGNALS, StopSignals
@@ -238,6 +238,25 @@ def test_the_scaler_skips_a_fused_adamw(monkeypatch):
         optimizer.zero_grad()
         assert scaler.get_scale() == wanted and bool((parameter == 1).all()) == math.isinf(value)
     assert optimizer.state[parameter]["step"] == 1
+
+
+@pytest.mark.parametrize(("ranks", "kept"), [(1, False), (2, True)])
+def test_gradients_stay_in_the_buckets_of_ranks_that_exchange_them(ranks, kept, monkeypatch):
+    """After a step they are 0 with several ranks, and gone with one."""
+    monkeypatch.setattr(optimization, "clip_gradients", lambda *_: torch.tensor(1.0))
+    monkeypatch.setattr(optimization, "prepare", lambda accelerator, denoiser, optimizer: (denoiser, optimizer))
+    layer = torch.nn.Linear(2, 1)
+    denoiser = SimpleNamespace(models=lambda: {"unet": layer})
+    settings = optimizer_settings(train_sdxl_lpl.build_parser().parse(["--pretrained_model_name_or_path", "a/b"]), 1)
+    monkeypatch.setattr(optimization, "is_sharded", lambda accelerator: False)
+    one = accelerator(optimizer_step_was_skipped=False, scaler=None)
+    one.num_processes = ranks
+    finite = SimpleNamespace(read=lambda *_: (True, [], (False, False)), record=lambda *_, **__: None)
+    trainee = Trainee(settings, one, denoiser, 5, finite)
+    layer(torch.ones(1, 2)).sum().backward()
+    trainee.step(1, (), Metrics(CPU))
+    assert all(value.grad is not None and not value.grad.any() if kept else value.grad is None
+               for value in layer.parameters())  # fmt: skip
 
 
 def test_images_are_encoded_one_of_1024_px_at_a_time():
