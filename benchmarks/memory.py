@@ -128,7 +128,7 @@ def parts_of(name):
 
 def arguments(name, folder):
     """(script, flags) of a setup, for the configurations in a folder. Flags of a recipe are read from its file."""
-    script, *configurations = MODELS[SETUPS[name]]
+    script, *configurations = MODELS[SETUPS.get(name) or SETUPS[name.split(", ")[0]]]  # --only may add flags
     recipe, flags = parts_of(name)
     text = (RECIPES / f"{recipe}.yaml").read_text(encoding="utf-8") if recipe else ""
     if "pretrained_vae_model_name_or_path" in text:  # the autoencoder that does not overflow

@@ -18,6 +18,8 @@ _FLOW_ONLY = "it is of train_sd3_lpl_flow.py; leave it out"
 _NOISE_ONLY = "it is of train_sdxl_lpl.py; rectified flow has --weighting_scheme instead"
 _PICTURE = "use --validation_prompts_file, whose entries have a guidance and a negative prompt"
 _BUCKETS = "leave it out: --aspect_ratio_buckets auto has shapes of constant area, in steps of 64 px"
+_ALL_TIMES = ("timesteps are drawn from all; --timestep_bias_strategy range draws some more often",
+              "timesteps are drawn from all; --weighting_scheme chooses the density")  # fmt: skip
 _NO_NOISE = "other noise than --noise_offset is not in these scripts; leave it out"
 _SQUARED = "the diffusion loss is the squared error; leave it out"
 _SMALLER = ("what saves memory here is --gradient_checkpointing, --offload_ema, --optimizer adafactor and "
@@ -51,6 +53,8 @@ _ADVICE: dict[str, str | tuple[str, ...]] = dict.fromkeys(
     ("timestep_bias_strategy", "timestep_bias_multiplier", "timestep_bias_begin", "timestep_bias_end",
      "timestep_bias_portion", "snr_gamma"), _NOISE_ONLY,
 ) | dict.fromkeys(("guidance_scale", "negative_prompt"), _PICTURE) | dict.fromkeys(
+    ("min_timestep", "max_timestep"), _ALL_TIMES,
+) | dict.fromkeys(
     ("min_bucket_reso", "max_bucket_reso", "bucket_reso_steps", "bucket_no_upscale"), _BUCKETS,
 ) | dict.fromkeys(
     ("multires_noise_iterations", "multires_noise_discount", "ip_noise_gamma", "adaptive_noise_scale",
@@ -126,10 +130,6 @@ _ADVICE: dict[str, str | tuple[str, ...]] = dict.fromkeys(
     "v_parameterization": ("use --prediction_type v_prediction", "rectified flow has no choice; leave it out"),
     "prediction_type": "rectified flow has no choice; leave it out",
     "weighting_scheme": "it is of train_sd3_lpl_flow.py; SDXL has --snr_gamma and --timestep_bias_strategy",
-    "min_timestep": ("timesteps are drawn from all; --timestep_bias_strategy range draws some more often",
-                     "timesteps are drawn from all; --weighting_scheme chooses the density"),
-    "max_timestep": ("timesteps are drawn from all; --timestep_bias_strategy range draws some more often",
-                     "timesteps are drawn from all; --weighting_scheme chooses the density"),
     "training_shift": "use --timestep_shift", "loss_type": "the diffusion loss is the squared error; LPL has "
     "--lpl_loss_type", "offset_noise": "use --noise_offset", "lpl_threshold": "use --lpl_t_threshold or "
     "--lpl_sigma_threshold",

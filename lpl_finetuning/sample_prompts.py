@@ -76,6 +76,11 @@ def entries_of(args):
     return (*(SamplePrompt(prompt) for prompt in args.validation_prompt or ()), *from_file)
 
 
+def pictures_at_once(height, width):
+    """How many pictures of a size, in px, are decoded at once: as many as one of 1024 px has room for."""
+    return max(1, (1024 // math.isqrt(height * width)) ** 2)
+
+
 def prompt_texts(args):
     """The texts that the validation prompts need encoded: prompts and negative prompts, each once."""
     texts = (text for entry in entries_of(args) for text in (entry.prompt, entry.negative))

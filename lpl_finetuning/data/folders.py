@@ -159,14 +159,9 @@ def _add_pictures(findings: Findings) -> None:
             with findings.noting():
                 if isinstance(text, DataError):
                     raise text
+                cell = findings.cell_of(text, path)
                 captions = findings.captions(
-                    findings.cell_of(text, path),
-                    default,
-                    place,
-                    "the caption",
-                    "image",
-                    path=path,
-                    is_picture=is_picture,
+                    cell, default, place, "the caption", "image", path=path, is_picture=is_picture
                 )
                 yield path, captions, path, 0, None, stamp, place
 

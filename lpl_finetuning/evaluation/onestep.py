@@ -8,6 +8,7 @@ Shapes: N pictures, B of a batch, L levels, C channels, h w of a latent, H W of 
 Names: z0 target, z0_pred estimate; x features of the target, xh features of the estimate.
 """
 
+import contextlib
 import math
 from dataclasses import dataclass, field
 
@@ -210,9 +211,10 @@ class OneStepMeter:
     def _stages_of(self, z0):
         """Generator of the features of every stage, the decoded picture last; without autocast, in the autoencoder's
         dtype."""
-        x = first_input(self.stages, z0)
+        x, device = first_input(self.stages, z0), z0.device.type
+        has_autocast = torch.amp.is_autocast_available(device)  # the meta device, where memory is counted, has not
         for index in range(len(self.stages)):
-            with torch.autocast(z0.device.type, enabled=False):
+            with torch.autocast(device, enabled=False) if has_autocast else contextlib.nullcontext():
                 x = self.stages.run(index, x)
             yield x
 

@@ -37,7 +37,8 @@ FLAGS = (  # that a count follows from
     "lpl_pow_law", "lpl_remove_outliers", "lpl_scale", "lpl_vae_dtype", "max_sequence_length", "noise_offset",
     "num_validation_images", "offload_ema", "optimizer", "precondition_outputs", "prediction_type",
     "proportion_empty_prompts", "rank", "resolution", "snr_gamma", "train_batch_size", "train_text_encoder",
-    "use_8bit_adam", "use_dora", "use_ema", "use_lora", "use_lpl", "weighting_scheme",
+    "use_8bit_adam", "use_dora", "use_ema", "use_lora", "use_lpl", "validation_metrics",
+    "weighting_scheme",
 )  # fmt: skip
 
 

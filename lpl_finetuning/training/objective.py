@@ -251,5 +251,7 @@ def seed_lora_dropout(numbers, objective):
 
 
 def autocast(objective):
-    """Autocast to the dtype of the denoiser's inputs; off in float32."""
-    return torch.autocast(objective.device.type, objective.dtype, enabled=objective.dtype != torch.float32)
+    """Autocast to the dtype of the denoiser's inputs, off in float32; no copies of weights are kept, whole or
+    gathered."""
+    enabled = objective.dtype != torch.float32
+    return torch.autocast(objective.device.type, objective.dtype, enabled=enabled, cache_enabled=False)

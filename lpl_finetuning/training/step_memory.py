@@ -17,8 +17,10 @@ from accelerate.utils import DistributedType, convert_outputs_to_fp32
 
 import lpl_utils
 from lpl_finetuning.base_model import read_json
+from lpl_finetuning.evaluation.onestep import OneStepMeter
 from lpl_finetuning.flag_checks import holds_out
 from lpl_finetuning.flags import framing_rules
+from lpl_finetuning.sample_prompts import pictures_at_once
 from lpl_finetuning.stages import no_stages
 from lpl_finetuning.training.live_memory import LiveBytes, Peak, cuda_rules
 from lpl_finetuning.training.models import decode_latents, latent_space, load_vae
@@ -344,6 +346,8 @@ def count_step(args, plan, code, machine, denoiser=None):
         one_step(args, plan, code, trainee, objective, counter)
         if holds_out(args) and code.held_out:
             held_out_once(args, plan, trainee, objective, code, counter)
+        if args.validation_metrics:
+            test_once(args, trainee, vae, objective, code, counter)
         if args.validation_prompt:
             sample_once(args, trainee, vae, objective, code, counter)
     return counter.peaks
@@ -474,9 +478,20 @@ def held_out_once(args, plan, trainee, objective, code, counter):
     trainee.bare.train()
 
 
+def test_once(args, trainee, vae, objective, code, counter):
+    """The one-step test of --validation_metrics at a noise level, the denoiser aside: it needs less than in a step."""
+    at_once = min(args.train_batch_size, pictures_at_once(args.resolution, args.resolution))
+    shape = code.example_batch(trainee.bare, args, latent_size(args), torch.float32)["mean"].shape[1:]
+    z0, meter = torch.zeros(at_once, *shape, device=objective.device), OneStepMeter(vae)
+    with counter.at("one-step test: targets"):
+        target = meter.target(z0)
+        counter.where = "one-step test: estimates"
+        meter.compare(z0, target)
+
+
 def sample_once(args, trainee, vae, objective, code, counter):
     """A step of sampling and the decoding of pictures, as many at a time as validation samples."""
-    at_once = min(args.num_validation_images, max(1, (1024 // args.resolution) ** 2))
+    at_once = min(args.num_validation_images, pictures_at_once(args.resolution, args.resolution))
     side = args.resolution // args.base_model.family.pixels_per_latent
     batch = code.example_batch(trainee.bare, args.but(train_batch_size=2 * at_once), (side, side), objective.dtype)
     prompt = {name: value.to(objective.device) for name, value in batch.items() if name not in OWN_COLUMNS}

@@ -16,7 +16,7 @@ from lpl_finetuning.data.samples import addressed_normal
 from lpl_finetuning.errors import during
 from lpl_finetuning.files import dispensable
 from lpl_finetuning.flags import settings_from_flags
-from lpl_finetuning.sample_prompts import SamplePrompt, entries_of, scheduler_of
+from lpl_finetuning.sample_prompts import SamplePrompt, entries_of, pictures_at_once, scheduler_of
 from lpl_finetuning.training.measures import Measures, MeasureSettings, held_out_batch
 from lpl_finetuning.training.objective import autocast
 from lpl_finetuning.training.reporter import Metrics
@@ -41,11 +41,6 @@ class ValidationSettings:
     seed: int
     train_batch_size: int
     train_text_encoder: bool
-
-
-def pictures_at_once(height, width):
-    """How many pictures of a size, in px, are decoded at once: as many as one of 1024 px has room for."""
-    return max(1, (1024 // math.isqrt(height * width)) ** 2)
 
 
 class Intervals:

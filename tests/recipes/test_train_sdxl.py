@@ -651,22 +651,23 @@ def test_bf16_and_checkpointing_train(flags, tmp_path, monkeypatch):
     kept, forward = set(), UNet2DConditionModel.forward
 
     def spied(*args, **kwargs):
-        if torch.is_autocast_enabled("cpu") and torch.is_grad_enabled():
-            kept.add(torch.is_autocast_cache_enabled())
+        if torch.is_autocast_enabled("cpu"):
+            kept.add((torch.is_grad_enabled(), torch.is_autocast_cache_enabled()))
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(UNet2DConditionModel, "forward", spied)
     flags = [*flags, "--use_lpl", "--lpl_t_threshold", 600, "--max_train_steps", 2]
     exact = run(*flags, "--output_dir", tmp_path / "a")
+    drawn = ["--validation_prompt", "x", "--num_validation_images", 1]
     for name, more in {
-        "bf16": ["--mixed_precision", "bf16"],
+        "bf16": ["--mixed_precision", "bf16", *drawn],
         "lora": ["--mixed_precision", "bf16", "--use_lora"],
         "checkpointing": ["--gradient_checkpointing"],
     }.items():
         rows = run(*flags, *more, "--output_dir", tmp_path / name)
         assert rows[0]["diffusion_loss"] == pytest.approx(exact[0]["diffusion_loss"], rel=0.02), name
         assert rows[0]["lpl/loss"] == pytest.approx(exact[0]["lpl/loss"], rel=0.1), name
-    assert kept == {False}
+    assert kept == {(True, False), (False, False)}, "in steps and in sampling"
 
 
 def test_two_ranks_equal_one_with_twice_the_accumulation(flags, tmp_path):

@@ -163,7 +163,7 @@ FLAGS = {
     "sdxl lora": ("sdxl", "--use_lora --use_lpl"),
     "sdxl lora, stages": ("sdxl", "--use_lora --use_lpl --gradient_checkpointing --lpl_norm_type shared"),
     "sdxl full, EMA": ("sdxl", "--use_lpl --use_ema --gradient_accumulation_steps 2 --validation_split 2"),
-    "sdxl held out, no LPL": ("sdxl", "--use_lora --validation_split 2"),
+    "sdxl held out, no LPL": ("sdxl", "--use_lora --validation_split 2 --validation_metrics"),
     "sdxl text encoders": ("sdxl", "--use_lora --train_text_encoder --gradient_checkpointing --validation_split 2"),
     "sd3 lora": ("sd3", "--use_lora --use_lpl"),
     "sdxl full, 8 bits": ("sdxl", "--use_8bit_adam --gradient_checkpointing"),
@@ -206,6 +206,7 @@ def test_a_step_on_the_meta_device_counts_what_a_real_step_holds(case, encodes, 
         for device in ("meta", "cpu")
     )
     assert computed.keys() == real.keys()
+    assert ("one-step test" in computed) is ("--validation_metrics" in flags)
     assert ("held-out loss" in computed) is ("--validation_split" in flags)
     assert ("LPL" in computed) is ("--use_lpl" in flags or "--validation_split" in flags), "held-out LPL is measured"
     for phase, peak in computed.items():  # on the CPU the loader's batch counts, and the one of the empty prompt

@@ -7,6 +7,7 @@ import math
 import signal
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from diffusers import DDPMScheduler
@@ -15,6 +16,7 @@ from diffusers.training_utils import EMAModel
 import train_sdxl_lpl
 from lpl_finetuning.errors import UserError
 from lpl_finetuning.flag_checks import check_launch, check_lpl_flags, check_xformers
+from lpl_finetuning.sample_prompts import pictures_at_once
 from lpl_finetuning.training import optimization
 from lpl_finetuning.training import plan as plan_module
 from lpl_finetuning.training import reporter as reporter_module
@@ -27,7 +29,7 @@ from lpl_finetuning.training.optimization import Outcome, Trainee, optimizer_set
 from lpl_finetuning.training.perceptual import PerceptualTerm, lpl_config, needs_decoder
 from lpl_finetuning.training.reporter import Metrics, Reporter, fine_tuning
 from lpl_finetuning.training.signals import STOP_SIGNALS, StopSignals
-from lpl_finetuning.training.validation import Validation, pictures_at_once
+from lpl_finetuning.training.validation import Validation
 from lpl_utils import AutoWeight, LPLGate, _own_checkpointing_off, estimate_z0
 
 CPU = torch.device("cpu")
@@ -273,6 +275,38 @@ def test_images_are_encoded_one_of_1024_px_at_a_time():
         assert torch.equal(mean, pixels[:, :, ::8, ::8]) and torch.equal(std, pixels[:, :, 1::8, 1::8])
         assert [size[0] for size in seen] == sizes
         seen.clear()
+
+
+@pytest.mark.parametrize(("samples_here", "held_out", "averages"), [(False, 0, 0), (True, 0, 1), (False, 3, 1)])
+def test_ranks_that_only_wait_need_no_average(samples_here, held_out, averages):
+    """Under EMA each rank would else copy all its weights into the computer's memory at every validation."""
+    validation, entered, nothing = object.__new__(Validation), [], contextlib.nullcontext
+    validation.settings, validation.samples_here = SimpleNamespace(entries=("x",)), samples_here
+    validation.data, validation.signals = (
+        SimpleNamespace(held_out=range(held_out)),
+        SimpleNamespace(between_steps=nothing),
+    )
+    validation.reporter = SimpleNamespace(paused=nothing, log_images=lambda *_: 0, draw_run=lambda: 0)
+    validation.trainee = SimpleNamespace(averaged=lambda: (entered.append(1), nothing())[1])
+    validation.grids, validation.held_out_losses = SimpleNamespace(add=lambda *_: 0), dict
+    validation.run(1)
+    assert len(entered) == averages
+
+
+def test_the_one_step_test_takes_no_more_pictures_than_it_may(monkeypatch):
+    """The held-out loss takes the images of a micro-batch at once."""
+    validation, seen = object.__new__(Validation), []
+    validation.accelerator, validation.sharded = accelerator(), False
+    validation.objective, validation.settings = SimpleNamespace(device=CPU), SimpleNamespace(train_batch_size=3)
+    validation.data = SimpleNamespace(held_out_framing=SimpleNamespace(buckets=np.zeros(5, int)))
+    validation.trainee, validation.signals = (
+        SimpleNamespace(bare=torch.nn.Linear(1, 1)),
+        SimpleNamespace(requested=None),
+    )
+    monkeypatch.setattr(Metrics, "read", lambda *_: {})
+    for most in (None, 1):
+        validation._over_held_out("x", [], lambda numbers: iter(seen.append(len(numbers)) or ()), most)
+    assert seen == [3, 2, 1, 1, 1, 1, 1]
 
 
 def test_validation_by_epochs_comes_at_the_step_that_ends_one():
