@@ -100,6 +100,15 @@ def test_patterns_survive_in_every_file(tmp_path):
     assert sorted(len(kohya[name]) for name in downs) == sorted(r for found in strengths.values() for r, _ in found)
 
 
+def test_the_layers_of_sd_scripts_are_all_linear_layers_of_the_transformer_groups():
+    """Its default for SDXL, in words of --lora_layers."""
+    _, models = adapted("--lora_layers", "attention,feed-forward,projections")
+    wanted = {name for name, layer in sdxl_pipeline().unet.named_modules()
+              if isinstance(layer, torch.nn.Linear) and ".attentions." in name}  # fmt: skip
+    assert set(adapted_layers(models["unet"])) == wanted
+    assert {name.rpartition(".")[2] for name in wanted} >= {"proj_in", "proj_out", "to_q"}
+
+
 def test_rates_are_groups_of_the_optimizer():
     """The pattern's rate, on the layers it fits and no others, multiplied by --scale_lr as the others are."""
     args, models = adapted("--learning_rate", "0.1", "--text_encoder_lr", "0.2", "--scale_lr", "--train_text_encoder",
