@@ -1,9 +1,9 @@
-"""Compute the GPU memory of fine-tuning for the real architectures: python benchmarks/memory.py
+"""Compute memory and arithmetic of fine-tuning for the real architectures: python benchmarks/memory.py
 
 Models are built on the meta device from configurations, so no weights and no GPU are needed. The figures are those of
-the scripts' `--dry_run`: the bytes of live tensors at the peak of a step. The script writes the tables into
-docs/memory.md and docs/scaling.md. A setup takes ten seconds and more; `--json PATH` keeps figures, and reads what it
-kept from the same run before.
+the scripts' `--dry_run`: the bytes of live tensors at the peak of a step, and its floating-point operations. The
+script writes the tables into docs/memory.md, docs/scaling.md and docs/performance.md. A setup takes ten seconds and
+more; `--json PATH` keeps figures, and reads what it kept from the same run before.
 """
 
 # ruff: noqa: E402
@@ -26,10 +26,19 @@ import train_sdxl_lpl
 from benchmarks.records import put_tables
 from lpl_finetuning.files import format_bytes
 from lpl_finetuning.training.live_memory import Peak
+from lpl_finetuning.training.plan import format_flop
 from lpl_finetuning.training.sharding import memory_of_rank
-from lpl_finetuning.training.step_memory import Machine, RunCode, autoencoder_networks, count_step, highest
+from lpl_finetuning.training.step_memory import (
+    Machine,
+    RunCode,
+    autoencoder_networks,
+    count_step,
+    flop_of_step,
+    highest,
+)
+from lpl_utils import LPLGate
 
-PAGE, SCALING_PAGE = ROOT / "docs" / "memory.md", ROOT / "docs" / "scaling.md"
+PAGE, SCALING_PAGE, SPEED_PAGE = (ROOT / "docs" / f"{name}.md" for name in ("memory", "scaling", "performance"))
 NF4 = ROOT / "configs" / "nf4.json"
 VAE = {
     "_class_name": "AutoencoderKL", "block_out_channels": [128, 256, 512, 512], "layers_per_block": 2,
@@ -74,6 +83,7 @@ STEP = "--resolution 1024 --use_lpl --center_crop --train_batch_size 1 --gradien
 SETUPS = {  # the row's name, of a recipe and the flags after it, or of all weights: model
     "`sdxl-lora-16gb`": "SDXL",
     "`sdxl-lora-16gb`, --lpl_num_blocks 3": "SDXL",
+    "`sdxl-lora-16gb`, --lpl_num_blocks 2": "SDXL",
     "`sdxl-lora-16gb`, --no-gradient_checkpointing": "SDXL",
     "`sdxl-lora-16gb`, fp16": "SDXL",
     "`sdxl-lora-16gb`, fp16, --lpl_num_blocks 3": "SDXL",
@@ -190,6 +200,35 @@ def table(counts):
     return "\n".join(lines)
 
 
+GATES = {"t < 200": LPLGate(t_threshold=200), "sigma / alpha <= 3": LPLGate(sigma_threshold=3)}
+ARITHMETIC = (  # setups in the table of the arithmetic
+    "`sdxl-lora-16gb`",
+    "`sdxl-lora-16gb`, --lpl_num_blocks 3",
+    "`sdxl-lora-16gb`, --lpl_num_blocks 2",
+    "`sdxl-lora-16gb`, --no-gradient_checkpointing",
+    "`sdxl-full-80gb`",
+    "`sd35-medium-lora`",
+    "`sd35-large-lora-24gb`",
+)
+
+
+def arithmetic_table(counts):
+    """The table of docs/performance.md, Markdown. counts: as of `table`."""
+    lines = ["| setup, 1024 px | an image without LPL | more with LPL | "
+             + " | ".join(f"step, {gate}" for gate in GATES) + " |",
+             "|---|---:|---:|" + "---:|" * len(GATES)]  # fmt: skip
+    for name in ARITHMETIC:
+        with tempfile.TemporaryDirectory() as folder:
+            script, args = arguments(name, folder)
+        step, lpl = flop_of_step(counts[name])
+        cells = [format_flop(flop / args.train_batch_size) for flop in (step, lpl)]
+        for gate in GATES.values():
+            share = script.Schedule(args).gated_share(gate)
+            cells.append(f"{1 + share * lpl / step:.2f} times ({share:.1%} of samples)")
+        lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def scaling_table(totals):
     """The table of docs/scaling.md, Markdown; totals: {(row, number of GPUs): bytes on each}."""
     heads = [f"{ranks} GPU" + "s" * (ranks > 1) for ranks in RANKS]
@@ -224,14 +263,15 @@ def main():
             Path(args.json).write_text(json.dumps(content, indent=1))
     if args.only:
         return
-    pages = {PAGE: table({name: counts[name] for name in SETUPS})}
+    pages = {PAGE: {"table": table({name: counts[name] for name in SETUPS})},
+             SPEED_PAGE: {"arithmetic": arithmetic_table(counts)}}  # fmt: skip
     totals = {}
     for name in SETUPS:
         if name.endswith(", all weights"):
             totals |= ranks_of(name, counts[name])
-    pages[SCALING_PAGE] = scaling_table(totals)
-    for page, text in pages.items():
-        page.write_text(put_tables(page.read_text(encoding="utf-8"), {"table": text}), encoding="utf-8")
+    pages[SCALING_PAGE] = {"table": scaling_table(totals)}
+    for page, tables in pages.items():
+        page.write_text(put_tables(page.read_text(encoding="utf-8"), tables), encoding="utf-8")
 
 
 if __name__ == "__main__":

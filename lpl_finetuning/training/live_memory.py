@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
 aten = torch.ops.aten
 ADDITION, SILU_BACKWARD = aten.add.Tensor, aten.silu_backward.grad_input
@@ -25,17 +26,19 @@ REST = "everything else"  # kind of the storages that have no other: activations
 
 @dataclass(frozen=True)
 class Peak:
-    """The largest number of live bytes of a phase.
+    """The largest number of live bytes of a phase, and what the phase computes.
 
     Attributes:
         size: bytes.
         where: what ran at that time.
         kinds: {kind of storage: bytes} at that time.
+        flop: floating-point operations of the whole phase: see `LiveBytes`.
     """
 
     size: int
     where: str
     kinds: dict
+    flop: int = 0
 
 
 class LiveBytes(TorchDispatchMode):
@@ -47,13 +50,16 @@ class LiveBytes(TorchDispatchMode):
     Attributes:
         where: what runs now, "phase: details".
         live: {kind: bytes} now.
-        peaks: {phase: Peak}.
+        peaks: {phase: Peak}, without their operations.
+        flop: {phase: floating-point operations} of matrix products, convolutions and attention, as PyTorch counts
+            them: a product and its addition are two. Other operations are limited by memory, not by arithmetic.
     """
 
     def __init__(self, device="meta"):
         super().__init__()
         self.device, self.where = torch.device(device).type, "start"
         self.storages, self.live, self.peaks, self.total = {}, Counter(), {}, 0
+        self.flop = Counter()
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -66,6 +72,8 @@ class LiveBytes(TorchDispatchMode):
             if func is aten._to_copy.default and args[0].is_meta and str(kwargs.get("device", "meta")) == "cpu":
                 return torch.empty((), dtype=kwargs.get("dtype") or args[0].dtype).expand(args[0].shape)
             result = func(*args, **kwargs)
+        if count := flop_registry.get(func.overloadpacket):
+            self.flop[self.where.partition(":")[0]] += count(*args, **kwargs, out_val=result)
         self._note(result)
         return result
 

@@ -3,7 +3,7 @@
 import contextlib
 import hashlib
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -31,7 +31,7 @@ from lpl_finetuning.training.live_memory import Peak
 from lpl_finetuning.training.models import adapted_layers, lora_config
 from lpl_finetuning.training.perceptual import lpl_config
 from lpl_finetuning.training.sharding import is_sharded, memory_of_rank, zero_stage
-from lpl_finetuning.training.step_memory import Machine, highest, kept_bytes, latent_size
+from lpl_finetuning.training.step_memory import Machine, flop_of_step, highest, kept_bytes, latent_size
 from lpl_finetuning.training.validation import HELD_OUT_LEVELS
 from lpl_utils import stage_features
 
@@ -204,7 +204,11 @@ def print_plan(args, report, accelerator, plan, gate, code):
         shape = code.example_batch(denoiser, args, latent_size(args), plan.dtype)["mean"].shape[1:]
         stages = code.networks(args, Machine(accelerator.mixed_precision)).stages
         print_lpl_plan(args, gate, share, hint, stages, shape, accelerator.print)
-    return print_memory(args, accelerator, plan, denoiser, code, not report["cached"])
+    peaks = print_memory(args, accelerator, plan, denoiser, code, not report["cached"])
+    if args.use_lpl and (line := arithmetic_line(peaks, args.train_batch_size, share)):
+        accelerator.print(line)
+    accelerator.print("")
+    return peaks
 
 
 def print_run(args, report, accelerator, plan, measured=None):
@@ -336,7 +340,7 @@ def print_memory(args, accelerator, plan, denoiser, code, encodes):
     with accelerator.main_process_first():  # the other ranks read its count
         peaks = shared(counted_peaks(args, plan, code, machine, args.dry_run, None if sharded else denoiser))
     if peaks is None:
-        accelerator.print("Memory: not counted for these flags yet; --dry_run counts it once, in about ten seconds\n")
+        accelerator.print("Memory: not counted for these flags yet; --dry_run counts it once, in about ten seconds")
         kinds = kept_bytes(args, denoiser)
         return shared({"": Peak(sum(kinds.values()), "", kinds)})
     accelerator.print("\n".join(memory_lines(peaks)))
@@ -347,14 +351,13 @@ def print_memory(args, accelerator, plan, denoiser, code, encodes):
             return highest(shared(counted_peaks(changed, plan, code, machine))).size
 
         print("\n".join(fit_lines(args, room, size_of)))
-    accelerator.print("")
     return peaks
 
 
 def share_of_rank(peak, model, accelerator):
     """A `Peak` without sharding, as it is on a rank that shares the training state."""
     parts = memory_of_rank(list(peak.kinds.items()), model, accelerator.num_processes, zero_stage(accelerator))
-    return Peak(round(sum(size for _, size in parts)), peak.where, dict(parts))
+    return replace(peak, size=round(sum(size for _, size in parts)), kinds=dict(parts))
 
 
 def memory_lines(peaks):
@@ -368,6 +371,25 @@ def memory_lines(peaks):
         f"        peaks: {phases}",
         f"        CUDA itself and fragmentation need more, about {format_bytes(RESERVE)} (not measured)",
     ]
+
+
+def arithmetic_line(peaks, images, share):
+    """The line of the plan on what the perceptual loss adds to the arithmetic of a step; "" where nothing was counted.
+
+    Args:
+        peaks: of `count_step`; images: of a micro-batch; share: of gated samples.
+    """
+    step, lpl = flop_of_step(peaks)
+    if not step:
+        return ""
+    without, more, times = format_flop(step / images), format_flop(lpl / images), 1 + share * lpl / step
+    return f"Arithmetic, computed: {without} an image, {more} more for one with LPL: {times:.2f} times in all"
+
+
+def format_flop(flop):
+    """A number of floating-point operations, such as "19.7 TFLOP"."""
+    power = min((len(str(round(flop))) - 1) // 3, 4)
+    return f"{flop / 1000**power:.3g} {['', 'k', 'M', 'G', 'T'][power]}FLOP"
 
 
 def card_bytes():

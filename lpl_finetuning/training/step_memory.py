@@ -1,4 +1,4 @@
-"""The memory of a training step, counted: the run's own code takes a step on the meta device.
+"""Memory and arithmetic of a training step, counted: the run's own code takes a step on the meta device.
 
 The count covers models, gradients, optimizer, average, activations and temporaries: every storage that is made. It
 does not cover CUDA's context, workspaces of cuDNN and fragmentation.
@@ -350,7 +350,7 @@ def count_step(args, plan, code, machine, denoiser=None):
             test_once(args, trainee, vae, objective, code, counter)
         if args.validation_prompt:
             sample_once(args, trainee, vae, objective, code, counter)
-    return counter.peaks
+    return {phase: replace(peak, flop=counter.flop[phase]) for phase, peak in counter.peaks.items()}
 
 
 def latent_size(args):
@@ -508,3 +508,16 @@ def sample_once(args, trainee, vae, objective, code, counter):
 def highest(peaks):
     """The `Peak` of the phase with the most bytes."""
     return max(peaks.values(), key=lambda peak: peak.size, default=Peak(0, "", {}))
+
+
+VALIDATION = ("held-out loss", "one-step test", "sampling")  # phases that are none of a step
+
+
+def flop_of_step(peaks):
+    """Floating-point operations of a micro-step, (without the perceptual loss, of the perceptual loss of all samples).
+
+    peaks: of `count_step`.
+    """
+    flop = {phase: peak.flop for phase, peak in peaks.items() if phase not in VALIDATION}
+    lpl = flop.pop("LPL", 0)
+    return sum(flop.values()), lpl

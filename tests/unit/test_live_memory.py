@@ -4,17 +4,21 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
 import train_sd3_lpl_flow
 import train_sdxl_lpl
-from lpl_finetuning.training.live_memory import FLOAT32, LOWER, LiveBytes, cuda_rules
+from lpl_finetuning.training.live_memory import FLOAT32, LOWER, LiveBytes, Peak, cuda_rules
+from lpl_finetuning.training.plan import arithmetic_line, format_flop
 from lpl_finetuning.training.step_memory import (
     Machine,
     RunCode,
     autoencoder_networks,
     count_step,
     counting_batch,
+    flop_of_step,
     highest,
     latent_size,
     tensors_of,
@@ -83,6 +87,23 @@ def test_a_linear_layer_and_its_gradients():
         assert counter.total == weights + 4 * 7 * (30 + 50)
         torch.autograd.backward(y, torch.ones_like(y))
         assert counter.total == 2 * weights + 4 * (2 * 7 * 30 + 7 * 50)
+
+
+def test_arithmetic_of_a_linear_layer_and_a_convolution():
+    """A product and its addition are two operations; the gradients of input and weight take as many each."""
+    layer = torch.nn.Linear(30, 50, device="meta")
+    convolution = torch.nn.Conv2d(4, 6, 3, padding=1, device="meta").requires_grad_(False)
+    with LiveBytes() as counter:
+        with counter.at("forward: linear"):
+            y = layer(meta(7, 30, grad=True))
+        with counter.at("backward"):
+            torch.autograd.backward(y, torch.ones_like(y))
+        with counter.at("frozen"):
+            z = convolution(meta(2, 4, 16, 8, grad=True))
+            torch.autograd.backward(z, torch.ones_like(z))
+    forward = 2 * 7 * 30 * 50
+    one = 2 * 2 * 16 * 8 * 6 * 4 * 9
+    assert counter.flop == {"forward": forward, "backward": 2 * forward, "frozen": 2 * one}
 
 
 def test_autocast_copies_weights_until_the_forward_pass_ends():
@@ -216,3 +237,32 @@ def test_a_step_on_the_meta_device_counts_what_a_real_step_holds(case, encodes, 
             more = 0.15 if "prodigy" in flags and kind == "optimizer state" else 0.01  # the count knows no values, and
             assert 0.99 * held <= counted <= (1 + more) * held, kind  # Prodigy keeps no copy of LoRA's zeros
     assert highest(computed).size == max(peak.size for peak in computed.values())
+
+
+@pytest.mark.parametrize(("more", "passes"), [("", 3), ("--lpl_checkpointing stage", 4)])
+def test_arithmetic_of_the_loss_is_that_of_the_passes_through_the_decoder(more, passes, sdxl_folder, pictures):
+    """Forward for target and estimate, backward to the latents, and under checkpointing the estimate once more.
+
+    PyTorch's own counter counts the decoder, which has a last convolution more than the loss.
+    """
+    peaks, _ = count(train_sdxl_lpl, f"--use_lora --use_lpl {more}", sdxl_folder, pictures, Machine("no"))
+    vae = AutoencoderKL.from_pretrained(sdxl_folder, subfolder="vae")
+    with FlopCounterMode(display=False) as decoding, torch.no_grad():
+        decoded = vae.decode(torch.zeros(2, 4, 16, 16)).sample
+    last = 2 * decoded.numel() * vae.decoder.conv_out.in_channels * 9
+    step, lpl = flop_of_step(peaks)
+    assert lpl == pytest.approx(passes * (decoding.get_total_flops() - last), rel=0.03)
+    without, none = flop_of_step(count(train_sdxl_lpl, "--use_lora", sdxl_folder, pictures, Machine("no"))[0])
+    assert (without, none) == (step, 0)
+    line = arithmetic_line(peaks, 2, 0.25)
+    assert line.startswith("Arithmetic") and f"{1 + 0.25 * lpl / step:.2f} times" in line
+    assert arithmetic_line({"": Peak(5, "", {})}, 2, 0.25) == "", "nothing was counted"
+
+
+def test_numbers_of_operations_have_units():
+    assert [format_flop(flop) for flop in (19.7e12, 2.064e9, 5e6, 12)] == [
+        "19.7 TFLOP",
+        "2.06 GFLOP",
+        "5 MFLOP",
+        "12 FLOP",
+    ]
