@@ -8,6 +8,7 @@
     python benchmarks/effect.py --work WORK judge --base epsilon --arm none decoder-full --seed 0
     python benchmarks/effect.py --work WORK gain --base epsilon --seed 0           # *none*, estimates scaled
     python benchmarks/effect.py --work WORK judge --base epsilon --arm none gain --seed 0
+    python benchmarks/effect.py --work WORK copies --base epsilon --arm none decoder-full --seed 1    # new pictures?
     python benchmarks/effect.py --work WORK report --base epsilon --arm none decoder-full --seed 1    # a page
     python benchmarks/effect.py --work WORK reconstructions                        # what the decoders lose
     python benchmarks/effect.py --work WORK autoencoder                            # an adversarial decoder
@@ -38,8 +39,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.effect_arms import ALL, BASES, COMMON, FAMILY_FLAGS, SCRIPTS, STARTS
-from benchmarks.effect_judge import JUDGE, SAMPLES, SAMPLING_STEPS, judge, make_reconstructions, sample
+from benchmarks.effect_arms import ALL, BASES, COMMON, FAMILY_FLAGS, SCRIPTS, STARTS, TWINS
+from benchmarks.effect_judge import JUDGE, SAMPLES, SAMPLING_STEPS, judge, judge_copies, make_reconstructions, sample
 from benchmarks.records import facts
 from pretrain.emoji_images import DOMAINS
 
@@ -48,7 +49,7 @@ RESULTS = ROOT / "benchmarks" / "results"
 KEPT = {"epsilon": ROOT / "examples" / "tiny-sdxl", "flow": ROOT / "examples" / "tiny-sd3"}  # bases, fully trained
 KEPT_AVERAGES = ROOT / "benchmarks" / "bases"  # BASE/average-STEPS.safetensors in float16, where no pipeline is kept
 STEPS, DECODER_STEPS = 1000, 3000  # training steps of an arm and of a decoder
-STAGES = ("data", "pipelines", "judge-base", "profile", "train", "gain", "judge", "report", "one-step",
+STAGES = ("data", "pipelines", "judge-base", "profile", "train", "gain", "judge", "copies", "report", "one-step",
           "reconstructions", "autoencoder", "cost", "state")  # fmt: skip
 AUTOENCODERS = {"sdxl": ROOT / "examples" / "tiny-sdxl" / "vae", "sd3": ROOT / "examples" / "tiny-sd3" / "vae"}
 
@@ -210,7 +211,7 @@ def sampled(work, models, samples, guidance, sampling_steps=SAMPLING_STEPS):
 def keep_judgement(work, name, family, folders, about):
     """Compare folders of samples, {model: folder}, with the references; the first model is the baseline."""
     began = time.time()
-    rows, floors = judge(folders, references_of(work, family), work / "features")
+    rows, floors = judge(folders, references_of(work, family), work / "features", TWINS)
     keep_result(work, f"effect-judged-{name}", time.time() - began, about | {"rows": rows, "floors": floors})
     for row in rows:
         print(row["model"], *(f"{row[name][JUDGE]['frechet']:.3f} to the {name}" for name in floors))
@@ -239,6 +240,19 @@ def judge_arms(work, start, arms, seed, steps, samples, guidance, sampling_steps
                  "samples": samples}  # fmt: skip
         folders = {arm: made[arm][scale] for arm in arms}
         keep_judgement(work, name, family_of(start), folders, about)
+
+
+def find_copies(work, start, arms, seed, steps, samples):
+    """How near samples of arms are to the pictures that the base was trained on, and to the held-out ones, all of them
+    as the base's autoencoder shows them."""
+    began, family = time.time(), family_of(start)
+    hidden = work / "reconstructions" / f"{family}-held-out"
+    make_reconstructions(work / "held_out", hidden, AUTOENCODERS[family])
+    trained = {arm: arm_folder(work, start, arm, seed, steps).relative_to(work) for arm in arms}
+    folders = {arm: found[1.0] for arm, found in sampled(work, trained, samples, [1.0]).items()}
+    rows = judge_copies(folders, references_of(work, family)["reconstructions"], hidden, work / "features")
+    keep_result(work, f"effect-copies-{arm_name(start, seed, steps)}", time.time() - began,
+                {"start": start, "seed": seed, "steps": steps, "samples": samples, "rows": rows})  # fmt: skip
 
 
 def samples_with_gain(work, start, seed):
@@ -300,7 +314,7 @@ def take_shorter_run(work, start, name, seed, steps):
     """Let an arm begin with the last checkpoint of its runs of fewer steps, where it has none of its own.
 
     The learning rate is constant, so all runs of an arm and a seed are at the same place after as many steps. The
-    result then has seconds, losses and gradients of the rest.
+    result then has seconds, losses and gradients of the rest. A shorter run with other flags is refused.
     """
     own, found = arm_folder(work, start, name, seed, steps), {}
     runs = re.compile(re.escape(arm_name(name, seed, STEPS)) + r"(-\d+-steps)?")
@@ -309,9 +323,18 @@ def take_shorter_run(work, start, name, seed, steps):
         if runs.fullmatch(checkpoint.parent.name) and number.isdigit() and int(number) < steps:
             found[int(number)] = checkpoint
     if found and not any(own.glob("checkpoint-*")):
+        result = RESULTS / f"effect-arm-{start}-{found[max(found)].parent.name}.json"
+        before = json.loads(result.read_text())["flags"] if result.is_file() else flags_of(name, start, steps)
+        if before != flags_of(name, start, steps):
+            raise SystemExit(f"{found[max(found)].parent} was trained with other flags: {before}")
         shutil.rmtree(own / "copy", ignore_errors=True)  # one that was begun
         shutil.copytree(found[max(found)], own / "copy")
         (own / "copy").rename(own / found[max(found)].name)
+
+
+def flags_of(name, start, steps):
+    """The flags of an arm's own, in a line."""
+    return " ".join(ALL[name].words(name, family_of(start), steps))
 
 
 def is_done(folder):
@@ -323,8 +346,7 @@ def keep_arm(work, folder, start, name, seed, steps, seconds):
     """Write the result of an arm's training: last losses, and the gradient norms of its terms."""
     rows = [json.loads(line) for line in (folder / "logs" / "metrics.jsonl").read_text().splitlines()]
     losses = [row["diffusion_loss"] for row in rows if "diffusion_loss" in row]
-    flags = " ".join(ALL[name].words(name, family_of(start), steps))
-    result = {"start": start, "arm": name, "flags": flags, "seed": seed, "steps": steps,
+    result = {"start": start, "arm": name, "flags": flags_of(name, start, steps), "seed": seed, "steps": steps,
               "last_diffusion_losses": losses[-5:],
               "gradient_norms": {str(row["step"]): {key: row[key] for key in row if key.startswith("gradient/")}
                                  for row in rows if any(key.startswith("gradient/") for key in row)}}  # fmt: skip
@@ -484,6 +506,9 @@ def main(argv=None):
     elif args.stage == "judge":
         for seed in args.seed:
             judge_arms(work, start, args.arm, seed, steps, args.samples, args.guidance, args.sampling_steps)
+    elif args.stage == "copies":
+        for seed in args.seed:
+            find_copies(work, start, args.arm, seed, steps, args.samples)
     elif args.stage == "report":
         for seed in args.seed:
             write_report(work, start, args.arm, seed, steps, args.samples, args.guidance)

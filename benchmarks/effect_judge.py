@@ -60,23 +60,24 @@ def sample(model, images, count, guidance, folder, make=None, steps=SAMPLING_STE
     return (make or generate)(pipeline, captions, settings, folder, source.weights)
 
 
-def judge(models, references, store):
+def judge(models, references, store, twins):
     """Distances of models to references.
 
     Args:
         models: {name: folder of pictures}; the first one is the baseline, all have pictures of the same captions.
         references: {name: folder of pictures}.
         store: folder in which features are kept.
+        twins: {model: another one that it is compared with too}.
 
     Returns:
-        ([{"model", REFERENCE: {NETWORK: {"frechet", "kernel"}}, "change": {REFERENCE: [value, low, high]}}] with the
-        differences of Fréchet distances by `JUDGE` from the baseline and their 95 % intervals,
+        ([{"model", REFERENCE: {NETWORK: {"frechet", "kernel"}}, "change": {REFERENCE: [value, low, high]}, ...}] with
+        the differences by `JUDGE` and their 95 % intervals: "change" of the Fréchet distance from the baseline,
+        "kernel_change" of the kernel distance, "twin_change" of the Fréchet distance from the twin,
         {REFERENCE: {NETWORK: Fréchet distance of one half to the other}}).
     """
     from lpl_finetuning.evaluation.distances import frechet_distance, kernel_distance
     from lpl_finetuning.evaluation.features import features_of
     from lpl_finetuning.evaluation.networks import load_network
-    from lpl_finetuning.evaluation.uncertainty import distance_differences
 
     rows, floors = [{"model": name, "change": {}} for name in models], {name: {} for name in references}
     for network in NETWORKS:
@@ -90,7 +91,66 @@ def judge(models, references, store):
                 row.setdefault(reference, {})[network] = {
                     "frechet": frechet_distance(real, fake), "kernel": kernel_distance(real, fake),
                 }  # fmt: skip
-                if network == JUDGE and fake is not fakes[0]:
-                    found = distance_differences(real, fake, fakes[0], names=("frechet",))["frechet"]
-                    row["change"][reference] = [found.value, found.low, found.high]
+                if network == JUDGE:
+                    row.update(changes_of(row, reference, real, dict(zip(models, fakes, strict=True)), twins))
     return rows, floors
+
+
+def changes_of(row, reference, real, fakes, twins):
+    """{kind of difference: {REFERENCE: [value, low, high]}} of a row of `judge`, those of earlier references with it.
+
+    Args:
+        real: features of the reference; fakes: {model: features}, the baseline first.
+        twins: see `judge`.
+    """
+    from lpl_finetuning.evaluation.uncertainty import distance_differences
+
+    own, found = row["model"], {"change": dict(row["change"])}
+    baseline = next(iter(fakes))
+    if own != baseline:
+        both = distance_differences(real, fakes[own], fakes[baseline], names=("frechet", "kernel"))
+        found["change"][reference] = ends_of(both["frechet"])
+        found["kernel_change"] = {**row.get("kernel_change", {}), reference: ends_of(both["kernel"])}
+    if twins.get(own) in fakes:
+        one = distance_differences(real, fakes[own], fakes[twins[own]], names=("frechet",))["frechet"]
+        found["twin_change"] = {**row.get("twin_change", {}), reference: ends_of(one)}
+    return found
+
+
+def ends_of(interval):
+    """[value, low, high] of an `Interval`."""
+    return [float(interval.value), float(interval.low), float(interval.high)]
+
+
+def judge_copies(models, train, held_out, store):
+    """How near samples are to pictures that the models were trained on, and to others.
+
+    Args:
+        models: {name: folder of pictures}; the first one is the baseline.
+        train, held_out: folders of pictures.
+        store: folder in which features are kept.
+
+    Returns:
+        [{"model", "kernel": kernel distance to the held-out pictures, "kernel_change": [value, low, high] against the
+        baseline, "generated", "held_out": median distances to the nearest training picture, "nearer": [value, low,
+        high] of the difference of the means}], by `JUDGE`.
+    """
+    from lpl_finetuning.evaluation.comparison import Memory, memorisation
+    from lpl_finetuning.evaluation.distances import kernel_distance
+    from lpl_finetuning.evaluation.features import features_of
+    from lpl_finetuning.evaluation.networks import load_network
+    from lpl_finetuning.evaluation.uncertainty import distance_differences
+
+    network, rows = load_network(JUDGE), []
+    real, hidden = (features_of(folder, network, store, whose=folder.name).values for folder in (train, held_out))
+    fakes = {name: features_of(folder, network, store, whose=name).values for name, folder in models.items()}
+    baseline = next(iter(fakes))
+    for name, fake in fakes.items():
+        row = {"model": name, "kernel": kernel_distance(hidden, fake)}
+        if name != baseline:
+            found = distance_differences(hidden, fake, fakes[baseline], names=("kernel",))
+            row["kernel_change"] = ends_of(found["kernel"])
+        found = memorisation(real, fake, hidden, 0, Memory(store / "numbers"))
+        near = [found[key] for key in ("value", "low", "high")]
+        rows.append(row | {"generated": found["generated"], "held_out": found["held_out"], "nearer": near})
+    return rows

@@ -14,8 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.effect_arms import BASES, FINALIST, TWINS
 from benchmarks.effect_judge import JUDGE
-from benchmarks.effect_verdict import (
-    BAR,
+from benchmarks.effect_results import (
     REFERENCES,
     RESULTS,
     ROOT,
@@ -26,6 +25,7 @@ from benchmarks.effect_verdict import (
     read,
     start_of,
 )
+from benchmarks.effect_verdict import BAR
 
 IMAGES = ROOT / "docs" / "images"
 MARKERS = "osD^vP*X"  # one for each seed

@@ -16,59 +16,36 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.effect_arms import BASES, FINALIST, STARTS, TWINS
-from benchmarks.effect_judge import JUDGE, NETWORKS, SAMPLES, SAMPLING_STEPS
+from benchmarks.effect_arms import BASES, FINALIST, TWINS
+from benchmarks.effect_judge import JUDGE, NETWORKS
+from benchmarks.effect_results import (
+    REFERENCES,
+    RESULTS,
+    ROOT,
+    TITLES,
+    VERDICT,
+    changes_of,
+    combined,
+    distances_by_length,
+    frechet,
+    fresh,
+    interpolated,
+    judged,
+    judgements,
+    one_step_of,
+    over_seeds,
+    read,
+    start_of,
+)
 from benchmarks.records import put_tables, source
 
-ROOT = Path(__file__).resolve().parent.parent
-RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "effect.md"
-REFERENCES = ("pictures", "reconstructions")
+PAGE = ROOT / "docs" / "effect.md"
 BAR = 0.06  # by which the mean Fréchet distance must be lower
-TITLES = {"epsilon": "SDXL, epsilon-prediction", "v_prediction": "SDXL, v-prediction", "flow": "SD3, flow matching",
-          "earlier-all": "The earlier base, all pictures", "earlier": "The earlier base"}  # fmt: skip
 EARLIER_STARTS = {"earlier-009000": "The earlier base of 9,000 steps",
                   "earlier-015000": "The earlier base of 15,000 steps"}  # fmt: skip
 OTHER = NETWORKS[1]
-VERDICT = (1000, 1, SAMPLING_STEPS)  # training steps, guidance and sampling steps of the verdict
-STUDENT = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}  # {seeds: 97.5 % quantile of t}
-
-
-def read(name, results=RESULTS):
-    """A result; None where it is missing."""
-    path = results / f"{name}.json"
-    return json.loads(path.read_text()) if path.is_file() else None
-
-
-def start_of(base):
-    """Where the arms of a base's verdict start, such as epsilon-009000."""
-    return f"{base}-{STARTS[base]}"
-
-
-def judged(start, results=RESULTS):
-    """[{"arm", "seed", "change": {REFERENCE: [value, low, high]}, REFERENCE: {NETWORK: {"frechet", "kernel"}}}] of all
-    judgements of arms under the conditions of the verdict."""
-    return judgements(start, results).get(VERDICT, [])
-
-
-def judgements(start, results=RESULTS):
-    """{(training steps, guidance, sampling steps): rows as of `judged`} of all judgements of as many samples as the
-    verdict has."""
-    rows = {}
-    for path in sorted(results.glob(f"effect-judged-{start}-*.json")):
-        found = json.loads(path.read_text())
-        if found["samples"] != SAMPLES:
-            continue
-        condition = found["steps"], found["guidance"], found.get("sampling_steps", SAMPLING_STEPS)
-        rows.setdefault(condition, []).extend(
-            {"arm": row["model"], "seed": found["seed"], **row} for row in found["rows"]
-        )
-    return rows
-
-
-def one_step_of(start, seed, results=RESULTS):
-    """{arm: row} of the one-step test at 1,000 steps."""
-    found = read(f"effect-one-step-{start}-{seed}", results)
-    return {row["model"]: row for row in found["rows"]} if found else {}
+REACHED = {(False, False): "missed", (True, False): "reached to pictures only",
+           (False, True): "reached to reconstructions only", (True, True): "reached"}  # fmt: skip
 
 
 def verdict_row(base, results=RESULTS):
@@ -76,8 +53,7 @@ def verdict_row(base, results=RESULTS):
 
     Distances to the training pictures begin with `fd`, those to the reconstructions with `fd_shown`.
     """
-    rows = [row for row in judged(start_of(base), results) if row["seed"] > 0]
-    seeds = {}
+    rows, seeds = fresh(base, results), {}
     for row in rows:
         seeds.setdefault(row["arm"], set()).add(row["seed"])
     arm = FINALIST
@@ -85,7 +61,7 @@ def verdict_row(base, results=RESULTS):
         return None
     result = {"framework": base, "arm": arm, "seeds": sorted(seeds[arm])}
     for reference, key in zip(REFERENCES, ("fd", "fd_shown"), strict=True):
-        runs, without, twin = ([row[reference][JUDGE]["frechet"] for row in rows if row["arm"] == name]
+        runs, without, twin = ([frechet(row, reference) for row in rows if row["arm"] == name]
                                for name in (arm, "none", TWINS.get(arm)))  # fmt: skip
         means = [statistics.mean(found) if found else None for found in (runs, without, twin)]
         reached = max(runs) < min(without) and means[0] <= (1 - BAR) * means[1] and bool(twin) and means[0] < means[2]
@@ -168,7 +144,7 @@ def arm_table(start, title, results=RESULTS):
 
 def seeds_table(base, results=RESULTS):
     """The finalists on fresh seeds: distances to the pictures / to the reconstructions."""
-    rows = [row for row in judged(start_of(base), results) if row["seed"] > 0]
+    rows = fresh(base, results)
     if not rows:
         return ""
     seeds = sorted({row["seed"] for row in rows})
@@ -185,60 +161,44 @@ def seeds_table(base, results=RESULTS):
     return "\n".join([*lines, "", source(read(f"effect-judged-{start_of(base)}-{seeds[-1]}", results))])
 
 
-def changes_of(base, results=RESULTS):
-    """{arm: {seed: (difference, low, high)}} from *none* of the same seed, relative, to the reconstructions."""
-    rows = [row for row in judged(start_of(base), results) if row["seed"] > 0]
-    none = {row["seed"]: row["reconstructions"][JUDGE]["frechet"] for row in rows if row["arm"] == "none"}
-    own = {}
-    for row in rows:
-        if row["seed"] in none and "reconstructions" in row["change"]:  # not the baseline
-            changes = [value / none[row["seed"]] for value in row["change"]["reconstructions"]]
-            own.setdefault(row["arm"], {})[row["seed"]] = changes
-    return own
-
-
 def changes_table(base, results=RESULTS):
     """Relative differences from *none* of the same seed, to the reconstructions, with their 95 % intervals.
 
-    The intervals of single seeds cover the noise of sampling; that of the mean covers training too, by Student's t
-    over the seeds' differences.
+    Those of single seeds cover sampling; that of the mean covers training too, see `effect_results.combined`.
     """
     own = changes_of(base, results)
     if not own:
         return ""
     seeds = sorted(set().union(*own.values()))
     lines = [f"| {TITLES[base]}: against none, to reconstructions (Lite2) | "
-             + " | ".join(f"seed {seed}" for seed in seeds) + " | mean and interval over seeds |",
+             + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |",
              "|---|" + "---:|" * (len(seeds) + 1)]  # fmt: skip
     for arm, changes in own.items():
         columns = [percent_of(*changes[seed]) if seed in changes else "" for seed in seeds]
-        lines.append(f"| {arm} | " + " | ".join([*columns, mean_of([each[0] for each in changes.values()])]) + " |")
+        lines.append(f"| {arm} | " + " | ".join([*columns, percent_of(*combined(changes.values()))]) + " |")
     return "\n".join(lines)
 
 
 def verdict_table(results=RESULTS):
     """A row for each framework: distances to the reconstructions of *none* and the finalist, and differences."""
-    lines = ["| | seeds | none | with LPL | with LPL, against none | its twin on latents, against none | the bar |",
-             "|---|---|---:|---:|---:|---:|---|"]  # fmt: skip
+    lines = ["| | seeds | none | with LPL | with LPL, against none | its twin, against none | with LPL, against its "
+             "twin | with LPL, against none, to the pictures | the bar |",
+             "|---|---|---:|---:|---:|---:|---:|---:|---|"]  # fmt: skip
     for base in BASES:
-        row, changes = verdict_row(base, results), changes_of(base, results)
+        row = verdict_row(base, results)
         if row is None:
             continue
-        told = [mean_of([each[0] for each in changes[arm].values()]) if arm in changes else ""
-                for arm in (row["arm"], TWINS[row["arm"]])]  # fmt: skip
-        reached = "reached" if row["fd_shown_bar_reached"] else "missed"
+        arm, wanted = row["arm"], {}
+        for column, (name, kind, reference) in enumerate(
+            [(arm, "change", "reconstructions"), (TWINS[arm], "change", "reconstructions"),
+             (arm, "twin_change", "reconstructions"), (arm, "change", "pictures")]
+        ):  # fmt: skip
+            found = changes_of(base, results, kind, reference).get(name)
+            wanted[column] = percent_of(*combined(found.values())) if found else ""
+        reached = REACHED[row["fd_bar_reached"], row["fd_shown_bar_reached"]]
         lines.append(f"| {TITLES[base]} | {', '.join(map(str, row['seeds']))} | {row['fd_shown_baseline_mean']:.2f} | "
-                     f"{row['fd_shown_mean']:.2f} | {' | '.join(told)} | {reached} |")  # fmt: skip
+                     f"{row['fd_shown_mean']:.2f} | {' | '.join(wanted.values())} | {reached} |")  # fmt: skip
     return "\n".join(lines) if len(lines) > 2 else ""
-
-
-def mean_of(values):
-    """The mean of relative differences with its 95 % interval by Student's t, as a cell; of one value itself."""
-    mean = statistics.mean(values)
-    if len(values) not in STUDENT:
-        return f"{mean:+.1%}"
-    half = STUDENT[len(values)] * statistics.stdev(values) / len(values) ** 0.5
-    return percent_of(mean, mean - half, mean + half)
 
 
 def percent_of(value, low, high):
@@ -246,63 +206,101 @@ def percent_of(value, low, high):
     return f"{value:+.1%} ({low:+.1%} to {high:+.1%})"
 
 
-def distances_by_length(base, results=RESULTS):
-    """{training steps: {(arm, seed): Fréchet distance to the reconstructions}} of the fresh seeds, sampled as for the
-    verdict."""
-    return {steps: {(row["arm"], row["seed"]): row["reconstructions"][JUDGE]["frechet"]
-                    for row in rows if row["seed"] > 0}
-            for (steps, *others), rows in judgements(start_of(base), results).items()
-            if tuple(others) == VERDICT[1:]}  # fmt: skip
-
-
 def cost_table(base, results=RESULTS):
-    """Times of a step, and each arm of 1,000 steps against *none* of as long a training, where both are judged.
+    """Times of a step, and each arm of 1,000 steps against *none* of as long a training.
 
-    The length is that of the judged *none* of more steps which is nearest, within 5 %, and has the arm's seeds.
+    *None* is judged after several numbers of steps; between them its distance is interpolated, for each seed alone.
     """
     cost = read(f"effect-cost-{start_of(base)}", results)
     if not cost:
         return ""
     found = distances_by_length(base, results)
-    lines = [f"| {TITLES[base]}: arm | ms a picture | times none | seeds | reconstructions (Lite2) | steps of none | "
-             "none of as long | against it |", "|---|---:|---:|---|---:|---:|---:|---:|"]  # fmt: skip
+    lines = [f"| {TITLES[base]}: arm | ms a picture | times none | seeds | reconstructions (Lite2) | none of as long "
+             "| against it | as near as none after |", "|---|---:|---:|---|---:|---:|---:|---:|"]  # fmt: skip
     for arm, ratio in cost["ratio_to_the_first"].items():
         cells = [arm, f"{1000 * cost['seconds_a_sample'][arm]:.1f}", f"{ratio:.2f}"]
         own = {seed: value for (name, seed), value in found.get(VERDICT[0], {}).items() if name == arm}
-        lengths = {abs(steps / VERDICT[0] / ratio - 1): steps for steps, values in found.items()
-                   if steps > VERDICT[0] and all(("none", seed) in values for seed in own)}  # fmt: skip
-        if own and min(lengths, default=1) <= 0.05:
-            steps = lengths[min(lengths)]
-            none = {seed: found[steps]["none", seed] for seed in own}
-            cells += [", ".join(map(str, sorted(own))), f"{statistics.mean(own.values()):.2f}", f"{steps:,}",
-                      f"{statistics.mean(none.values()):.2f}",
-                      mean_of([value / none[seed] - 1 for seed, value in own.items()])]  # fmt: skip
+        of_none = {seed: sorted((steps, values["none", seed]) for steps, values in found.items()
+                                if ("none", seed) in values) for seed in own}  # fmt: skip
+        same_time = {seed: interpolated(points, ratio * VERDICT[0]) for seed, points in of_none.items()}
+        same_place = [interpolated(sorted((value, steps) for steps, value in points), own[seed])
+                      for seed, points in of_none.items()]  # fmt: skip
+        if arm != "none" and own and None not in same_time.values():
+            cells += [", ".join(map(str, sorted(own))), f"{statistics.mean(own.values()):.2f}",
+                      f"{statistics.mean(same_time.values()):.2f}",
+                      percent_of(*over_seeds([value / same_time[seed] - 1 for seed, value in own.items()])),
+                      f"{statistics.mean(same_place):,.0f} steps" if None not in same_place else ""]  # fmt: skip
         lines.append(f"| {' | '.join(cells + [''] * (8 - len(cells)))} |")
     return "\n".join([*lines, "", source(cost)])
 
 
 def conditions_table(base, results=RESULTS):
-    """Means over the fresh seeds, under the verdict's conditions and others, against *none* of the same seeds."""
+    """Means over the fresh seeds under other conditions than the verdict's, against *none* of the same seeds."""
     found = {condition: [row for row in rows if row["seed"] > 0]
-             for condition, rows in judgements(start_of(base), results).items()}  # fmt: skip
-    if len(found) < 2 or VERDICT not in found:
-        return ""
+             for condition, rows in judgements(start_of(base), results).items() if condition != VERDICT}  # fmt: skip
     lines = [f"| {TITLES[base]}: training steps | guidance | sampling steps | arm | seeds | pictures (Lite2) | "
              "reconstructions (Lite2) | against none |", "|---:|---:|---:|---|---|---:|---:|---:|"]  # fmt: skip
     for condition in sorted(found):
         for arm in dict.fromkeys(row["arm"] for row in found[condition]):
             own = {row["seed"]: row for row in found[condition] if row["arm"] == arm}
-            none = {row["seed"]: row for row in found[condition] if row["arm"] == "none"}
-            means = [statistics.mean(row[reference][JUDGE]["frechet"] for row in own.values())
-                     for reference in REFERENCES]  # fmt: skip
+            none = {row["seed"]: frechet(row) for row in found[condition] if row["arm"] == "none"}
+            means = [statistics.mean(frechet(row, reference) for row in own.values()) for reference in REFERENCES]
             change = ""
             if arm != "none" and own.keys() <= none.keys():
-                before = statistics.mean(none[seed]["reconstructions"][JUDGE]["frechet"] for seed in own)
-                change = f"{means[1] / before - 1:+.1%}"
+                relative = [[value / none[seed] for value in row["change"]["reconstructions"]]
+                            for seed, row in own.items()]  # fmt: skip
+                change = percent_of(*combined(relative))
             steps, guidance, sampling = condition
             lines.append(f"| {steps:,} | {guidance:g} | {sampling} | {arm} | {', '.join(map(str, sorted(own)))} | "
                          f"{means[0]:.2f} | {means[1]:.2f} | {change} |")  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(lines) if len(lines) > 2 else ""
+
+
+def copies_table(base, results=RESULTS):
+    """Kernel distances to training and held-out pictures, and how near samples are to the nearest training picture."""
+    files = {seed: read(f"effect-copies-{start_of(base)}-{seed}", results) for seed in range(1, 10)}
+    tests = {seed: {row["model"]: row for row in found["rows"]} for seed, found in files.items() if found}
+    if not tests:
+        return ""
+    rows = {(row["arm"], row["seed"]): row for row in fresh(base, results)}
+    seeds = ", ".join(map(str, tests))
+    lines = [f"| {TITLES[base]}: arm, mean of seeds {seeds} | to training pictures | against none "
+             "| to held-out pictures | against none | nearest training picture | of held-out pictures |",
+             "|---|" + "---:|" * 6]  # fmt: skip
+    for arm in next(iter(tests.values())):
+        own, judged_rows = [test[arm] for test in tests.values()], [rows[arm, seed] for seed in tests]
+        pairs = [
+            (
+                [row["reconstructions"][JUDGE]["kernel"] for row in judged_rows],
+                [row["kernel_change"]["reconstructions"] for row in judged_rows if "kernel_change" in row],
+            ),
+            ([row["kernel"] for row in own], [row["kernel_change"] for row in own if "kernel_change" in row]),
+        ]
+        cells = []
+        for values, changes in pairs:
+            told = [f"{1000 * value:+.3f}" for value in combined(changes)] if changes else []
+            cells += [f"{1000 * statistics.mean(values):.3f}", f"{told[0]} ({told[1]} to {told[2]})" if told else ""]
+        cells += [f"{statistics.mean(row[key] for row in own):.2f}" for key in ("generated", "held_out")]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join([*lines, "", source(files[max(tests)])])
+
+
+def gradients_table(base, results=RESULTS):
+    """The gradient of the weighted perceptual term in that of the diffusion loss, at five steps of each fresh seed."""
+    ratios, prefix = {}, f"effect-arm-{start_of(base)}-"
+    for path in sorted(results.glob(f"{prefix}*.json")):
+        found = json.loads(path.read_text())
+        if found["seed"] and found["steps"] == VERDICT[0]:
+            own = [at["gradient/lpl"] / at["gradient/diffusion"] for at in found["gradient_norms"].values()
+                   if at.get("gradient/lpl")]  # fmt: skip
+            if own:
+                ratios.setdefault(found["arm"], {})[found["seed"]] = own
+    lines = [f"| {TITLES[base]}: arm | seeds | median | least | most |", "|---|---|---:|---:|---:|"]
+    for arm, by_seed in ratios.items():
+        every = [ratio for own in by_seed.values() for ratio in own]
+        lines.append(f"| {arm} | {', '.join(map(str, sorted(by_seed)))} | {statistics.median(every):.2f} | "
+                     f"{min(every):.2f} | {max(every):.2f} |")  # fmt: skip
+    return "\n".join(lines) if ratios else ""
 
 
 def one_step_table(base, results=RESULTS):
@@ -310,17 +308,22 @@ def one_step_table(base, results=RESULTS):
     tests = {seed: found for seed in range(1, 10) if (found := one_step_of(start_of(base), seed, results))}
     if not tests:
         return ""
-    decimals = {f"perceptual/{JUDGE}": 4, f"perceptual/{OTHER}": 4, "psnr": 2, "latent_mse": 4, "high_frequency": 3,
-                "gain": 3}  # fmt: skip
+    perceptual = f"perceptual/{JUDGE}"
+    decimals = {perceptual: 4, f"perceptual/{OTHER}": 4, "psnr": 2, "latent_mse": 4, "high_frequency": 3, "gain": 3}
     lines = [f"| {TITLES[base]}: arm, mean of seeds {', '.join(map(str, tests))} | perceptual (Lite2) "
-             "| perceptual (Lite0) | PSNR, dB | error of latents | high frequencies | gain |",
-             "|---|" + "---:|" * len(decimals)]  # fmt: skip
+             "| perceptual (Lite0) | PSNR, dB | error of latents | high frequencies | contrast | perceptual (Lite2), "
+             "against none | error of latents, against none |",
+             "|---|" + "---:|" * (len(decimals) + 2)]  # fmt: skip
     for arm in next(iter(tests.values())):
         if not all(arm in test for test in tests.values()):
             continue
         rows = [test[arm] for test in tests.values()]
-        means = [f"{statistics.mean(row[key] for row in rows):.{count}f}" for key, count in decimals.items()]
-        lines.append(f"| {arm} | " + " | ".join(means) + " |")
+        cells = [f"{statistics.mean(row[key] for row in rows):.{count}f}" for key, count in decimals.items()]
+        for key in (perceptual, "latent_mse"):
+            changes = [[value / test["none"][key] for value in test[arm][f"{key}_change"]]
+                       for test in tests.values() if f"{key}_change" in test[arm]]  # fmt: skip
+            cells.append(percent_of(*combined(changes)) if changes else "")
+        lines.append(f"| {arm} | " + " | ".join(cells) + " |")
     return "\n".join([*lines, "", source(read(f"effect-one-step-{start_of(base)}-{max(tests)}", results))])
 
 
@@ -368,6 +371,8 @@ def all_tables(results=RESULTS):
         tables[f"arms {base}"] = arm_table(start_of(base), TITLES[base], results)
         tables[f"seeds {base}"] = seeds_table(base, results)
         tables[f"changes {base}"] = changes_table(base, results)
+        tables[f"copies {base}"] = copies_table(base, results)
+        tables[f"gradients {base}"] = gradients_table(base, results)
         tables[f"cost {base}"] = cost_table(base, results)
         tables[f"one-step {base}"] = one_step_table(base, results)
         tables[f"conditions {base}"] = conditions_table(base, results)

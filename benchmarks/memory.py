@@ -50,6 +50,9 @@ SD3_VAE = VAE | {
     "latent_channels": 16, "scaling_factor": 1.5305, "shift_factor": 0.0609, "use_quant_conv": False,
     "use_post_quant_conv": False, "force_upcast": True,
 }  # fmt: skip
+EULER = {"_class_name": "EulerDiscreteScheduler", "beta_schedule": "scaled_linear", "beta_start": 0.00085,
+         "beta_end": 0.012, "num_train_timesteps": 1000}  # fmt: skip
+FLOW = {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0, "num_train_timesteps": 1000}
 UNET = {
     "_class_name": "UNet2DConditionModel", "sample_size": 128, "block_out_channels": [320, 640, 1280],
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
@@ -112,8 +115,8 @@ def write_configurations(folder, pipeline_class, denoiser, denoiser_config, vae_
     for part in parts:
         (folder / part).mkdir()
         (folder / part / ("tokenizer.json" if "tokenizer" in part else "config.json")).write_text("{}")
-    scheduler = "FlowMatchEulerDiscreteScheduler" if denoiser == "transformer" else "EulerDiscreteScheduler"
-    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps({"_class_name": scheduler}))
+    scheduler = FLOW if denoiser == "transformer" else EULER
+    (folder / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
     (folder / denoiser / "config.json").write_text(json.dumps(denoiser_config))
     for part, config in (("text_encoder", CLIP_L), ("text_encoder_2", CLIP_G)):
         (folder / part / "config.json").write_text(json.dumps(config | {"vocab_size": 49408}))
@@ -220,10 +223,10 @@ def arithmetic_table(counts):
     for name in ARITHMETIC:
         with tempfile.TemporaryDirectory() as folder:
             script, args = arguments(name, folder)
+            shares = [script.Schedule(args).gated_share(gate) for gate in GATES.values()]
         step, lpl = flop_of_step(counts[name])
         cells = [format_flop(flop / args.train_batch_size) for flop in (step, lpl)]
-        for gate in GATES.values():
-            share = script.Schedule(args).gated_share(gate)
+        for share in shares:
             cells.append(f"{1 + share * lpl / step:.2f} times ({share:.1%} of samples)")
         lines.append(f"| {name} | {' | '.join(cells)} |")
     return "\n".join(lines)

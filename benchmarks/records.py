@@ -58,7 +58,9 @@ def git(*words):
 
 def source(found):
     """The line that says where a table is from. found: what `facts` gave."""
-    return f"`{found['command']}`, commit {found['commit'][:7]}, {found['device']}, {found['date']}."
+    head, _, dirty = found["commit"].partition("-")
+    told = head[:7] + (" with changes" if dirty else "")
+    return f"`{found['command']}`, commit {told}, {found['device']}, {found['date']}."
 
 
 def put_tables(text, tables):

@@ -32,7 +32,7 @@ class Peak:
         size: bytes.
         where: what ran at that time.
         kinds: {kind of storage: bytes} at that time.
-        flop: floating-point operations of the whole phase: see `LiveBytes`.
+        flop: floating-point operations of the phase in a step, see `LiveBytes`; validation counts none.
     """
 
     size: int

@@ -343,14 +343,16 @@ def count_step(args, plan, code, machine, denoiser=None):
             name_blocks(model, name, counter)
         counter.where = "forward: inputs"
         counter.peaks.clear()
+        counter.flop.clear()
         one_step(args, plan, code, trainee, objective, counter)
+        flop = dict(counter.flop)  # of the step alone: what follows is validation
         if holds_out(args) and code.held_out:
             held_out_once(args, plan, trainee, objective, code, counter)
         if args.validation_metrics:
             test_once(args, trainee, vae, objective, code, counter)
         if args.validation_prompt:
             sample_once(args, trainee, vae, objective, code, counter)
-    return {phase: replace(peak, flop=counter.flop[phase]) for phase, peak in counter.peaks.items()}
+    return {phase: replace(peak, flop=flop.get(phase, 0)) for phase, peak in counter.peaks.items()}
 
 
 def latent_size(args):
@@ -510,14 +512,10 @@ def highest(peaks):
     return max(peaks.values(), key=lambda peak: peak.size, default=Peak(0, "", {}))
 
 
-VALIDATION = ("held-out loss", "one-step test", "sampling")  # phases that are none of a step
-
-
 def flop_of_step(peaks):
     """Floating-point operations of a micro-step, (without the perceptual loss, of the perceptual loss of all samples).
 
     peaks: of `count_step`.
     """
-    flop = {phase: peak.flop for phase, peak in peaks.items() if phase not in VALIDATION}
-    lpl = flop.pop("LPL", 0)
-    return sum(flop.values()), lpl
+    lpl = peaks["LPL"].flop if "LPL" in peaks else 0
+    return sum(peak.flop for peak in peaks.values()) - lpl, lpl

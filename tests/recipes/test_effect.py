@@ -182,7 +182,8 @@ def test_a_model_is_judged_by_two_references(sdxl_folder, tmp_path):
     effect_judge.sample(sdxl_folder, images, 12, [1.0], tmp_path / "samples")
     assert made == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     models = {"itself": source, "shown": shown, "samples": folder}
-    rows, floors = effect_judge.judge(models, {"pictures": source, "reconstructions": shown}, tmp_path / "features")
+    references = {"pictures": source, "reconstructions": shown}
+    rows, floors = effect_judge.judge(models, references, tmp_path / "features", {"samples": "shown", "shown": "none"})
     by_name = {row["model"]: row for row in rows}
     for network in effect_judge.NETWORKS:
         found = {name: [row[reference][network]["frechet"] for reference in ("pictures", "reconstructions")]
@@ -193,6 +194,25 @@ def test_a_model_is_judged_by_two_references(sdxl_folder, tmp_path):
     assert by_name["itself"]["change"] == {}, "the baseline"
     changes = by_name["shown"]["change"]
     assert changes["pictures"][1] > 0 > changes["reconstructions"][2], "farther from one, nearer to the other"
+    assert "twin_change" not in by_name["shown"], "its twin was not judged"
+    for reference in references:
+        first, second = (by_name[name][reference][effect_judge.JUDGE] for name in ("samples", "shown"))
+        against = by_name["samples"]["twin_change"][reference][0]
+        assert against == pytest.approx(first["frechet"] - second["frechet"], rel=0.05)
+        own, none = (by_name[name][reference][effect_judge.JUDGE]["kernel"] for name in ("samples", "itself"))
+        assert by_name["samples"]["kernel_change"][reference][0] == pytest.approx(own - none, rel=1e-3)
+
+
+def test_copies_lie_at_no_distance_from_the_training_pictures(tmp_path):
+    """Pictures that the model was trained on do; held-out ones lie where held-out ones lie."""
+    train, held_out = (picture_folder(tmp_path / name, 12, size=64, seed=place)
+                       for place, name in enumerate(("train", "held_out")))  # fmt: skip
+    models = {"copies": train, "new": held_out}
+    copies, new = effect_judge.judge_copies(models, train, held_out, tmp_path / "features")
+    assert copies["generated"] == pytest.approx(0, abs=0.05) and "kernel_change" not in copies, "the baseline"
+    assert new["generated"] == pytest.approx(new["held_out"]) and new["held_out"] == copies["held_out"] > 1
+    assert copies["nearer"][2] < 0 == pytest.approx(new["nearer"][0])
+    assert new["kernel_change"][0] == pytest.approx(new["kernel"] - copies["kernel"], rel=1e-3) and new["kernel"] < 0
 
 
 @pytest.mark.parametrize("base", ["epsilon", "flow"])
@@ -268,6 +288,20 @@ def test_a_longer_run_begins_where_a_shorter_one_of_the_same_arm_ended(tmp_path)
     assert [path.name for path in own.iterdir()] == ["checkpoint-2000"]
     effect.take_shorter_run(tmp_path, "epsilon-009000", "none", 1, 500)
     assert not (arms / "none-1-500-steps").exists()
+
+
+def test_a_longer_run_takes_none_of_other_flags(tmp_path, monkeypatch):
+    """As the shorter run's result tells them."""
+    monkeypatch.setattr(effect, "RESULTS", tmp_path)
+    arms = tmp_path / "arms" / "epsilon-009000"
+    (arms / "decoder-1" / "checkpoint-1000").mkdir(parents=True)
+    result = tmp_path / "effect-arm-epsilon-009000-decoder-1.json"
+    result.write_text(json.dumps({"flags": "--use_lpl --lpl_share 0.7"}))
+    with pytest.raises(SystemExit, match=r"decoder-1 was trained with other flags: --use_lpl --lpl_share 0\.7"):
+        effect.take_shorter_run(tmp_path, "epsilon-009000", "decoder", 1, 2500)
+    result.write_text(json.dumps({"flags": effect.flags_of("decoder", "epsilon-009000", 1000)}))
+    effect.take_shorter_run(tmp_path, "epsilon-009000", "decoder", 1, 2500)
+    assert (arms / "decoder-1-2500-steps" / "checkpoint-1000").is_dir()
 
 
 @pytest.mark.parametrize(("arm", "resumes"), [("none", True), ("second-half", False)])

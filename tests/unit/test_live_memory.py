@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, UNet2DConditionModel
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -243,17 +243,25 @@ def test_a_step_on_the_meta_device_counts_what_a_real_step_holds(case, encodes, 
 def test_arithmetic_of_the_loss_is_that_of_the_passes_through_the_decoder(more, passes, sdxl_folder, pictures):
     """Forward for target and estimate, backward to the latents, and under checkpointing the estimate once more.
 
-    PyTorch's own counter counts the decoder, which has a last convolution more than the loss.
+    PyTorch's own counter counts the decoder, which has a last convolution more than the loss. The rest of a step is
+    the UNet's, without what validation samples.
     """
     peaks, _ = count(train_sdxl_lpl, f"--use_lora --use_lpl {more}", sdxl_folder, pictures, Machine("no"))
     vae = AutoencoderKL.from_pretrained(sdxl_folder, subfolder="vae")
     with FlopCounterMode(display=False) as decoding, torch.no_grad():
         decoded = vae.decode(torch.zeros(2, 4, 16, 16)).sample
     last = 2 * decoded.numel() * vae.decoder.conv_out.in_channels * 9
+    unet = UNet2DConditionModel.from_pretrained(sdxl_folder, subfolder="unet")
+    own = unet.config.projection_class_embeddings_input_dim - 6 * unet.config.addition_time_embed_dim
+    more = {"text_embeds": torch.zeros(2, own), "time_ids": torch.zeros(2, 6)}
+    with FlopCounterMode(display=False) as predicting, torch.no_grad():
+        unet(torch.zeros(2, 4, 16, 16), 1, torch.zeros(2, 77, unet.config.cross_attention_dim), added_cond_kwargs=more)
     step, lpl = flop_of_step(peaks)
+    assert 2 < step / predicting.get_total_flops() < 2.5, "forward, backward, and the gradients of the LoRA"
     assert lpl == pytest.approx(passes * (decoding.get_total_flops() - last), rel=0.03)
-    without, none = flop_of_step(count(train_sdxl_lpl, "--use_lora", sdxl_folder, pictures, Machine("no"))[0])
-    assert (without, none) == (step, 0)
+    for others in ("", "--validation_split 2 --validation_metrics"):  # which look through the decoder too
+        peaks_without, _ = count(train_sdxl_lpl, f"--use_lora {others}", sdxl_folder, pictures, Machine("no"))
+        assert flop_of_step(peaks_without) == (step, 0)
     line = arithmetic_line(peaks, 2, 0.25)
     assert line.startswith("Arithmetic") and f"{1 + 0.25 * lpl / step:.2f} times" in line
     assert arithmetic_line({"": Peak(5, "", {})}, 2, 0.25) == "", "nothing was counted"
