@@ -60,9 +60,10 @@ ARMS = {
     "decoder-full-share-0.05": Arm(f"{_FULL} --lpl_share 0.05"),
     "decoder-full-share-0.4": Arm(f"{_FULL} --lpl_share 0.4"),
     "decoder-full-gate-1": Arm(f"{_FULL} --lpl_sigma_threshold 1"),
+    "decoder-full-blocks-2": Arm(f"{_FULL} --lpl_num_blocks 2"),  # the gradient of all four, nearly, for half the time
     # other networks in the decoder's place, with the gradient of decoder-full
     "classifier": Arm(f"{_FULL} --lpl_features classifier {_CLASSIFIER}"),
-    # with a share, the later flag wins, at which its gradient is about as large as that of decoder-full
+    # with a share, the later flag wins, at which its gradient is half as large as that of decoder-full
     "classifier-light": Arm(f"{_FULL} --lpl_share 0.05 --lpl_features classifier {_CLASSIFIER}"),
     "tiny-decoder": Arm(
         f"{_FULL} --lpl_features tiny_decoder --lpl_tiny_decoder examples/tiny-{{family}}-decoder --lpl_num_blocks 2"
