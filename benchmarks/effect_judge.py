@@ -79,42 +79,58 @@ def judge(models, references, store, twins):
     from lpl_finetuning.evaluation.features import features_of
     from lpl_finetuning.evaluation.networks import load_network
 
-    rows, floors = [{"model": name, "change": {}} for name in models], {name: {} for name in references}
+    rows, floors = [{"model": name} for name in models], {name: {} for name in references}
     for network in NETWORKS:
         loaded = load_network(network)
-        fakes, reals = ([features_of(folder, loaded, store, whose=name).values for name, folder in group.items()]
+        fakes, reals = ({name: features_of(folder, loaded, store, whose=name).values for name, folder in group.items()}
                         for group in (models, references))  # fmt: skip
-        for reference, real in zip(references, reals, strict=True):
+        for reference, real in reals.items():
             halves = np.array_split(np.random.default_rng(0).permutation(len(real)), 2)
             floors[reference][network] = frechet_distance(*(real[half] for half in halves))
-            for row, fake in zip(rows, fakes, strict=True):
+            for row, fake in zip(rows, fakes.values(), strict=True):
                 row.setdefault(reference, {})[network] = {
                     "frechet": frechet_distance(real, fake), "kernel": kernel_distance(real, fake),
                 }  # fmt: skip
-                if network == JUDGE:
-                    row.update(changes_of(row, reference, real, dict(zip(models, fakes, strict=True)), twins))
+        if network == JUDGE:
+            add_changes(rows, reals, fakes, store, twins)
     return rows, floors
 
 
-def changes_of(row, reference, real, fakes, twins):
-    """{kind of difference: {REFERENCE: [value, low, high]}} of a row of `judge`, those of earlier references with it.
+def add_changes(rows, reals, fakes, store, twins):
+    """Put the differences of `judge` into its rows.
 
     Args:
-        real: features of the reference; fakes: {model: features}, the baseline first.
+        reals, fakes: {reference: features}, {model: features}, the baseline first.
+        store: folder in which distances without groups of pictures are kept, since they take long.
         twins: see `judge`.
     """
-    from lpl_finetuning.evaluation.uncertainty import distance_differences
+    from lpl_finetuning.evaluation.comparison import Memory
+    from lpl_finetuning.evaluation.uncertainty import jackknife_difference, without_groups
 
-    own, found = row["model"], {"change": dict(row["change"])}
+    memory, names = Memory(store / "numbers"), ("frechet", "kernel")
+
+    def parts(real, fake):
+        def compute():
+            return {name: values.tolist() for name, values in without_groups(real, fake, names).items()}
+
+        return {name: np.array(values) for name, values in memory.recall(compute, "groups", real, fake).items()}
+
     baseline = next(iter(fakes))
-    if own != baseline:
-        both = distance_differences(real, fakes[own], fakes[baseline], names=("frechet", "kernel"))
-        found["change"][reference] = ends_of(both["frechet"])
-        found["kernel_change"] = {**row.get("kernel_change", {}), reference: ends_of(both["kernel"])}
-    if twins.get(own) in fakes:
-        one = distance_differences(real, fakes[own], fakes[twins[own]], names=("frechet",))["frechet"]
-        found["twin_change"] = {**row.get("twin_change", {}), reference: ends_of(one)}
-    return found
+    for row in rows:
+        row["change"] = {}
+    for reference, real in reals.items():
+        found = {name: parts(real, fake) for name, fake in fakes.items()}
+
+        def change(one, other, name, found=found):
+            return ends_of(jackknife_difference(found[one][name], found[other][name], paired=True))
+
+        for row in rows:
+            own = row["model"]
+            if own != baseline:
+                row["change"][reference] = change(own, baseline, "frechet")
+                row.setdefault("kernel_change", {})[reference] = change(own, baseline, "kernel")
+            if twins.get(own) in fakes:
+                row.setdefault("twin_change", {})[reference] = change(own, twins[own], "frechet")
 
 
 def ends_of(interval):

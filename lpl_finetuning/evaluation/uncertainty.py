@@ -117,13 +117,31 @@ def _by_groups(
 ) -> dict[str, Interval]:
     """Intervals of a delete-a-group jackknife."""
     rng, count = np.random.default_rng(seed), len(a)
-    groups = min(groups, count // 2)
-    labels = [rng.permutation(count) % groups for _ in range(2)]
+    labels = [rng.permutation(count) for _ in range(2)]
     first, second = (
-        distances_of_parts(real, fake, np.arange(-1, groups)[:, None] != own, names)  # group -1 is empty
+        without_groups(real, fake, names, groups, own)
         for fake, own in ((a, labels[0]), (b, labels[0] if paired else labels[1]))
     )
     return {name: jackknife_difference(first[name], second[name], paired) for name in names}
+
+
+def without_groups(
+    real: np.ndarray, fake: np.ndarray, names: Sequence[str], groups: int = GROUPS, labels: np.ndarray | None = None
+) -> dict[str, np.ndarray]:
+    """{name: (1 + G,)}: each distance of all generated pictures to the real ones, then without each of G groups.
+
+    Args:
+        real, fake: features, (N, D) and (M, D).
+        names: "frechet", "kernel".
+        groups: G, or half of the pictures where that is less.
+        labels: (M,) numbers from 0 to M - 1; those of a group are equal modulo G. By default the order of
+            `distance_differences` for the seed 0.
+    """
+    labels = np.random.default_rng(0).permutation(len(fake)) if labels is None else labels
+    groups = min(groups, len(fake) // 2)
+    return distances_of_parts(
+        real, fake, np.arange(-1, groups)[:, None] != labels % groups, names
+    )  # -1: none is left out
 
 
 def jackknife_difference(a: np.ndarray, b: np.ndarray, paired: bool) -> Interval:

@@ -11,9 +11,12 @@ from safetensors.torch import load_file
 
 from benchmarks import effect, effect_arm, effect_arms, effect_gain, effect_judge, effect_measures
 from lpl_finetuning.data.scan import scan_folder
+from lpl_finetuning.evaluation.features import features_of
 from lpl_finetuning.evaluation.generation import GenerationSettings, generate
 from lpl_finetuning.evaluation.models import find_source, load_pipeline
+from lpl_finetuning.evaluation.networks import load_network
 from lpl_finetuning.evaluation.picture_sets import read_pictures
+from lpl_finetuning.evaluation.uncertainty import distance_differences
 from lpl_finetuning.training import perceptual, reporter
 from lpl_finetuning.training.objective import Objective
 from lpl_utils import estimate_z0
@@ -194,6 +197,10 @@ def test_a_model_is_judged_by_two_references(sdxl_folder, tmp_path):
     assert by_name["itself"]["change"] == {}, "the baseline"
     changes = by_name["shown"]["change"]
     assert changes["pictures"][1] > 0 > changes["reconstructions"][2], "farther from one, nearer to the other"
+    real, base, own = (features_of(place, load_network(effect_judge.JUDGE), tmp_path / "features").values
+                       for place in (shown, source, folder))  # fmt: skip
+    told = distance_differences(real, own, base, names=("frechet",))["frechet"]
+    assert by_name["samples"]["change"]["reconstructions"] == pytest.approx([told.value, told.low, told.high])
     assert "twin_change" not in by_name["shown"], "its twin was not judged"
     for reference in references:
         first, second = (by_name[name][reference][effect_judge.JUDGE] for name in ("samples", "shown"))
