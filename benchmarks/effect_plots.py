@@ -1,8 +1,9 @@
 """Pictures of the experiment for docs/effect.md, from the files in `benchmarks/results/`.
 
-    python benchmarks/effect_plots.py
+    python benchmarks/effect_plots.py [--work WORK]
 
-Writes docs/images/effect-seeds.png and docs/images/effect-cost.png.
+Writes docs/images/effect-seeds.png and docs/images/effect-cost.png; with the work folder of `effect.py`, which has the
+samples, docs/images/effect-samples.png too.
 """
 
 import argparse
@@ -11,6 +12,9 @@ import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import numpy as np
+from PIL import Image
 
 from benchmarks.effect_arms import BASES, FINALIST, TWINS
 from benchmarks.effect_judge import JUDGE
@@ -122,10 +126,52 @@ def cost_picture(path, base="epsilon", results=RESULTS):
     return True
 
 
+def samples_picture(path, work, seed=1, columns=10):
+    """Samples of the finalists in each framework, below the training picture of the same caption as the decoder shows
+    it.
+
+    The captions are evenly spaced, none is chosen. Returns whether there was anything to draw.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    strips = []
+    for base, family in BASES.items():
+        folders = {TITLES[base]: work / "reconstructions" / family}
+        for arm, told in (("none", "none"), (FINALIST, "with LPL"), (TWINS[FINALIST], "its twin")):
+            folders[told] = work / "samples" / "arms" / start_of(base) / f"{arm}-{seed}" / "guidance-1"
+        if all(folder.is_dir() for folder in folders.values()):
+            names = sorted(file.name for file in folders["none"].glob("*.png"))
+            names = [names[int((place + 0.5) * len(names) / columns)] for place in range(columns)]
+            strips += [(told, np.concatenate([plt.imread(folder / name)[..., :3] for name in names], axis=1))
+                       for told, folder in folders.items()]  # fmt: skip
+    if not strips:
+        return False
+    figure, axes = plt.subplots(len(strips), 1, figsize=(columns, 1.05 * len(strips)))
+    figure.subplots_adjust(left=0.1, right=1, top=0.98, bottom=0, hspace=0.22)
+    for axis, (told, strip) in zip(axes, strips, strict=True):
+        axis.imshow(strip, interpolation="nearest")
+        axis.axis("off")
+        first = told in TITLES.values()
+        axis.text(-12, strip.shape[0] / 2, "pictures" if first else told, ha="right", va="center", fontsize=9)
+        if first:
+            axis.set_title(told, fontsize=10, loc="left")
+    figure.savefig(path, dpi=96)
+    plt.close(figure)
+    Image.open(path).convert("RGB").quantize(256).save(path, optimize=True)
+    return True
+
+
 def main():
     """Draw what there are results for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.parse_args()
+    parser.add_argument("--work", type=Path, help="work folder of effect.py, with the samples")
+    args = parser.parse_args()
+    if args.work:
+        name = IMAGES / "effect-samples.png"
+        print(f"wrote {name}" if samples_picture(name, args.work) else f"no samples in {args.work}")
     for draw, name in ((seeds_picture, "effect-seeds.png"), (cost_picture, "effect-cost.png")):
         print(f"wrote {IMAGES / name}" if draw(IMAGES / name) else f"nothing for {name} yet")
 

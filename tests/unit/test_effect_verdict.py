@@ -3,7 +3,9 @@
 import json
 import subprocess
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import effect_results, effect_verdict, records
 from benchmarks.effect_judge import JUDGE
@@ -154,6 +156,34 @@ def test_a_picture_has_the_time_of_every_run(tmp_path, monkeypatch):
     assert found["none"] == ([1.0, 1.0, 2.5, 2.5], [5.0, 5.2, 3.0, 3.2])
     assert found["decoder-full"] == ([2.4, 2.4], [4.8, 5.0])
     assert ([1.0, 2.5], [5.1, 3.1]) in found.values() and "gain" not in found
+    monkeypatch.undo()
+    plt.close(figures[0])
+
+
+def test_a_picture_has_samples_of_the_same_captions(tmp_path, monkeypatch):
+    """A strip for the pictures and one for each arm; a framework without all of them has none."""
+    from matplotlib import pyplot as plt
+
+    from benchmarks import effect_plots
+
+    assert not effect_plots.samples_picture(tmp_path / "samples.png", tmp_path)
+    arms = tmp_path / "samples" / "arms"
+    folders = [
+        tmp_path / "reconstructions" / "sdxl",
+        arms / "flow-009000" / "none-1" / "guidance-1",
+        *(arms / "epsilon-009000" / f"{arm}-1" / "guidance-1" for arm in ("none", "decoder-full", "latent-full")),
+    ]
+    for place, folder in enumerate(folders):
+        folder.mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (8, 8), (60 * place, 50 * number, 0)).save(folder / f"{number}.png")
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    assert effect_plots.samples_picture(tmp_path / "samples.png", tmp_path, columns=2)
+    strips = [axis.images[0].get_array() for axis in figures[0].axes]
+    colours = [[strip[4, column] for column in (4, 12)] for strip in strips]
+    assert np.allclose(np.array(colours) * 255, [[[60 * place, 50 * number, 0] for number in (1, 3)]
+                                                 for place in (0, 2, 3, 4)])  # fmt: skip
     monkeypatch.undo()
     plt.close(figures[0])
 
