@@ -131,6 +131,8 @@ def test_a_trigger_word_comes_first_and_once():
         ("toy, red", "toy, red"),
         ("toy's box", "toy's box"),
         ("toy", "toy"),
+        ("toy_box", "toy_box"),
+        ("toy-box on a road", "toy-box on a road"),
         ("red, Toy , dog", "toy, red, dog"),
         ("red ,a toy", "toy, red ,a toy"),
     ],
