@@ -257,32 +257,35 @@ def conditions_table(base, results=RESULTS):
 
 
 def copies_table(base, results=RESULTS):
-    """Kernel distances to training and held-out pictures, and how near samples are to the nearest training picture."""
-    files = {seed: read(f"effect-copies-{start_of(base)}-{seed}", results) for seed in range(1, 10)}
-    tests = {seed: {row["model"]: row for row in found["rows"]} for seed, found in files.items() if found}
+    """Kernel distances to training and held-out pictures, and how near samples are to the nearest training picture.
+
+    Means over the seeds; the arms of other lengths come last.
+    """
+    start, tests = start_of(base), {}
+    for path in sorted(results.glob(f"effect-copies-{start}-*.json")):
+        found = json.loads(path.read_text())
+        for row in found["rows"]:
+            tests.setdefault((found["steps"], row["model"]), {})[found["seed"]] = row
     if not tests:
         return ""
-    rows = {(row["arm"], row["seed"]): row for row in fresh(base, results)}
-    seeds = ", ".join(map(str, tests))
-    lines = [f"| {TITLES[base]}: arm, mean of seeds {seeds} | to training pictures | against none "
-             "| to held-out pictures | against none | nearest training picture | of held-out pictures |",
-             "|---|" + "---:|" * 6]  # fmt: skip
-    for arm in next(iter(tests.values())):
-        own, judged_rows = [test[arm] for test in tests.values()], [rows[arm, seed] for seed in tests]
-        pairs = [
-            (
-                [row["reconstructions"][JUDGE]["kernel"] for row in judged_rows],
-                [row["kernel_change"]["reconstructions"] for row in judged_rows if "kernel_change" in row],
-            ),
-            ([row["kernel"] for row in own], [row["kernel_change"] for row in own if "kernel_change" in row]),
-        ]
-        cells = []
-        for values, changes in pairs:
-            told = [f"{1000 * value:+.3f}" for value in combined(changes)] if changes else []
+    rows = {(steps, row["arm"], row["seed"]): row for (steps, *others), rows in judgements(start, results).items()
+            if tuple(others) == VERDICT[1:] for row in rows}  # fmt: skip
+    lines = [f"| {TITLES[base]}: arm | seeds | to training pictures | against none | to held-out pictures | "
+             "against none | nearest training picture | of held-out pictures |",
+             "|---|---|" + "---:|" * 6]  # fmt: skip
+    for (steps, arm), by_seed in sorted(tests.items(), key=lambda item: item[0][0] != VERDICT[0]):
+        judged_rows = [rows[steps, arm, seed] for seed in by_seed]
+        train = [row["reconstructions"][JUDGE]["kernel"] for row in judged_rows]
+        train_changes = [row.get("kernel_change", {}).get("reconstructions") for row in judged_rows]
+        hidden, hidden_changes = ([row.get(key) for row in by_seed.values()] for key in ("kernel", "kernel_change"))
+        cells = [arm + (f", {steps:,} steps" if steps != VERDICT[0] else ""), ", ".join(map(str, by_seed))]
+        for values, changes in ((train, train_changes), (hidden, hidden_changes)):
+            told = [f"{1000 * value:+.3f}" for value in combined(changes)] if None not in changes else []
             cells += [f"{1000 * statistics.mean(values):.3f}", f"{told[0]} ({told[1]} to {told[2]})" if told else ""]
-        cells += [f"{statistics.mean(row[key] for row in own):.2f}" for key in ("generated", "held_out")]
-        lines.append(f"| {arm} | {' | '.join(cells)} |")
-    return "\n".join([*lines, "", source(files[max(tests)])])
+        cells += [f"{statistics.mean(row[key] for row in by_seed.values()):.2f}" for key in ("generated", "held_out")]
+        lines.append(f"| {' | '.join(cells)} |")
+    last = max(seed for by_seed in tests.values() for seed in by_seed)
+    return "\n".join([*lines, "", source(read(f"effect-copies-{start}-{last}", results))])
 
 
 def gradients_table(base, results=RESULTS):

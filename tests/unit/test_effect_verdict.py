@@ -258,16 +258,20 @@ def test_copies_are_told_from_new_pictures(tmp_path):
     for seed in (1, 2):
         change = {"decoder-full": {"kernel_change": {"reconstructions": [-1e-4 * seed] * 3}}}
         judgement(tmp_path, seed, {"none": 10.0 + seed, "decoder-full": 9.0}, others=change)
-        rows = [{"model": "none", "kernel": 2e-3 * seed, "generated": 7.0, "held_out": 8.0, "nearer": [-1, -2, 0]},
-                {"model": "decoder-full", "kernel": 1e-3, "kernel_change": [1e-3 - 2e-3 * seed] * 3, "generated": 6.0,
-                 "held_out": 8.0, "nearer": [-1, -2, 0]}]  # fmt: skip
-        (tmp_path / f"effect-copies-epsilon-009000-{seed}.json").write_text(json.dumps({
-            "command": "python x", "commit": "0123456789-dirty", "device": "CPU", "date": "2026-11-28", "rows": rows,
-        }))  # fmt: skip
+        judgement(tmp_path, seed, {"none": 5.0}, steps=2600)
+        judgement(tmp_path, seed, {"none": 1.0}, guidance=3)
+        none = {"model": "none", "kernel": 2e-3 * seed, "generated": 7.0, "held_out": 8.0}
+        lpl = {"model": "decoder-full", "kernel": 1e-3, "kernel_change": [1e-3 - 2e-3 * seed] * 3, "generated": 6.0,
+               "held_out": 8.0}  # fmt: skip
+        for steps, rows, ending in ((1000, [none, lpl], ""), (2600, [none | {"generated": 3.0}], "-2600-steps")):
+            content = {"command": "python x", "commit": "0123456789-dirty", "device": "CPU", "date": "2026-11-28",
+                       "steps": steps, "seed": seed, "rows": rows}  # fmt: skip
+            (tmp_path / f"effect-copies-epsilon-009000-{seed}{ending}.json").write_text(json.dumps(content))
     lines = effect_verdict.copies_table("epsilon", tmp_path).splitlines()
-    assert "mean of seeds 1, 2" in lines[0] and lines[0].count("|") == lines[2].count("|") == lines[1].count("|")
-    assert lines[2] == "| none | 0.115 |  | 3.000 |  | 7.00 | 8.00 |"
-    assert lines[3].startswith("| decoder-full | 0.090 | -0.150 (-0.785 to +0.485) | 1.000 | -2.000 (")
+    assert lines[0].count("|") == lines[2].count("|") == lines[1].count("|")
+    assert lines[2] == "| none | 1, 2 | 0.115 |  | 3.000 |  | 7.00 | 8.00 |"
+    assert lines[3].startswith("| decoder-full | 1, 2 | 0.090 | -0.150 (-0.785 to +0.485) | 1.000 | -2.000 (")
+    assert lines[4] == "| none, 2,600 steps | 1, 2 | 0.050 |  | 3.000 |  | 3.00 | 8.00 |"
     assert "commit 0123456 with changes, " in lines[-1]
 
 
