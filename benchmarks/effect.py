@@ -292,7 +292,7 @@ def train_arm(work, start, name, seed, steps, folder=None, logging_steps=None):
     words = ["benchmarks/effect_arm.py", SCRIPTS[family]]
     if arm.profile:
         words += ["--profile", RESULTS / f"effect-profile-{start}.json"]
-    words += ["--", *COMMON.split(), *FAMILY_FLAGS[family].split(), *arm.words(name, family, steps),
+    words += ["--", *COMMON.split(), *FAMILY_FLAGS[family].split(), *arm.words(family, steps),
               "--seed", seed, "--max_train_steps", steps,
               "--pretrained_model_name_or_path", pipeline_of(work, start), "--train_data_dir", work / "train",
               "--caption_column", "text", "--cache_dir", work / "cache", "--output_dir", own]  # fmt: skip
@@ -334,7 +334,7 @@ def take_shorter_run(work, start, name, seed, steps):
 
 def flags_of(name, start, steps):
     """The flags of an arm's own, in a line."""
-    return " ".join(ALL[name].words(name, family_of(start), steps))
+    return " ".join(ALL[name].words(family_of(start), steps))
 
 
 def is_done(folder):

@@ -25,7 +25,7 @@ class Arm:
     """A way to fine-tune.
 
     Attributes:
-        flags: of the training script; {family} stands for the base's, sdxl or sd3.
+        flags: of the training script; {family} stands for the base's, sdxl or sd3, {defaults} for its `DEFAULTS`.
         profile: whether each sample is weighted so that its mean at each noise level is that of decoder features.
         start: part of the steps after which the perceptual loss begins.
         autoencoder: another one, a folder in the work folder, whose decoder the loss looks through; None: the base's.
@@ -38,15 +38,16 @@ class Arm:
     autoencoder: str | None = None
     gain: bool = False
 
-    def words(self, name, family, steps):
-        """The flags of this arm, called so in `ARMS` or `ABLATIONS`, as words."""
-        flags = DEFAULTS[family] if name == "default" else self.flags.format(family=family)
+    def words(self, family, steps):
+        """The flags of this arm, as words."""
+        flags = self.flags.format(family=family, defaults=DEFAULTS[family])
         return flags.split() + (["--lpl_start", str(round(self.start * steps))] if self.start else [])
 
 
 ARMS = {
     "none": Arm(""),
-    "default": Arm(""),  # flags by the family
+    "default": Arm("{defaults}"),
+    "default-full": Arm("{defaults} --lpl_norm_gradient full"),
     "latent": Arm(f"{GATE} --lpl_features latent", profile=True),
     "latent-full": Arm(f"{GATE} --lpl_features latent --lpl_norm_gradient full", profile=True),
     "decoder": Arm(GATE),

@@ -94,8 +94,8 @@ def test_arms_are_flags_of_the_scripts(flags, tmp_path, monkeypatch):
     monkeypatch.chdir(ROOT)
     flags, seen = list(flags), set()
     flags[flags.index("--pretrained_model_name_or_path") + 1] = ROOT / "examples" / "tiny-sdxl"
-    for name, arm in effect_arms.ALL.items():
-        words = [*effect_arms.COMMON.split(), *arm.words(name, "sdxl", 400), *["--lpl_scale"] * arm.profile]
+    for arm in effect_arms.ALL.values():
+        words = [*effect_arms.COMMON.split(), *arm.words("sdxl", 400), *["--lpl_scale"] * arm.profile]
         args = train_sdxl_lpl.parse_args([*map(str, flags), *words, "--output_dir", str(tmp_path)])
         values = {key: value for key, value in vars(args).items() if key not in ("base_model", "given")}
         seen.add(json.dumps({**values, "apart": arm.gain or arm.autoencoder}, default=str, sort_keys=True))
