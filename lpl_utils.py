@@ -652,6 +652,7 @@ class LPLConfig:
             "default", "batch" or "none"; see `normalized_difference`. Under "batch" a sample's loss depends on the
             other samples of the batch; under no other does it.
         norm_gradient: gradient through the deviation that "standard" divides by: "none" (detached), "half" or "full".
+            None: "full", and nothing under another `norm_type`.
         loss_type: "mse" or "l1".
         pow_law: whether a layer's weight is the inverse of its upscaling relative to the first layer: 1, 1/2, 1/4,
             1/8, 1/8 for SDXL, and 1 for layers smaller than the first. False: 1 for all.
@@ -665,7 +666,7 @@ class LPLConfig:
 
     num_blocks: int = 4
     norm_type: Literal["standard", "shared", "default", "batch", "target", "none"] = "standard"
-    norm_gradient: Literal["none", "half", "full"] = "none"
+    norm_gradient: Literal["none", "half", "full"] | None = None
     loss_type: Literal["mse", "l1"] = "mse"
     pow_law: bool = True
     remove_outliers: bool = True
@@ -681,9 +682,10 @@ class LPLConfig:
 
         check("num_blocks", isinstance(self.num_blocks, int) and self.num_blocks >= 0, "a whole number, 0 or more")
         check("norm_type", self.norm_type in NORM_TYPES, f"one of {', '.join(NORM_TYPES)}")
-        check("norm_gradient", self.norm_gradient in NORM_GRADIENTS, f"one of {', '.join(NORM_GRADIENTS)}")
-        suits = self.norm_gradient == "none" or self.norm_type == "standard"
-        check("norm_gradient", suits, f"'none' with norm_type {self.norm_type!r}: it is for 'standard' only")
+        good = self.norm_gradient is None or self.norm_gradient in NORM_GRADIENTS
+        check("norm_gradient", good, f"one of {', '.join(NORM_GRADIENTS)}, or None")
+        suits = self.norm_gradient in (None, "none") or self.norm_type == "standard"
+        check("norm_gradient", suits, f"None with norm_type {self.norm_type!r}: it is for 'standard' only")
         check("loss_type", self.loss_type in LOSS_TYPES, f"one of {', '.join(LOSS_TYPES)}")
         check("outlier_quantile", 0 < self.outlier_quantile < 0.5, "above 0 and below 0.5")
         reference = self.outlier_reference_resolution
@@ -691,6 +693,11 @@ class LPLConfig:
         check("checkpointing", self.checkpointing in CHECKPOINTING, f"one of {', '.join(CHECKPOINTING)}")
         good = self.batch_size is None or (isinstance(self.batch_size, int) and self.batch_size >= 1)
         check("batch_size", good, "1 or more, or None")
+
+    @property
+    def deviation_gradient(self):
+        """`norm_gradient`, or what None stands for."""
+        return self.norm_gradient or ("full" if self.norm_type == "standard" else "none")
 
 
 @dataclass
@@ -881,7 +888,7 @@ class LatentPerceptualLoss(torch.nn.Module):
             with torch.set_grad_enabled(needs_gradient):
                 estimate.requires_grad_(needs_gradient)
                 counts = inlier_count(target, inlier, dtype) if by_channels else count
-                options = (config.norm_type, config.loss_type, config.norm_gradient)
+                options = (config.norm_type, config.loss_type, config.deviation_gradient)
                 part = block_loss(target, estimate, inlier, counts, *options)
             loss += part.detach()
             if needs_gradient:

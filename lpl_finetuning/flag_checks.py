@@ -478,7 +478,7 @@ def check_lpl_flags(args):
             "would never be used; give a lower --lpl_start")  # fmt: skip
     require(0 < args.lpl_share < 1, f"--lpl_share is {args.lpl_share}; it must lie between 0 and 1")
     require(args.lpl_num_blocks >= 0, f"--lpl_num_blocks is {args.lpl_num_blocks}; it must be 0 or more")
-    require(args.lpl_norm_gradient == "none" or args.lpl_norm_type == "standard",
+    require(args.lpl_norm_gradient in (None, "none") or args.lpl_norm_type == "standard",
             f"--lpl_norm_gradient {args.lpl_norm_gradient} is for --lpl_norm_type standard only, found "
             f"{args.lpl_norm_type}: leave one out")  # fmt: skip
     check_feature_flags(args)

@@ -567,8 +567,8 @@ def add_lpl_arguments(parser):
         "random, before any network sees them")  # fmt: skip
     add("--lpl_norm_type", choices=("standard", "shared", "default", "batch", "target", "none"), default="standard",
         help="how features are normalised; a weight means nothing without it (default: %(default)s)")  # fmt: skip
-    add("--lpl_norm_gradient", choices=("none", "half", "full"), default="none",
-        help="gradient through the deviation of --lpl_norm_type standard (default: %(default)s)")  # fmt: skip
+    add("--lpl_norm_gradient", choices=("none", "half", "full"),
+        help="gradient through the deviation that --lpl_norm_type standard divides by (default: full)")  # fmt: skip
     add("--lpl_pow_law", action="store_true", default=True,
         help="weight deeper layers by the inverse of their size (default: on; --no-lpl_pow_law)")  # fmt: skip
     add("--lpl_num_blocks", type=int, default=4, help="up blocks of the decoder, full or tiny, that are used; a tiny "

@@ -103,7 +103,8 @@ def lpl_rows(args, gate):
         "classifier stages": stages if "classifier" in fractions else None,
         "flipped, shifted and cut alike": args.lpl_augment or None,
         "normalization": args.lpl_norm_type,
-        "gradient through its deviation": args.lpl_norm_gradient if args.lpl_norm_gradient != "none" else None,
+        "gradient through its deviation": args.lpl_norm_gradient
+        or ("full" if args.lpl_norm_type == "standard" else None),
         "loss": args.lpl_loss_type,
         "depth weighting": args.lpl_pow_law,
         "outliers masked": args.lpl_remove_outliers,

@@ -295,7 +295,7 @@ def print_lpl_plan(args, gate, share, hint, stages, shape, say):
     say(f"LPL: where {rule}, {100 * share:.1f} % of samples; weight {weight}"
         + (f" (a share of {args.lpl_share:g} of the loss)" if args.lpl_weight == "auto" else "")
         + f"; {config.norm_type} normalization"
-        + (f" ({config.norm_gradient} gradient)" if config.norm_gradient != "none" else "")
+        + (f" ({config.deviation_gradient} gradient)" if config.deviation_gradient != "none" else "")
         + f", {config.loss_type}, at most {' and '.join(map(str, sizes))} samples at a time, checkpointing "
         f"{config.checkpointing}, {str(dtype)[6:]}" + (", flipped, shifted and cut alike" * args.lpl_augment)
     )  # fmt: skip

@@ -175,7 +175,7 @@ def reference_channel(x, xh, rho, norm_type, norm_gradient, frozen):
     """(target, estimate) of one sample and channel, (H, W), by statistics over positions; sg is stop-gradient.
 
     Under "standard" the squared difference is divided by sg(s)^2, sg(s) * s or s^2 for the norm gradients none, half
-    and full.
+    and full; None is full.
     """
     if norm_type == "target":
         mean, std = mean_and_std(x[rho])
@@ -184,11 +184,11 @@ def reference_channel(x, xh, rho, norm_type, norm_gradient, frozen):
     divided_by = detached**2
     if norm_gradient != "none":
         live = mean_and_std(xh[rho])[1]
-        divided_by = live**2 if norm_gradient == "full" else live.detach() * live
+        divided_by = live.detach() * live if norm_gradient == "half" else live**2
     return (x - mean) / divided_by.sqrt(), (xh - mean) / divided_by.sqrt()
 
 
-def reference_layer(x, xh, mask, norm_type, loss_type, norm_gradient="none", frozen=None):
+def reference_layer(x, xh, mask, norm_type, loss_type, norm_gradient=None, frozen=None):
     """The layer's loss of every sample, a list; `frozen`: features that detached statistics come from."""
     frozen = xh.detach() if frozen is None else frozen
     mask = torch.from_numpy(mask)
@@ -215,7 +215,7 @@ def reference_layer(x, xh, mask, norm_type, loss_type, norm_gradient="none", fro
     return torch.stack(losses)
 
 
-def reference_layers(features, estimates, masks, norm_type, loss_type, norm_gradient="none", frozen=None):
+def reference_layers(features, estimates, masks, norm_type, loss_type, norm_gradient=None, frozen=None):
     """(L, B): the layers' losses of every sample."""
     frozen = frozen or [None] * len(features)
     return torch.stack([
@@ -230,9 +230,9 @@ def reference_total(layers, features, pow_law=True):
     return sum(weight * layer for weight, layer in zip(weights, layers, strict=True)) / len(layers)
 
 
-def reference_loss(features, estimates, masks, norm_type, loss_type, frozen=None):
+def reference_loss(features, estimates, masks, norm_type, loss_type, norm_gradient=None, frozen=None):
     """(B,) and (L, B): the loss of every sample and the layers' parts of it."""
-    layers = reference_layers(features, estimates, masks, norm_type, loss_type, frozen=frozen)
+    layers = reference_layers(features, estimates, masks, norm_type, loss_type, norm_gradient, frozen)
     return reference_total(layers, features), layers
 
 
@@ -600,7 +600,9 @@ def test_gradients_equal_finite_differences(norm_type, loss_type, norm_gradient)
 
         def value(z):
             estimates = reference_features(vae, z)
-            return reference_loss(features, estimates, masks[True], norm_type, loss_type, frozen)[0].sum()
+            return reference_loss(
+                features, estimates, masks[True], norm_type, loss_type, norm_gradient, frozen
+            )[0].sum()  # fmt: skip
 
         direction = torch.randn(z0.shape, generator=torch.Generator().manual_seed(0), dtype=DOUBLE)
         step = 1e-7 * direction
@@ -818,7 +820,7 @@ def test_the_gain_at_which_the_gradient_vanishes(norm_type, norm_gradient, power
 @pytest.mark.parametrize("norm_type", [name for name in NORM_TYPES if name != "standard"])
 @pytest.mark.parametrize("norm_gradient", ["half", "full"])
 def test_the_gradient_through_the_deviation_is_for_standard_only(norm_type, norm_gradient):
-    with pytest.raises(ValueError, match=f"^norm_gradient is '{norm_gradient}'.*'none' with norm_type '{norm_type}'"):
+    with pytest.raises(ValueError, match=f"^norm_gradient is '{norm_gradient}'.*None with norm_type '{norm_type}'"):
         LPLConfig(norm_type=norm_type, norm_gradient=norm_gradient)
 
 
@@ -867,7 +869,7 @@ def latents(shape=(3, 4, 6, 8), seed=0):
     return z0, z0 + 0.3 * noise
 
 
-def by_plain_autograd(network, z0, estimate, norm_type, norm_gradient="none", space=(1, 0)):
+def by_plain_autograd(network, z0, estimate, norm_type, norm_gradient=None, space=(1, 0)):
     """(layers (L, B), per sample (B,), gradient) through the whole network at once; half-size maps are masked."""
     source = estimate.clone().requires_grad_()
     sides = []
@@ -1770,7 +1772,7 @@ def test_the_automatic_weight_continues_from_its_state():
         ("norm_type", "l2"),
         ("norm_type", None),
         ("norm_gradient", "both"),
-        ("norm_gradient", None),
+        ("norm_gradient", True),
         ("loss_type", "huber"),
         ("outlier_quantile", 0.0),
         ("outlier_quantile", 0.5),
@@ -1797,6 +1799,9 @@ def test_the_config_is_frozen_and_has_the_documented_defaults():
         config.num_blocks = 2
     assert (config.num_blocks, config.norm_type, config.loss_type, config.pow_law) == (4, "standard", "mse", True)
     assert (config.remove_outliers, config.outlier_quantile) == (True, 0.02)
+    found = {name: LPLConfig(norm_type=name).deviation_gradient for name in NORM_TYPES}
+    assert found == {name: "full" if name == "standard" else "none" for name in NORM_TYPES}
+    assert [LPLConfig(norm_gradient=name).deviation_gradient for name in NORM_GRADIENTS] == [*NORM_GRADIENTS]
     assert config.outlier_reference_resolution is None and config.checkpointing == "none"
     assert LatentPerceptualLoss(decoder()).config == config
 
