@@ -147,9 +147,10 @@ def textbook(stages, target, estimate, norm_type):
 
 
 def ours(stages, target, estimate, norm_type, checkpointing="none", **more):
-    """The gradient of `LatentPerceptualLoss`."""
+    """The gradient of `LatentPerceptualLoss`, none of it through the deviation, as that of `textbook`."""
     source = estimate.detach().requires_grad_()
-    lpl = LatentPerceptualLoss(stages, LPLConfig(norm_type=norm_type, checkpointing=checkpointing, **more))
+    more |= {"norm_type": norm_type, "norm_gradient": "none", "checkpointing": checkpointing}
+    lpl = LatentPerceptualLoss(stages, LPLConfig(**more))
     return torch.autograd.grad(lpl(source, target).per_sample.sum(), source)[0]
 
 

@@ -79,7 +79,7 @@ def reference(stages, z0, estimate, norm_type):
     total, first = 0, None
     for x, xh in zip(stage_features(stages, z0), stage_features(stages, estimate), strict=True):
         x, xh = (each if each.ndim == 4 else each[:, :, None, None] for each in (x, xh))
-        scale = (xh.detach().var(dim=(2, 3), correction=0, keepdim=True).sqrt() + 1e-6) if norm_type != "none" else 1
+        scale = (xh.var(dim=(2, 3), correction=0, keepdim=True).sqrt() + 1e-6) if norm_type != "none" else 1
         first = first or x.shape[2]
         total = total + min(1, first / x.shape[2]) * ((xh - x) / scale).square().mean(dim=(1, 2, 3)) / len(stages)
     return total.detach(), torch.autograd.grad(total.sum(), estimate)[0]
