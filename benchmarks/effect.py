@@ -39,7 +39,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.effect_arms import ALL, BASES, COMMON, FAMILY_FLAGS, SCRIPTS, STARTS, TWINS
+from benchmarks.effect_arms import ALL, BASES, COMMON, FAMILY_FLAGS, FINALIST, SCRIPTS, STARTS, TWINS
 from benchmarks.effect_judge import JUDGE, SAMPLES, SAMPLING_STEPS, judge, judge_copies, make_reconstructions, sample
 from benchmarks.records import facts
 from pretrain.emoji_images import DOMAINS
@@ -211,7 +211,7 @@ def sampled(work, models, samples, guidance, sampling_steps=SAMPLING_STEPS):
 def keep_judgement(work, name, family, folders, about):
     """Compare folders of samples, {model: folder}, with the references; the first model is the baseline."""
     began = time.time()
-    rows, floors = judge(folders, references_of(work, family), work / "features", TWINS)
+    rows, floors = judge(folders, references_of(work, family), work / "features", TWINS, FINALIST)
     keep_result(work, f"effect-judged-{name}", time.time() - began, about | {"rows": rows, "floors": floors})
     for row in rows:
         print(row["model"], *(f"{row[name][JUDGE]['frechet']:.3f} to the {name}" for name in floors))

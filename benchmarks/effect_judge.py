@@ -60,7 +60,7 @@ def sample(model, images, count, guidance, folder, make=None, steps=SAMPLING_STE
     return (make or generate)(pipeline, captions, settings, folder, source.weights)
 
 
-def judge(models, references, store, twins):
+def judge(models, references, store, twins, finalist):
     """Distances of models to references.
 
     Args:
@@ -68,11 +68,13 @@ def judge(models, references, store, twins):
         references: {name: folder of pictures}.
         store: folder in which features are kept.
         twins: {model: another one that it is compared with too}.
+        finalist: a model that all others are compared with too.
 
     Returns:
         ([{"model", REFERENCE: {NETWORK: {"frechet", "kernel"}}, "change": {REFERENCE: [value, low, high]}, ...}] with
         the differences by `JUDGE` and their 95 % intervals: "change" of the Fréchet distance from the baseline,
-        "kernel_change" of the kernel distance, "twin_change" of the Fréchet distance from the twin,
+        "kernel_change" of the kernel distance, "twin_change" and "finalist_change" of the Fréchet distance from the
+        twin and from the finalist,
         {REFERENCE: {NETWORK: Fréchet distance of one half to the other}}).
     """
     from lpl_finetuning.evaluation.distances import frechet_distance, kernel_distance
@@ -92,17 +94,17 @@ def judge(models, references, store, twins):
                     "frechet": frechet_distance(real, fake), "kernel": kernel_distance(real, fake),
                 }  # fmt: skip
         if network == JUDGE:
-            add_changes(rows, reals, fakes, store, twins)
+            add_changes(rows, reals, fakes, store, twins, finalist)
     return rows, floors
 
 
-def add_changes(rows, reals, fakes, store, twins):
+def add_changes(rows, reals, fakes, store, twins, finalist):
     """Put the differences of `judge` into its rows.
 
     Args:
         reals, fakes: {reference: features}, {model: features}, the baseline first.
         store: folder in which distances without groups of pictures are kept, since they take long.
-        twins: see `judge`.
+        twins, finalist: see `judge`.
     """
     from lpl_finetuning.evaluation.comparison import Memory
     from lpl_finetuning.evaluation.uncertainty import jackknife_difference, without_groups
@@ -131,6 +133,8 @@ def add_changes(rows, reals, fakes, store, twins):
                 row.setdefault("kernel_change", {})[reference] = change(own, baseline, "kernel")
             if twins.get(own) in fakes:
                 row.setdefault("twin_change", {})[reference] = change(own, twins[own], "frechet")
+            if finalist in fakes and own != finalist:
+                row.setdefault("finalist_change", {})[reference] = change(own, finalist, "frechet")
 
 
 def ends_of(interval):

@@ -127,18 +127,17 @@ def arm_table(start, title, results=RESULTS):
     rows = [row for row in judged(start, results) if row["seed"] == 0]
     if not rows:
         return ""
-    tests, none = one_step_of(start, 0, results), next(row for row in rows if row["arm"] == "none")
-    lines = [f"| {title}: arm | {HEADS} reconstructions (Lite2), against none | interval | "
-             "one step: perceptual (Lite2) | high frequency | gain |",
+    tests, none = one_step_of(start, 0, results), next(frechet(row) for row in rows if row["arm"] == "none")
+    lines = [f"| {title}: arm | {HEADS} reconstructions (Lite2), against none | against {FINALIST} | "
+             "one step: perceptual (Lite2) | high frequencies | contrast |",
              "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
-    for row in sorted(rows, key=lambda row: row["reconstructions"][JUDGE]["frechet"]):
-        test, shown = tests.get(row["arm"], {}), row["reconstructions"][JUDGE]["frechet"]
-        change = row["change"].get("reconstructions")
-        change = f"{change[1]:+.2f} to {change[2]:+.2f}" if change else ""
+    for row in sorted(rows, key=frechet):
+        test = tests.get(row["arm"], {})
+        changes = [row.get(kind, {}).get("reconstructions") for kind in ("change", "finalist_change")]
+        told = [percent_of(*(value / none for value in each)) if each else "" for each in changes]
         numbers = [f"{test[key]:.4f}" if test else ""
                    for key in (f"perceptual/{JUDGE}", "high_frequency", "gain")]  # fmt: skip
-        share = shown / none["reconstructions"][JUDGE]["frechet"] - 1
-        lines.append(f"| {row['arm']} | {cells_of(row)} | {share:+.1%} | {change} | " + " | ".join(numbers) + " |")
+        lines.append(f"| {row['arm']} | {cells_of(row)} | {' | '.join(told + numbers)} |")
     return "\n".join([*lines, "", source(read(f"effect-judged-{start}-0", results))])
 
 

@@ -186,7 +186,8 @@ def test_a_model_is_judged_by_two_references(sdxl_folder, tmp_path):
     assert made == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.png")}
     models = {"itself": source, "shown": shown, "samples": folder}
     references = {"pictures": source, "reconstructions": shown}
-    rows, floors = effect_judge.judge(models, references, tmp_path / "features", {"samples": "shown", "shown": "none"})
+    twins = {"samples": "shown", "shown": "none"}
+    rows, floors = effect_judge.judge(models, references, tmp_path / "features", twins, "shown")
     by_name = {row["model"]: row for row in rows}
     for network in effect_judge.NETWORKS:
         found = {name: [row[reference][network]["frechet"] for reference in ("pictures", "reconstructions")]
@@ -206,6 +207,9 @@ def test_a_model_is_judged_by_two_references(sdxl_folder, tmp_path):
         first, second = (by_name[name][reference][effect_judge.JUDGE] for name in ("samples", "shown"))
         against = by_name["samples"]["twin_change"][reference][0]
         assert against == pytest.approx(first["frechet"] - second["frechet"], rel=0.05)
+        assert by_name["samples"]["finalist_change"][reference][0] == against, "its twin is the finalist here"
+        back, there = by_name["itself"]["finalist_change"], by_name["shown"]["change"]
+        assert back[reference][0] == pytest.approx(-there[reference][0]) and "finalist_change" not in by_name["shown"]
         own, none = (by_name[name][reference][effect_judge.JUDGE]["kernel"] for name in ("samples", "itself"))
         assert by_name["samples"]["kernel_change"][reference][0] == pytest.approx(own - none, rel=1e-3)
 

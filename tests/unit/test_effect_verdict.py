@@ -57,12 +57,13 @@ def test_the_bar(runs, twin, reached, tmp_path):
 
 def test_tables_have_what_the_files_have(tmp_path):
     change = {"decoder": {"pictures": [-3, -9, 9], "reconstructions": [-0.3, -0.45, -0.15]}}
-    judgement(tmp_path, 0, {"none": 100.0, "decoder": 97.0, "gain": 99.0}, change)
+    others = {"none": {"finalist_change": {"reconstructions": [0.5, 0.25, 0.75]}}}
+    judgement(tmp_path, 0, {"none": 100.0, "decoder": 97.0, "gain": 99.0}, change, others=others)
     table = effect_verdict.arm_table("epsilon-009000", "SDXL", tmp_path)
     first, second, third = table.splitlines()[2:5]
-    assert first.startswith("| decoder | 97.00 | 102.00 | 9.70 | 14.70 | -3.0% | -0.45 to -0.15 |")
-    assert second.startswith("| gain | 99.00 | 104.00 | 9.90 | 14.90 | -1.0% |")
-    assert third.startswith("| none | 100.00 | 105.00 | 10.00 | 15.00 | +0.0% |")
+    assert first.startswith("| decoder | 97.00 | 102.00 | 9.70 | 14.70 | -3.0% (-4.5% to -1.5%) |  |")
+    assert second.startswith("| gain | 99.00 | 104.00 | 9.90 | 14.90 |  |  |")
+    assert third.startswith("| none | 100.00 | 105.00 | 10.00 | 15.00 |  | +5.0% (+2.5% to +7.5%) |")
     assert effect_verdict.verdict_row("epsilon", tmp_path) is None, "seed 0 only chooses"
     assert effect_verdict.arm_table("flow-009000", "SD3", tmp_path) == ""
     page = "a\n<!-- arms epsilon -->\nold\n<!-- end of arms epsilon -->\nb"
