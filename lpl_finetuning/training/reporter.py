@@ -335,7 +335,12 @@ def plot_run(history, path, title, stages):
         axis.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axis.set_title(axis.get_title(), y=1)  # a place of its own, or matplotlib lays out every axis twice
         axis.grid(alpha=0.3)
-        if axis.get_legend_handles_labels()[1]:
+        labels = axis.get_legend_handles_labels()[1]
+        if len(labels) > 6:  # in rows of their own above the curves
+            low, high = axis.get_ylim()
+            axis.set_ylim(low, high + 0.3 * (high - low))
+            axis.legend(fontsize="x-small", ncols=4, loc="upper left")
+        elif labels:
             axis.legend(fontsize="small")
     figure.suptitle(title)
     figure.savefig(path, dpi=110)
