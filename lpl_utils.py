@@ -570,7 +570,7 @@ def estimate_std(estimate, mask, norm_gradient):
     return std if norm_gradient == "full" else (std.detach() + std) / 2
 
 
-def normalized_difference(target, estimate, mask, norm_type, norm_gradient="none"):
+def normalized_difference(target, estimate, mask, norm_type, norm_gradient):
     """Returns the difference of the normalised features, (B, C, H, W).
 
     Both sides are divided by the same statistic, except under "default". Subtracting a common mean first would change
@@ -599,7 +599,7 @@ def normalized_difference(target, estimate, mask, norm_type, norm_gradient="none
     return estimate - target
 
 
-def block_loss(target, estimate, mask, count, norm_type, loss_type, norm_gradient="none"):
+def block_loss(target, estimate, mask, count, norm_type, loss_type, norm_gradient):
     """Returns the sum over a block's channels and positions of distance / `count` of the channel, (B,).
 
     A block has whole channels for statistics over positions ("standard", "target", "batch") and whole positions for
@@ -617,7 +617,7 @@ def block_loss(target, estimate, mask, count, norm_type, loss_type, norm_gradien
     return (distance.sum(dim=(2, 3)) / count).sum(dim=1)
 
 
-def layer_loss(target, estimate, mask, norm_type, loss_type, norm_gradient="none"):
+def layer_loss(target, estimate, mask, norm_type, loss_type, norm_gradient):
     """Returns the loss of one layer, (B,): mean over channels of the mean distance over the channel's inliers.
 
     Differentiable with respect to the estimate.

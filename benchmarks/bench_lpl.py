@@ -142,7 +142,7 @@ def textbook(stages, target, estimate, norm_type):
         kernels = morphology_kernels(x.shape[2] / image_size[0], image_size)
         mask = textbook_mask(x, kernels) if kernels else None
         weight = features[0].shape[2] / x.shape[2] / len(features)
-        total = total + weight * layer_loss(x, xh, mask, norm_type, "mse")
+        total = total + weight * layer_loss(x, xh, mask, norm_type, "mse", "none")
     return torch.autograd.grad(total.sum(), source)[0]
 
 

@@ -325,7 +325,7 @@ def take_shorter_run(work, start, name, seed, steps):
     if found and not any(own.glob("checkpoint-*")):
         result = RESULTS / f"effect-arm-{start}-{found[max(found)].parent.name}.json"
         before = json.loads(result.read_text())["flags"] if result.is_file() else flags_of(name, start, steps)
-        if before != flags_of(name, start, steps):
+        if meant(before) != meant(flags_of(name, start, steps)):
             raise SystemExit(f"{found[max(found)].parent} was trained with other flags: {before}")
         shutil.rmtree(own / "copy", ignore_errors=True)  # one that was begun
         shutil.copytree(found[max(found)], own / "copy")
@@ -335,6 +335,21 @@ def take_shorter_run(work, start, name, seed, steps):
 def flags_of(name, start, steps):
     """The flags of an arm's own, in a line."""
     return " ".join(ALL[name].words(family_of(start), steps))
+
+
+ONCE_DEFAULT = {"--lpl_norm_gradient": ["none"], "--lpl_share": ["0.2"], "--lpl_t_threshold": ["200"]}
+
+
+def meant(flags):
+    """{flag: values} of a line of flags: the last of each, without those that were the defaults of the first arms.
+
+    Results of those arms do not name them.
+    """
+    found, name = {}, None
+    for word in flags.split():
+        name = word if word.startswith("--") else name
+        found[name] = [] if word == name else found[name] + [word]
+    return {flag: values for flag, values in found.items() if ONCE_DEFAULT.get(flag) != values}
 
 
 def is_done(folder):

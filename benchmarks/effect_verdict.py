@@ -288,7 +288,7 @@ def copies_table(base, results=RESULTS):
 
 
 def gradients_table(base, results=RESULTS):
-    """The gradient of the weighted perceptual term in that of the diffusion loss, at five steps of each fresh seed."""
+    """The gradient norm of the weighted term, divided by that of the diffusion loss, at five steps of a fresh seed."""
     ratios, prefix = {}, f"effect-arm-{start_of(base)}-"
     for path in sorted(results.glob(f"{prefix}*.json")):
         found = json.loads(path.read_text())

@@ -119,7 +119,7 @@ def difference_maps(stages, target, estimate):
     for x, xh in zip(stage_features(stages, target), stage_features(stages, estimate), strict=True):
         kernels = morphology_kernels(x.shape[2] / SIZE, (SIZE, SIZE))
         mask = torch.ones_like(x, dtype=torch.bool) if kernels is None else inlier_mask(x, kernels)
-        difference = normalized_difference(x, xh, mask, "standard") * mask
+        difference = normalized_difference(x, xh, mask, "standard", "none") * mask
         shown.append((x[0], xh[0], difference[0].square().mean(dim=0).numpy()))
     return shown
 

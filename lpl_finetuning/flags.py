@@ -277,7 +277,14 @@ NOT_IN_RECIPES = ("config", "dry_run", "debug", "local_rank", "resume_from_check
 def recipe_text(args):
     """The resolved flags, secrets left out, as YAML that `--config` reads."""
     values = {key: value for key, value in vars(args).items() if key in args.defaults and key not in NOT_IN_RECIPES}
+    if values.get("use_lpl"):
+        values["lpl_norm_gradient"] = deviation_gradient(args)
     return yaml.safe_dump(values, sort_keys=False)
+
+
+def deviation_gradient(args):
+    """--lpl_norm_gradient, or what its absence stands for: "full" with --lpl_norm_type standard."""
+    return args.lpl_norm_gradient or ("full" if args.lpl_norm_type == "standard" else "none")
 
 
 RECIPE_HEAD = "# All flags of a run, as it resolved them. To use them again: --config with this file.\n"

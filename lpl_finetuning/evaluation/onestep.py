@@ -224,7 +224,7 @@ def stage_loss(x, xh, image_size):
     x, xh = x.float(), xh.float()
     kernels = morphology_kernels(x.shape[2] / image_size[0], image_size, OUTLIER_RESOLUTION)
     mask = None if kernels is None else inlier_mask(x, kernels)
-    return layer_loss(x, xh, mask, "standard", "mse")
+    return layer_loss(x, xh, mask, "standard", "mse", "none")
 
 
 def variance(features):

@@ -20,7 +20,7 @@ from pathlib import Path
 from lpl_finetuning.base_model import Family, model_file, read_json
 from lpl_finetuning.errors import UserError, require
 from lpl_finetuning.files import row_of
-from lpl_finetuning.flags import REPOSITORY, feature_fractions
+from lpl_finetuning.flags import REPOSITORY, deviation_gradient, feature_fractions
 from lpl_finetuning.lora_files import LORA_FILE, file_for_others, kind_of
 from lpl_finetuning.results.metadata import base_source, trigger_of
 from lpl_finetuning.sample_prompts import KEYS, entries_of
@@ -103,8 +103,7 @@ def lpl_rows(args, gate):
         "classifier stages": stages if "classifier" in fractions else None,
         "flipped, shifted and cut alike": args.lpl_augment or None,
         "normalization": args.lpl_norm_type,
-        "gradient through its deviation": args.lpl_norm_gradient
-        or ("full" if args.lpl_norm_type == "standard" else None),
+        "gradient through its deviation": deviation_gradient(args) if args.lpl_norm_type == "standard" else None,
         "loss": args.lpl_loss_type,
         "depth weighting": args.lpl_pow_law,
         "outliers masked": args.lpl_remove_outliers,

@@ -301,6 +301,42 @@ def test_a_longer_run_begins_where_a_shorter_one_of_the_same_arm_ended(tmp_path)
     assert not (arms / "none-1-500-steps").exists()
 
 
+@pytest.mark.parametrize("path", sorted(effect.RESULTS.glob("effect-arm-[!e]*.json")) + sorted(
+    effect.RESULTS.glob("effect-arm-epsilon-*.json")), ids=lambda path: path.stem[11:])  # fmt: skip
+def test_an_arm_means_what_it_meant(path):
+    """Its flags of today are those of its result, whatever the scripts' defaults were then."""
+    found = json.loads(path.read_text())
+    assert effect.meant(found["flags"]) == effect.meant(effect.flags_of(found["arm"], found["start"], found["steps"]))
+
+
+def test_flags_mean_their_last_value():
+    meant = effect.meant("--use_lpl --a 1 2 --lpl_share 0.2 --a 3 --lpl_norm_gradient none")
+    assert meant == {"--use_lpl": [], "--a": ["3"]} and effect.meant("--lpl_share 0.3") == {"--lpl_share": ["0.3"]}
+
+
+def test_copies_are_looked_for_as_the_decoder_shows_pictures(tmp_path, monkeypatch):
+    """Samples of every arm of a seed and length, against training and held-out pictures of the base's family."""
+    seen = {}
+    monkeypatch.setattr(effect, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(effect, "make_reconstructions", lambda source, folder, vae: seen.update({folder.name: source}))
+    monkeypatch.setattr(effect, "sampled", lambda work, models, samples, guidance: {
+        arm: {1.0: work / "samples" / folder} for arm, folder in models.items()
+    })  # fmt: skip
+    monkeypatch.setattr(effect, "judge_copies", lambda folders, train, held_out, store: [
+        {"model": arm, "of": str(folder.relative_to(tmp_path)), "train": train.name, "held_out": held_out.name}
+        for arm, folder in folders.items()
+    ])  # fmt: skip
+    effect.main(["--work", str(tmp_path), "copies", "--base", "flow", "--seed", "2", "--arm", "none", "decoder-full",
+                 "--steps", "400"])  # fmt: skip
+    found = json.loads((tmp_path / "results" / "effect-copies-flow-009000-2-400-steps.json").read_text())
+    assert (found["seed"], found["steps"]) == (2, 400)
+    assert [row["of"] for row in found["rows"]] == [
+        f"samples/arms/flow-009000/{arm}-2-400-steps" for arm in ("none", "decoder-full")
+    ]
+    assert {(row["train"], row["held_out"]) for row in found["rows"]} == {("sd3", "sd3-held-out")}
+    assert seen == {"sd3": tmp_path / "train", "sd3-held-out": tmp_path / "held_out"}
+
+
 def test_a_longer_run_takes_none_of_other_flags(tmp_path, monkeypatch):
     """As the shorter run's result tells them."""
     monkeypatch.setattr(effect, "RESULTS", tmp_path)

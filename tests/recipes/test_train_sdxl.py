@@ -831,8 +831,8 @@ def test_dry_run_prints_the_plan_and_stops(flags, tmp_path, monkeypatch, capsys)
     assert not warned, "as diffusers does of each model that it casts"
     said = capsys.readouterr().out
     for part in ["images        6, held out: 0", "6, 5 different", "1.5 steps an epoch", "261,684 of 261,684",
-                 "20.0 % of samples", "middle block 16x8x8, up block 1 16x16x16", "up block 4 8x64x64",
-                 "Memory, computed", "Arithmetic, computed"]:  # fmt: skip
+                 "20.0 % of samples", "standard normalization (full gradient)", "middle block 16x8x8, up block 1 "
+                 "16x16x16", "up block 4 8x64x64", "Memory, computed", "Arithmetic, computed"]:  # fmt: skip
         assert part in said, part
     assert re.search(r"^    learning_rate +0.001$", said, re.MULTILINE)
     assert not list(tmp_path.glob("checkpoint-*"))

@@ -110,7 +110,9 @@ def test_the_bar_is_asked_of_both_references(values, told, tmp_path):
 def test_the_page_is_what_the_results_say():
     page = ROOT / "docs" / "effect.md"
     text = page.read_text(encoding="utf-8")
-    assert text == put_tables(text, effect_verdict.all_tables()), "run benchmarks/effect_verdict.py"
+    tables = effect_verdict.all_tables()
+    assert text == put_tables(text, tables), "run benchmarks/effect_verdict.py"
+    assert not [mark for mark, table in tables.items() if table and f"<!-- {mark} -->" not in text], "have no place"
     kept = effect_results.read("effect")
     rows = [row for row in map(effect_verdict.verdict_row, effect_verdict.BASES) if row]
     assert (kept or {"verdict": []})["verdict"] == rows

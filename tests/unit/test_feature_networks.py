@@ -487,6 +487,9 @@ def test_the_stages_of_the_flags(flags, feature_networks):
     assert sizes == {"tiny_decoder": 256, "classifier": 256 * 64}
     rows = lpl_rows(args, LPLGate(t_threshold=200))
     assert rows["features"] == "tiny_decoder 0.3, classifier 0.7" and rows["decoder stages"] is None
+    for more, told in (([], "full"), (["--lpl_norm_gradient", "none"], "none"), (["--lpl_norm_type", "shared"], None)):
+        found = lpl_rows(args_of(flags, "--use_lpl", *more), LPLGate(t_threshold=200))
+        assert found["gradient through its deviation"] == told
 
 
 def test_the_networks_are_counted(flags, feature_networks):

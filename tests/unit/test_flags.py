@@ -59,6 +59,17 @@ def test_no_flag_is_lost_and_nothing_else_is_saved(args):
     assert names <= vars(args).keys() and "base_model" not in names and "hub_token" not in names
 
 
+def test_a_run_keeps_the_gradient_that_it_had(args):
+    """Not what its absence stands for in a later version; a run without the loss keeps none."""
+    assert "lpl_norm_gradient: null" in recipe_text(args)
+    for told, flags in {
+        "full": {},
+        "none": {"lpl_norm_type": "shared"},
+        "half": {"lpl_norm_gradient": "half"},
+    }.items():
+        assert f"lpl_norm_gradient: {told}\n" in recipe_text(args.but(use_lpl=True, **flags))
+
+
 def test_the_base_model_is_one_frozen_value(args):
     base = args.base_model
     with pytest.raises(dataclasses.FrozenInstanceError):

@@ -1199,10 +1199,10 @@ def test_outliers_of_the_target_do_not_count_on_either_side():
     x, xh = torch.randn((2, 2, 3, 6, 6), generator=generator, dtype=DOUBLE)
     mask = torch.rand((2, 3, 6, 6), generator=generator) < 0.7
     for norm_type, loss_type in OPTIONS:
-        expected = layer_loss(x, xh, mask, norm_type, loss_type)
+        expected = layer_loss(x, xh, mask, norm_type, loss_type, "none")
         loud = [torch.where(mask, side, 1e3 * side) for side in (x, xh)]
         loud[1].requires_grad_()
-        output = layer_loss(*loud, mask, norm_type, loss_type)
+        output = layer_loss(*loud, mask, norm_type, loss_type, "none")
         assert_equal(output, expected, 1e-9)
         (gradient,) = torch.autograd.grad(output.sum(), loud[1])
         assert (gradient[~mask] == 0).all()
@@ -1882,7 +1882,9 @@ def test_fault_2_batch_normalization_that_does_nothing():
 
     assert relative_error(faulty(scale * x, scale * xh), faulty(x, xh)) > 1e3
     assert_equal(
-        layer_loss(scale * x, scale * xh, None, "batch", "mse"), layer_loss(x, xh, None, "batch", "mse"), 1e-5
+        layer_loss(scale * x, scale * xh, None, "batch", "mse", "none"),
+        layer_loss(x, xh, None, "batch", "mse", "none"),
+        1e-5,
     )
 
 
@@ -1894,7 +1896,7 @@ def test_fault_2_outliers_zeroed_on_one_side_only():
     faulty = mask * (x / channel_norm(x, mask) - x / channel_norm(x, None)).square()
     assert faulty.sum() > 0.1
     for norm_type, loss_type in OPTIONS:
-        assert layer_loss(x, x.clone(), mask, norm_type, loss_type) == 0
+        assert layer_loss(x, x.clone(), mask, norm_type, loss_type, "none") == 0
 
 
 def test_fault_3_the_noise_scale_needs_no_snr_gamma():
@@ -1983,7 +1985,7 @@ def test_fault_8_a_fully_masked_channel():
     faulty = (mask * (x - xh).square()).sum(dim=(2, 3)) / mask.sum(dim=(2, 3))
     assert faulty.isnan().any()
     for norm_type, loss_type in OPTIONS:
-        output = layer_loss(x, xh, mask, norm_type, loss_type)
+        output = layer_loss(x, xh, mask, norm_type, loss_type, "none")
         assert output.isfinite().all() and output > 0
 
 

@@ -10,9 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate.utils import DistributedType
 
 import train_sdxl_lpl
 from lpl_finetuning.training import estimates, plan
+from lpl_finetuning.training.live_memory import Peak
 from lpl_finetuning.training.step_memory import Machine, RunCode, autoencoder_networks, highest, kept_bytes
 from tests.runs import ROOT, memory_of
 
@@ -38,6 +40,27 @@ def test_the_table_is_whole():
     for setup in memory.SETUPS:
         peak, without = row(setup)
         assert without <= peak
+
+
+def test_the_table_of_the_arithmetic_weighs_the_loss_by_the_share_of_samples():
+    """A fifth of SDXL's samples lie below 200, two thirds below a ratio of 3; of SD3's half. An image of the batch."""
+    counts = {setup: {"forward": Peak(0, "", {}, 4 * 10**12), "LPL": Peak(0, "", {}, 8 * 10**12)}
+              for setup in memory.ARITHMETIC}  # fmt: skip
+    lines = {line.split(" | ")[0][2:]: line for line in memory.arithmetic_table(counts).splitlines()[2:]}
+    assert lines["`sdxl-lora-16gb`"].endswith(
+        "| 4 TFLOP | 8 TFLOP | 1.40 times (20.0% of samples) | 2.35 times (67.4% of samples) |"
+    )
+    assert "| 1 TFLOP | 2 TFLOP | 1.40 times" in lines["`sdxl-full-80gb`"], "four images at a time"
+    assert lines["`sd35-medium-lora`"].endswith("1.01 times (0.6% of samples) | 2.00 times (50.0% of samples) |")
+    page = (ROOT / "docs" / "performance.md").read_text(encoding="utf-8")
+    assert all(f"\n| {setup} | " in page for setup in memory.ARITHMETIC)
+
+
+def test_a_rank_computes_what_one_device_computes():
+    """Its memory is a share; the arithmetic of its own samples is not."""
+    accelerator = SimpleNamespace(num_processes=2, distributed_type=DistributedType.FSDP, state=SimpleNamespace())
+    peak = plan.share_of_rank(Peak(80, "LPL: x", {"gradients": 80}, flop=5), torch.nn.Linear(2, 2), accelerator)
+    assert peak.flop == 5 and peak.where == "LPL: x" and peak.kinds["gradients"] == 40
 
 
 def test_the_readme_and_recipes_say_what_the_page_says():

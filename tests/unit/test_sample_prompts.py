@@ -192,6 +192,16 @@ def test_the_samplers_of_flows(sampler):
     assert (end - z_0).abs().max() < 0.05 and scheduler.config.shift == 3
 
 
+def test_a_resumed_run_says_that_its_gradient_is_another(tmp_path):
+    """Runs of before the default was `full` have `none` in their file."""
+    path = written(tmp_path, "a.yaml", "- {prompt: cat, seed: 5}\n")
+    args = parse(train_sd3_lpl_flow, path, "--use_lpl").but(output_dir=str(tmp_path))
+    save_recipe(args.but(lpl_norm_gradient="none"), tmp_path / "config.yaml")
+    save_entries(args, tmp_path)
+    (tmp_path / "data_report.json").write_text('{"images": 96}')
+    assert changes_since(args, tmp_path / "checkpoint-1", 96) == ["lpl_norm_gradient was none, is full"]
+
+
 def test_a_resumed_run_says_that_the_file_has_other_entries(tmp_path):
     """The entries are kept beside the checkpoint; a run without a file removes them."""
     path = written(tmp_path, "a.yaml", "- {prompt: cat, seed: 5}\n")
