@@ -208,7 +208,8 @@ def percent_of(value, low, high):
 def cost_table(base, results=RESULTS):
     """Times of a step, and each arm of 1,000 steps against *none* of as long a training.
 
-    *None* is judged after several numbers of steps; between them its distance is interpolated, for each seed alone.
+    *None* is judged after several numbers of steps; between them its distance is interpolated, for each seed alone. Up
+    to 5 % beyond the longest run, that run stands in.
     """
     cost = read(f"effect-cost-{start_of(base)}", results)
     if not cost:
@@ -221,7 +222,10 @@ def cost_table(base, results=RESULTS):
         own = {seed: value for (name, seed), value in found.get(VERDICT[0], {}).items() if name == arm}
         of_none = {seed: sorted((steps, values["none", seed]) for steps, values in found.items()
                                 if ("none", seed) in values) for seed in own}  # fmt: skip
-        same_time = {seed: interpolated(points, ratio * VERDICT[0]) for seed, points in of_none.items()}
+        same_time = {}
+        for seed, points in of_none.items():
+            steps, longest = ratio * VERDICT[0], points[-1][0] if points else 0
+            same_time[seed] = interpolated(points, min(steps, longest) if steps <= 1.05 * longest else steps)
         same_place = [interpolated(sorted((value, steps) for steps, value in points), own[seed])
                       for seed, points in of_none.items()]  # fmt: skip
         if arm != "none" and own and None not in same_time.values():

@@ -235,9 +235,10 @@ def test_arms_are_compared_with_none_of_as_long(tmp_path):
         judgement(tmp_path, seed, {"none": 40.0 + seed}, steps=2000)
         judgement(tmp_path, seed, {"none": 30.0 + seed}, steps=3000)
         judgement(tmp_path, seed, {"none": 1.0}, steps=2500, guidance=3)
+    judgement(tmp_path, 1, {"none": 31.0}, steps=3001)
     judgement(tmp_path, 1, {"none": 3.0}, steps=9000)
     assert effect_verdict.cost_table("epsilon", tmp_path) == ""
-    arms = {"none": 1.0, "decoder-full": 2.5, "tiny-decoder": 1.5, "classifier": 3.5, "latent-full": 1.0}
+    arms = {"none": 1.0, "decoder-full": 2.5, "tiny-decoder": 1.5, "classifier": 3.2, "latent-full": 1.0}
     (tmp_path / "effect-cost-epsilon-009000.json").write_text(json.dumps({
         "command": "python x", "commit": "0123456789", "device": "CPU", "date": "2026-11-28",
         "seconds_a_sample": {arm: 0.008 * ratio for arm, ratio in arms.items()}, "ratio_to_the_first": arms,
@@ -250,7 +251,13 @@ def test_arms_are_compared_with_none_of_as_long(tmp_path):
     assert lines[2].startswith("| tiny-decoder | 12.0 | 1.50 | 1, 2 | 5.20 | 4.57 | +13.7% (") and lines[2].endswith(
         "|  |"
     )
-    assert lines[3] == "| classifier | 28.0 | 3.50 |  |  |  |  |  |", "seed 2 has no run as long"
+    assert lines[3] == "| classifier | 25.6 | 3.20 |  |  |  |  |  |", "seed 2 has no run as long"
+    cost = json.loads((tmp_path / "effect-cost-epsilon-009000.json").read_text())
+    cost["ratio_to_the_first"]["classifier"] = 3.1
+    (tmp_path / "effect-cost-epsilon-009000.json").write_text(json.dumps(cost))
+    line = effect_verdict.cost_table("epsilon", tmp_path).splitlines()[5]
+    of_seeds = 3.1 - 2.8 * (3100 - 3001) / 5999, 3.2  # seed 2 has 3,000 steps, 3 % less
+    assert f"| 3.10 | 1, 2 | 4.90 | {sum(of_seeds) / 2:.2f} | " in line
     assert "| 4.75 | 5.00 | -5.0% (" in lines[4]
 
 
