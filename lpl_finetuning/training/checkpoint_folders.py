@@ -472,7 +472,8 @@ def changes_since(args, folder, images):
         return []
     now = yaml.safe_load(recipe_text(args)) | {"images": images}
     changes = [f"{name} was {before[name]}, is {value}" for name, value in now.items()
-               if name in before and before[name] != value and name != "output_dir"]  # fmt: skip
+               if name in before and before[name] != value and name != "output_dir"
+               and (name, before[name]) != ("lpl_norm_gradient", None)]  # a run without the loss  # fmt: skip
     with contextlib.suppress(OSError, ValueError):
         if args.prompts and (folder.parent / PROMPTS_FILE).read_text(encoding="utf-8") != entries_text(args.prompts):
             changes.append("validation_prompts_file has other entries")
