@@ -323,10 +323,11 @@ def take_shorter_run(work, start, name, seed, steps):
         if runs.fullmatch(checkpoint.parent.name) and number.isdigit() and int(number) < steps:
             found[int(number)] = checkpoint
     if found and not any(own.glob("checkpoint-*")):
-        result = RESULTS / f"effect-arm-{start}-{found[max(found)].parent.name}.json"
-        before = json.loads(result.read_text())["flags"] if result.is_file() else flags_of(name, start, steps)
-        if meant(before) != meant(flags_of(name, start, steps)):
-            raise SystemExit(f"{found[max(found)].parent} was trained with other flags: {before}")
+        shorter = found[max(found)].parent
+        result = RESULTS / f"effect-arm-{start}-{shorter.name}.json"
+        before = json.loads(result.read_text())["flags"] if result.is_file() else None
+        if before is not None and meant(before) != meant(flags_of(name, start, steps)):
+            raise SystemExit(f"{shorter} was trained with other flags: {before}")
         shutil.rmtree(own / "copy", ignore_errors=True)  # one that was begun
         shutil.copytree(found[max(found)], own / "copy")
         (own / "copy").rename(own / found[max(found)].name)

@@ -69,7 +69,7 @@ ARMS = {
     ),
     "decoder-and-classifier": Arm(f"{_FULL} --lpl_features decoder classifier {_CLASSIFIER}"),
 }
-FINALIST = "decoder-full"  # the arm with LPL that the fresh seeds judge, chosen on seed 0
+FINALIST = "decoder-full"  # the arm with LPL that the fresh seeds judge
 TWINS = {"decoder": "latent", "decoder-full": "latent-full"}  # an arm, and the same without features
 
 _RANK = "--use_lora --learning_rate 1e-3 --rank"

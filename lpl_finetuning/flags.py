@@ -283,8 +283,10 @@ def recipe_text(args):
 
 
 def deviation_gradient(args):
-    """--lpl_norm_gradient, or what its absence stands for: "full" with --lpl_norm_type standard."""
-    return args.lpl_norm_gradient or ("full" if args.lpl_norm_type == "standard" else "none")
+    """--lpl_norm_gradient, or what its absence stands for in the loss."""
+    from lpl_utils import LPLConfig  # imports torch: a run is on its way
+
+    return LPLConfig(norm_type=args.lpl_norm_type, norm_gradient=args.lpl_norm_gradient).deviation_gradient
 
 
 RECIPE_HEAD = "# All flags of a run, as it resolved them. To use them again: --config with this file.\n"

@@ -14,7 +14,7 @@ from diffusers import AutoencoderTiny
 from lpl_finetuning.data.encoding import encode_images
 from lpl_finetuning.data.images import to_pixel_values
 from lpl_finetuning.errors import DataError
-from lpl_finetuning.flags import deviation_gradient, feature_fractions, feature_parts, framing_rules
+from lpl_finetuning.flags import feature_fractions, feature_parts, framing_rules
 from lpl_finetuning.networks.checks import check_encoder, chosen_stages
 from lpl_finetuning.networks.latent_classifier import LatentClassifier
 from lpl_finetuning.sample_prompts import entries_of
@@ -48,7 +48,7 @@ def lpl_config(args, network="decoder"):
         pixels *= args.base_model.family.pixels_per_latent**2
     return LPLConfig(
         norm_type=args.lpl_norm_type,
-        norm_gradient=deviation_gradient(args),
+        norm_gradient=args.lpl_norm_gradient,
         loss_type=args.lpl_loss_type,
         pow_law=args.lpl_pow_law,
         remove_outliers=args.lpl_remove_outliers,
