@@ -39,7 +39,18 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.effect_arms import ALL, BASES, COMMON, FAMILY_FLAGS, FINALIST, SCRIPTS, STARTS, TWINS
+from benchmarks.effect_arms import (
+    ALL,
+    BASELINES,
+    BASES,
+    COMMON,
+    FAMILY_FLAGS,
+    FINALIST,
+    SCRIPTS,
+    STARTS,
+    TWINS,
+    options_of,
+)
 from benchmarks.effect_judge import JUDGE, SAMPLES, SAMPLING_STEPS, judge, judge_copies, make_reconstructions, sample
 from benchmarks.records import facts
 from pretrain.emoji_images import DOMAINS
@@ -346,11 +357,7 @@ def meant(flags):
 
     Results of those arms do not name them.
     """
-    found, name = {}, None
-    for word in flags.split():
-        name = word if word.startswith("--") else name
-        found[name] = [] if word == name else found[name] + [word]
-    return {flag: values for flag, values in found.items() if ONCE_DEFAULT.get(flag) != values}
+    return {flag: values for flag, values in options_of(flags.split()).items() if ONCE_DEFAULT.get(flag) != values}
 
 
 def is_done(folder):
@@ -394,7 +401,10 @@ def sample_gain(work, start, seed, samples, guidance):
 
 
 def judge_one_step(work, start, arms, seed, steps):
-    """The one-step test of arms on the held-out pictures, against the first of them, through the base's decoder."""
+    """The one-step test of arms on the held-out pictures through the base's decoder.
+
+    A LoRA with LPL is compared with the same without, every other arm with the first one; all also with the finalist.
+    """
     from benchmarks.effect_measures import one_step_numbers, one_step_table
     from lpl_finetuning.data.scan import scan_folder
 
@@ -405,7 +415,7 @@ def judge_one_step(work, start, arms, seed, steps):
         cache = work / "one_step" / start / f"{folder.name}.npz"
         results[arm] = one_step_numbers(f"{pipeline_of(work, start)}+{folder}", images, cache)
         print(f"measured {arm}")
-    rows = one_step_table(results)
+    rows = one_step_table(results, BASELINES, FINALIST)
     keep_result(work, f"effect-one-step-{arm_name(start, seed, steps)}", time.time() - began,
                 {"start": start, "seed": seed, "steps": steps, "pictures": len(images), "rows": rows})  # fmt: skip
 

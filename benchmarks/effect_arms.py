@@ -42,6 +42,15 @@ class Arm:
         return flags.split() + (["--lpl_start", str(round(self.start * steps))] if self.start else [])
 
 
+def options_of(words):
+    """{flag: values} of the words of a command line: the last of each flag."""
+    found, flag = {}, None
+    for word in words:
+        flag = word if word.startswith("--") else flag
+        found[flag] = [] if word == flag else [*found[flag], word]
+    return found
+
+
 ARMS = {
     "none": Arm(""),
     "default": Arm(f"{_LPL} --lpl_t_threshold 200"),  # the scripts' defaults when the experiment began
@@ -88,4 +97,5 @@ ABLATIONS = {  # of 400 steps: decoder-full with one thing changed
     **{f"rank-{rank}": Arm(f"{_RANK} {rank}") for rank in (4, 16)},
     **{f"rank-{rank}-full": Arm(f"{_RANK} {rank} {_FULL}") for rank in (4, 16)},
 }  # beside none, decoder, decoder-half, decoder-full, its shares of 0.05 and 0.4, its gate 1, target and rgb
+BASELINES = {f"rank-{rank}-full": f"rank-{rank}" for rank in (4, 16)}  # where it is not the first arm
 ALL = ARMS | ABLATIONS

@@ -26,12 +26,15 @@ def one_step_numbers(text, images, cache):
     return comparison.load_arrays(cache)
 
 
-def one_step_table(results):
-    """One row per model: {"model", MEASURE: mean, MEASURE + "_change": [mean, low, high] against the first model}.
+def one_step_table(results, baselines=None, finalist=None):
+    """One row per model: {"model", MEASURE: mean, MEASURE + "_change": [mean, low, high] against its baseline}.
 
     Measures are means over noise levels and pictures; the changes are paired over pictures, with 95 % intervals.
 
-    results: {model: {measure: (L, N)}}.
+    Args:
+        results: {model: {measure: (L, N)}}.
+        baselines: {model: its baseline}, where that is not the first model.
+        finalist: a model that all others but the first are compared with too, as MEASURE + "_finalist_change".
     """
     from lpl_finetuning.evaluation.uncertainty import paired_difference
 
@@ -39,14 +42,16 @@ def one_step_table(results):
             "perceptual/efficientnet-lite0")  # fmt: skip
     means = {name: {key: values.mean(axis=0) for key, values in found.items()}
              for name, found in results.items()}  # fmt: skip
-    baseline, rows = next(iter(means.values())), []
+    first, rows = next(iter(means)), []
     for name, found in means.items():
         row = {"model": name}
+        others = {"change": (baselines or {}).get(name, first), "finalist_change": finalist}
         for key in kept:
             row[key] = float(found[key].mean())
-            if found is not baseline:
-                change = paired_difference(found[key], baseline[key])
-                row[f"{key}_change"] = [change.value, change.low, change.high]
+            for kind, other in others.items():
+                if other in means and name not in (first, other):
+                    change = paired_difference(found[key], means[other][key])
+                    row[f"{key}_{kind}"] = [change.value, change.low, change.high]
         rows.append(row)
     return rows
 

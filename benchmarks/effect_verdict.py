@@ -16,7 +16,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmarks.effect_arms import BASES, FINALIST, TWINS
+from benchmarks.effect_arms import ABLATIONS, ALL, BASELINES, BASES, FINALIST, TWINS, options_of
 from benchmarks.effect_judge import JUDGE, NETWORKS
 from benchmarks.effect_results import (
     REFERENCES,
@@ -44,6 +44,14 @@ BAR = 0.06  # by which the mean Fréchet distance must be lower
 EARLIER_STARTS = {"earlier-009000": "The earlier base of 9,000 steps",
                   "earlier-015000": "The earlier base of 15,000 steps"}  # fmt: skip
 OTHER = NETWORKS[1]
+CHECKS = {  # {what is changed: (condition, arm)}
+    "as in the verdict": (VERDICT, FINALIST),
+    "a share of 0.05": (VERDICT, f"{FINALIST}-share-0.05"),
+    "a share of 0.4": (VERDICT, f"{FINALIST}-share-0.4"),
+    "sigma / alpha up to 1": (VERDICT, f"{FINALIST}-gate-1"),
+    "guidance 3": ((VERDICT[0], 3, VERDICT[2]), FINALIST),
+    "3,000 steps": ((3 * VERDICT[0], *VERDICT[1:]), FINALIST),
+}
 REACHED = {(False, False): "missed", (True, False): "reached to pictures only",
            (False, True): "reached to reconstructions only", (True, True): "reached"}  # fmt: skip
 
@@ -291,14 +299,19 @@ def copies_table(base, results=RESULTS):
     return "\n".join([*lines, "", source(read(f"effect-copies-{start}-{last}", results))])
 
 
+def gradient_ratios(found):
+    """The gradient norms of the weighted perceptual term divided by those of the diffusion loss, of an arm's run."""
+    return [at["gradient/lpl"] / at["gradient/diffusion"] for at in found["gradient_norms"].values()
+            if at.get("gradient/lpl")]  # fmt: skip
+
+
 def gradients_table(base, results=RESULTS):
     """The gradient norm of the weighted term, divided by that of the diffusion loss, at five steps of a fresh seed."""
     ratios, prefix = {}, f"effect-arm-{start_of(base)}-"
     for path in sorted(results.glob(f"{prefix}*.json")):
         found = json.loads(path.read_text())
         if found["seed"] and found["steps"] == VERDICT[0]:
-            own = [at["gradient/lpl"] / at["gradient/diffusion"] for at in found["gradient_norms"].values()
-                   if at.get("gradient/lpl")]  # fmt: skip
+            own = gradient_ratios(found)
             if own:
                 ratios.setdefault(found["arm"], {})[found["seed"]] = own
     lines = [f"| {TITLES[base]}: arm | seeds | median | least | most |", "|---|---|---:|---:|---:|"]
@@ -334,20 +347,46 @@ def one_step_table(base, results=RESULTS):
 
 
 def ablation_table(base="epsilon", results=RESULTS):
-    """Arms of 400 steps by the one-step test."""
-    found = read(f"effect-one-step-{start_of(base)}-0-400-steps", results)
+    """Arms of 400 steps by the one-step test, with the flags in which they differ from the finalist."""
+    start, heads = start_of(base), ("latent_mse", "high_frequency", "gain")
+    found = read(f"effect-one-step-{start}-0-400-steps", results)
     if not found:
         return ""
-    keys = {f"perceptual/{JUDGE}": 4, f"perceptual/{OTHER}": 4, "psnr": 3, "latent_mse": 5, "high_frequency": 4}
-    lines = ["| arm of 400 steps | " + " | ".join(keys) + " |", "|---|" + "---:|" * len(keys)]
-    for row in found["rows"]:
-        cells = []
-        for key, decimals in keys.items():
-            change = row.get(f"{key}_change")
-            told = f" ({change[1]:+.{decimals}f} to {change[2]:+.{decimals}f})" if change else ""
-            cells.append(f"{row[key]:.{decimals}f}{told}")
-        lines.append(f"| {row['model']} | " + " | ".join(cells) + " |")
+    perceptual, family, steps = f"perceptual/{JUDGE}", BASES[base], found["steps"]
+    own = options_of(ALL[FINALIST].words(family, steps))
+    lines = [f"| arm of 400 steps | perceptual (Lite2) | against none | against {FINALIST} | error of latents | high "
+             "frequencies | contrast | gradient |", "|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    means = {row["model"]: row for row in found["rows"]}
+    for name, row in means.items():
+        others = {"change": BASELINES.get(name, "none"), "finalist_change": FINALIST}
+        told = [percent_of(*(value / means[other][perceptual] for value in row[f"{perceptual}_{kind}"]))
+                if f"{perceptual}_{kind}" in row else "" for kind, other in others.items()]  # fmt: skip
+        options = options_of(ALL[name].words(family, steps))
+        differs = [f"{flag} {' '.join(values)}".strip() for flag, values in options.items() if values != own.get(flag)]
+        label = " ".join([name, *([f"(`{' '.join(differs)}`)"] if differs and name in ABLATIONS else [])])
+        run = read(f"effect-arm-{start}-{name}-0-400-steps", results)
+        ratios = gradient_ratios(run) if run else []
+        cells = [label, f"{row[perceptual]:.4f}", *told, *(f"{row[key]:.4f}" for key in heads),
+                 f"{statistics.median(ratios):.2f}" if ratios else ""]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", source(found)])
+
+
+def checks_table(base="epsilon", seed=1, results=RESULTS):
+    """What the plan asks for where the bar is missed: the finalist with one thing changed, on one fresh seed."""
+    found = {(condition, row["arm"]): row for condition, rows in judgements(start_of(base), results).items()
+             for row in rows if row["seed"] == seed}  # fmt: skip
+    lines = [
+        f"| {TITLES[base]}, seed {seed} | none | with LPL | against none | against none, to the pictures |",
+        "|---|---:|---:|---:|---:|",
+    ]
+    for label, (condition, arm) in CHECKS.items():
+        row, none = found.get((condition, arm)), found.get((condition, "none"))
+        if row and none:
+            told = [percent_of(*(value / frechet(none, reference) for value in row["change"][reference]))
+                    for reference in reversed(REFERENCES)]  # fmt: skip
+            lines.append(f"| {label} | {frechet(none):.2f} | {frechet(row):.2f} | {' | '.join(told)} |")
+    return "\n".join(lines) if len(lines) > 3 else ""
 
 
 def decoder_table(name, results=RESULTS):
@@ -368,6 +407,7 @@ def all_tables(results=RESULTS):
         "verdict": verdict_table(results),
         "base earlier-all": earlier_base_table(results),
         "base earlier": base_table("earlier", results),
+        "checks": checks_table(results=results),
         "ablations": ablation_table(results=results),
         "reconstructions": decoder_table("effect-reconstructions", results),
         "decoders": decoder_table("effect-autoencoder", results),

@@ -154,6 +154,23 @@ def test_the_one_step_table_is_paired():
         assert low < -0.1 < high and high - low < 1e-3 and value == pytest.approx(-0.1, abs=1e-3)
 
 
+def test_a_lora_is_compared_with_the_same_without_lpl():
+    """And every arm but the first with the finalist too."""
+    values = {"none": 1.0, "decoder-full": 2.0, "rank-4": 4.0, "rank-4-full": 8.0}
+    keys = (
+        "latent_mse",
+        "psnr",
+        "high_frequency",
+        "gain",
+        f"perceptual/{effect_judge.JUDGE}",
+        "perceptual/efficientnet-lite0",
+    )
+    results = {arm: {key: np.full((10, 5), value) for key in keys} for arm, value in values.items()}
+    rows = effect_measures.one_step_table(results, effect_arms.BASELINES, effect_arms.FINALIST)
+    assert [row.get("psnr_change") for row in rows] == [None, [1.0] * 3, [3.0] * 3, [4.0] * 3]
+    assert [row.get("psnr_finalist_change") for row in rows] == [None, None, [2.0] * 3, [6.0] * 3]
+
+
 def test_arms_take_turns_when_their_time_is_measured(tmp_path):
     turns = []
 

@@ -356,3 +356,45 @@ def test_the_one_step_test_is_a_mean_over_seeds(tmp_path):
         "| decoder-full | 0.2500 | 1.2500 | 2.25 | 3.2500 | 4.250 | 5.250 | -50.0% (-50.0% to -50.0%) |"
     )
     assert lines[3].split("|")[9].startswith(" +14.")
+
+
+def test_ablations_name_what_differs(tmp_path):
+    """The flags that the finalist does not have so, differences in percent, and the ratio of the gradients."""
+    assert effect_verdict.ablation_table(results=tmp_path) == ""
+    key = f"perceptual/{JUDGE}"
+    values = {"none": 0.5, "decoder-full": 0.25, "l1": 0.75, "rank-4": 0.4, "rank-4-full": 0.5}
+    changes = {"decoder-full": -0.25, "l1": 0.25, "rank-4": -0.1, "rank-4-full": 0.1}
+    rows = [{"model": arm, key: value, "latent_mse": 1.0, "high_frequency": 2.0, "gain": 3.0}
+            | ({f"{key}_change": [changes[arm]] * 3} if arm in changes else {})
+            | ({f"{key}_finalist_change": [0.5, 0.25, 0.75]} if arm == "l1" else {})
+            for arm, value in values.items()]  # fmt: skip
+    about = {"command": "python x", "commit": "0123456789", "device": "CPU", "date": "2026-11-28"}
+    result = tmp_path / "effect-one-step-epsilon-009000-0-400-steps.json"
+    result.write_text(json.dumps(about | {"rows": rows, "steps": 400}))
+    norms = {str(step): {"gradient/lpl": step, "gradient/diffusion": 4.0} for step in (1, 2, 4)}
+    run = tmp_path / "effect-arm-epsilon-009000-l1-0-400-steps.json"
+    run.write_text(json.dumps({"gradient_norms": norms | {"0": {"gradient/diffusion": 4.0}}}))
+    lines = effect_verdict.ablation_table(results=tmp_path).splitlines()
+    assert lines[2] == "| none | 0.5000 |  |  | 1.0000 | 2.0000 | 3.0000 |  |"
+    assert lines[3].startswith("| decoder-full | 0.2500 | -50.0% (-50.0% to -50.0%) |  | ")
+    assert lines[4].startswith("| l1 (`--lpl_loss_type l1`) | 0.7500 | +50.0% (+50.0% to +50.0%) | +200.0% (+100.0% ")
+    assert lines[4].endswith(" | 0.50 |")
+    assert lines[6].startswith("| rank-4-full (`--use_lora --learning_rate 1e-3 --rank 4`) | 0.5000 | +25.0% ")
+
+
+def test_checks_change_one_thing_each(tmp_path):
+    """Each against *none* of the same conditions; one that was not judged is left out."""
+    change = {arm: {"pictures": [-3, -9, 9], "reconstructions": [-1, -2, 0]}
+              for arm in ("decoder-full", "decoder-full-share-0.4", "decoder-full-gate-1")}  # fmt: skip
+    judgement(tmp_path, 1, {"none": 100.0, "decoder-full": 90.0}, change)
+    assert effect_verdict.checks_table(results=tmp_path) == ""
+    judgement(tmp_path, 1, {"none": 100.0, "decoder-full": 90.0, "decoder-full-share-0.4": 80.0}, change)
+    judgement(tmp_path, 1, {"none": 200.0, "decoder-full": 190.0}, change, guidance=3)
+    judgement(tmp_path, 1, {"none": 50.0, "decoder-full": 49.0}, change, steps=3000)
+    judgement(tmp_path, 2, {"none": 1.0, "decoder-full-gate-1": 2.0}, change)
+    assert effect_verdict.checks_table(results=tmp_path).splitlines()[2:] == [
+        "| as in the verdict | 10.00 | 9.00 | -10.0% (-20.0% to +0.0%) | -3.0% (-9.0% to +9.0%) |",
+        "| a share of 0.4 | 10.00 | 8.00 | -10.0% (-20.0% to +0.0%) | -3.0% (-9.0% to +9.0%) |",
+        "| guidance 3 | 20.00 | 19.00 | -5.0% (-10.0% to +0.0%) | -1.5% (-4.5% to +4.5%) |",
+        "| 3,000 steps | 5.00 | 4.90 | -20.0% (-40.0% to +0.0%) | -6.0% (-18.0% to +18.0%) |",
+    ]
