@@ -2,8 +2,8 @@
 
     python benchmarks/effect_plots.py [--work WORK]
 
-Writes docs/images/effect-seeds.png and docs/images/effect-cost.png; with the work folder of `effect.py`, which has the
-samples, docs/images/effect-samples.png too.
+Writes effect-seeds.png, effect-cost.png and effect-arms.png into docs/images/; with the work folder of `effect.py`,
+which has the samples, effect-samples.png too.
 """
 
 import argparse
@@ -25,11 +25,12 @@ from benchmarks.effect_results import (
     TITLES,
     VERDICT,
     distances_by_length,
+    frechet,
     judged,
     read,
     start_of,
 )
-from benchmarks.effect_verdict import BAR
+from benchmarks.effect_verdict import BAR, CHECK_SEED, ablation_changes, check_changes
 
 IMAGES = ROOT / "docs" / "images"
 MARKERS = "osD^vP*X"  # one for each seed
@@ -77,8 +78,8 @@ def draw_runs(axis, rows, reference):
     for seed in sorted({row["seed"] for row in rows}):
         own = {row["arm"]: row[reference][JUDGE]["frechet"] for row in rows if row["seed"] == seed}
         places = [place for place, arm in enumerate(arms) if arm in own]
-        axis.plot(places, [own[arms[place]] for place in places], MARKERS[seed % len(MARKERS)] + "-", linewidth=0.8,
-                  markersize=4, label=f"seed {seed}")  # fmt: skip
+        axis.plot(places, [own[arms[place]] for place in places], MARKERS[seed % len(MARKERS)] + "-",
+                  color=f"C{seed}", linewidth=0.8, markersize=4, label=f"seed {seed}")  # fmt: skip
     none = [row[reference][JUDGE]["frechet"] for row in rows if row["arm"] == "none"]
     bar = (1 - BAR) * statistics.mean(none)
     axis.axhline(bar, color="gray", linestyle="--", linewidth=0.8)
@@ -124,6 +125,51 @@ def cost_picture(path, base="epsilon", results=RESULTS):
     figure.savefig(path, dpi=110)
     plt.close(figure)
     return True
+
+
+def arms_picture(path, base="epsilon", results=RESULTS):
+    """Differences of single arms from *none*, with 95 % intervals: distances on seed 0, the checks, the ablations.
+
+    Returns whether there was anything to draw.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    distance, one_step = "Fréchet distance to the reconstructions (Lite2)", "one step: perceptual distance (Lite2)"
+    panels = {(f"{title}: {measure}, against none"): rows for title, measure, rows in (
+        ("1,000 steps, seed 0", distance, seed_changes(base, results)),
+        (f"Checks, seed {CHECK_SEED}", distance, check_changes(base, results)),
+        ("400 steps, seed 0", one_step, ablation_changes(base, results))) if rows}  # fmt: skip
+    if not panels:
+        return False
+    heights = [len(rows) + 2 for rows in panels.values()]
+    figure, axes = plt.subplots(len(panels), 1, figsize=(8, 0.2 * sum(heights)), height_ratios=heights, squeeze=False,
+                                layout="constrained")  # fmt: skip
+    for (title, rows), axis in zip(panels.items(), axes[:, 0], strict=True):
+        for place, (label, (value, low, high)) in enumerate(rows.items()):
+            color = "C1" if label in (FINALIST, "as in the verdict") else "C0"
+            axis.plot([100 * low, 100 * high], [place] * 2, "-", color=color, linewidth=1.5)
+            axis.plot([100 * value], [place], "o", color=color, markersize=4)
+        axis.axvline(0, color="gray", linewidth=0.8)
+        axis.set_yticks(range(len(rows)), rows, fontsize=7)
+        axis.invert_yaxis()
+        axis.tick_params(axis="x", labelsize=7)
+        axis.set_title(title, fontsize=9, loc="left")
+        axis.set_xlabel("%", fontsize=7, loc="right", labelpad=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+    return True
+
+
+def seed_changes(base, results=RESULTS):
+    """{arm: [difference, low, high]} of the distances on seed 0 relative to *none*, the lowest first."""
+    rows = {row["arm"]: row for row in judged(start_of(base), results) if row["seed"] == 0}
+    changes = {arm: [value / frechet(rows["none"]) for value in row["change"]["reconstructions"]]
+               for arm, row in rows.items() if arm != "none"}  # fmt: skip
+    return dict(sorted(changes.items(), key=lambda item: item[1][0]))
 
 
 def samples_picture(path, work, seed=1, columns=10):
@@ -172,7 +218,11 @@ def main():
     if args.work:
         name = IMAGES / "effect-samples.png"
         print(f"wrote {name}" if samples_picture(name, args.work) else f"no samples in {args.work}")
-    for draw, name in ((seeds_picture, "effect-seeds.png"), (cost_picture, "effect-cost.png")):
+    for draw, name in (
+        (seeds_picture, "effect-seeds.png"),
+        (cost_picture, "effect-cost.png"),
+        (arms_picture, "effect-arms.png"),
+    ):
         print(f"wrote {IMAGES / name}" if draw(IMAGES / name) else f"nothing for {name} yet")
 
 

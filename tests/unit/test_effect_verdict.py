@@ -163,6 +163,28 @@ def test_a_picture_has_the_time_of_every_run(tmp_path, monkeypatch):
     plt.close(figures[0])
 
 
+def test_a_picture_has_every_difference_with_its_interval(tmp_path, monkeypatch):
+    """In percent of *none*: arms of seed 0 with the lowest first, and the checks of seed 1; others are left out."""
+    from matplotlib import pyplot as plt
+
+    from benchmarks import effect_plots
+
+    assert not effect_plots.arms_picture(tmp_path / "arms.png", results=tmp_path)
+    change = {"gain": {"reconstructions": [-0.5, -1, 0]}, "decoder-full": {"reconstructions": [-1, -2, 0.5]}}
+    for seed, value in ((0, 100.0), (1, 50.0), (2, 20.0)):
+        judgement(tmp_path, seed, {"none": value, "gain": 1.0, "decoder-full": 1.0}, change)
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    assert effect_plots.arms_picture(tmp_path / "arms.png", results=tmp_path)
+    found = {tuple(label.get_text() for label in axis.get_yticklabels()): [
+        np.round(line.get_xdata(), 6).tolist() for line in axis.lines[:-1]
+    ] for axis in figures[0].axes}  # fmt: skip
+    assert found == {("decoder-full", "gain"): [[-20, 5], [-10], [-10, 0], [-5]],
+                     ("as in the verdict",): [[-40, 10], [-20]]}  # fmt: skip
+    monkeypatch.undo()
+    plt.close(figures[0])
+
+
 def test_a_picture_has_samples_of_the_same_captions(tmp_path, monkeypatch):
     """A strip for the pictures and one for each arm; a framework without all of them has none."""
     from matplotlib import pyplot as plt
