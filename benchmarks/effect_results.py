@@ -34,8 +34,8 @@ def start_of(base):
 def judgements(start, results=RESULTS):
     """{(training steps, guidance, sampling steps): rows} of all judgements of as many samples as the verdict has.
 
-    A row is {"arm", "seed", REFERENCE: {NETWORK: {"frechet", "kernel"}}, "change": {REFERENCE: [value, low, high]},
-    ...}, see `effect_judge.judge`.
+    A row is {"arm", "seed", "result": its file's stem, REFERENCE: {NETWORK: {"frechet", "kernel"}},
+    "change": {REFERENCE: [value, low, high]}, ...}, see `effect_judge.judge`.
     """
     rows = {}
     for path in sorted(results.glob(f"effect-judged-{start}-*.json")):
@@ -44,7 +44,7 @@ def judgements(start, results=RESULTS):
             continue
         condition = found["steps"], found["guidance"], found.get("sampling_steps", SAMPLING_STEPS)
         rows.setdefault(condition, []).extend(
-            {"arm": row["model"], "seed": found["seed"], **row} for row in found["rows"]
+            {"arm": row["model"], "seed": found["seed"], "result": path.stem, **row} for row in found["rows"]
         )
     return rows
 

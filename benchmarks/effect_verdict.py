@@ -252,7 +252,9 @@ def conditions_table(base, results=RESULTS):
              for condition, rows in judgements(start_of(base), results).items() if condition != VERDICT}  # fmt: skip
     lines = [f"| {TITLES[base]}: training steps | guidance | sampling steps | arm | seeds | pictures (Lite2) | "
              "reconstructions (Lite2) | against none |", "|---:|---:|---:|---|---|---:|---:|---:|"]  # fmt: skip
+    last = []
     for condition in sorted(found):
+        last.append(max(found[condition], key=lambda row: row["seed"]))
         for arm in dict.fromkeys(row["arm"] for row in found[condition]):
             own = {row["seed"]: row for row in found[condition] if row["arm"] == arm}
             none = {row["seed"]: frechet(row) for row in found[condition] if row["arm"] == "none"}
@@ -265,7 +267,7 @@ def conditions_table(base, results=RESULTS):
             steps, guidance, sampling = condition
             lines.append(f"| {steps:,} | {guidance:g} | {sampling} | {arm} | {', '.join(map(str, sorted(own)))} | "
                          f"{means[0]:.2f} | {means[1]:.2f} | {change} |")  # fmt: skip
-    return "\n".join(lines) if len(lines) > 2 else ""
+    return "\n".join([*lines, "", sources(last, results)]) if len(lines) > 2 else ""
 
 
 def copies_table(base, results=RESULTS):
@@ -405,10 +407,16 @@ def checks_table(base="epsilon", results=RESULTS):
         "|---|---:|---:|---:|---:|",
     ]
     shown, pictures = check_changes(base, results), check_changes(base, results, "pictures")
-    for label, (none, row) in check_rows(base, results).items():
+    rows = check_rows(base, results)
+    for label, (none, row) in rows.items():
         lines.append(f"| {label} | {frechet(none):.2f} | {frechet(row):.2f} | {percent_of(*shown[label])} | "
                      f"{percent_of(*pictures[label])} |")  # fmt: skip
-    return "\n".join(lines) if len(lines) > 3 else ""
+    return "\n".join([*lines, "", sources([row for _, row in rows.values()], results)]) if len(lines) > 3 else ""
+
+
+def sources(rows, results=RESULTS):
+    """Paragraphs with the commands of all results that rows of `judgements` come from."""
+    return "\n\n".join(dict.fromkeys(source(read(row["result"], results)) for row in rows))
 
 
 def decoder_table(name, results=RESULTS):

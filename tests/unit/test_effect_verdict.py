@@ -232,6 +232,8 @@ def test_other_conditions_are_compared_with_none_of_the_same(tmp_path):
         "| 1,000 | 3 | 25 | none | 1, 2 | 75.00 | 7.50 |  |",
         "| 1,000 | 3 | 25 | decoder-full | 1, 2 | 37.50 | 3.75 | -50.0% (-50.0% to -50.0%) |",
         "| 1,500 | 1 | 25 | none | 1 | 90.00 | 9.00 |  |",
+        "",
+        "`python x`, commit 0123456, CPU, 2026-11-28.",
     ]
     assert [row["arm"] for row in effect_results.judged("epsilon-009000", tmp_path)] == ["none", "decoder-full"] * 3
 
@@ -414,7 +416,9 @@ def test_checks_change_one_thing_each(tmp_path):
     judgement(tmp_path, 1, {"none": 200.0, "decoder-full": 190.0}, change, guidance=3)
     judgement(tmp_path, 1, {"none": 50.0, "decoder-full": 49.0}, change, steps=3000)
     judgement(tmp_path, 2, {"none": 1.0, "decoder-full-gate-1": 2.0}, change)
-    assert effect_verdict.checks_table(results=tmp_path).splitlines()[2:] == [
+    lines = effect_verdict.checks_table(results=tmp_path).splitlines()
+    assert lines[6:] == ["", "`python x`, commit 0123456, CPU, 2026-11-28."]
+    assert lines[2:6] == [
         "| as in the verdict | 10.00 | 9.00 | -10.0% (-20.0% to +0.0%) | -3.0% (-9.0% to +9.0%) |",
         "| a share of 0.4 | 10.00 | 8.00 | -10.0% (-20.0% to +0.0%) | -3.0% (-9.0% to +9.0%) |",
         "| guidance 3 | 20.00 | 19.00 | -5.0% (-10.0% to +0.0%) | -1.5% (-4.5% to +4.5%) |",
