@@ -362,7 +362,7 @@ def ablation_changes(base="epsilon", results=RESULTS, against="change"):
 
 
 def ablation_table(base="epsilon", results=RESULTS):
-    """Arms of 400 steps by the one-step test, with the flags in which they differ from the finalist."""
+    """Arms of 400 steps by the one-step test, with the flags that differ from the finalist's; some by their samples."""
     start, keys = start_of(base), ("latent_mse", "high_frequency", "gain")
     found = read(f"effect-one-step-{start}-0-400-steps", results)
     if not found:
@@ -370,7 +370,12 @@ def ablation_table(base="epsilon", results=RESULTS):
     changes = [ablation_changes(base, results, against) for against in ("change", "finalist_change")]
     own = options_of(ALL[FINALIST].words(BASES[base], found["steps"]))
     lines = [f"| arm of 400 steps | perceptual (Lite2) | against none | against {FINALIST} | error of latents | high "
-             "frequencies | contrast | gradient |", "|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+             "frequencies | contrast | gradient | samples: reconstructions (Lite2), against none |",
+             "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
+    judged_rows = [
+        row for row in judgements(start, results).get((found["steps"], *VERDICT[1:]), []) if row["seed"] == 0
+    ]
+    samples = {row["arm"]: row for row in judged_rows}
     for row in found["rows"]:
         name = row["model"]
         told = [percent_of(*of_kind[name]) if name in of_kind else "" for of_kind in changes]
@@ -380,9 +385,15 @@ def ablation_table(base="epsilon", results=RESULTS):
         run = read(f"effect-arm-{start}-{name}-0-400-steps", results)
         ratios = gradient_ratios(run) if run else []
         cells = [label, f"{row[f'perceptual/{JUDGE}']:.4f}", *told, *(f"{row[key]:.4f}" for key in keys),
-                 f"{statistics.median(ratios):.2f}" if ratios else ""]  # fmt: skip
+                 f"{statistics.median(ratios):.2f}" if ratios else "",
+                 change_of(samples[name], samples["none"]) if name in samples and name != "none" else ""]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", source(found)])
+    return "\n".join([*lines, "", source(found), *(["", sources(judged_rows, results)] if judged_rows else [])])
+
+
+def change_of(row, none):
+    """The difference of a row of `judgements` from *none*, relative to it, as a cell."""
+    return percent_of(*(value / frechet(none) for value in row["change"]["reconstructions"]))
 
 
 def check_rows(base="epsilon", results=RESULTS):

@@ -398,11 +398,14 @@ def test_ablations_name_what_differs(tmp_path):
     norms = {str(step): {"gradient/lpl": step, "gradient/diffusion": 4.0} for step in (1, 2, 4)}
     run = tmp_path / "effect-arm-epsilon-009000-l1-0-400-steps.json"
     run.write_text(json.dumps({"gradient_norms": norms | {"0": {"gradient/diffusion": 4.0}}}))
+    for seed in (0, 1):
+        lower = {"l1": {"reconstructions": [-1 - seed, -2, 0]}}
+        judgement(tmp_path, seed, {"none": 100.0, "l1": 90.0}, lower, steps=400)
     lines = effect_verdict.ablation_table(results=tmp_path).splitlines()
-    assert lines[2] == "| none | 0.5000 |  |  | 1.0000 | 2.0000 | 3.0000 |  |"
+    assert lines[2] == "| none | 0.5000 |  |  | 1.0000 | 2.0000 | 3.0000 |  |  |"
     assert lines[3].startswith("| decoder-full | 0.2500 | -50.0% (-50.0% to -50.0%) |  | ")
     assert lines[4].startswith("| l1 (`--lpl_loss_type l1`) | 0.7500 | +50.0% (+50.0% to +50.0%) | +200.0% (+100.0% ")
-    assert lines[4].endswith(" | 0.50 |")
+    assert lines[4].endswith(" | 0.50 | -10.0% (-20.0% to +0.0%) |")
     assert lines[6].startswith("| rank-4-full (`--use_lora --learning_rate 1e-3 --rank 4`) | 0.5000 | +25.0% ")
 
 
