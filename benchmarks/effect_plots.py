@@ -137,7 +137,7 @@ def arms_picture(path, base="epsilon", results=RESULTS):
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
 
-    distance, one_step = "Fréchet distance to the reconstructions (Lite2)", "one step: perceptual distance (Lite2)"
+    distance, one_step = "Fréchet distance to the reconstructions (Lite2)", "perceptual distance of one step (Lite2)"
     panels = {(f"{title}: {measure}, against none"): rows for title, measure, rows in (
         ("1,000 steps, seed 0", distance, seed_changes(base, results)),
         (f"Checks, seed {CHECK_SEED}", distance, check_changes(base, results)),
@@ -154,7 +154,7 @@ def arms_picture(path, base="epsilon", results=RESULTS):
             axis.plot([100 * value], [place], "o", color=color, markersize=4)
         axis.axvline(0, color="gray", linewidth=0.8)
         axis.set_yticks(range(len(rows)), rows, fontsize=7)
-        axis.invert_yaxis()
+        axis.set_ylim(len(rows) - 0.4, -0.6)  # the first one is on top
         axis.tick_params(axis="x", labelsize=7)
         axis.set_title(title, fontsize=9, loc="left")
         axis.set_xlabel("%", fontsize=7, loc="right", labelpad=0)

@@ -362,7 +362,7 @@ def ablation_changes(base="epsilon", results=RESULTS, against="change"):
 
 
 def ablation_table(base="epsilon", results=RESULTS):
-    """Arms of 400 steps by the one-step test, with the flags that differ from the finalist's; some by their samples."""
+    """Arms of 400 steps by the one-step test, some by their samples too, with the flags that the finalist lacks."""
     start, keys = start_of(base), ("latent_mse", "high_frequency", "gain")
     found = read(f"effect-one-step-{start}-0-400-steps", results)
     if not found:
