@@ -166,7 +166,7 @@ def seeds_table(base, results=RESULTS):
         columns = [*(own.get(seed) for seed in seeds), means if len(own) == len(seeds) else None]
         lines.append(f"| {arm} | " + " | ".join(" / ".join(f"{value:.2f}" for value in pair) if pair else ""
                                                 for pair in columns) + " |")  # fmt: skip
-    return "\n".join([*lines, "", source(read(f"effect-judged-{start_of(base)}-{seeds[-1]}", results))])
+    return "\n".join([*lines, "", sources(rows, results)])
 
 
 def changes_table(base, results=RESULTS):
