@@ -403,7 +403,8 @@ def sample_gain(work, start, seed, samples, guidance):
 def judge_one_step(work, start, arms, seed, steps):
     """The one-step test of arms on the held-out pictures through the base's decoder.
 
-    A LoRA with LPL is compared with the same without, every other arm with the first one; all also with the finalist.
+    A LoRA with LPL is compared with the same without, every other arm with the first one; but for the finalist, all
+    are compared with that too.
     """
     from benchmarks.effect_measures import one_step_numbers, one_step_table
     from lpl_finetuning.data.scan import scan_folder

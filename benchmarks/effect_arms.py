@@ -82,7 +82,7 @@ FINALIST = "decoder-full"  # the arm with LPL that the fresh seeds judge
 TWINS = {"decoder": "latent", "decoder-full": "latent-full"}  # an arm, and the same without features
 
 _RANK = "--use_lora --learning_rate 1e-3 --rank"
-ABLATIONS = {  # of 400 steps: decoder-full with one thing changed
+ABLATIONS = {  # of 400 steps: decoder-full, or for norm-… decoder, with one thing changed
     **{f"blocks-{count}": Arm(f"{_FULL} --lpl_num_blocks {count}") for count in (0, 1, 3)},
     **{f"norm-{kind}": Arm(f"{GATE} --lpl_norm_type {kind}") for kind in ("shared", "default", "batch", "none")},
     **{f"gate-{limit}": Arm(f"{_FULL} --lpl_sigma_threshold {limit}") for limit in ("0.57", "6", "20")},

@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from PIL import Image
 
-from benchmarks.effect_arms import BASES, FINALIST, TWINS
+from benchmarks.effect_arms import BASELINES, BASES, FINALIST, TWINS
 from benchmarks.effect_judge import JUDGE
 from benchmarks.effect_results import (
     REFERENCES,
@@ -26,6 +26,7 @@ from benchmarks.effect_results import (
     VERDICT,
     distances_by_length,
     frechet,
+    fresh,
     judged,
     read,
     start_of,
@@ -47,7 +48,7 @@ def seeds_picture(path, results=RESULTS):
     from matplotlib import pyplot as plt
 
     finalists = ("none", FINALIST, TWINS[FINALIST])
-    found = {base: [row for row in judged(start_of(base), results) if row["arm"] in finalists] for base in BASES}
+    found = {base: [row for row in fresh(base, results) if row["arm"] in finalists] for base in BASES}
     found = {base: rows for base, rows in found.items() if rows}
     if not found:
         return False
@@ -70,11 +71,7 @@ def draw_runs(axis, rows, reference):
         rows: of `judged`.
         reference: of `REFERENCES`.
     """
-    counts = {}
-    for row in rows:
-        counts[row["arm"]] = counts.get(row["arm"], 0) + 1
-    arms = [arm for arm in counts if counts[arm] == max(counts.values())]
-    arms += [arm for arm in counts if arm not in arms]  # those of a single seed come last
+    arms = list(dict.fromkeys(row["arm"] for row in rows))
     for seed in sorted({row["seed"] for row in rows}):
         own = {row["arm"]: row[reference][JUDGE]["frechet"] for row in rows if row["seed"] == seed}
         places = [place for place, arm in enumerate(arms) if arm in own]
@@ -85,7 +82,7 @@ def draw_runs(axis, rows, reference):
     axis.axhline(bar, color="gray", linestyle="--", linewidth=0.8)
     axis.annotate(f"bar: {BAR:.0%} below none", (0.99, bar), xycoords=("axes fraction", "data"), fontsize=7,
                   ha="right", va="bottom", color="gray")  # fmt: skip
-    axis.set_xticks(range(len(arms)), arms, fontsize=7, rotation=20 if len(arms) > 4 else 0)
+    axis.set_xticks(range(len(arms)), arms, fontsize=7)
     axis.tick_params(axis="y", labelsize=7)
     axis.set_ylabel("Fréchet distance (Lite2)", fontsize=7)
     axis.spines[["top", "right"]].set_visible(False)
@@ -141,7 +138,7 @@ def arms_picture(path, base="epsilon", results=RESULTS):
     panels = {(f"{title}: {measure}, against none"): rows for title, measure, rows in (
         ("1,000 steps, seed 0", distance, seed_changes(base, results)),
         (f"Checks, seed {CHECK_SEED}", distance, check_changes(base, results)),
-        ("400 steps, seed 0", one_step, ablation_changes(base, results))) if rows}  # fmt: skip
+        ("400 steps, seed 0", one_step, named_ablations(base, results))) if rows}  # fmt: skip
     if not panels:
         return False
     heights = [len(rows) + 2 for rows in panels.values()]
@@ -170,6 +167,12 @@ def seed_changes(base, results=RESULTS):
     changes = {arm: [value / frechet(rows["none"]) for value in row["change"]["reconstructions"]]
                for arm, row in rows.items() if arm != "none"}  # fmt: skip
     return dict(sorted(changes.items(), key=lambda item: item[1][0]))
+
+
+def named_ablations(base, results=RESULTS):
+    """`ablation_changes`; an arm that is not compared with *none* says with what."""
+    changes = ablation_changes(base, results)
+    return {f"{arm} (against {BASELINES[arm]})" if arm in BASELINES else arm: told for arm, told in changes.items()}
 
 
 def samples_picture(path, work, seed=1, columns=10):

@@ -248,13 +248,11 @@ def cost_table(base, results=RESULTS):
 
 def conditions_table(base, results=RESULTS):
     """Means over the fresh seeds under other conditions than the verdict's, against *none* of the same seeds."""
-    found = {condition: [row for row in rows if row["seed"] > 0]
-             for condition, rows in judgements(start_of(base), results).items() if condition != VERDICT}  # fmt: skip
+    found = {condition: own for condition, rows in judgements(start_of(base), results).items()
+             if condition != VERDICT and (own := [row for row in rows if row["seed"] > 0])}  # fmt: skip
     lines = [f"| {TITLES[base]}: training steps | guidance | sampling steps | arm | seeds | pictures (Lite2) | "
              "reconstructions (Lite2) | against none |", "|---:|---:|---:|---|---|---:|---:|---:|"]  # fmt: skip
-    last = []
     for condition in sorted(found):
-        last.append(max(found[condition], key=lambda row: row["seed"]))
         for arm in dict.fromkeys(row["arm"] for row in found[condition]):
             own = {row["seed"]: row for row in found[condition] if row["arm"] == arm}
             none = {row["seed"]: frechet(row) for row in found[condition] if row["arm"] == "none"}
@@ -267,7 +265,8 @@ def conditions_table(base, results=RESULTS):
             steps, guidance, sampling = condition
             lines.append(f"| {steps:,} | {guidance:g} | {sampling} | {arm} | {', '.join(map(str, sorted(own)))} | "
                          f"{means[0]:.2f} | {means[1]:.2f} | {change} |")  # fmt: skip
-    return "\n".join([*lines, "", sources(last, results)]) if len(lines) > 2 else ""
+    every = [row for condition in sorted(found) for row in found[condition]]
+    return "\n".join([*lines, "", sources(every, results)]) if every else ""
 
 
 def copies_table(base, results=RESULTS):
@@ -386,7 +385,7 @@ def ablation_table(base="epsilon", results=RESULTS):
         ratios = gradient_ratios(run) if run else []
         cells = [label, f"{row[f'perceptual/{JUDGE}']:.4f}", *told, *(f"{row[key]:.4f}" for key in keys),
                  f"{statistics.median(ratios):.2f}" if ratios else "",
-                 change_of(samples[name], samples["none"]) if name in samples and name != "none" else ""]  # fmt: skip
+                 change_of(samples[name], samples["none"]) if samples.get(name, {}).get("change") else ""]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join([*lines, "", source(found), *(["", sources(judged_rows, results)] if judged_rows else [])])
 

@@ -118,23 +118,26 @@ def test_the_page_is_what_the_results_say():
     assert (kept or {"verdict": []})["verdict"] == rows
 
 
-def test_a_picture_has_every_run(tmp_path):
-    """A line for each seed in both panels; its points are the distances of the files, arms of one seed come last."""
+def test_a_picture_has_every_run(tmp_path, monkeypatch):
+    """A line for each seed in both panels; its points are the distances of the files, without seed 0 and other arms."""
     from matplotlib import pyplot as plt
 
     from benchmarks import effect_plots
 
     assert not effect_plots.seeds_picture(tmp_path / "none.png", tmp_path) and not (tmp_path / "none.png").exists()
-    judgement(tmp_path, 0, {"none": 100.0, "gain": 99.0, "decoder-full": 97.0})
-    judgement(tmp_path, 1, {"none": 90.0, "decoder-full": 91.0})
-    figure, axis = plt.subplots()
-    effect_plots.draw_runs(axis, effect_results.judged("epsilon-009000", tmp_path), "reconstructions")
+    judgement(tmp_path, 0, {"none": 1.0, "decoder-full": 2.0})  # chose the arm
+    judgement(tmp_path, 1, {"none": 100.0, "classifier": 1.0, "decoder-full": 97.0, "latent-full": 99.0})
+    judgement(tmp_path, 2, {"none": 90.0, "decoder-full": 91.0})
+    figures = []
+    monkeypatch.setattr(plt, "close", figures.append)
+    assert effect_plots.seeds_picture(tmp_path / "runs.png", tmp_path)
+    axis = figures[0].axes[1]  # to the reconstructions
     drawn = [line.get_ydata().tolist() for line in axis.lines if str(line.get_label()).startswith("seed")]
-    assert [label.get_text() for label in axis.get_xticklabels()] == ["none", "decoder-full", "gain"]
+    assert [label.get_text() for label in axis.get_xticklabels()] == ["none", "decoder-full", "latent-full"]
     assert drawn == [[10.0, 9.7, 9.9], [9.0, 9.1]]
     assert axis.lines[-1].get_ydata()[0] == pytest.approx(0.94 * 9.5)
-    plt.close(figure)
-    assert effect_plots.seeds_picture(tmp_path / "runs.png", tmp_path)
+    monkeypatch.undo()
+    plt.close(figures[0])
 
 
 def test_a_picture_has_the_time_of_every_run(tmp_path, monkeypatch):
@@ -164,7 +167,7 @@ def test_a_picture_has_the_time_of_every_run(tmp_path, monkeypatch):
 
 
 def test_a_picture_has_every_difference_with_its_interval(tmp_path, monkeypatch):
-    """In percent of *none*: arms of seed 0 with the lowest first, and the checks of seed 1; others are left out."""
+    """In percent of *none*: arms of seed 0 with the lowest first, the checks of seed 1, and the ablations."""
     from matplotlib import pyplot as plt
 
     from benchmarks import effect_plots
@@ -173,6 +176,10 @@ def test_a_picture_has_every_difference_with_its_interval(tmp_path, monkeypatch)
     change = {"gain": {"reconstructions": [-0.5, -1, 0]}, "decoder-full": {"reconstructions": [-1, -2, 0.5]}}
     for seed, value in ((0, 100.0), (1, 50.0), (2, 20.0)):
         judgement(tmp_path, seed, {"none": value, "gain": 1.0, "decoder-full": 1.0}, change)
+    key = f"perceptual/{JUDGE}"
+    rows = [{"model": arm, key: value} | ({f"{key}_change": told} if told else {}) for arm, value, told in (
+        ("none", 2.0, None), ("rank-4", 4.0, [1.0, 0.5, 1.5]), ("rank-4-full", 5.0, [1.0, 0.0, 2.0]))]  # fmt: skip
+    (tmp_path / "effect-one-step-epsilon-009000-0-400-steps.json").write_text(json.dumps({"rows": rows}))
     figures = []
     monkeypatch.setattr(plt, "close", figures.append)
     assert effect_plots.arms_picture(tmp_path / "arms.png", results=tmp_path)
@@ -180,7 +187,8 @@ def test_a_picture_has_every_difference_with_its_interval(tmp_path, monkeypatch)
         np.round(line.get_xdata(), 6).tolist() for line in axis.lines[:-1]
     ] for axis in figures[0].axes}  # fmt: skip
     assert found == {("decoder-full", "gain"): [[-20, 5], [-10], [-10, 0], [-5]],
-                     ("as in the verdict",): [[-40, 10], [-20]]}  # fmt: skip
+                     ("as in the verdict",): [[-40, 10], [-20]],
+                     ("rank-4", "rank-4-full (against rank-4)"): [[25, 75], [50], [0, 50], [25]]}  # fmt: skip
     monkeypatch.undo()
     plt.close(figures[0])
 
@@ -220,8 +228,9 @@ def test_other_conditions_are_compared_with_none_of_the_same(tmp_path):
         judgement(tmp_path, seed, {"none": value, "decoder-full": value - 3})
         lower = {"decoder-full": {"reconstructions": [-value / 40] * 3}}
         judgement(tmp_path, seed, {"none": value / 2, "decoder-full": value / 4}, lower, guidance=3)
-    judgement(tmp_path, 1, {"none": 90.0}, steps=1500)
+    judgement(tmp_path, 1, {"none": 90.0}, steps=1500, command="python y")
     judgement(tmp_path, 0, {"none": 1.0, "decoder-full": 2.0})
+    judgement(tmp_path, 0, {"none": 1.0}, steps=400)
     judgement(tmp_path, 3, {"none": 1.0, "decoder-full": 2.0}, samples=96)
     lower = {"decoder-full": {"reconstructions": [-2.0, -2.2, -1.8]}}
     judgement(tmp_path, 1, {"none": 80.0, "decoder-full": 60.0}, lower, sampling_steps=50)
@@ -234,6 +243,8 @@ def test_other_conditions_are_compared_with_none_of_the_same(tmp_path):
         "| 1,500 | 1 | 25 | none | 1 | 90.00 | 9.00 |  |",
         "",
         "`python x`, commit 0123456, CPU, 2026-11-28.",
+        "",
+        "`python y`, commit 0123456, CPU, 2026-11-28.",
     ]
     assert [row["arm"] for row in effect_results.judged("epsilon-009000", tmp_path)] == ["none", "decoder-full"] * 3
 
@@ -410,20 +421,26 @@ def test_ablations_name_what_differs(tmp_path):
 
 
 def test_checks_change_one_thing_each(tmp_path):
-    """Each against *none* of the same conditions; one that was not judged is left out."""
-    change = {arm: {"pictures": [-3, -9, 9], "reconstructions": [-1, -2, 0]}
-              for arm in ("decoder-full", "decoder-full-share-0.4", "decoder-full-gate-1")}  # fmt: skip
+    """Each against *none* of the same conditions; other seeds are left out."""
+    change = {
+        arm: {"pictures": [-3, -9, 9], "reconstructions": [-1, -2, 0]}
+        for arm in ("decoder-full", *(f"decoder-full-{kind}" for kind in ("share-0.05", "share-0.4", "gate-1")))
+    }
     judgement(tmp_path, 1, {"none": 100.0, "decoder-full": 90.0}, change)
     assert effect_verdict.checks_table(results=tmp_path) == ""
-    judgement(tmp_path, 1, {"none": 100.0, "decoder-full": 90.0, "decoder-full-share-0.4": 80.0}, change)
+    arms = {"decoder-full-share-0.4": 80.0, "decoder-full-share-0.05": 95.0, "decoder-full-gate-1": 85.0}
+    judgement(tmp_path, 1, {"none": 100.0, "decoder-full": 90.0, **arms}, change)
     judgement(tmp_path, 1, {"none": 200.0, "decoder-full": 190.0}, change, guidance=3)
     judgement(tmp_path, 1, {"none": 50.0, "decoder-full": 49.0}, change, steps=3000)
-    judgement(tmp_path, 2, {"none": 1.0, "decoder-full-gate-1": 2.0}, change)
+    judgement(tmp_path, 2, {"none": 1.0, "decoder-full-gate-1": 2.0}, change, steps=3000)
+    judgement(tmp_path, 2, {"none": 1.0, **dict.fromkeys(change, 2.0)}, change)
     lines = effect_verdict.checks_table(results=tmp_path).splitlines()
-    assert lines[6:] == ["", "`python x`, commit 0123456, CPU, 2026-11-28."]
-    assert lines[2:6] == [
+    assert lines[8:] == ["", "`python x`, commit 0123456, CPU, 2026-11-28."]
+    assert lines[2:8] == [
         "| as in the verdict | 10.00 | 9.00 | -10.0% (-20.0% to +0.0%) | -3.0% (-9.0% to +9.0%) |",
+        "| a share of 0.05 | 10.00 | 9.50 | -10.0% (-20.0% to +0.0%) | -3.0% (-9.0% to +9.0%) |",
         "| a share of 0.4 | 10.00 | 8.00 | -10.0% (-20.0% to +0.0%) | -3.0% (-9.0% to +9.0%) |",
+        "| sigma / alpha up to 1 | 10.00 | 8.50 | -10.0% (-20.0% to +0.0%) | -3.0% (-9.0% to +9.0%) |",
         "| guidance 3 | 20.00 | 19.00 | -5.0% (-10.0% to +0.0%) | -1.5% (-4.5% to +4.5%) |",
         "| 3,000 steps | 5.00 | 4.90 | -20.0% (-40.0% to +0.0%) | -6.0% (-18.0% to +18.0%) |",
     ]
