@@ -119,7 +119,7 @@ def test_the_page_is_what_the_results_say():
 
 
 def test_a_picture_has_every_run(tmp_path, monkeypatch):
-    """A line for each seed in both panels; its points are the distances of the files, without seed 0 and other arms."""
+    """A line for each seed in both panels; its points are the distances of the files. Seed 0 is left out."""
     from matplotlib import pyplot as plt
 
     from benchmarks import effect_plots
