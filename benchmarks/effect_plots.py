@@ -25,10 +25,10 @@ from benchmarks.effect_results import (
     TITLES,
     VERDICT,
     distances_by_length,
-    frechet,
     fresh,
     judged,
     read,
+    relative_change,
     start_of,
 )
 from benchmarks.effect_verdict import BAR, CHECK_SEED, ablation_changes, check_changes
@@ -68,7 +68,7 @@ def draw_runs(axis, rows, reference):
 
     Args:
         axis: of Matplotlib.
-        rows: of `judged`.
+        rows: of `fresh`.
         reference: of `REFERENCES`.
     """
     arms = list(dict.fromkeys(row["arm"] for row in rows))
@@ -164,8 +164,7 @@ def arms_picture(path, base="epsilon", results=RESULTS):
 def seed_changes(base, results=RESULTS):
     """{arm: [difference, low, high]} of the distances on seed 0 relative to *none*, the lowest first."""
     rows = {row["arm"]: row for row in judged(start_of(base), results) if row["seed"] == 0}
-    changes = {arm: [value / frechet(rows["none"]) for value in row["change"]["reconstructions"]]
-               for arm, row in rows.items() if arm != "none"}  # fmt: skip
+    changes = {arm: relative_change(row, rows["none"]) for arm, row in rows.items() if arm != "none"}
     return dict(sorted(changes.items(), key=lambda item: item[1][0]))
 
 

@@ -69,18 +69,22 @@ def one_step_of(start, seed, results=RESULTS):
     return {row["model"]: row for row in (read(f"effect-one-step-{start}-{seed}", results) or {"rows": []})["rows"]}
 
 
+def relative_change(row, none, reference="reconstructions", kind="change"):
+    """[difference, low, high] of a row of `judgements`, relative to the row of *none*. kind: as for `changes_of`."""
+    return [value / frechet(none, reference) for value in row[kind][reference]]
+
+
 def changes_of(base, results=RESULTS, kind="change", reference="reconstructions"):
     """{arm: {seed: [difference, low, high]}} of Fréchet distances, relative to *none* of the same seed.
 
-    kind: "change", from *none*, or "twin_change", from the arm's twin.
+    kind: "change", from *none*; "twin_change", from the arm's twin; "finalist_change", from the finalist.
     """
     rows = fresh(base, results)
-    none = {row["seed"]: frechet(row, reference) for row in rows if row["arm"] == "none"}
-    own = {}
+    none, own = {row["seed"]: row for row in rows if row["arm"] == "none"}, {}
     for row in rows:
         if row["seed"] in none and reference in row.get(kind, {}):
-            changes = [value / none[row["seed"]] for value in row[kind][reference]]
-            own.setdefault(row["arm"], {})[row["seed"]] = changes
+            change = relative_change(row, none[row["seed"]], reference, kind)
+            own.setdefault(row["arm"], {})[row["seed"]] = change
     return own
 
 

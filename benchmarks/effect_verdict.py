@@ -35,6 +35,7 @@ from benchmarks.effect_results import (
     one_step_of,
     over_seeds,
     read,
+    relative_change,
     start_of,
 )
 from benchmarks.records import put_tables, source
@@ -136,14 +137,14 @@ def arm_table(start, title, results=RESULTS):
     rows = [row for row in judged(start, results) if row["seed"] == 0]
     if not rows:
         return ""
-    tests, none = one_step_of(start, 0, results), next(frechet(row) for row in rows if row["arm"] == "none")
+    tests, none = one_step_of(start, 0, results), next(row for row in rows if row["arm"] == "none")
     lines = [f"| {title}: arm | {HEADS} reconstructions (Lite2), against none | against {FINALIST} | "
              "one step: perceptual (Lite2) | high frequencies | contrast |",
              "|---|---:|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     for row in sorted(rows, key=frechet):
         test = tests.get(row["arm"], {})
-        changes = [row.get(kind, {}).get("reconstructions") for kind in ("change", "finalist_change")]
-        told = [percent_of(*(value / none for value in each)) if each else "" for each in changes]
+        told = [percent_of(*relative_change(row, none, kind=kind)) if "reconstructions" in row.get(kind, {}) else ""
+                for kind in ("change", "finalist_change")]  # fmt: skip
         numbers = [f"{test[key]:.4f}" if test else ""
                    for key in (f"perceptual/{JUDGE}", "high_frequency", "gain")]  # fmt: skip
         lines.append(f"| {row['arm']} | {cells_of(row)} | {' | '.join(told + numbers)} |")
@@ -169,16 +170,20 @@ def seeds_table(base, results=RESULTS):
     return "\n".join([*lines, "", sources(rows, results)])
 
 
-def changes_table(base, results=RESULTS):
-    """Relative differences from *none* of the same seed, to the reconstructions, with their 95 % intervals.
+def changes_table(base, results=RESULTS, kind="change"):
+    """Differences from *none* of the same seed, or from the finalist, relative to *none*, with their 95 % intervals.
+
+    They are of distances to the reconstructions. kind: as for `effect_results.changes_of`.
 
     Those of single seeds cover sampling; that of the mean covers training too, see `effect_results.combined`.
     """
-    own = changes_of(base, results)
+    own, other = changes_of(base, results, kind), {"change": "none", "finalist_change": FINALIST}[kind]
+    if kind != "change":
+        own.pop("none", None)
     if not own:
         return ""
     seeds = sorted(set().union(*own.values()))
-    lines = [f"| {TITLES[base]}: against none, to reconstructions (Lite2) | "
+    lines = [f"| {TITLES[base]}: against {other}, to reconstructions (Lite2) | "
              + " | ".join(f"seed {seed}" for seed in seeds) + " | mean |",
              "|---|" + "---:|" * (len(seeds) + 1)]  # fmt: skip
     for arm, changes in own.items():
@@ -255,13 +260,11 @@ def conditions_table(base, results=RESULTS):
     for condition in sorted(found):
         for arm in dict.fromkeys(row["arm"] for row in found[condition]):
             own = {row["seed"]: row for row in found[condition] if row["arm"] == arm}
-            none = {row["seed"]: frechet(row) for row in found[condition] if row["arm"] == "none"}
+            none = {row["seed"]: row for row in found[condition] if row["arm"] == "none"}
             means = [statistics.mean(frechet(row, reference) for row in own.values()) for reference in REFERENCES]
             change = ""
             if arm != "none" and own.keys() <= none.keys():
-                relative = [[value / none[seed] for value in row["change"]["reconstructions"]]
-                            for seed, row in own.items()]  # fmt: skip
-                change = percent_of(*combined(relative))
+                change = percent_of(*combined([relative_change(row, none[seed]) for seed, row in own.items()]))
             steps, guidance, sampling = condition
             lines.append(f"| {steps:,} | {guidance:g} | {sampling} | {arm} | {', '.join(map(str, sorted(own)))} | "
                          f"{means[0]:.2f} | {means[1]:.2f} | {change} |")  # fmt: skip
@@ -361,7 +364,7 @@ def ablation_changes(base="epsilon", results=RESULTS, against="change"):
 
 
 def ablation_table(base="epsilon", results=RESULTS):
-    """Arms of 400 steps by the one-step test, some by their samples too, with the flags that the finalist lacks."""
+    """Arms of 400 steps by the one-step test, with the flags that the finalist lacks."""
     start, keys = start_of(base), ("latent_mse", "high_frequency", "gain")
     found = read(f"effect-one-step-{start}-0-400-steps", results)
     if not found:
@@ -369,12 +372,7 @@ def ablation_table(base="epsilon", results=RESULTS):
     changes = [ablation_changes(base, results, against) for against in ("change", "finalist_change")]
     own = options_of(ALL[FINALIST].words(BASES[base], found["steps"]))
     lines = [f"| arm of 400 steps | perceptual (Lite2) | against none | against {FINALIST} | error of latents | high "
-             "frequencies | contrast | gradient | samples: reconstructions (Lite2), against none |",
-             "|---|---:|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
-    judged_rows = [
-        row for row in judgements(start, results).get((found["steps"], *VERDICT[1:]), []) if row["seed"] == 0
-    ]
-    samples = {row["arm"]: row for row in judged_rows}
+             "frequencies | contrast | gradient |", "|---|---:|---:|---:|---:|---:|---:|---:|"]  # fmt: skip
     for row in found["rows"]:
         name = row["model"]
         told = [percent_of(*of_kind[name]) if name in of_kind else "" for of_kind in changes]
@@ -384,15 +382,9 @@ def ablation_table(base="epsilon", results=RESULTS):
         run = read(f"effect-arm-{start}-{name}-0-400-steps", results)
         ratios = gradient_ratios(run) if run else []
         cells = [label, f"{row[f'perceptual/{JUDGE}']:.4f}", *told, *(f"{row[key]:.4f}" for key in keys),
-                 f"{statistics.median(ratios):.2f}" if ratios else "",
-                 change_of(samples[name], samples["none"]) if samples.get(name, {}).get("change") else ""]  # fmt: skip
+                 f"{statistics.median(ratios):.2f}" if ratios else ""]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join([*lines, "", source(found), *(["", sources(judged_rows, results)] if judged_rows else [])])
-
-
-def change_of(row, none):
-    """The difference of a row of `judgements` from *none*, relative to it, as a cell."""
-    return percent_of(*(value / frechet(none) for value in row["change"]["reconstructions"]))
+    return "\n".join([*lines, "", source(found)])
 
 
 def check_rows(base="epsilon", results=RESULTS):
@@ -406,8 +398,7 @@ def check_rows(base="epsilon", results=RESULTS):
 
 def check_changes(base="epsilon", results=RESULTS, reference="reconstructions"):
     """{check: [difference, low, high]} of the distances, relative to *none* under the same conditions."""
-    return {label: [value / frechet(none, reference) for value in row["change"][reference]]
-            for label, (none, row) in check_rows(base, results).items()}  # fmt: skip
+    return {label: relative_change(row, none, reference) for label, (none, row) in check_rows(base, results).items()}
 
 
 def checks_table(base="epsilon", results=RESULTS):
@@ -447,6 +438,7 @@ def all_tables(results=RESULTS):
         "verdict": verdict_table(results),
         "base earlier-all": earlier_base_table(results),
         "base earlier": base_table("earlier", results),
+        "finalist": changes_table("epsilon", results, "finalist_change"),
         "checks": checks_table(results=results),
         "ablations": ablation_table(results=results),
         "reconstructions": decoder_table("effect-reconstructions", results),
